@@ -1,0 +1,1 @@
+//! Where the peers are: a registry server and its client

@@ -1,0 +1,1 @@
+//! Moves KV-cache pages between inference workers: the facade

@@ -1,0 +1,1 @@
+//! One progress loop: control streams, lanes, tickets, heartbeats

@@ -1,0 +1,1 @@
+//! Cache layouts, the planner, push and pull of KV pages

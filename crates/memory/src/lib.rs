@@ -1,0 +1,1 @@
+//! Memory, page layouts, page sets and the page pool

@@ -1,0 +1,1 @@
+//! The simulated port and its virtual fabric

@@ -1,0 +1,1 @@
+//! The Port trait, its ops and events, and the conformance suite
