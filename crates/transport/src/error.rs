@@ -1,0 +1,156 @@
+//! What can go wrong at a port: with a call, and with a lane.
+
+use crate::LaneId;
+
+/// The result of a port's methods.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a port refused a call. Nothing of the call was done.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The lane is not connected yet; wait for `Up`.
+    #[error("lane {} is not up yet", lane.0)]
+    LaneNotUp {
+        /// Which lane.
+        lane: LaneId,
+    },
+    /// The lane has ended, or its end has begun.
+    #[error("lane {} is down", lane.0)]
+    LaneDown {
+        /// Which lane.
+        lane: LaneId,
+    },
+    /// The port knows no such lane.
+    #[error("lane {} is unknown", lane.0)]
+    UnknownLane {
+        /// Which lane.
+        lane: LaneId,
+    },
+    /// The port knows no such region, local or attached.
+    #[error("{side} region {region} is unknown")]
+    UnknownRegion {
+        /// `"local"` or `"remote"`.
+        side: &'static str,
+        /// Its number.
+        region: u32,
+    },
+    /// The op reaches beyond a region.
+    #[error("op reaches byte {end} of a {side} region of {region_bytes} bytes")]
+    OutOfRange {
+        /// `"local"` or `"remote"`.
+        side: &'static str,
+        /// The furthest byte that it would touch.
+        end: u64,
+        /// The length of the region.
+        region_bytes: u64,
+    },
+    /// The op makes no sense whatever the regions are.
+    #[error("bad op: {reason}")]
+    BadOp {
+        /// Why.
+        reason: &'static str,
+    },
+    /// The region is still used by an op or a grant.
+    #[error("region is in use by {by}")]
+    RegionInUse {
+        /// `"an op"` or `"a grant"`.
+        by: &'static str,
+    },
+    /// The grant cannot be given as asked.
+    #[error("bad grant: {reason}")]
+    BadGrant {
+        /// Why.
+        reason: &'static str,
+    },
+    /// The peer's address is not one of this kind of port.
+    #[error("bad lane address: {reason}")]
+    BadAddress {
+        /// Why.
+        reason: &'static str,
+    },
+    /// The peer's key is not one of this kind of port.
+    #[error("bad remote key: {reason}")]
+    BadKey {
+        /// Why.
+        reason: &'static str,
+    },
+    /// What the call needs from the peer has not come yet. Poll, then try again.
+    #[error("not known yet: the peer's announcement is still on its way")]
+    NotYet,
+    /// A limit of the port's configuration is reached.
+    #[error("limit reached: {what} ({limit})")]
+    Limit {
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        limit: u64,
+    },
+    /// The port cannot take this memory, or cannot do this here.
+    #[error("{what} is not possible here: {advice}")]
+    Unsupported {
+        /// What was asked.
+        what: &'static str,
+        /// What to do.
+        advice: &'static str,
+    },
+    /// The operating system refused a call.
+    #[error("{call} failed: {}", std::io::Error::from_raw_os_error(*errno))]
+    Os {
+        /// The call.
+        call: &'static str,
+        /// Its error number.
+        errno: i32,
+    },
+}
+
+/// Why a lane ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DownCause {
+    /// Closed here.
+    ClosedHere,
+    /// Closed by the peer, in order.
+    ClosedByPeer,
+    /// The peer's process has ended.
+    PeerDied,
+    /// The connection broke, or was never made.
+    Broken {
+        /// The call that found it.
+        call: &'static str,
+        /// Its error number; 0 for an unexpected end of the stream.
+        errno: i32,
+    },
+    /// The peer showed a wrong tag.
+    NotAuthentic,
+    /// The peer broke the rules: wrote outside its grants, or sent what cannot be read.
+    PeerMisbehaved {
+        /// What it did.
+        what: &'static str,
+    },
+    /// The other end did not connect in time.
+    ConnectTimedOut,
+    /// The device reported an error for an op.
+    Device {
+        /// The device's own code.
+        status: u32,
+    },
+}
+
+impl std::fmt::Display for DownCause {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::ClosedHere => f.write_str("closed here"),
+            Self::ClosedByPeer => f.write_str("closed by the peer"),
+            Self::PeerDied => f.write_str("the peer's process has ended"),
+            Self::Broken { call, errno: 0 } => write!(f, "connection ended unexpectedly in {call}"),
+            Self::Broken { call, errno } => {
+                write!(f, "{call} failed: {}", std::io::Error::from_raw_os_error(*errno))
+            }
+            Self::NotAuthentic => f.write_str("the peer did not prove that it belongs to the session"),
+            Self::PeerMisbehaved { what } => write!(f, "the peer broke the protocol: {what}"),
+            Self::ConnectTimedOut => f.write_str("the other end did not connect in time"),
+            Self::Device { status } => write!(f, "the device reported status {status}"),
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! Who may touch which pages: the grant as ports see it, and the check for ports that can check.
+
+use crossdock_memory::PageLayout;
+
+use crate::{Error, LocalId, PeerId, Result};
+
+/// The name of a grant on the wire: 18 bits of index and 12 bits of generation.
+///
+/// An index is used again only after quiescence, with the next generation. The generation keeps late
+/// immediates from being counted; on ports that [check](GrantTable::check) it also keeps late bytes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GrantId(u32);
+
+impl GrantId {
+    /// The name that no grant has; for ops that need none.
+    pub const NONE: GrantId = GrantId(u32::MAX);
+    /// Indices are below this.
+    pub const INDICES: u32 = 1 << 18;
+    /// Generations are below this.
+    pub const GENERATIONS: u32 = 1 << 12;
+
+    /// A grant's name.
+    ///
+    /// # Panics
+    /// If `index` or `generation` is out of range.
+    pub fn new(index: u32, generation: u32) -> Self {
+        assert!(index < Self::INDICES && generation < Self::GENERATIONS, "grant id out of range");
+        Self(index << 12 | generation)
+    }
+
+    /// Reads a name from the lower 30 bits of a word.
+    pub fn from_bits(bits: u32) -> Self {
+        Self(bits & 0x3fff_ffff)
+    }
+
+    /// The name as the lower 30 bits of a word.
+    pub fn bits(self) -> u32 {
+        self.0 & 0x3fff_ffff
+    }
+
+    /// Which entry of the table.
+    pub fn index(self) -> u32 {
+        self.bits() >> 12
+    }
+
+    /// Which use of that entry.
+    pub fn generation(self) -> u32 {
+        self.bits() & (Self::GENERATIONS - 1)
+    }
+}
+
+/// What a grant allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The peer may read the pages.
+    Read,
+    /// The peer may write the pages.
+    Write,
+}
+
+/// Pages of some buffers, for one peer.
+#[derive(Clone, Copy, Debug)]
+pub struct Grant<'a> {
+    /// Its name, unique among the live grants of the port.
+    pub id: GrantId,
+    /// For whom.
+    pub peer: PeerId,
+    /// To do what.
+    pub access: Access,
+    /// The buffers; every listed page is granted in each of them.
+    pub buffers: &'a [GrantedBuffer],
+    /// The pages.
+    pub pages: &'a [u32],
+}
+
+/// One buffer of a grant: where its pages lie in a registered region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GrantedBuffer {
+    /// The region.
+    pub region: LocalId,
+    /// Where the pages are in it.
+    pub layout: PageLayout,
+}
+
+/// The live grants of one port, for ports whose receiving side looks at each access before it happens.
+#[derive(Debug, Default)]
+pub struct GrantTable {
+    entries: Vec<Option<Entry>>,
+    live: usize,
+}
+
+/// Why an access was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// The grant was revoked or is of an earlier generation: late, but honest.
+    Stale,
+    /// The grant is alive, and this access is not covered by it: the peer misbehaves.
+    Forbidden {
+        /// What is wrong.
+        what: &'static str,
+    },
+}
+
+#[derive(Debug)]
+struct Entry {
+    id: GrantId,
+    peer: PeerId,
+    access: Access,
+    /// Sorted by region, then offset.
+    buffers: Box<[GrantedBuffer]>,
+    /// In the order in which they were granted, which is the order in which a peer usually comes.
+    pages: Box<[u32]>,
+    /// The same with their places in `pages`, sorted by page, for a peer that comes in another order.
+    sorted: Box<[(u32, u32)]>,
+    /// Where in `pages` the last access was.
+    cursor: usize,
+}
+
+impl GrantTable {
+    /// An empty table.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a grant. `region_bytes` tells the length of a registered region.
+    pub fn insert(
+        &mut self,
+        grant: &Grant<'_>,
+        region_bytes: impl Fn(LocalId) -> Option<u64>,
+    ) -> Result<()> {
+        for buffer in grant.buffers {
+            let bytes = region_bytes(buffer.region)
+                .ok_or(Error::UnknownRegion { side: "local", region: buffer.region.0 })?;
+            let end = buffer.layout.end().ok_or(Error::BadGrant { reason: "page layout overflows" })?;
+            if end > bytes {
+                return Err(Error::OutOfRange { side: "local", end, region_bytes: bytes });
+            }
+            if grant.pages.iter().any(|&page| page >= buffer.layout.pages) {
+                return Err(Error::BadGrant { reason: "a page lies outside a buffer" });
+            }
+        }
+        let index = grant.id.index() as usize;
+        if self.entries.len() <= index {
+            self.entries.resize_with(index + 1, || None);
+        }
+        let entry = &mut self.entries[index];
+        if entry.is_some() {
+            return Err(Error::BadGrant { reason: "the index is in use" });
+        }
+        let mut buffers: Box<[GrantedBuffer]> = grant.buffers.into();
+        buffers.sort_by_key(|b| (b.region, b.layout.offset));
+        let mut sorted: Box<[(u32, u32)]> = grant.pages.iter().copied().zip(0..).collect();
+        sorted.sort_unstable();
+        *entry = Some(Entry {
+            id: grant.id,
+            peer: grant.peer,
+            access: grant.access,
+            buffers,
+            pages: grant.pages.into(),
+            sorted,
+            cursor: 0,
+        });
+        self.live += 1;
+        Ok(())
+    }
+
+    /// Removes a grant; false if it was not there.
+    pub fn remove(&mut self, id: GrantId) -> bool {
+        match self.entries.get_mut(id.index() as usize) {
+            Some(entry) if entry.as_ref().is_some_and(|e| e.id == id) => {
+                *entry = None;
+                self.live -= 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether a grant covers this region.
+    pub fn uses(&self, region: LocalId) -> bool {
+        self.entries.iter().flatten().any(|e| e.buffers.iter().any(|b| b.region == region))
+    }
+
+    /// How many grants are alive.
+    pub fn len(&self) -> usize {
+        self.live
+    }
+
+    /// Whether no grant is alive.
+    pub fn is_empty(&self) -> bool {
+        self.live == 0
+    }
+
+    /// Whether `peer` may do this to `bytes` bytes at `offset` of `region` under grant `id`.
+    ///
+    /// Constant time when the peer comes in the order of the grant's pages, logarithmic otherwise. An access of
+    /// several pages at once is allowed where the buffer has no padding between them.
+    pub fn check(
+        &mut self,
+        id: GrantId,
+        peer: PeerId,
+        access: Access,
+        region: LocalId,
+        offset: u64,
+        bytes: u64,
+    ) -> std::result::Result<(), Refusal> {
+        let entry = match self.entries.get_mut(id.index() as usize) {
+            Some(Some(entry)) if entry.id == id => entry,
+            _ => return Err(Refusal::Stale),
+        };
+        if entry.peer != peer {
+            return Err(Refusal::Forbidden { what: "the grant was given to another peer" });
+        }
+        if entry.access != access {
+            return Err(Refusal::Forbidden { what: "the grant does not allow this direction" });
+        }
+        let after = entry.buffers.partition_point(|b| (b.region, b.layout.offset) <= (region, offset));
+        let buffer = match after.checked_sub(1).map(|at| entry.buffers[at]) {
+            Some(buffer) if buffer.region == region => buffer,
+            _ => return Err(Refusal::Forbidden { what: "the grant does not cover this region" }),
+        };
+        let Some((first, last)) = buffer.layout.locate(offset, bytes) else {
+            return Err(Refusal::Forbidden { what: "the access leaves the granted buffer's pages" });
+        };
+        if (first..=last).all(|page| entry.covers(page)) {
+            Ok(())
+        } else {
+            Err(Refusal::Forbidden { what: "the page is not part of the grant" })
+        }
+    }
+}
+
+impl Entry {
+    /// Whether the page is granted. A peer goes through the pages in the order of the grant, once a buffer: the
+    /// page is then the last one again, the next one or the first one, and nothing is searched.
+    fn covers(&mut self, page: u32) -> bool {
+        for expected in [self.cursor, self.cursor + 1, 0] {
+            if self.pages.get(expected) == Some(&page) {
+                self.cursor = expected;
+                return true;
+            }
+        }
+        match self.sorted.binary_search_by_key(&page, |&(page, _)| page) {
+            Ok(found) => {
+                self.cursor = self.sorted[found].1 as usize;
+                true
+            }
+            Err(_) => false,
+        }
+    }
+}
