@@ -1,1 +1,23 @@
-//! Memory, page layouts, page sets and the page pool
+//! Memory that ports can register, where pages lie in it, and who owns each page.
+//!
+//! - [`Memory`] is a range of host memory: allocated here (a sealed memfd that a peer on the same host can map)
+//!   or brought by the caller.
+//! - [`PageLayout`] says where page `i` of a buffer lies.
+//! - [`PagePool`] knows the state of every page. It hands out [`PageSet`] (exclusive, writable), which becomes
+//!   [`GrantedPages`] while a peer may write it, or [`PageRef`] (shared, read only).
+//!
+//! Ownership is the proof: a page that a peer can still write is not in any `PageSet`, so using it again does not
+//! compile; and where an engine allocates by page id, [`PagePool::adopt`] refuses it.
+#![deny(unsafe_code)]
+
+mod layout;
+mod memory;
+mod pages;
+mod pool;
+
+pub use layout::{LayoutError, PageLayout};
+pub use memory::{AllocateOptions, HugePages, Memory, MemoryError, MemoryKind, OutOfRange};
+pub use pages::{GrantedPages, PageRef, PageSet};
+pub use pool::{
+    MAX_PAGES, PagePool, PoolError, PoolOptions, PoolStats, QuarantineEntry, QuarantineReason, Until,
+};
