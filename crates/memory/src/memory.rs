@@ -233,7 +233,7 @@ pub struct AllocateOptions {
     /// Whether to use 2 MiB pages, which cost a device fewer translations.
     pub huge_pages: HugePages,
     /// Whether every page is made present now, so that the first transfers pay no page fault and a host that lacks
-    /// the memory says so here instead of killing the process later.
+    /// the memory fails here, not in the middle of one.
     pub prefault: bool,
 }
 
