@@ -125,11 +125,11 @@ impl<'a> Op<'a> {
         if self.direction == Direction::Read && self.imm.is_some() {
             return Err(Error::BadOp { reason: "a read cannot carry an immediate" });
         }
-        let overflow = Error::BadOp { reason: "offsets overflow" };
+        let overflow = || Error::BadOp { reason: "offsets overflow" };
         match self.shape {
             Shape::Span { local_offset, remote_offset, bytes, .. } => Ok((
-                local_offset.checked_add(bytes).ok_or(overflow)?,
-                remote_offset.checked_add(bytes).ok_or(overflow)?,
+                local_offset.checked_add(bytes).ok_or_else(overflow)?,
+                remote_offset.checked_add(bytes).ok_or_else(overflow)?,
             )),
             Shape::Pages {
                 local_offset,
@@ -153,9 +153,8 @@ impl<'a> Op<'a> {
                     }
                 };
                 Ok((
-                    end(local_offset, local_stride_bytes, local_pages)
-                        .ok_or(Error::BadOp { reason: "offsets overflow" })?,
-                    end(remote_offset, remote_stride_bytes, remote_pages).ok_or(overflow)?,
+                    end(local_offset, local_stride_bytes, local_pages).ok_or_else(overflow)?,
+                    end(remote_offset, remote_stride_bytes, remote_pages).ok_or_else(overflow)?,
                 ))
             }
         }
