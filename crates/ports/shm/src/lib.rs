@@ -1,1 +1,4 @@
 //! The shared-memory port
+
+pub mod copy;
+pub mod process_memory;

@@ -1,0 +1,267 @@
+//! Helper threads for large copies.
+
+use core::cell::UnsafeCell;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::claims::{Claim, Claims, MAX_CHUNKS};
+use super::{Copier, Pieces};
+
+/// A copier with helper threads that share the work of each large call.
+///
+/// The caller copies too, and takes every chunk that no helper has claimed; so a helper that the system does
+/// not run costs nothing, and one that is interrupted in its chunk costs that chunk. The call returns when
+/// all bytes are in place and ordered like plain stores.
+///
+/// Helpers spin for some microseconds after their last chunk and then sleep; calls below
+/// [`CopyThreads::SHARED_FROM_BYTES`] never involve them.
+pub struct CopyThreads {
+    copier: Copier,
+    shared: Arc<Shared>,
+    helpers: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    claims: Claims,
+    /// Written by the owner between jobs; read by whoever has claimed a chunk of the job.
+    job: UnsafeCell<Option<Job>>,
+}
+
+// SAFETY: `claims` orders all accesses to `job`: the owner writes it only while no chunk is claimed or to be
+// claimed, and others read it only between a claim and its finish. The pointers inside are the caller's, who
+// promised that they are good for the duration of the call, on any thread.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl CopyThreads {
+    /// From this total on, a call is worth sharing: below, waking a helper takes as long as the copy.
+    pub const SHARED_FROM_BYTES: usize = 256 << 10;
+
+    /// Starts the helpers; with none, every call copies in the caller.
+    pub fn start(copier: Copier, helpers: usize) -> io::Result<CopyThreads> {
+        let shared = Arc::new(Shared {
+            claims: Claims::new(),
+            job: UnsafeCell::new(None),
+        });
+        // Threads that are already running must end if a later one cannot start: the drop of this value sees
+        // to it.
+        let mut threads = CopyThreads {
+            copier,
+            shared,
+            helpers: Vec::with_capacity(helpers),
+        };
+        for helper in 0..helpers {
+            let shared = threads.shared.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("crossdock-copy{helper}"))
+                .stack_size(HELPER_STACK_BYTES)
+                .spawn(move || help(&shared))?;
+            threads.helpers.push(thread);
+        }
+        Ok(threads)
+    }
+
+    /// How many helpers there are beside the caller.
+    pub fn helpers(&self) -> usize {
+        self.helpers.len()
+    }
+
+    /// What each thread copies with.
+    pub fn copier(&self) -> Copier {
+        self.copier
+    }
+
+    /// Copies one run of bytes.
+    ///
+    /// # Safety
+    /// As [`Copier::copy`]; the memory is accessed by the helpers too.
+    pub unsafe fn copy(&mut self, dst: *mut u8, src: *const u8, bytes: usize) {
+        // SAFETY: one piece at index zero is exactly the run that the caller vouches for.
+        unsafe { self.copy_pieces(Pieces::run(dst, src, bytes)) }
+    }
+
+    /// Copies every piece, in no particular order.
+    ///
+    /// # Safety
+    /// As [`Copier::copy_pieces`]; the memory is accessed by the helpers too.
+    ///
+    /// # Panics
+    /// If the two index lists differ in length.
+    pub unsafe fn copy_pieces(&mut self, pieces: Pieces<'_>) {
+        pieces.assert_well_formed();
+        if self.helpers.is_empty() || pieces.total_bytes() < Self::SHARED_FROM_BYTES {
+            // SAFETY: the caller vouches for the pieces.
+            return unsafe { self.copier.copy_pieces(pieces) };
+        }
+        let job = Job::new(self.copier, pieces, self.helpers.len() + 1);
+        // SAFETY: `&mut self` makes this thread the only owner, and the job before has ended: the last call
+        // left only when all its chunks were finished.
+        unsafe { *self.shared.job.get() = Some(job) };
+        self.shared.claims.publish(job.chunks);
+        while let Claim::Chunk(chunk) = self.shared.claims.claim() {
+            // SAFETY: the chunk is part of what the caller vouches for, and the claim makes it ours alone.
+            unsafe { job.copy_chunk(chunk) };
+            self.shared.claims.finish();
+        }
+        // What is left is at most one chunk a helper.
+        if !spin_until(CALLER_SPIN, || self.shared.claims.all_finished()) {
+            self.shared.claims.sleep_until_finished();
+        }
+    }
+}
+
+impl Drop for CopyThreads {
+    fn drop(&mut self) {
+        self.shared.claims.stop();
+        for helper in self.helpers.drain(..) {
+            helper.join().expect("a helper only copies and cannot panic");
+        }
+    }
+}
+
+/// The caller waits awake for about as long as a helper's chunk takes; a helper that needs longer is not
+/// running, and the processor that it waits for may be this one.
+const CALLER_SPIN: Duration = Duration::from_micros(20);
+
+/// A helper stays awake between the batches of a steady stream, and no longer.
+const HELPER_SPIN: Duration = Duration::from_micros(20);
+
+/// The copy needs next to none; the rest is for an unoptimised build and a sanitizer.
+const HELPER_STACK_BYTES: usize = 256 << 10;
+
+/// Chunks are small enough that an interrupted helper holds up the call by little work, and large enough that
+/// the start of each, where nothing is prefetched yet, does not show.
+const CHUNK_BYTES: core::ops::RangeInclusive<usize> = 32 << 10..=256 << 10;
+
+/// With so many chunks for each thread, the last ones end at about the same time.
+const CHUNKS_PER_THREAD: usize = 4;
+
+fn help(shared: &Shared) {
+    let mut awake_until = Instant::now() + HELPER_SPIN;
+    loop {
+        match shared.claims.claim() {
+            Claim::Chunk(chunk) => {
+                // SAFETY: a claim orders this read after the owner's write, and the owner writes again only
+                // when this chunk is finished.
+                let job = unsafe { *shared.job.get() }.expect("a claimed chunk has a job");
+                // SAFETY: the owner's caller vouches for the pieces until the chunk is finished, and the
+                // claim makes this chunk ours alone.
+                unsafe { job.copy_chunk(chunk) };
+                shared.claims.finish();
+                awake_until = Instant::now() + HELPER_SPIN;
+            }
+            Claim::Idle if Instant::now() < awake_until => core::hint::spin_loop(),
+            Claim::Idle => {
+                shared.claims.sleep_until_published();
+                awake_until = Instant::now() + HELPER_SPIN;
+            }
+            Claim::Stop => return,
+        }
+    }
+}
+
+fn spin_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        if done() {
+            return true;
+        }
+        if Instant::now() >= end {
+            return false;
+        }
+        core::hint::spin_loop();
+    }
+}
+
+/// One call's pieces, cut into chunks that threads take in any order.
+#[derive(Clone, Copy)]
+struct Job {
+    /// The lifetime is the call's, not `'static`: nobody reads the job once all its chunks are finished, and
+    /// the call lasts until then.
+    pieces: Pieces<'static>,
+    /// Bound to the strategy of the whole call, which a single chunk is too small to choose.
+    copier: Copier,
+    cut: Cut,
+    chunks: u32,
+}
+
+#[derive(Clone, Copy)]
+enum Cut {
+    /// A chunk is a run of this many whole pieces.
+    Pieces(usize),
+    /// A piece is this many chunks, of so many bytes each and less in the last.
+    Parts { per_piece: usize, part_bytes: usize },
+}
+
+impl Job {
+    fn new(copier: Copier, pieces: Pieces<'_>, threads: usize) -> Job {
+        let copier = copier.force(copier.strategy(pieces.piece_bytes, pieces.total_bytes()));
+        let chunk_bytes = (pieces.total_bytes() / (threads * CHUNKS_PER_THREAD))
+            .clamp(*CHUNK_BYTES.start(), *CHUNK_BYTES.end());
+        let (cut, chunks) = if pieces.piece_bytes <= chunk_bytes {
+            // A multiple of four, the number of pieces that the streamed copy takes side by side.
+            let run = (chunk_bytes / pieces.piece_bytes).next_multiple_of(4);
+            (Cut::Pieces(run), pieces.count().div_ceil(run))
+        } else {
+            let per_piece = pieces.piece_bytes.div_ceil(chunk_bytes);
+            let part_bytes = pieces
+                .piece_bytes
+                .div_ceil(per_piece)
+                .next_multiple_of(PART_ALIGN_BYTES);
+            let per_piece = pieces.piece_bytes.div_ceil(part_bytes);
+            (
+                Cut::Parts {
+                    per_piece,
+                    part_bytes,
+                },
+                pieces.count() * per_piece,
+            )
+        };
+        assert!(
+            chunks <= MAX_CHUNKS as usize,
+            "{chunks} chunks exceed the counter"
+        );
+        // SAFETY: only the lifetime changes; the field's comment says why the references live long enough.
+        let pieces = unsafe { core::mem::transmute::<Pieces<'_>, Pieces<'static>>(pieces) };
+        Job {
+            pieces,
+            copier,
+            cut,
+            chunks: chunks as u32,
+        }
+    }
+
+    /// # Safety
+    /// As [`Copier::copy_pieces`] for the chunk's pieces, which nobody else may be copying.
+    unsafe fn copy_chunk(&self, chunk: u32) {
+        let chunk = chunk as usize;
+        // SAFETY: the caller vouches for all pieces; a run of them, or a part within one, is a part of that.
+        unsafe {
+            match self.cut {
+                Cut::Pieces(run) => {
+                    let first = chunk * run;
+                    self.copier
+                        .copy_pieces(self.pieces.range(first..(first + run).min(self.pieces.count())));
+                }
+                Cut::Parts {
+                    per_piece,
+                    part_bytes,
+                } => {
+                    let (piece, start) = (chunk / per_piece, chunk % per_piece * part_bytes);
+                    let bytes = part_bytes.min(self.pieces.piece_bytes - start);
+                    self.copier.copy(
+                        self.pieces.dst(piece).add(start),
+                        self.pieces.src(piece).add(start),
+                        bytes,
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Parts begin at such a multiple, so that an aligned piece has aligned parts and no two threads share a page.
+const PART_ALIGN_BYTES: usize = 4096;

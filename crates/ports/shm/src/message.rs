@@ -1,0 +1,255 @@
+//! What two ports tell each other over the Unix socket of a lane. One message is one packet.
+//!
+//! | message | with | meaning |
+//! |---|---|---|
+//! | `Hello` | doorbell | first, from the end that dials |
+//! | `Welcome` | doorbell, rings | the answer: the lane's ends know each other |
+//! | `Region` | the memfd, if shared | a region that keys can name; all that exist come before `Announced` |
+//! | `Announced` | | the sender is ready: the receiver's lane is up |
+//! | `Retire` | | the region is deregistered: forget it, unmap it |
+//! | `Closed` | | the sender touches the receiver's memory no more, and never will on this lane |
+
+use crate::address::Secret;
+
+/// One packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Message {
+    Hello(Greeting),
+    Welcome(Greeting),
+    Region { number: u32, bytes: u64, place: Place },
+    Announced,
+    Retire { number: u32 },
+    Closed,
+}
+
+/// What the ends of a lane tell each other first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Greeting {
+    /// The sender's end of the lane.
+    pub(crate) from: Secret,
+    /// The receiver's end, as the sender was told: who does not know it has no business here.
+    pub(crate) to: Secret,
+    /// Proves that the sender belongs to the session.
+    pub(crate) tag: [u8; 32],
+    /// The sender's port, named in its keys.
+    pub(crate) port: Secret,
+    /// Where `port` lies in the sender's memory, so that the receiver can prove that it reaches that memory.
+    pub(crate) port_address: u64,
+    /// How many immediates the sender wants to have on their way.
+    pub(crate) immediates: u32,
+}
+
+/// Where a region is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In the memfd that comes with the message.
+    Shared,
+    /// At this address in the sender's process.
+    Private { address: u64 },
+}
+
+impl Message {
+    pub(crate) fn encode(&self) -> Writer {
+        let mut bytes = Writer::default();
+        match self {
+            Self::Hello(greeting) => greeting.encode(HELLO, &mut bytes),
+            Self::Welcome(greeting) => greeting.encode(WELCOME, &mut bytes),
+            Self::Region { number, bytes: length, place } => {
+                let (kind, address) = match place {
+                    Place::Shared => (SHARED, 0),
+                    Place::Private { address } => (PRIVATE, *address),
+                };
+                bytes.put(&[REGION, kind]);
+                bytes.put(&number.to_le_bytes());
+                bytes.put(&length.to_le_bytes());
+                bytes.put(&address.to_le_bytes());
+            }
+            Self::Announced => bytes.put(&[ANNOUNCED]),
+            Self::Retire { number } => {
+                bytes.put(&[RETIRE]);
+                bytes.put(&number.to_le_bytes());
+            }
+            Self::Closed => bytes.put(&[CLOSED]),
+        }
+        bytes
+    }
+
+    /// Reads a packet; `None` if it is none of ours.
+    pub(crate) fn decode(packet: &[u8]) -> Option<Self> {
+        let mut bytes = Reader::new(packet);
+        let [kind] = bytes.take()?;
+        let message = match kind {
+            HELLO => Self::Hello(Greeting::decode(&mut bytes)?),
+            WELCOME => Self::Welcome(Greeting::decode(&mut bytes)?),
+            REGION => {
+                let [kind] = bytes.take()?;
+                let number = u32::from_le_bytes(bytes.take()?);
+                let length = u64::from_le_bytes(bytes.take()?);
+                let address = u64::from_le_bytes(bytes.take()?);
+                let place = match kind {
+                    SHARED => Place::Shared,
+                    PRIVATE => Place::Private { address },
+                    _ => return None,
+                };
+                Self::Region { number, bytes: length, place }
+            }
+            ANNOUNCED => Self::Announced,
+            RETIRE => Self::Retire { number: u32::from_le_bytes(bytes.take()?) },
+            CLOSED => Self::Closed,
+            _ => return None,
+        };
+        bytes.is_at_end().then_some(message)
+    }
+
+    /// How many descriptors come with it.
+    pub(crate) fn descriptors(&self) -> usize {
+        match self {
+            Self::Hello(_) | Self::Region { place: Place::Shared, .. } => 1,
+            Self::Welcome(_) => 2,
+            _ => 0,
+        }
+    }
+}
+
+impl Greeting {
+    fn encode(&self, kind: u8, bytes: &mut Writer) {
+        bytes.put(&[kind]);
+        bytes.put(&self.from);
+        bytes.put(&self.to);
+        bytes.put(&self.tag);
+        bytes.put(&self.port);
+        bytes.put(&self.port_address.to_le_bytes());
+        bytes.put(&self.immediates.to_le_bytes());
+    }
+
+    fn decode(bytes: &mut Reader<'_>) -> Option<Self> {
+        Some(Self {
+            from: bytes.take()?,
+            to: bytes.take()?,
+            tag: bytes.take()?,
+            port: bytes.take()?,
+            port_address: u64::from_le_bytes(bytes.take()?),
+            immediates: u32::from_le_bytes(bytes.take()?),
+        })
+    }
+}
+
+/// A packet being written.
+pub(crate) struct Writer {
+    bytes: [u8; MAX_BYTES],
+    end: usize,
+}
+
+impl Default for Writer {
+    fn default() -> Self {
+        Self { bytes: [0; MAX_BYTES], end: 0 }
+    }
+}
+
+impl Writer {
+    pub(crate) fn put(&mut self, bytes: &[u8]) {
+        self.bytes[self.end..][..bytes.len()].copy_from_slice(bytes);
+        self.end += bytes.len();
+    }
+
+    pub(crate) fn written(&self) -> &[u8] {
+        &self.bytes[..self.end]
+    }
+}
+
+/// A packet being read.
+pub(crate) struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    pub(crate) fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (taken, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*taken)
+    }
+
+    pub(crate) fn is_at_end(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// No packet is longer.
+pub(crate) const MAX_BYTES: usize = 128;
+/// No packet brings more descriptors.
+pub(crate) const MAX_DESCRIPTORS: usize = 2;
+
+const HELLO: u8 = 1;
+const WELCOME: u8 = 2;
+const REGION: u8 = 3;
+const ANNOUNCED: u8 = 4;
+const RETIRE: u8 = 5;
+const CLOSED: u8 = 6;
+
+const SHARED: u8 = 0;
+const PRIVATE: u8 = 1;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn greeting() -> impl Strategy<Value = Greeting> {
+        (any::<Secret>(), any::<Secret>(), any::<[u8; 32]>(), any::<Secret>(), any::<u64>(), any::<u32>()).prop_map(
+            |(from, to, tag, port, port_address, immediates)| Greeting {
+                from,
+                to,
+                tag,
+                port,
+                port_address,
+                immediates,
+            },
+        )
+    }
+
+    fn message() -> impl Strategy<Value = Message> {
+        let place = prop_oneof![
+            Just(Place::Shared),
+            any::<u64>().prop_map(|address| Place::Private { address })
+        ];
+        prop_oneof![
+            greeting().prop_map(Message::Hello),
+            greeting().prop_map(Message::Welcome),
+            (any::<u32>(), any::<u64>(), place)
+                .prop_map(|(number, bytes, place)| Message::Region { number, bytes, place }),
+            Just(Message::Announced),
+            any::<u32>().prop_map(|number| Message::Retire { number }),
+            Just(Message::Closed),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn messages_survive_the_journey(message in message()) {
+            prop_assert_eq!(Message::decode(message.encode().written()), Some(message));
+        }
+
+        #[test]
+        fn a_message_of_another_length_is_refused(message in message(), cut in 0usize..MAX_BYTES) {
+            let packet = message.encode();
+            let mut bytes = packet.written().to_vec();
+            bytes.push(0);
+            prop_assert_eq!(Message::decode(&bytes), None);
+            bytes.pop();
+            bytes.truncate(cut);
+            if bytes.len() < packet.written().len() {
+                prop_assert_eq!(Message::decode(&bytes), None);
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..MAX_BYTES)) {
+            if let Some(message) = Message::decode(&bytes) {
+                prop_assert!(message.descriptors() <= MAX_DESCRIPTORS);
+            }
+        }
+    }
+}
