@@ -1,1 +1,36 @@
-//! Sessions, rooms, grants and generations: may it move; no I/O, no clock
+//! May it move: sessions with peers, rooms, grants and generations.
+//!
+//! [`Proto`] opens no socket and reads no clock. Its owner tells it what happened (a frame came, a lane went up,
+//! an immediate arrived, time passed) and carries out the [`Action`]s that it asks for; what its user must know
+//! comes out as [`Notice`]s. So the same code runs over real ports and under the simulator.
+//!
+//! The rule that everything here serves: **a page that was granted comes home only when no write can land in it
+//! any more**, and every room ends exactly once on each running side.
+#![forbid(unsafe_code)]
+
+mod auth;
+mod config;
+mod end;
+mod fingerprint;
+mod grants;
+mod message;
+mod proto;
+mod pull;
+mod push;
+mod room;
+mod session;
+mod wire;
+
+pub use auth::Auth;
+pub use config::{Config, Rail, Region};
+pub use end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
+pub use fingerprint::{Difference, Fingerprint};
+pub use message::{
+    About, CancelWhy, Identity, MAX_LANES, Message, RailOffer, Refusal, RegionOffer, Released, RoomName,
+    RoomOnWire, VERSION_MAX, VERSION_MIN,
+};
+pub use proto::{
+    Action, Counters, LinkId, Notice, PeerName, Proto, PulsePlan, RoomId, SessionId, Start, TargetId,
+};
+pub use room::{Buffers, Fetch, Receive, RoomBuffer, RoomError, Send, Serve};
+pub use wire::DecodeError;

@@ -1,0 +1,100 @@
+//! What a node is told once, and its limits.
+
+use crossdock_transport::RemoteKey;
+
+use crate::auth::Auth;
+use crate::fingerprint::Fingerprint;
+use crate::message::Identity;
+
+/// The configuration of one node's protocol.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// This node and this life of it.
+    pub identity: Identity,
+    /// For people: in logs, errors and the peers' lists.
+    pub name: String,
+    /// Random bytes, new at each start: the nonces of handshakes come from them.
+    pub entropy: [u8; 32],
+    /// Whether peers must prove a shared key.
+    pub auth: Auth,
+    /// What peers must have in common with this node.
+    pub fingerprint: Fingerprint,
+    /// The opened ports, in the order of preference.
+    pub rails: Vec<Rail>,
+    /// Lanes a rail and peer.
+    pub lanes_per_rail: u8,
+    /// Told to each peer as it is: the cache layout.
+    pub app: Vec<u8>,
+    /// Where peers send heartbeats.
+    pub pulse_address: String,
+    /// How often to send them.
+    pub heartbeat_ns: u64,
+    /// How many may be missing before the peer counts as lost.
+    pub heartbeats_missed: u32,
+    /// After a session has begun, silence is not counted for this long (first step, kernel compilation).
+    pub warm_up_grace_ns: u64,
+    /// For the whole handshake, lanes included.
+    pub handshake_timeout_ns: u64,
+    /// Before a lost target is dialed again, at first; doubles up to the maximum.
+    pub redial_min_ns: u64,
+    /// The longest pause between two dials.
+    pub redial_max_ns: u64,
+    /// Sessions at once.
+    pub max_sessions: u32,
+    /// Rooms at once, those whose pages are still in quarantine included.
+    pub max_rooms: u32,
+    /// Grants at once.
+    pub max_grants: u32,
+    /// Grants and wants of peers for rooms that are not open here yet.
+    pub max_parked: u32,
+}
+
+/// One opened port, as the handshake offers it.
+#[derive(Clone, Debug)]
+pub struct Rail {
+    /// The transport.
+    pub kind: &'static str,
+    /// Rails connect only where this is equal.
+    pub reach: String,
+    /// What it carries.
+    pub bytes_per_second: u64,
+}
+
+/// A registered region, as peers hear of it.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// Its number on this node.
+    pub region: u32,
+    /// Its length.
+    pub bytes: u64,
+    /// Its key on each rail that took it.
+    pub keys: Vec<(u8, RemoteKey)>,
+}
+
+impl Config {
+    /// The defaults, for a node with this identity: authentication off, no rails.
+    pub fn new(identity: Identity, name: impl Into<String>) -> Self {
+        const MS: u64 = 1_000_000;
+        Self {
+            identity,
+            name: name.into(),
+            entropy: [0; 32],
+            auth: Auth::Off,
+            fingerprint: Fingerprint::default(),
+            rails: Vec::new(),
+            lanes_per_rail: 1,
+            app: Vec::new(),
+            pulse_address: String::new(),
+            heartbeat_ns: 200 * MS,
+            heartbeats_missed: 10,
+            warm_up_grace_ns: 0,
+            handshake_timeout_ns: 5_000 * MS,
+            redial_min_ns: 50 * MS,
+            redial_max_ns: 2_000 * MS,
+            max_sessions: 1024,
+            max_rooms: 65_536,
+            max_grants: 65_536,
+            max_parked: 65_536,
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! How rooms and sessions end. Each room ends once on each running side, with one of these.
+
+use std::fmt;
+
+use crossdock_transport::DownCause;
+
+use crate::message::Refusal;
+
+/// Which side did it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Who {
+    /// This node.
+    Here,
+    /// The peer.
+    Peer,
+}
+
+/// The end of a room on this side.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum End {
+    /// All bytes are in the decode side's pages, and both sides may rely on it.
+    Delivered,
+    /// A user cancelled it.
+    Cancelled {
+        /// On which side.
+        by: Who,
+    },
+    /// A deadline passed.
+    Expired {
+        /// Whose.
+        by: Who,
+        /// How far the room had come.
+        stage: Stage,
+    },
+    /// The session with the peer ended.
+    PeerLost {
+        /// Why.
+        cause: SessionEnd,
+    },
+    /// The room was never begun.
+    Refused {
+        /// Who refused.
+        by: Who,
+        /// Why.
+        why: RoomRefusal,
+    },
+    /// A rail, a port or the bytes failed.
+    Failed {
+        /// On which side.
+        by: Who,
+        /// How far the room had come.
+        stage: Stage,
+        /// What failed.
+        cause: Failure,
+    },
+}
+
+/// How far a room had come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stage {
+    /// Waiting for a session with the peer.
+    Session,
+    /// Waiting for the other side of the room.
+    Grant,
+    /// Bytes were moving.
+    Transfer,
+    /// All bytes were sent; waiting for the other side to say that they arrived.
+    Confirm,
+    /// Comparing checksums.
+    Verify,
+}
+
+/// Why a room was refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RoomRefusal {
+    /// Too many rooms or grants.
+    Busy,
+    /// The two sides' requests do not fit together.
+    Mismatch,
+    /// The handshake with the peer was refused.
+    Handshake(Refusal),
+}
+
+/// What failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Failure {
+    /// A lane went down and no other was left.
+    Lane(DownCause),
+    /// A port refused a call.
+    Port(crossdock_transport::Error),
+    /// The bytes that arrived are not those that were sent.
+    Checksum,
+    /// The peer said only that it failed.
+    AtPeer,
+}
+
+/// Why a session with a peer ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SessionEnd {
+    /// Closed here.
+    ClosedHere,
+    /// Closed by the peer, in order.
+    ClosedByPeer,
+    /// The control stream ended without a goodbye: the peer died, or the network failed.
+    StreamEnded,
+    /// Nothing was heard of the peer for too long: it is stopped, or the network is cut.
+    Silent {
+        /// For how long.
+        for_ns: u64,
+    },
+    /// The peer started again; what it was before is gone.
+    Restarted,
+    /// The last lane went down.
+    LanesLost {
+        /// Why the last one did.
+        cause: DownCause,
+    },
+    /// The handshake did not finish in time.
+    HandshakeTimedOut,
+    /// The peer could not be reached.
+    Unreachable,
+    /// The handshake was refused.
+    Refused {
+        /// By whom.
+        by: Who,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The peer broke the protocol.
+    Misbehaved {
+        /// What it did.
+        what: &'static str,
+    },
+    /// A port failed while the session was set up.
+    Port(crossdock_transport::Error),
+}
+
+impl End {
+    /// Whether the same request may succeed if it is made again.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            End::Delivered | End::Cancelled { .. } => false,
+            End::Expired { .. } => true,
+            End::PeerLost { cause } => cause.is_retryable(),
+            End::Refused { why, .. } => matches!(why, RoomRefusal::Busy),
+            End::Failed { cause, .. } => !matches!(cause, Failure::Port(_)),
+        }
+    }
+
+    /// What a person, or an engine, can do about it.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            End::Delivered => "nothing to do",
+            End::Cancelled { by: Who::Here } => "nothing to do: cancelled on request",
+            End::Cancelled { by: Who::Peer } => "the other side gave the request up; drop it here too",
+            End::Expired {
+                stage: Stage::Session,
+                ..
+            } => "check that the peer runs and that its address is right",
+            End::Expired {
+                stage: Stage::Grant, ..
+            } => "the other side never opened this room: check the router, or allow more time",
+            End::Expired { .. } => "allow more time, or send less at once",
+            End::PeerLost { cause } => cause.advice(),
+            End::Refused {
+                why: RoomRefusal::Busy,
+                ..
+            } => "try again later, or raise the limit of rooms",
+            End::Refused {
+                why: RoomRefusal::Mismatch,
+                ..
+            } => "both sides must ask for the same tokens of the same request",
+            End::Refused {
+                why: RoomRefusal::Handshake(_),
+                ..
+            } => "start both sides with fitting configurations",
+            End::Failed {
+                cause: Failure::Checksum,
+                ..
+            } => "the bytes changed on their way: suspect memory, the NIC, or a writer outside this library",
+            End::Failed { .. } => "send the request again; look at the peer's log if it repeats",
+        }
+    }
+}
+
+impl SessionEnd {
+    /// Whether a new session may succeed.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            SessionEnd::Refused { refusal, .. } => matches!(refusal, Refusal::Busy | Refusal::Duplicate),
+            SessionEnd::Misbehaved { .. } | SessionEnd::Port(_) => false,
+            _ => true,
+        }
+    }
+
+    /// What a person can do about it.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            SessionEnd::ClosedHere | SessionEnd::ClosedByPeer => "nothing to do: closed in order",
+            SessionEnd::StreamEnded => "the peer's process has ended or its host is gone; it is dialed again",
+            SessionEnd::Silent { .. } => "the peer is stopped, overloaded or cut off; it is dialed again",
+            SessionEnd::Restarted => "the peer was started again; send the request again",
+            SessionEnd::LanesLost { .. } => "look at the transport's cause; the peer is dialed again",
+            SessionEnd::HandshakeTimedOut | SessionEnd::Unreachable => {
+                "check that the peer runs, its address, and that nothing between filters the connection"
+            }
+            SessionEnd::Refused { refusal, .. } => match refusal {
+                Refusal::Version { .. } => "run versions of the library that overlap",
+                Refusal::NotAuthentic => "give both sides the same pre-shared key",
+                Refusal::AuthMismatch => "turn authentication on (or off) on both sides",
+                Refusal::Fingerprint(_) => "serve the same model with the same cache dtype on both sides",
+                Refusal::NoRail { .. } => "open a port of one kind on both sides that can reach the other",
+                Refusal::Busy => "raise the peer's limit of sessions, or try again later",
+                Refusal::Duplicate => "nothing to do: the existing session is used",
+            },
+            SessionEnd::Misbehaved { .. } => "the peer runs other or broken software",
+            SessionEnd::Port(_) => "look at the port's error",
+        }
+    }
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Who::Here => "this side",
+            Who::Peer => "the peer",
+        })
+    }
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Stage::Session => "while waiting for a session",
+            Stage::Grant => "while waiting for the other side of the room",
+            Stage::Transfer => "while bytes moved",
+            Stage::Confirm => "while waiting for confirmation",
+            Stage::Verify => "while checksums were compared",
+        })
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            End::Delivered => f.write_str("delivered"),
+            End::Cancelled { by } => write!(f, "cancelled by {by}"),
+            End::Expired { by, stage } => write!(f, "deadline of {by} passed {stage}"),
+            End::PeerLost { cause } => write!(f, "peer lost: {cause}"),
+            End::Refused { by, why } => match why {
+                RoomRefusal::Busy => write!(f, "refused by {by}: no room for more"),
+                RoomRefusal::Mismatch => write!(f, "refused by {by}: the two sides' requests do not fit"),
+                RoomRefusal::Handshake(refusal) => write!(f, "refused by {by} in the handshake: {refusal}"),
+            },
+            End::Failed { by, stage, cause } => match cause {
+                Failure::Lane(cause) => write!(f, "failed on {by} {stage}: {cause}"),
+                Failure::Port(error) => write!(f, "failed on {by} {stage}: {error}"),
+                Failure::Checksum => write!(f, "failed on {by} {stage}: checksum mismatch"),
+                Failure::AtPeer => write!(f, "failed on {by} {stage}"),
+            },
+        }
+    }
+}
+
+impl fmt::Display for SessionEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SessionEnd::ClosedHere => f.write_str("closed here"),
+            SessionEnd::ClosedByPeer => f.write_str("closed by the peer"),
+            SessionEnd::StreamEnded => f.write_str("control stream ended without a goodbye"),
+            SessionEnd::Silent { for_ns } => write!(f, "nothing heard for {} ms", for_ns / 1_000_000),
+            SessionEnd::Restarted => f.write_str("the peer was restarted"),
+            SessionEnd::LanesLost { cause } => write!(f, "no lane left: {cause}"),
+            SessionEnd::HandshakeTimedOut => f.write_str("handshake timed out"),
+            SessionEnd::Unreachable => f.write_str("unreachable"),
+            SessionEnd::Refused { by, refusal } => write!(f, "refused by {by}: {refusal}"),
+            SessionEnd::Misbehaved { what } => write!(f, "the peer broke the protocol: {what}"),
+            SessionEnd::Port(error) => write!(f, "port failed: {error}"),
+        }
+    }
+}

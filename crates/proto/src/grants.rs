@@ -1,0 +1,108 @@
+//! The grants that this node has given: indices, generations, and what is known of each one's end.
+
+use std::collections::VecDeque;
+
+use crossdock_transport::{Access, Fence, GrantId};
+
+use crate::proto::{RoomId, SessionId};
+
+/// Grants by index. Indices are used again first-in first-out, each time with the next generation.
+pub(crate) struct Grants {
+    entries: Vec<Entry>,
+    free: VecDeque<u32>,
+    limit: u32,
+    live: usize,
+}
+
+struct Entry {
+    generation: u32,
+    given: Option<Given>,
+}
+
+/// One grant that was given and whose index is not free yet.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Given {
+    pub room: RoomId,
+    pub session: SessionId,
+    pub access: Access,
+    /// What the ports promised when the grant was revoked; `None` while it is alive.
+    pub fence: Option<Fence>,
+    /// The peer gave it back; the lanes on which only our own `Down` is proof.
+    pub released: Option<u16>,
+}
+
+impl Grants {
+    pub fn new(limit: u32) -> Self {
+        Self {
+            entries: Vec::new(),
+            free: VecDeque::new(),
+            limit: limit.min(GrantId::INDICES),
+            live: 0,
+        }
+    }
+
+    /// Gives a grant; `None` when the limit is reached.
+    pub fn give(&mut self, room: RoomId, session: SessionId, access: Access) -> Option<GrantId> {
+        // New indices first, then the one that was free for the longest time: a late immediate of an earlier
+        // use must find another generation, and the longer an index rests the fewer are on their way.
+        let index = if (self.entries.len() as u32) < self.limit {
+            self.entries.push(Entry {
+                generation: 0,
+                given: None,
+            });
+            self.entries.len() as u32 - 1
+        } else {
+            self.free.pop_front()?
+        };
+        let entry = &mut self.entries[index as usize];
+        entry.given = Some(Given {
+            room,
+            session,
+            access,
+            fence: None,
+            released: None,
+        });
+        self.live += 1;
+        Some(GrantId::new(index, entry.generation))
+    }
+
+    /// The grant of this exact index and generation.
+    pub fn find(&self, id: GrantId) -> Option<&Given> {
+        let entry = self.entries.get(id.index() as usize)?;
+        entry
+            .given
+            .as_ref()
+            .filter(|_| entry.generation == id.generation())
+    }
+
+    pub fn find_mut(&mut self, id: GrantId) -> Option<&mut Given> {
+        let entry = self.entries.get_mut(id.index() as usize)?;
+        let generation = entry.generation;
+        entry.given.as_mut().filter(|_| generation == id.generation())
+    }
+
+    /// Frees the index of a quiescent grant.
+    pub fn free(&mut self, id: GrantId) {
+        let entry = &mut self.entries[id.index() as usize];
+        assert!(
+            entry.generation == id.generation() && entry.given.is_some(),
+            "a grant is freed once"
+        );
+        entry.given = None;
+        entry.generation = (entry.generation + 1) % GrantId::GENERATIONS;
+        self.free.push_back(id.index());
+        self.live -= 1;
+    }
+
+    pub fn len(&self) -> usize {
+        self.live
+    }
+
+    /// Every grant whose index is not free, in the order of indices.
+    pub fn iter(&self) -> impl Iterator<Item = (GrantId, &Given)> {
+        self.entries.iter().enumerate().filter_map(|(index, entry)| {
+            let given = entry.given.as_ref()?;
+            Some((GrantId::new(index as u32, entry.generation), given))
+        })
+    }
+}

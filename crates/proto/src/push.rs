@@ -1,0 +1,806 @@
+//! Push: the prefill side writes into pages that the decode side has granted.
+//!
+//! ```text
+//! decode (receiving)                     prefill (sending)
+//!   Grant    ─────────────────────────────▶   pages, for how long
+//!            ◀═════════════════════════════   writes with immediates, on any lane in any order
+//!            ◀─────────────────────────────   Finish: how many immediates to expect on each lane
+//!   Delivered ────────────────────────────▶   when the counts agree and the bytes are right
+//!
+//!   Cancel   ─────────────────────────────▶   either side, at any time
+//!            ◀─────────────────────────────   Release: no op under the grant is on its way any more
+//!
+//!            ◀── a lane goes down at both ends; LaneLost ──▶
+//!   Regrant  ─────────────────────────────▶   next attempt, new generation; counting begins again
+//!            ◀─────────────────────────────   Release of the old one, then everything again
+//! ```
+
+use std::sync::Arc;
+
+use crossdock_memory::{QuarantineReason, Until};
+use crossdock_transport::{Access, Direction, Fence, GrantId};
+
+use crate::end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
+use crate::message::{CancelWhy, MAX_LANES, Message, Released, RoomName, RoomOnWire};
+use crate::proto::{Action, Notice, Parked, PeerName, Proto, RoomId, SessionId, Start, Timer};
+use crate::room::{Finish, Moving, Receive, Receiving, Role, RoleKind, Room, RoomError, Send, Sending};
+use crate::session::TargetState;
+
+impl Proto {
+    /// Opens the decode end of a push: the peer may write these pages until the room ends.
+    pub fn receive(&mut self, now_ns: u64, receive: Receive) -> Result<RoomId, RoomError> {
+        self.now_ns = now_ns;
+        self.check_decode(receive.peer, receive.room, RoleKind::Receiving)?;
+        let id = self.add_room(Room {
+            name: receive.room,
+            peer: Some(receive.peer),
+            session: None,
+            deadline_ns: receive.deadline_ns,
+            end: None,
+            stage: Stage::Session,
+            moving: Moving::No,
+            role: Role::Receiving(Receiving {
+                pages: Some(receive.pages.grant()),
+                buffers: receive.buffers,
+                params: receive.params,
+                attempt: 0,
+                grant: None,
+                grants: Vec::new(),
+                arrivals: [0; MAX_LANES],
+                finish: None,
+            }),
+        })?;
+        self.begin_decode(id, receive.peer);
+        Ok(id)
+    }
+
+    /// Opens the prefill end of a push: waits for the decode side's grant, which may be here already.
+    pub fn send_room(&mut self, now_ns: u64, send: Send) -> Result<RoomId, RoomError> {
+        self.now_ns = now_ns;
+        self.check_prefill(send.room, RoleKind::Sending)?;
+        let id = self.add_room(Room {
+            name: send.room,
+            peer: None,
+            session: None,
+            deadline_ns: send.deadline_ns,
+            end: None,
+            stage: Stage::Grant,
+            moving: Moving::No,
+            role: Role::Sending(Sending {
+                pages: Some(send.pages),
+                attempt: 0,
+                grant: None,
+                owed: Vec::new(),
+                needs_regrant: false,
+                regrant: None,
+                remote_pages: Arc::new([]),
+                params: Arc::new([]),
+                down_lanes: 0,
+            }),
+        })?;
+        self.open.insert((RoleKind::Sending, send.room), id);
+        self.take_parked(RoleKind::Sending, send.room);
+        Ok(id)
+    }
+
+    /// All ops of a sending room's attempt have been posted, with this many immediates on each lane.
+    pub fn finish(&mut self, now_ns: u64, room: RoomId, arrivals: &[u32], aux: Vec<u8>) {
+        self.now_ns = now_ns;
+        let Some(r) = self.rooms.get_mut(&room) else {
+            return;
+        };
+        let (Role::Sending(s), None, Some(session)) = (&r.role, &r.end, r.session) else {
+            return;
+        };
+        // What was posted on a lane that went down is sent again under the next attempt; that one is finished.
+        if s.needs_regrant || s.regrant.is_some() || r.stage != Stage::Transfer {
+            return;
+        }
+        r.stage = Stage::Confirm;
+        let message = Message::Finish {
+            room: r.name,
+            attempt: s.attempt,
+            arrivals: arrivals.to_vec(),
+            aux,
+        };
+        self.send(session, &message);
+    }
+
+    /// An immediate of the KV kind arrived on a lane.
+    pub fn arrived(&mut self, now_ns: u64, session: SessionId, slot: u8, grant: GrantId) {
+        self.now_ns = now_ns;
+        let counted = match self.grants.find(grant) {
+            Some(given) if given.session == session => Some(given.room),
+            _ => None,
+        };
+        let Some((id, room)) = counted.and_then(|id| Some((id, self.rooms.get_mut(&id)?))) else {
+            self.counters.stale_arrivals += 1;
+            return;
+        };
+        match (&mut room.role, &room.end) {
+            (Role::Receiving(r), None) if r.grant == Some(grant) => {
+                self.counters.arrivals += 1;
+                r.arrivals[usize::from(slot) % MAX_LANES] += 1;
+                room.stage = Stage::Transfer;
+                if r.finish.is_some() {
+                    self.check_landed(id);
+                }
+            }
+            _ => self.counters.stale_arrivals += 1,
+        }
+    }
+
+    // --- decode end ------------------------------------------------------------------------------------------
+
+    /// Refuses what cannot become a decode end.
+    pub(crate) fn check_decode(
+        &self,
+        peer: PeerName,
+        name: RoomName,
+        kind: RoleKind,
+    ) -> Result<(), RoomError> {
+        self.has_room_for_more()?;
+        if let PeerName::Target(target) = peer
+            && !self.targets.contains_key(&target)
+        {
+            return Err(RoomError::UnknownPeer);
+        }
+        let open = self
+            .session_of(peer)
+            .is_some_and(|s| self.bound.contains_key(&(s, kind, name)));
+        let waits = self
+            .waiting
+            .iter()
+            .filter_map(|id| self.rooms.get(id))
+            .any(|room| room.peer == Some(peer) && room.name == name && room.role.kind() == kind);
+        match open || waits {
+            true => Err(RoomError::Duplicate { room: name }),
+            false => Ok(()),
+        }
+    }
+
+    /// Binds a decode end to its session, or lets it wait for one.
+    pub(crate) fn begin_decode(&mut self, id: RoomId, peer: PeerName) {
+        match self.session_of(peer) {
+            Some(session) => self.bind_decode(id, session),
+            None => match self.why_never(peer) {
+                Some(end) => self.end_room(id, end, None),
+                None => {
+                    self.waiting.insert(id);
+                }
+            },
+        }
+    }
+
+    /// Why there will be no session with a peer, if that is known.
+    fn why_never(&self, peer: PeerName) -> Option<End> {
+        let PeerName::Target(target) = peer else {
+            return None;
+        };
+        match &self.targets.get(&target)?.state {
+            TargetState::Refused(by, refusal) => Some(End::Refused {
+                by: *by,
+                why: RoomRefusal::Handshake(refusal.clone()),
+            }),
+            TargetState::Closed => Some(End::PeerLost {
+                cause: SessionEnd::ClosedHere,
+            }),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn bind_decode(&mut self, id: RoomId, session: SessionId) {
+        let Some(room) = self.rooms.get_mut(&id) else {
+            return;
+        };
+        let (name, kind) = (room.name, room.role.kind());
+        if self.bound.contains_key(&(session, kind, name)) {
+            let end = End::Refused {
+                by: Who::Here,
+                why: RoomRefusal::Mismatch,
+            };
+            return self.end_room(id, end, None);
+        }
+        room.session = Some(session);
+        room.stage = Stage::Grant;
+        self.bound.insert((session, kind, name), id);
+        if let Some(s) = self.sessions.get_mut(&session) {
+            s.rooms.insert(id);
+        }
+        match kind {
+            RoleKind::Receiving => self.grant_receiving(id, session, 0),
+            _ => self.want(id, session),
+        }
+    }
+
+    /// Grants the pages under a new name, and tells the sender.
+    fn grant_receiving(&mut self, id: RoomId, session: SessionId, attempt: u32) {
+        let Some(grant) = self.give(id, session, Access::Write) else {
+            let end = End::Refused {
+                by: Who::Here,
+                why: RoomRefusal::Busy,
+            };
+            return self.end_room(id, end, Some(CancelWhy::Busy));
+        };
+        let Some(room) = self.rooms.get_mut(&id) else {
+            return;
+        };
+        let Role::Receiving(r) = &mut room.role else {
+            return;
+        };
+        r.attempt = attempt;
+        r.grant = Some(grant);
+        r.grants.push(grant);
+        r.arrivals = [0; MAX_LANES];
+        r.finish = None;
+        self.act(Action::Grant {
+            session,
+            grant,
+            room: id,
+        });
+        let Some(room) = self.rooms.get(&id) else { return };
+        let Role::Receiving(r) = &room.role else { return };
+        let message = match attempt {
+            0 => Message::Grant {
+                room: room.name,
+                access: Access::Write,
+                attempt,
+                grant,
+                duration_ns: self.duration_ns(room),
+                params: r.params.clone(),
+                pages: r
+                    .pages
+                    .as_ref()
+                    .map(|pages| pages.ids().to_vec())
+                    .unwrap_or_default(),
+            },
+            _ => Message::Regrant {
+                room: room.name,
+                attempt,
+                grant,
+            },
+        };
+        self.send(session, &message);
+    }
+
+    /// The next attempt of a room whose bytes may have been lost with a lane.
+    pub(crate) fn regrant(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get(&id) else { return };
+        let (Role::Receiving(r), None, Some(session)) = (&room.role, &room.end, room.session) else {
+            return;
+        };
+        // Bytes that have all been counted need not come again.
+        if room.stage == Stage::Verify {
+            return;
+        }
+        let (old, attempt) = (r.grants.clone(), r.attempt + 1);
+        self.revoke_all(&old);
+        self.counters.further_attempts += 1;
+        self.grant_receiving(id, session, attempt);
+    }
+
+    pub(crate) fn on_finish(
+        &mut self,
+        session: SessionId,
+        name: RoomName,
+        attempt: u32,
+        arrivals: &[u32],
+        aux: Vec<u8>,
+    ) {
+        let Some(&id) = self.bound.get(&(session, RoleKind::Receiving, name)) else {
+            return;
+        };
+        if arrivals.len() > MAX_LANES {
+            let what = "finished with more lanes than there are";
+            return self.end_session(session, SessionEnd::Misbehaved { what });
+        }
+        let Some(Room {
+            role: Role::Receiving(r),
+            ..
+        }) = self.rooms.get_mut(&id)
+        else {
+            return;
+        };
+        // An earlier attempt's finish was on its way when the next one was agreed.
+        if attempt != r.attempt {
+            return;
+        }
+        let mut expected = [0; MAX_LANES];
+        expected[..arrivals.len()].copy_from_slice(arrivals);
+        r.finish = Some(Finish {
+            attempt,
+            arrivals: expected,
+            aux,
+        });
+        self.check_landed(id);
+    }
+
+    /// Whether everything that the sender has finished is here.
+    fn check_landed(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get(&id) else { return };
+        let (Role::Receiving(r), None, Some(session)) = (&room.role, &room.end, room.session) else {
+            return;
+        };
+        let (Some(finish), Some(current)) = (&r.finish, r.grant) else {
+            return;
+        };
+        if room.stage == Stage::Verify || finish.attempt != r.attempt {
+            return;
+        }
+        if r.arrivals
+            .iter()
+            .zip(&finish.arrivals)
+            .any(|(counted, expected)| counted > expected)
+        {
+            let what = "sent more immediates than it finished with";
+            return self.end_session(session, SessionEnd::Misbehaved { what });
+        }
+        let earlier_quiet = r
+            .grants
+            .iter()
+            .filter(|&&grant| grant != current)
+            .all(|&grant| self.grants.find(grant).is_none_or(|given| self.is_quiet(given)));
+        if r.arrivals != finish.arrivals || !earlier_quiet {
+            return;
+        }
+        // The sender posts nothing after its finish, and every op before it has been counted: the grant is over
+        // by the sender's own word and by the count.
+        if let Some(given) = self.grants.find_mut(current) {
+            given.released = Some(0);
+        }
+        let Some(Room {
+            role: Role::Receiving(r),
+            stage,
+            ..
+        }) = self.rooms.get_mut(&id)
+        else {
+            return;
+        };
+        *stage = Stage::Verify;
+        let aux = r
+            .finish
+            .as_mut()
+            .map(|finish| std::mem::take(&mut finish.aux))
+            .unwrap_or_default();
+        self.tell(Notice::Landed { room: id, aux });
+    }
+
+    pub(crate) fn accept_landed(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get(&id) else { return };
+        let (None, Stage::Verify, Some(session)) = (&room.end, room.stage, room.session) else {
+            return;
+        };
+        let (name, kind) = (room.name, room.role.kind());
+        if kind == RoleKind::Receiving {
+            self.send(session, &Message::Delivered { room: name });
+        }
+        self.end_room(id, End::Delivered, None);
+    }
+
+    pub(crate) fn receiving_ended(&mut self, id: RoomId) {
+        let now_ns = self.now_ns;
+        let Some(Room {
+            role: Role::Receiving(r),
+            ..
+        }) = self.rooms.get(&id)
+        else {
+            return;
+        };
+        let grants = r.grants.clone();
+        self.revoke_all(&grants);
+        let quiet = grants
+            .iter()
+            .all(|&g| self.grants.find(g).is_none_or(|given| self.is_quiet(given)));
+        if !quiet {
+            let peer = self.peer_name_of(id);
+            if let Some(Room {
+                role: Role::Receiving(r),
+                ..
+            }) = self.rooms.get_mut(&id)
+                && let Some(pages) = &mut r.pages
+            {
+                pages.quarantine(
+                    QuarantineReason {
+                        peer,
+                        until: Until::ReleaseOrDeath,
+                    },
+                    now_ns,
+                );
+            }
+        }
+        self.settle(id);
+    }
+
+    pub(crate) fn settle_receiving(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get(&id) else { return };
+        let Role::Receiving(r) = &room.role else { return };
+        if room.end.is_none() {
+            return self.check_landed(id);
+        }
+        let given = || r.grants.iter().filter_map(|&grant| self.grants.find(grant));
+        let quiet = given().all(|given| self.is_quiet(given));
+        let only_lanes = given()
+            .filter(|given| !self.is_quiet(given))
+            .all(|given| matches!(given.fence, Some(Fence::WhenDown)) || given.released.is_some());
+        let (now_ns, peer) = (self.now_ns, self.peer_name_of(id));
+        let Some(Room {
+            role: Role::Receiving(r),
+            ..
+        }) = self.rooms.get_mut(&id)
+        else {
+            return;
+        };
+        if quiet {
+            if let Some(pages) = r.pages.take() {
+                let pages = pages.come_home();
+                self.tell(Notice::Home { room: id, pages });
+            }
+        } else if let (true, Some(pages)) = (only_lanes, &mut r.pages) {
+            pages.quarantine(
+                QuarantineReason {
+                    peer,
+                    until: Until::LanesDown,
+                },
+                now_ns,
+            );
+        }
+        let Some(Room {
+            role: Role::Receiving(r),
+            ..
+        }) = self.rooms.get_mut(&id)
+        else {
+            return;
+        };
+        let mut grants = std::mem::take(&mut r.grants);
+        let free = self.free_quiescent(&mut grants);
+        let Some(Room {
+            role: Role::Receiving(r),
+            ..
+        }) = self.rooms.get_mut(&id)
+        else {
+            return;
+        };
+        r.grants = grants;
+        if free && r.pages.is_none() {
+            self.drop_room(id);
+        }
+    }
+
+    /// The peer has given a grant back.
+    pub(crate) fn on_released(&mut self, id: RoomId, grant: GrantId, delivered: bool) {
+        let Some(room) = self.rooms.get(&id) else { return };
+        match &room.role {
+            // Released before it was finished: the sender has given up, and its reason comes, or has come, as a
+            // Cancel. A grant of an earlier attempt is released in the ordinary course of things.
+            Role::Receiving(r)
+                if room.end.is_none() && r.grant == Some(grant) && room.stage != Stage::Verify =>
+            {
+                let end = End::Failed {
+                    by: Who::Peer,
+                    stage: room.stage,
+                    cause: Failure::AtPeer,
+                };
+                self.end_room(id, end, None);
+            }
+            Role::Serving(_) => self.served(id, delivered),
+            _ => {}
+        }
+        self.settle(id);
+    }
+
+    fn peer_name_of(&self, id: RoomId) -> Arc<str> {
+        let session = self.rooms.get(&id).and_then(|room| room.session);
+        match session.and_then(|session| self.sessions.get(&session)) {
+            Some(session) => session.name.clone(),
+            None => "no peer".into(),
+        }
+    }
+
+    // --- prefill end -----------------------------------------------------------------------------------------
+
+    pub(crate) fn check_prefill(&mut self, name: RoomName, kind: RoleKind) -> Result<(), RoomError> {
+        self.has_room_for_more()?;
+        let bound = self.bound.keys().any(|&(_, k, n)| k == kind && n == name);
+        if bound || self.open.contains_key(&(kind, name)) {
+            return Err(RoomError::Duplicate { room: name });
+        }
+        // Opened again on purpose: what is remembered of its earlier end no longer holds.
+        if self.ended_names.remove(&(kind, name)).is_some() {
+            self.ended.retain(|ended| *ended != (kind, name));
+        }
+        Ok(())
+    }
+
+    /// Lets a prefill end that was just opened meet a request that came before it.
+    pub(crate) fn take_parked(&mut self, kind: RoleKind, name: RoomName) {
+        let key = self
+            .parked
+            .keys()
+            .find(|(k, n, _)| *k == kind && *n == name)
+            .copied();
+        let Some(key) = key else { return };
+        let Some(parked) = self.parked.remove(&key) else {
+            return;
+        };
+        self.disarm(parked.expires_ns, Timer::Parked(key.0, key.1, key.2));
+        let left_ns = parked.expires_ns.saturating_sub(self.now_ns);
+        match parked.message {
+            Message::Grant {
+                room,
+                access,
+                attempt,
+                grant,
+                params,
+                pages,
+                ..
+            } => {
+                let message = Message::Grant {
+                    room,
+                    access,
+                    attempt,
+                    grant,
+                    duration_ns: left_ns,
+                    params,
+                    pages,
+                };
+                self.on_grant(key.2, message);
+            }
+            Message::Want { room, params, .. } => self.on_want(key.2, room, left_ns, params),
+            _ => {}
+        }
+    }
+
+    /// Keeps a request for a room that is not open here yet, or says why not.
+    pub(crate) fn park(&mut self, kind: RoleKind, name: RoomName, session: SessionId, message: Message) {
+        let (Message::Grant { duration_ns, .. } | Message::Want { duration_ns, .. }) = message else {
+            return;
+        };
+        let refusal = match self.ended_names.get(&(kind, name)) {
+            Some(&why) => Some(why),
+            None if self.parked.len() >= self.config.max_parked as usize => Some(CancelWhy::Busy),
+            None => None,
+        };
+        if let Some(why) = refusal {
+            let room = RoomOnWire {
+                name,
+                from_decode: false,
+            };
+            self.send(session, &Message::Cancel { room, why });
+            if let Message::Grant { grant, .. } = message {
+                self.release(session, &[grant], 0, false);
+            }
+            return;
+        }
+        let expires_ns = self.now_ns.saturating_add(duration_ns);
+        self.arm(expires_ns, Timer::Parked(kind, name, session));
+        self.parked
+            .insert((kind, name, session), Parked { message, expires_ns });
+    }
+
+    pub(crate) fn release(
+        &mut self,
+        session: SessionId,
+        grants: &[GrantId],
+        down_lanes: u16,
+        delivered: bool,
+    ) {
+        if !grants.is_empty() {
+            let released = grants
+                .iter()
+                .map(|&grant| Released { grant, down_lanes })
+                .collect();
+            self.send(session, &Message::Release { released, delivered });
+        }
+    }
+
+    /// A decode side grants us its pages (push), or a prefill side offers us its own (pull).
+    pub(crate) fn on_grant(&mut self, session: SessionId, message: Message) {
+        let Message::Grant {
+            room: name,
+            access,
+            attempt,
+            grant,
+            duration_ns,
+            params,
+            pages,
+        } = message
+        else {
+            return;
+        };
+        if access == Access::Read {
+            return self.on_offer(session, name, grant, params, pages);
+        }
+        let Some(id) = self.open.remove(&(RoleKind::Sending, name)) else {
+            let message = Message::Grant {
+                room: name,
+                access,
+                attempt,
+                grant,
+                duration_ns,
+                params,
+                pages,
+            };
+            return self.park(RoleKind::Sending, name, session, message);
+        };
+        // The writer stops earlier than the granter by the largest round trip, so that it does not start what
+        // the granter's clock will not let it end.
+        let rtt_ns = self
+            .sessions
+            .get(&session)
+            .map_or(0, |s| s.rtt_max_ns)
+            .min(duration_ns / 4);
+        let latest_ns = self.now_ns.saturating_add(duration_ns - rtt_ns);
+        let Some(room) = self.rooms.get_mut(&id) else {
+            return;
+        };
+        let deadline_ns = room.deadline_ns.min(latest_ns);
+        room.session = Some(session);
+        let Role::Sending(s) = &mut room.role else { return };
+        s.attempt = attempt;
+        s.remote_pages = pages.into();
+        s.params = params.into();
+        self.bound.insert((session, RoleKind::Sending, name), id);
+        if let Some(s) = self.sessions.get_mut(&session) {
+            s.rooms.insert(id);
+        }
+        self.move_deadline(id, deadline_ns);
+        self.start_sending(id, grant);
+    }
+
+    fn start_sending(&mut self, id: RoomId, grant: GrantId) {
+        let Some(room) = self.rooms.get_mut(&id) else {
+            return;
+        };
+        let (Role::Sending(s), Some(session)) = (&mut room.role, room.session) else {
+            return;
+        };
+        s.grant = Some(grant);
+        s.needs_regrant = false;
+        room.stage = Stage::Transfer;
+        room.moving = Moving::Yes;
+        let start = Start {
+            room: id,
+            session,
+            direction: Direction::Write,
+            grant,
+            attempt: s.attempt,
+            remote_pages: s.remote_pages.clone(),
+            params: s.params.clone(),
+        };
+        self.tell(Notice::Start(start));
+    }
+
+    pub(crate) fn on_delivered(&mut self, session: SessionId, name: RoomName) {
+        if let Some(&id) = self.bound.get(&(session, RoleKind::Sending, name)) {
+            // What arrived and was counted has left: whatever the ports here still have to say of it changes
+            // nothing for the receiver.
+            if let Some(Room {
+                role: Role::Sending(s),
+                ..
+            }) = self.rooms.get_mut(&id)
+            {
+                s.grant = None;
+            }
+            self.end_room(id, End::Delivered, None);
+        }
+    }
+
+    pub(crate) fn on_regrant(&mut self, session: SessionId, name: RoomName, attempt: u32, grant: GrantId) {
+        let Some(&id) = self.bound.get(&(session, RoleKind::Sending, name)) else {
+            let parked = self.parked.get_mut(&(RoleKind::Sending, name, session));
+            if let Some(Parked {
+                message: Message::Grant {
+                    attempt: a, grant: g, ..
+                },
+                ..
+            }) = parked
+            {
+                let old = std::mem::replace(g, grant);
+                *a = attempt;
+                return self.release(session, &[old], 0, false);
+            }
+            return self.release(session, &[grant], 0, false);
+        };
+        let Some(room) = self.rooms.get_mut(&id) else {
+            return;
+        };
+        let Role::Sending(s) = &mut room.role else { return };
+        if attempt <= s.attempt {
+            return self.end_session(
+                session,
+                SessionEnd::Misbehaved {
+                    what: "granted an earlier attempt again",
+                },
+            );
+        }
+        if let Some((_, skipped)) = s.regrant.replace((attempt, grant)) {
+            s.owed.push(skipped);
+        }
+        room.stage = Stage::Transfer;
+        self.stop_sending(id);
+    }
+
+    /// Notes that what this room has posted may be lost with a lane.
+    pub(crate) fn prefill_lost_lane(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get_mut(&id) else {
+            return;
+        };
+        let (Role::Sending(s), None) = (&mut room.role, &room.end) else {
+            return;
+        };
+        if s.grant.is_some() {
+            s.needs_regrant = true;
+            room.stage = Stage::Transfer;
+            self.stop_sending(id);
+        }
+    }
+
+    /// Stops an attempt, to begin the next when its last op has ended.
+    fn stop_sending(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get_mut(&id) else {
+            return;
+        };
+        match room.moving {
+            Moving::Yes => {
+                room.moving = Moving::Stopping;
+                self.act(Action::StopTransfer { room: id });
+                self.tell(Notice::Stop { room: id });
+            }
+            Moving::Stopping => {}
+            Moving::No => self.sending_drained(id),
+        }
+    }
+
+    /// No op of the room is at a port.
+    pub(crate) fn sending_drained(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get_mut(&id) else {
+            return;
+        };
+        let (Role::Sending(s), Some(session)) = (&mut room.role, room.session) else {
+            return;
+        };
+        if room.end.is_some() {
+            return self.settle_sending(id);
+        }
+        let Some((attempt, grant)) = s.regrant.take() else {
+            return;
+        };
+        s.owed.extend(s.grant.take());
+        s.attempt = attempt;
+        let (owed, down_lanes) = (std::mem::take(&mut s.owed), std::mem::take(&mut s.down_lanes));
+        self.release(session, &owed, down_lanes, false);
+        self.start_sending(id, grant);
+    }
+
+    pub(crate) fn sending_ended(&mut self, id: RoomId) {
+        let Some(Room {
+            role: Role::Sending(s),
+            ..
+        }) = self.rooms.get_mut(&id)
+        else {
+            return;
+        };
+        s.owed.extend(s.grant);
+        s.owed.extend(s.regrant.take().map(|(_, grant)| grant));
+        self.settle_sending(id);
+    }
+
+    /// Gives back what an ended room still holds, once nothing of it is on its way.
+    pub(crate) fn settle_sending(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get_mut(&id) else {
+            return;
+        };
+        if room.end.is_none() || room.moving != Moving::No {
+            return;
+        }
+        let Role::Sending(s) = &mut room.role else { return };
+        // Only now is the source memory no longer read.
+        s.pages = None;
+        let (owed, down_lanes) = (std::mem::take(&mut s.owed), s.down_lanes);
+        if let Some(session) = room.session {
+            self.release(session, &owed, down_lanes, false);
+        }
+        self.drop_room(id);
+        self.answer_held();
+    }
+}
