@@ -41,10 +41,7 @@ impl Auth {
             Side::Dialer => b"crossdock dialer",
             Side::Acceptor => b"crossdock acceptor",
         };
-        mac(
-            self.key(),
-            std::iter::once(label).chain(transcript.iter().copied()),
-        )
+        mac(self.key(), std::iter::once(label).chain(transcript.iter().copied()))
     }
 
     /// The key of one session, which neither side chose alone.
@@ -83,10 +80,7 @@ pub(crate) struct SessionKey([u8; 32]);
 impl SessionKey {
     pub fn lane_tags(&self, slot: u8, us: Side) -> LaneTags {
         let tag = |side: Side| mac(&self.0, [&b"lane"[..], &[slot], &side.byte()]);
-        LaneTags {
-            ours: tag(us),
-            theirs: tag(us.other()),
-        }
+        LaneTags { ours: tag(us), theirs: tag(us.other()) }
     }
 
     /// The tokens of the heartbeats that `us` sends and expects.

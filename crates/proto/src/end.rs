@@ -157,31 +157,24 @@ impl End {
             End::Delivered => "nothing to do",
             End::Cancelled { by: Who::Here } => "nothing to do: cancelled on request",
             End::Cancelled { by: Who::Peer } => "the other side gave the request up; drop it here too",
-            End::Expired {
-                stage: Stage::Session,
-                ..
-            } => "check that the peer runs and that its address is right",
-            End::Expired {
-                stage: Stage::Grant, ..
-            } => "the other side never opened this room: check the router, or allow more time",
+            End::Expired { stage: Stage::Session, .. } => {
+                "check that the peer runs and that its address is right"
+            }
+            End::Expired { stage: Stage::Grant, .. } => {
+                "the other side never opened this room: check the router, or allow more time"
+            }
             End::Expired { .. } => "allow more time, or send less at once",
             End::PeerLost { cause } => cause.advice(),
-            End::Refused {
-                why: RoomRefusal::Busy,
-                ..
-            } => "try again later, or raise the limit of rooms",
-            End::Refused {
-                why: RoomRefusal::Mismatch,
-                ..
-            } => "both sides must ask for the same tokens of the same request",
-            End::Refused {
-                why: RoomRefusal::Handshake(_),
-                ..
-            } => "start both sides with fitting configurations",
-            End::Failed {
-                cause: Failure::Checksum,
-                ..
-            } => "the bytes changed on their way: suspect memory, the NIC, or a writer outside this library",
+            End::Refused { why: RoomRefusal::Busy, .. } => "try again later, or raise the limit of rooms",
+            End::Refused { why: RoomRefusal::Mismatch, .. } => {
+                "both sides must ask for the same tokens of the same request"
+            }
+            End::Refused { why: RoomRefusal::Handshake(_), .. } => {
+                "start both sides with fitting configurations"
+            }
+            End::Failed { cause: Failure::Checksum, .. } => {
+                "the bytes changed on their way: suspect memory, the NIC, or a writer outside this library"
+            }
             End::Failed { .. } => "send the request again; look at the peer's log if it repeats",
         }
     }

@@ -39,24 +39,13 @@ impl Fingerprint {
             return Vec::new();
         }
         let find = |list: &[(String, String)], key: &str| {
-            list.iter()
-                .find(|(k, _)| k == key)
-                .map(|(_, value)| value.clone())
+            list.iter().find(|(k, _)| k == key).map(|(_, value)| value.clone())
         };
-        let mut keys: Vec<&str> = self
-            .0
-            .iter()
-            .chain(&theirs.0)
-            .map(|(key, _)| key.as_str())
-            .collect();
+        let mut keys: Vec<&str> = self.0.iter().chain(&theirs.0).map(|(key, _)| key.as_str()).collect();
         keys.sort_unstable();
         keys.dedup();
         keys.into_iter()
-            .map(|key| Difference {
-                key: key.into(),
-                ours: find(&self.0, key),
-                theirs: find(&theirs.0, key),
-            })
+            .map(|key| Difference { key: key.into(), ours: find(&self.0, key), theirs: find(&theirs.0, key) })
             .filter(|difference| difference.ours != difference.theirs)
             .collect()
     }
@@ -65,13 +54,7 @@ impl Fingerprint {
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let side = |value: &Option<String>| value.clone().unwrap_or_else(|| "nothing".into());
-        write!(
-            f,
-            "{} {} here, {} there",
-            self.key,
-            side(&self.ours),
-            side(&self.theirs)
-        )
+        write!(f, "{} {} here, {} there", self.key, side(&self.ours), side(&self.theirs))
     }
 }
 
@@ -100,10 +83,6 @@ mod tests {
 
     #[test]
     fn a_side_without_a_cache_fits_any() {
-        assert!(
-            print(&[("a", "1")])
-                .differences(&Fingerprint::default())
-                .is_empty()
-        );
+        assert!(print(&[("a", "1")]).differences(&Fingerprint::default()).is_empty());
     }
 }

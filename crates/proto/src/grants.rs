@@ -33,12 +33,7 @@ pub(crate) struct Given {
 
 impl Grants {
     pub fn new(limit: u32) -> Self {
-        Self {
-            entries: Vec::new(),
-            free: VecDeque::new(),
-            limit: limit.min(GrantId::INDICES),
-            live: 0,
-        }
+        Self { entries: Vec::new(), free: VecDeque::new(), limit: limit.min(GrantId::INDICES), live: 0 }
     }
 
     /// Gives a grant; `None` when the limit is reached.
@@ -46,22 +41,13 @@ impl Grants {
         // New indices first, then the one that was free for the longest time: a late immediate of an earlier
         // use must find another generation, and the longer an index rests the fewer are on their way.
         let index = if (self.entries.len() as u32) < self.limit {
-            self.entries.push(Entry {
-                generation: 0,
-                given: None,
-            });
+            self.entries.push(Entry { generation: 0, given: None });
             self.entries.len() as u32 - 1
         } else {
             self.free.pop_front()?
         };
         let entry = &mut self.entries[index as usize];
-        entry.given = Some(Given {
-            room,
-            session,
-            access,
-            fence: None,
-            released: None,
-        });
+        entry.given = Some(Given { room, session, access, fence: None, released: None });
         self.live += 1;
         Some(GrantId::new(index, entry.generation))
     }
@@ -69,10 +55,7 @@ impl Grants {
     /// The grant of this exact index and generation.
     pub fn find(&self, id: GrantId) -> Option<&Given> {
         let entry = self.entries.get(id.index() as usize)?;
-        entry
-            .given
-            .as_ref()
-            .filter(|_| entry.generation == id.generation())
+        entry.given.as_ref().filter(|_| entry.generation == id.generation())
     }
 
     pub fn find_mut(&mut self, id: GrantId) -> Option<&mut Given> {
@@ -84,10 +67,7 @@ impl Grants {
     /// Frees the index of a quiescent grant.
     pub fn free(&mut self, id: GrantId) {
         let entry = &mut self.entries[id.index() as usize];
-        assert!(
-            entry.generation == id.generation() && entry.given.is_some(),
-            "a grant is freed once"
-        );
+        assert!(entry.generation == id.generation() && entry.given.is_some(), "a grant is freed once");
         entry.given = None;
         entry.generation = (entry.generation + 1) % GrantId::GENERATIONS;
         self.free.push_back(id.index());

@@ -236,32 +236,19 @@ impl Message {
         w.u64(from.node);
         w.u64(from.incarnation);
         match self {
-            Message::Hello {
-                version_min,
-                version_max,
-                about,
-            } => {
+            Message::Hello { version_min, version_max, about } => {
                 w.u16(*version_min);
                 w.u16(*version_max);
                 put_about(&mut w, about);
             }
-            Message::Welcome {
-                version,
-                about,
-                proof,
-            } => {
+            Message::Welcome { version, about, proof } => {
                 w.u16(*version);
                 put_about(&mut w, about);
                 w.raw(proof);
             }
             Message::Prove { proof } => w.raw(proof),
             Message::Refuse { refusal } => put_refusal(&mut w, refusal),
-            Message::Setup {
-                lanes,
-                regions,
-                app,
-                held,
-            } => {
+            Message::Setup { lanes, regions, app, held } => {
                 w.u32(lanes.len() as u32);
                 for (slot, address) in lanes {
                     w.u8(*slot);
@@ -284,24 +271,12 @@ impl Message {
             Message::Ready | Message::Goodbye | Message::Restart => {}
             Message::Ping { stamp } | Message::Pong { stamp } => w.u64(*stamp),
             Message::LaneLost { slot } => w.u8(*slot),
-            Message::Want {
-                room,
-                duration_ns,
-                params,
-            } => {
+            Message::Want { room, duration_ns, params } => {
                 put_room(&mut w, *room);
                 w.u64(*duration_ns);
                 w.bytes(params);
             }
-            Message::Grant {
-                room,
-                access,
-                attempt,
-                grant,
-                duration_ns,
-                params,
-                pages,
-            } => {
+            Message::Grant { room, access, attempt, grant, duration_ns, params, pages } => {
                 put_room(&mut w, *room);
                 w.u8(matches!(access, Access::Write) as u8);
                 w.u32(*attempt);
@@ -315,12 +290,7 @@ impl Message {
                 w.u32(*attempt);
                 w.u32(grant.bits());
             }
-            Message::Finish {
-                room,
-                attempt,
-                arrivals,
-                aux,
-            } => {
+            Message::Finish { room, attempt, arrivals, aux } => {
                 put_room(&mut w, *room);
                 w.u32(*attempt);
                 w.u32s(arrivals);
@@ -348,16 +318,10 @@ impl Message {
         let mut r = Reader(frame);
         let magic = r.u16("magic")?;
         if magic != MAGIC {
-            return Err(DecodeError::BadValue {
-                field: "magic",
-                value: magic.into(),
-            });
+            return Err(DecodeError::BadValue { field: "magic", value: magic.into() });
         }
         let kind = r.u16("kind")?;
-        let from = Identity {
-            node: r.u64("node")?,
-            incarnation: r.u64("incarnation")?,
-        };
+        let from = Identity { node: r.u64("node")?, incarnation: r.u64("incarnation")? };
         let message = match kind {
             1 => Message::Hello {
                 version_min: r.u16("version_min")?,
@@ -369,26 +333,16 @@ impl Message {
                 about: take_about(&mut r)?,
                 proof: r.array("proof")?,
             },
-            3 => Message::Prove {
-                proof: r.array("proof")?,
-            },
-            4 => Message::Refuse {
-                refusal: take_refusal(&mut r)?,
-            },
+            3 => Message::Prove { proof: r.array("proof")? },
+            4 => Message::Refuse { refusal: take_refusal(&mut r)? },
             5 => Message::Setup {
                 lanes: r.list(5, "lanes", |r| {
                     let slot = r.u8("slot")?;
                     if usize::from(slot) >= MAX_LANES {
-                        return Err(DecodeError::BadValue {
-                            field: "slot",
-                            value: slot.into(),
-                        });
+                        return Err(DecodeError::BadValue { field: "slot", value: slot.into() });
                     }
-                    let address =
-                        LaneAddress::new(&r.bytes("lane address")?).map_err(|_| DecodeError::BadValue {
-                            field: "lane address",
-                            value: 0,
-                        })?;
+                    let address = LaneAddress::new(&r.bytes("lane address")?)
+                        .map_err(|_| DecodeError::BadValue { field: "lane address", value: 0 })?;
                     Ok((slot, address))
                 })?,
                 regions: r.list(16, "regions", |r| {
@@ -397,11 +351,8 @@ impl Message {
                         bytes: r.u64("region bytes")?,
                         keys: r.list(5, "keys", |r| {
                             let rail = r.u8("rail")?;
-                            let key =
-                                RemoteKey::new(&r.bytes("key")?).map_err(|_| DecodeError::BadValue {
-                                    field: "key",
-                                    value: 0,
-                                })?;
+                            let key = RemoteKey::new(&r.bytes("key")?)
+                                .map_err(|_| DecodeError::BadValue { field: "key", value: 0 })?;
                             Ok((rail, key))
                         })?,
                     })
@@ -412,12 +363,8 @@ impl Message {
             6 => Message::Ready,
             7 => Message::Goodbye,
             8 => Message::Restart,
-            9 => Message::Ping {
-                stamp: r.u64("stamp")?,
-            },
-            10 => Message::Pong {
-                stamp: r.u64("stamp")?,
-            },
+            9 => Message::Ping { stamp: r.u64("stamp")? },
+            10 => Message::Pong { stamp: r.u64("stamp")? },
             11 => Message::LaneLost { slot: r.u8("slot")? },
             12 => Message::Want {
                 room: take_room(&mut r)?,
@@ -426,11 +373,7 @@ impl Message {
             },
             13 => Message::Grant {
                 room: take_room(&mut r)?,
-                access: if r.flag("access")? {
-                    Access::Write
-                } else {
-                    Access::Read
-                },
+                access: if r.flag("access")? { Access::Write } else { Access::Read },
                 attempt: r.u32("attempt")?,
                 grant: take_grant(&mut r)?,
                 duration_ns: r.u64("duration")?,
@@ -448,30 +391,19 @@ impl Message {
                 arrivals: r.u32s("arrivals")?,
                 aux: r.bytes("aux")?,
             },
-            16 => Message::Delivered {
-                room: take_room(&mut r)?,
-            },
+            16 => Message::Delivered { room: take_room(&mut r)? },
             17 => Message::Cancel {
-                room: RoomOnWire {
-                    name: take_room(&mut r)?,
-                    from_decode: r.flag("from_decode")?,
-                },
+                room: RoomOnWire { name: take_room(&mut r)?, from_decode: r.flag("from_decode")? },
                 why: take_why(&mut r)?,
             },
             18 => Message::Release {
                 delivered: r.flag("delivered")?,
                 released: r.list(6, "released", |r| {
-                    Ok(Released {
-                        grant: take_grant(r)?,
-                        down_lanes: r.u16("down_lanes")?,
-                    })
+                    Ok(Released { grant: take_grant(r)?, down_lanes: r.u16("down_lanes")? })
                 })?,
             },
             value => {
-                return Err(DecodeError::BadValue {
-                    field: "kind",
-                    value: value.into(),
-                });
+                return Err(DecodeError::BadValue { field: "kind", value: value.into() });
             }
         };
         r.end()?;
@@ -508,19 +440,13 @@ fn put_room(w: &mut Writer<'_>, room: RoomName) {
 }
 
 fn take_room(r: &mut Reader<'_>) -> Result<RoomName, DecodeError> {
-    Ok(RoomName {
-        room: r.u64("room")?,
-        use_count: r.u32("use count")?,
-    })
+    Ok(RoomName { room: r.u64("room")?, use_count: r.u32("use count")? })
 }
 
 fn take_grant(r: &mut Reader<'_>) -> Result<GrantId, DecodeError> {
     let bits = r.u32("grant")?;
     if bits >> 30 != 0 {
-        return Err(DecodeError::BadValue {
-            field: "grant",
-            value: bits.into(),
-        });
+        return Err(DecodeError::BadValue { field: "grant", value: bits.into() });
     }
     Ok(GrantId::from_bits(bits))
 }
@@ -531,10 +457,7 @@ fn take_why(r: &mut Reader<'_>) -> Result<CancelWhy, DecodeError> {
     [Cancelled, Expired, Busy, Failed, Corrupt, Mismatch]
         .into_iter()
         .find(|why| *why as u8 == value)
-        .ok_or(DecodeError::BadValue {
-            field: "why",
-            value: value.into(),
-        })
+        .ok_or(DecodeError::BadValue { field: "why", value: value.into() })
 }
 
 fn put_about(w: &mut Writer<'_>, about: &About) {
@@ -578,16 +501,9 @@ fn take_about(r: &mut Reader<'_>) -> Result<About, DecodeError> {
 
 fn put_refusal(w: &mut Writer<'_>, refusal: &Refusal) {
     match refusal {
-        Refusal::Version {
-            here_min,
-            here_max,
-            there_min,
-            there_max,
-        } => {
+        Refusal::Version { here_min, here_max, there_min, there_max } => {
             w.u8(1);
-            [here_min, here_max, there_min, there_max]
-                .into_iter()
-                .for_each(|v| w.u16(*v));
+            [here_min, here_max, there_min, there_max].into_iter().for_each(|v| w.u16(*v));
         }
         Refusal::NotAuthentic => w.u8(2),
         Refusal::AuthMismatch => w.u8(3),
@@ -629,23 +545,13 @@ fn take_refusal(r: &mut Reader<'_>) -> Result<Refusal, DecodeError> {
                 let text = r.text("value")?;
                 Ok(stated.then_some(text))
             };
-            Ok(Difference {
-                key,
-                ours: side()?,
-                theirs: side()?,
-            })
+            Ok(Difference { key, ours: side()?, theirs: side()? })
         })?),
-        5 => Refusal::NoRail {
-            here: r.text("here")?,
-            there: r.text("there")?,
-        },
+        5 => Refusal::NoRail { here: r.text("here")?, there: r.text("there")? },
         6 => Refusal::Busy,
         7 => Refusal::Duplicate,
         value => {
-            return Err(DecodeError::BadValue {
-                field: "refusal",
-                value: value.into(),
-            });
+            return Err(DecodeError::BadValue { field: "refusal", value: value.into() });
         }
     })
 }
@@ -654,12 +560,7 @@ impl Refusal {
     /// The same refusal as the other side sees it: here and there change places.
     pub fn seen_from_there(&self) -> Refusal {
         match self.clone() {
-            Refusal::Version {
-                here_min,
-                here_max,
-                there_min,
-                there_max,
-            } => Refusal::Version {
+            Refusal::Version { here_min, here_max, there_min, there_max } => Refusal::Version {
                 here_min: there_min,
                 here_max: there_max,
                 there_min: here_min,
@@ -668,17 +569,10 @@ impl Refusal {
             Refusal::Fingerprint(differences) => Refusal::Fingerprint(
                 differences
                     .into_iter()
-                    .map(|d| Difference {
-                        key: d.key,
-                        ours: d.theirs,
-                        theirs: d.ours,
-                    })
+                    .map(|d| Difference { key: d.key, ours: d.theirs, theirs: d.ours })
                     .collect(),
             ),
-            Refusal::NoRail { here, there } => Refusal::NoRail {
-                here: there,
-                there: here,
-            },
+            Refusal::NoRail { here, there } => Refusal::NoRail { here: there, there: here },
             same => same,
         }
     }

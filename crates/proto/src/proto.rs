@@ -444,21 +444,14 @@ impl Proto {
     /// The bytes of a landed room are not those that were sent.
     pub fn reject(&mut self, now_ns: u64, room: RoomId) {
         self.now_ns = now_ns;
-        let end = End::Failed {
-            by: Who::Here,
-            stage: Stage::Verify,
-            cause: Failure::Checksum,
-        };
+        let end = End::Failed { by: Who::Here, stage: Stage::Verify, cause: Failure::Checksum };
         self.end_room(room, end, Some(CancelWhy::Corrupt));
     }
 
     /// The two sides of a room do not ask for the same: nothing can be planned.
     pub fn mismatch(&mut self, now_ns: u64, room: RoomId) {
         self.now_ns = now_ns;
-        let end = End::Refused {
-            by: Who::Here,
-            why: crate::RoomRefusal::Mismatch,
-        };
+        let end = End::Refused { by: Who::Here, why: crate::RoomRefusal::Mismatch };
         self.end_room(room, end, Some(CancelWhy::Mismatch));
     }
 
@@ -466,11 +459,7 @@ impl Proto {
     pub fn room_failed(&mut self, now_ns: u64, room: RoomId, error: Error) {
         self.now_ns = now_ns;
         let stage = self.rooms.get(&room).map_or(Stage::Grant, |r| r.stage);
-        let end = End::Failed {
-            by: Who::Here,
-            stage,
-            cause: Failure::Port(error),
-        };
+        let end = End::Failed { by: Who::Here, stage, cause: Failure::Port(error) };
         self.end_room(room, end, Some(CancelWhy::Failed));
     }
 
@@ -525,10 +514,7 @@ impl Proto {
         message.encode(self.config.identity, &mut frame);
         self.counters.messages_out += 1;
         self.counters.control_bytes_out += frame.len() as u64;
-        self.actions.push_back(Action::Send {
-            link,
-            frame: frame.clone(),
-        });
+        self.actions.push_back(Action::Send { link, frame: frame.clone() });
         frame
     }
 
@@ -566,9 +552,7 @@ impl Proto {
     pub(crate) fn has_room_for_more(&self) -> Result<(), RoomError> {
         match self.rooms.len() < self.config.max_rooms as usize {
             true => Ok(()),
-            false => Err(RoomError::Limit {
-                limit: self.config.max_rooms,
-            }),
+            false => Err(RoomError::Limit { limit: self.config.max_rooms }),
         }
     }
 
@@ -587,10 +571,7 @@ impl Proto {
 
     fn room_overdue(&mut self, room: RoomId) {
         let Some(r) = self.rooms.get(&room) else { return };
-        let end = End::Expired {
-            by: Who::Here,
-            stage: r.stage,
-        };
+        let end = End::Expired { by: Who::Here, stage: r.stage };
         self.end_room(room, end, Some(CancelWhy::Expired));
     }
 
@@ -630,10 +611,7 @@ impl Proto {
         }
         self.tell(Notice::Stop { room: id });
         if let (Some(session), Some(why)) = (session, why) {
-            let room = RoomOnWire {
-                name,
-                from_decode: kind.is_decode(),
-            };
+            let room = RoomOnWire { name, from_decode: kind.is_decode() };
             self.send(session, &Message::Cancel { room, why });
         }
         self.tell(Notice::Ended { room: id, end });
@@ -673,10 +651,7 @@ impl Proto {
         let Some(session) = self.sessions.get(&given.session) else {
             return true;
         };
-        if given
-            .released
-            .is_some_and(|mask| session.down_mask() & mask == mask & session.slot_mask())
-        {
+        if given.released.is_some_and(|mask| session.down_mask() & mask == mask & session.slot_mask()) {
             return true;
         }
         match (given.access, given.fence) {
@@ -692,9 +667,8 @@ impl Proto {
         let Some(session) = self.sessions.get(&given.session) else {
             return true;
         };
-        let released = given
-            .released
-            .is_some_and(|mask| session.down_mask() & mask == mask & session.slot_mask());
+        let released =
+            given.released.is_some_and(|mask| session.down_mask() & mask == mask & session.slot_mask());
         given.fence.is_some() && (released || session.all_down())
     }
 
@@ -754,24 +728,10 @@ impl Proto {
         match why {
             CancelWhy::Cancelled => End::Cancelled { by },
             CancelWhy::Expired => End::Expired { by, stage },
-            CancelWhy::Busy => End::Refused {
-                by,
-                why: crate::RoomRefusal::Busy,
-            },
-            CancelWhy::Mismatch => End::Refused {
-                by,
-                why: crate::RoomRefusal::Mismatch,
-            },
-            CancelWhy::Failed => End::Failed {
-                by,
-                stage,
-                cause: Failure::AtPeer,
-            },
-            CancelWhy::Corrupt => End::Failed {
-                by,
-                stage: Stage::Verify,
-                cause: Failure::Checksum,
-            },
+            CancelWhy::Busy => End::Refused { by, why: crate::RoomRefusal::Busy },
+            CancelWhy::Mismatch => End::Refused { by, why: crate::RoomRefusal::Mismatch },
+            CancelWhy::Failed => End::Failed { by, stage, cause: Failure::AtPeer },
+            CancelWhy::Corrupt => End::Failed { by, stage: Stage::Verify, cause: Failure::Checksum },
         }
     }
 }

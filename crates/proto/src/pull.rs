@@ -89,11 +89,8 @@ impl Proto {
     pub(crate) fn want(&mut self, id: RoomId, session: SessionId) {
         let Some(room) = self.rooms.get(&id) else { return };
         let Role::Fetching(f) = &room.role else { return };
-        let message = Message::Want {
-            room: room.name,
-            duration_ns: self.duration_ns(room),
-            params: f.params.clone(),
-        };
+        let message =
+            Message::Want { room: room.name, duration_ns: self.duration_ns(room), params: f.params.clone() };
         self.send(session, &message);
     }
 
@@ -106,11 +103,7 @@ impl Proto {
         pages: Vec<u32>,
     ) {
         let id = self.bound.get(&(session, RoleKind::Fetching, name)).copied();
-        let Some(Room {
-            role: Role::Fetching(f),
-            ..
-        }) = id.and_then(|id| self.rooms.get_mut(&id))
-        else {
+        let Some(Room { role: Role::Fetching(f), .. }) = id.and_then(|id| self.rooms.get_mut(&id)) else {
             // The room has ended here since it was asked for.
             return self.release(session, &[grant], 0, false);
         };
@@ -200,11 +193,7 @@ impl Proto {
 
     pub(crate) fn on_want(&mut self, session: SessionId, name: RoomName, duration_ns: u64, params: Vec<u8>) {
         let Some(id) = self.open.remove(&(RoleKind::Serving, name)) else {
-            let message = Message::Want {
-                room: name,
-                duration_ns,
-                params,
-            };
+            let message = Message::Want { room: name, duration_ns, params };
             return self.park(RoleKind::Serving, name, session, message);
         };
         let Some(room) = self.rooms.get_mut(&id) else {
@@ -216,10 +205,7 @@ impl Proto {
             s.rooms.insert(id);
         }
         let Some(grant) = self.give(id, session, Access::Read) else {
-            let end = End::Refused {
-                by: Who::Here,
-                why: RoomRefusal::Busy,
-            };
+            let end = End::Refused { by: Who::Here, why: RoomRefusal::Busy };
             return self.end_room(id, end, Some(CancelWhy::Busy));
         };
         if let Some(room) = self.rooms.get_mut(&id) {
@@ -228,11 +214,7 @@ impl Proto {
                 s.grant = Some(grant);
             }
         }
-        self.act(Action::Grant {
-            session,
-            grant,
-            room: id,
-        });
+        self.act(Action::Grant { session, grant, room: id });
         let Some(room) = self.rooms.get(&id) else { return };
         let Role::Serving(s) = &room.role else { return };
         let message = Message::Grant {
@@ -242,11 +224,7 @@ impl Proto {
             grant,
             duration_ns: self.duration_ns(room),
             params: s.params.clone(),
-            pages: s
-                .pages
-                .as_ref()
-                .map(|pages| pages.ids().to_vec())
-                .unwrap_or_default(),
+            pages: s.pages.as_ref().map(|pages| pages.ids().to_vec()).unwrap_or_default(),
         };
         self.send(session, &message);
     }
@@ -300,11 +278,7 @@ impl Proto {
     }
 
     fn drop_serving(&mut self, id: RoomId) {
-        if let Some(Room {
-            role: Role::Serving(s),
-            ..
-        }) = self.rooms.get_mut(&id)
-        {
+        if let Some(Room { role: Role::Serving(s), .. }) = self.rooms.get_mut(&id) {
             s.pages = None;
             s.grant = None;
         }

@@ -97,12 +97,7 @@ impl Proto {
             return;
         }
         r.stage = Stage::Confirm;
-        let message = Message::Finish {
-            room: r.name,
-            attempt: s.attempt,
-            arrivals: arrivals.to_vec(),
-            aux,
-        };
+        let message = Message::Finish { room: r.name, attempt: s.attempt, arrivals: arrivals.to_vec(), aux };
         self.send(session, &message);
     }
 
@@ -145,9 +140,7 @@ impl Proto {
         {
             return Err(RoomError::UnknownPeer);
         }
-        let open = self
-            .session_of(peer)
-            .is_some_and(|s| self.bound.contains_key(&(s, kind, name)));
+        let open = self.session_of(peer).is_some_and(|s| self.bound.contains_key(&(s, kind, name)));
         let waits = self
             .waiting
             .iter()
@@ -178,13 +171,10 @@ impl Proto {
             return None;
         };
         match &self.targets.get(&target)?.state {
-            TargetState::Refused(by, refusal) => Some(End::Refused {
-                by: *by,
-                why: RoomRefusal::Handshake(refusal.clone()),
-            }),
-            TargetState::Closed => Some(End::PeerLost {
-                cause: SessionEnd::ClosedHere,
-            }),
+            TargetState::Refused(by, refusal) => {
+                Some(End::Refused { by: *by, why: RoomRefusal::Handshake(refusal.clone()) })
+            }
+            TargetState::Closed => Some(End::PeerLost { cause: SessionEnd::ClosedHere }),
             _ => None,
         }
     }
@@ -195,10 +185,7 @@ impl Proto {
         };
         let (name, kind) = (room.name, room.role.kind());
         if self.bound.contains_key(&(session, kind, name)) {
-            let end = End::Refused {
-                by: Who::Here,
-                why: RoomRefusal::Mismatch,
-            };
+            let end = End::Refused { by: Who::Here, why: RoomRefusal::Mismatch };
             return self.end_room(id, end, None);
         }
         room.session = Some(session);
@@ -216,10 +203,7 @@ impl Proto {
     /// Grants the pages under a new name, and tells the sender.
     fn grant_receiving(&mut self, id: RoomId, session: SessionId, attempt: u32) {
         let Some(grant) = self.give(id, session, Access::Write) else {
-            let end = End::Refused {
-                by: Who::Here,
-                why: RoomRefusal::Busy,
-            };
+            let end = End::Refused { by: Who::Here, why: RoomRefusal::Busy };
             return self.end_room(id, end, Some(CancelWhy::Busy));
         };
         let Some(room) = self.rooms.get_mut(&id) else {
@@ -233,11 +217,7 @@ impl Proto {
         r.grants.push(grant);
         r.arrivals = [0; MAX_LANES];
         r.finish = None;
-        self.act(Action::Grant {
-            session,
-            grant,
-            room: id,
-        });
+        self.act(Action::Grant { session, grant, room: id });
         let Some(room) = self.rooms.get(&id) else { return };
         let Role::Receiving(r) = &room.role else { return };
         let message = match attempt {
@@ -248,17 +228,9 @@ impl Proto {
                 grant,
                 duration_ns: self.duration_ns(room),
                 params: r.params.clone(),
-                pages: r
-                    .pages
-                    .as_ref()
-                    .map(|pages| pages.ids().to_vec())
-                    .unwrap_or_default(),
+                pages: r.pages.as_ref().map(|pages| pages.ids().to_vec()).unwrap_or_default(),
             },
-            _ => Message::Regrant {
-                room: room.name,
-                attempt,
-                grant,
-            },
+            _ => Message::Regrant { room: room.name, attempt, grant },
         };
         self.send(session, &message);
     }
@@ -294,11 +266,7 @@ impl Proto {
             let what = "finished with more lanes than there are";
             return self.end_session(session, SessionEnd::Misbehaved { what });
         }
-        let Some(Room {
-            role: Role::Receiving(r),
-            ..
-        }) = self.rooms.get_mut(&id)
-        else {
+        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else {
             return;
         };
         // An earlier attempt's finish was on its way when the next one was agreed.
@@ -307,11 +275,7 @@ impl Proto {
         }
         let mut expected = [0; MAX_LANES];
         expected[..arrivals.len()].copy_from_slice(arrivals);
-        r.finish = Some(Finish {
-            attempt,
-            arrivals: expected,
-            aux,
-        });
+        r.finish = Some(Finish { attempt, arrivals: expected, aux });
         self.check_landed(id);
     }
 
@@ -327,11 +291,7 @@ impl Proto {
         if room.stage == Stage::Verify || finish.attempt != r.attempt {
             return;
         }
-        if r.arrivals
-            .iter()
-            .zip(&finish.arrivals)
-            .any(|(counted, expected)| counted > expected)
-        {
+        if r.arrivals.iter().zip(&finish.arrivals).any(|(counted, expected)| counted > expected) {
             let what = "sent more immediates than it finished with";
             return self.end_session(session, SessionEnd::Misbehaved { what });
         }
@@ -348,20 +308,11 @@ impl Proto {
         if let Some(given) = self.grants.find_mut(current) {
             given.released = Some(0);
         }
-        let Some(Room {
-            role: Role::Receiving(r),
-            stage,
-            ..
-        }) = self.rooms.get_mut(&id)
-        else {
+        let Some(Room { role: Role::Receiving(r), stage, .. }) = self.rooms.get_mut(&id) else {
             return;
         };
         *stage = Stage::Verify;
-        let aux = r
-            .finish
-            .as_mut()
-            .map(|finish| std::mem::take(&mut finish.aux))
-            .unwrap_or_default();
+        let aux = r.finish.as_mut().map(|finish| std::mem::take(&mut finish.aux)).unwrap_or_default();
         self.tell(Notice::Landed { room: id, aux });
     }
 
@@ -379,33 +330,18 @@ impl Proto {
 
     pub(crate) fn receiving_ended(&mut self, id: RoomId) {
         let now_ns = self.now_ns;
-        let Some(Room {
-            role: Role::Receiving(r),
-            ..
-        }) = self.rooms.get(&id)
-        else {
+        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get(&id) else {
             return;
         };
         let grants = r.grants.clone();
         self.revoke_all(&grants);
-        let quiet = grants
-            .iter()
-            .all(|&g| self.grants.find(g).is_none_or(|given| self.is_quiet(given)));
+        let quiet = grants.iter().all(|&g| self.grants.find(g).is_none_or(|given| self.is_quiet(given)));
         if !quiet {
             let peer = self.peer_name_of(id);
-            if let Some(Room {
-                role: Role::Receiving(r),
-                ..
-            }) = self.rooms.get_mut(&id)
+            if let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id)
                 && let Some(pages) = &mut r.pages
             {
-                pages.quarantine(
-                    QuarantineReason {
-                        peer,
-                        until: Until::ReleaseOrDeath,
-                    },
-                    now_ns,
-                );
+                pages.quarantine(QuarantineReason { peer, until: Until::ReleaseOrDeath }, now_ns);
             }
         }
         self.settle(id);
@@ -423,11 +359,7 @@ impl Proto {
             .filter(|given| !self.is_quiet(given))
             .all(|given| matches!(given.fence, Some(Fence::WhenDown)) || given.released.is_some());
         let (now_ns, peer) = (self.now_ns, self.peer_name_of(id));
-        let Some(Room {
-            role: Role::Receiving(r),
-            ..
-        }) = self.rooms.get_mut(&id)
-        else {
+        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else {
             return;
         };
         if quiet {
@@ -436,28 +368,14 @@ impl Proto {
                 self.tell(Notice::Home { room: id, pages });
             }
         } else if let (true, Some(pages)) = (only_lanes, &mut r.pages) {
-            pages.quarantine(
-                QuarantineReason {
-                    peer,
-                    until: Until::LanesDown,
-                },
-                now_ns,
-            );
+            pages.quarantine(QuarantineReason { peer, until: Until::LanesDown }, now_ns);
         }
-        let Some(Room {
-            role: Role::Receiving(r),
-            ..
-        }) = self.rooms.get_mut(&id)
-        else {
+        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else {
             return;
         };
         let mut grants = std::mem::take(&mut r.grants);
         let free = self.free_quiescent(&mut grants);
-        let Some(Room {
-            role: Role::Receiving(r),
-            ..
-        }) = self.rooms.get_mut(&id)
-        else {
+        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else {
             return;
         };
         r.grants = grants;
@@ -475,11 +393,7 @@ impl Proto {
             Role::Receiving(r)
                 if room.end.is_none() && r.grant == Some(grant) && room.stage != Stage::Verify =>
             {
-                let end = End::Failed {
-                    by: Who::Peer,
-                    stage: room.stage,
-                    cause: Failure::AtPeer,
-                };
+                let end = End::Failed { by: Who::Peer, stage: room.stage, cause: Failure::AtPeer };
                 self.end_room(id, end, None);
             }
             Role::Serving(_) => self.served(id, delivered),
@@ -513,11 +427,7 @@ impl Proto {
 
     /// Lets a prefill end that was just opened meet a request that came before it.
     pub(crate) fn take_parked(&mut self, kind: RoleKind, name: RoomName) {
-        let key = self
-            .parked
-            .keys()
-            .find(|(k, n, _)| *k == kind && *n == name)
-            .copied();
+        let key = self.parked.keys().find(|(k, n, _)| *k == kind && *n == name).copied();
         let Some(key) = key else { return };
         let Some(parked) = self.parked.remove(&key) else {
             return;
@@ -525,24 +435,9 @@ impl Proto {
         self.disarm(parked.expires_ns, Timer::Parked(key.0, key.1, key.2));
         let left_ns = parked.expires_ns.saturating_sub(self.now_ns);
         match parked.message {
-            Message::Grant {
-                room,
-                access,
-                attempt,
-                grant,
-                params,
-                pages,
-                ..
-            } => {
-                let message = Message::Grant {
-                    room,
-                    access,
-                    attempt,
-                    grant,
-                    duration_ns: left_ns,
-                    params,
-                    pages,
-                };
+            Message::Grant { room, access, attempt, grant, params, pages, .. } => {
+                let message =
+                    Message::Grant { room, access, attempt, grant, duration_ns: left_ns, params, pages };
                 self.on_grant(key.2, message);
             }
             Message::Want { room, params, .. } => self.on_want(key.2, room, left_ns, params),
@@ -561,10 +456,7 @@ impl Proto {
             None => None,
         };
         if let Some(why) = refusal {
-            let room = RoomOnWire {
-                name,
-                from_decode: false,
-            };
+            let room = RoomOnWire { name, from_decode: false };
             self.send(session, &Message::Cancel { room, why });
             if let Message::Grant { grant, .. } = message {
                 self.release(session, &[grant], 0, false);
@@ -573,8 +465,7 @@ impl Proto {
         }
         let expires_ns = self.now_ns.saturating_add(duration_ns);
         self.arm(expires_ns, Timer::Parked(kind, name, session));
-        self.parked
-            .insert((kind, name, session), Parked { message, expires_ns });
+        self.parked.insert((kind, name, session), Parked { message, expires_ns });
     }
 
     pub(crate) fn release(
@@ -585,25 +476,14 @@ impl Proto {
         delivered: bool,
     ) {
         if !grants.is_empty() {
-            let released = grants
-                .iter()
-                .map(|&grant| Released { grant, down_lanes })
-                .collect();
+            let released = grants.iter().map(|&grant| Released { grant, down_lanes }).collect();
             self.send(session, &Message::Release { released, delivered });
         }
     }
 
     /// A decode side grants us its pages (push), or a prefill side offers us its own (pull).
     pub(crate) fn on_grant(&mut self, session: SessionId, message: Message) {
-        let Message::Grant {
-            room: name,
-            access,
-            attempt,
-            grant,
-            duration_ns,
-            params,
-            pages,
-        } = message
+        let Message::Grant { room: name, access, attempt, grant, duration_ns, params, pages } = message
         else {
             return;
         };
@@ -611,24 +491,12 @@ impl Proto {
             return self.on_offer(session, name, grant, params, pages);
         }
         let Some(id) = self.open.remove(&(RoleKind::Sending, name)) else {
-            let message = Message::Grant {
-                room: name,
-                access,
-                attempt,
-                grant,
-                duration_ns,
-                params,
-                pages,
-            };
+            let message = Message::Grant { room: name, access, attempt, grant, duration_ns, params, pages };
             return self.park(RoleKind::Sending, name, session, message);
         };
         // The writer stops earlier than the granter by the largest round trip, so that it does not start what
         // the granter's clock will not let it end.
-        let rtt_ns = self
-            .sessions
-            .get(&session)
-            .map_or(0, |s| s.rtt_max_ns)
-            .min(duration_ns / 4);
+        let rtt_ns = self.sessions.get(&session).map_or(0, |s| s.rtt_max_ns).min(duration_ns / 4);
         let latest_ns = self.now_ns.saturating_add(duration_ns - rtt_ns);
         let Some(room) = self.rooms.get_mut(&id) else {
             return;
@@ -674,11 +542,7 @@ impl Proto {
         if let Some(&id) = self.bound.get(&(session, RoleKind::Sending, name)) {
             // What arrived and was counted has left: whatever the ports here still have to say of it changes
             // nothing for the receiver.
-            if let Some(Room {
-                role: Role::Sending(s),
-                ..
-            }) = self.rooms.get_mut(&id)
-            {
+            if let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) {
                 s.grant = None;
             }
             self.end_room(id, End::Delivered, None);
@@ -688,13 +552,7 @@ impl Proto {
     pub(crate) fn on_regrant(&mut self, session: SessionId, name: RoomName, attempt: u32, grant: GrantId) {
         let Some(&id) = self.bound.get(&(session, RoleKind::Sending, name)) else {
             let parked = self.parked.get_mut(&(RoleKind::Sending, name, session));
-            if let Some(Parked {
-                message: Message::Grant {
-                    attempt: a, grant: g, ..
-                },
-                ..
-            }) = parked
-            {
+            if let Some(Parked { message: Message::Grant { attempt: a, grant: g, .. }, .. }) = parked {
                 let old = std::mem::replace(g, grant);
                 *a = attempt;
                 return self.release(session, &[old], 0, false);
@@ -706,12 +564,8 @@ impl Proto {
         };
         let Role::Sending(s) = &mut room.role else { return };
         if attempt <= s.attempt {
-            return self.end_session(
-                session,
-                SessionEnd::Misbehaved {
-                    what: "granted an earlier attempt again",
-                },
-            );
+            return self
+                .end_session(session, SessionEnd::Misbehaved { what: "granted an earlier attempt again" });
         }
         if let Some((_, skipped)) = s.regrant.replace((attempt, grant)) {
             s.owed.push(skipped);
@@ -773,11 +627,7 @@ impl Proto {
     }
 
     pub(crate) fn sending_ended(&mut self, id: RoomId) {
-        let Some(Room {
-            role: Role::Sending(s),
-            ..
-        }) = self.rooms.get_mut(&id)
-        else {
+        let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) else {
             return;
         };
         s.owed.extend(s.grant);

@@ -33,12 +33,7 @@ pub(crate) enum Link {
     /// A peer has dialed us.
     AwaitHello,
     /// Our `Welcome` is out.
-    AwaitProve {
-        peer: Identity,
-        about: Box<About>,
-        hello: Vec<u8>,
-        welcome: Vec<u8>,
-    },
+    AwaitProve { peer: Identity, about: Box<About>, hello: Vec<u8>, welcome: Vec<u8> },
     /// The handshake is done.
     Bound(SessionId),
     /// Said goodbye or refused; waiting for the stream to end.
@@ -156,9 +151,7 @@ impl Session {
 
     /// Whether every lane ended with the proof that the peer's process has.
     pub fn is_proven_dead(&self) -> bool {
-        self.slots
-            .iter()
-            .all(|slot| matches!(slot.state, SlotState::Down(DownCause::PeerDied)))
+        self.slots.iter().all(|slot| matches!(slot.state, SlotState::Down(DownCause::PeerDied)))
     }
 
     fn has_up(&self) -> bool {
@@ -166,11 +159,7 @@ impl Session {
     }
 
     fn mask(&self, which: impl Fn(&Slot) -> bool) -> u16 {
-        self.slots
-            .iter()
-            .enumerate()
-            .filter(|(_, slot)| which(slot))
-            .fold(0, |mask, (at, _)| mask | 1 << at)
+        self.slots.iter().enumerate().filter(|(_, slot)| which(slot)).fold(0, |mask, (at, _)| mask | 1 << at)
     }
 }
 
@@ -241,14 +230,8 @@ impl Proto {
         };
         let target = *target;
         let about = self.about();
-        let hello = self.send_link(
-            link,
-            &Message::Hello {
-                version_min: VERSION_MIN,
-                version_max: VERSION_MAX,
-                about,
-            },
-        );
+        let hello = self
+            .send_link(link, &Message::Hello { version_min: VERSION_MIN, version_max: VERSION_MAX, about });
         self.links.insert(link, Link::AwaitWelcome { target, hello });
     }
 
@@ -290,24 +273,10 @@ impl Proto {
             Err(_) => return self.misbehaved(link, "sent a frame that cannot be read"),
         };
         match (self.links.get(&link), message) {
-            (
-                Some(Link::AwaitHello),
-                Message::Hello {
-                    version_min,
-                    version_max,
-                    about,
-                },
-            ) => {
+            (Some(Link::AwaitHello), Message::Hello { version_min, version_max, about }) => {
                 self.on_hello(link, from, (version_min, version_max), about, bytes);
             }
-            (
-                Some(Link::AwaitWelcome { .. }),
-                Message::Welcome {
-                    version,
-                    about,
-                    proof,
-                },
-            ) => {
+            (Some(Link::AwaitWelcome { .. }), Message::Welcome { version, about, proof }) => {
                 self.on_welcome(link, from, version, about, proof);
             }
             (Some(Link::AwaitWelcome { .. }), Message::Refuse { refusal }) => {
@@ -396,10 +365,7 @@ impl Proto {
         entry.state = SlotState::Down(cause);
         let (over, has_up, live) = (s.is_over(), s.has_up(), s.is_live());
         if !over {
-            let waiting = s
-                .slots
-                .iter()
-                .any(|slot| !matches!(slot.state, SlotState::Down(_)));
+            let waiting = s.slots.iter().any(|slot| !matches!(slot.state, SlotState::Down(_)));
             if !has_up && !waiting {
                 self.end_session(session, SessionEnd::LanesLost { cause });
             } else if !live {
@@ -455,30 +421,12 @@ impl Proto {
         let version = versions.1.min(VERSION_MAX);
         let mine = self.about();
         let mut welcome = Vec::new();
-        let unproven = Message::Welcome {
-            version,
-            about: mine.clone(),
-            proof: [0; 32],
-        };
+        let unproven = Message::Welcome { version, about: mine.clone(), proof: [0; 32] };
         unproven.encode(self.config.identity, &mut welcome);
         let proof = self.config.auth.proof(Side::Acceptor, &[hello, &welcome]);
-        self.send_link(
-            link,
-            &Message::Welcome {
-                version,
-                about: mine,
-                proof,
-            },
-        );
-        self.links.insert(
-            link,
-            Link::AwaitProve {
-                peer,
-                about: Box::new(about),
-                hello: hello.to_vec(),
-                welcome,
-            },
-        );
+        self.send_link(link, &Message::Welcome { version, about: mine, proof });
+        self.links
+            .insert(link, Link::AwaitProve { peer, about: Box::new(about), hello: hello.to_vec(), welcome });
     }
 
     fn on_welcome(&mut self, link: LinkId, peer: Identity, version: u16, about: About, proof: [u8; 32]) {
@@ -486,12 +434,7 @@ impl Proto {
             return;
         };
         let mut welcome = Vec::new();
-        Message::Welcome {
-            version,
-            about: about.clone(),
-            proof: [0; 32],
-        }
-        .encode(peer, &mut welcome);
+        Message::Welcome { version, about: about.clone(), proof: [0; 32] }.encode(peer, &mut welcome);
         let refusal = if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
             Some(Refusal::Version {
                 here_min: VERSION_MIN,
@@ -501,10 +444,7 @@ impl Proto {
             })
         } else if let Err(refusal) = self.fits(&about, Side::Dialer) {
             Some(refusal)
-        } else if !same(
-            &proof,
-            &self.config.auth.proof(Side::Acceptor, &[&hello, &welcome]),
-        ) {
+        } else if !same(&proof, &self.config.auth.proof(Side::Acceptor, &[&hello, &welcome])) {
             Some(Refusal::NotAuthentic)
         } else if self.is_duplicate(peer) {
             Some(Refusal::Duplicate)
@@ -517,13 +457,7 @@ impl Proto {
             if refusal == Refusal::Duplicate {
                 return self.adopt(target, peer);
             }
-            return self.target_failed(
-                target,
-                SessionEnd::Refused {
-                    by: Who::Here,
-                    refusal,
-                },
-            );
+            return self.target_failed(target, SessionEnd::Refused { by: Who::Here, refusal });
         }
         let proof = self.config.auth.proof(Side::Dialer, &[&hello, &welcome]);
         self.send_link(link, &Message::Prove { proof });
@@ -536,23 +470,11 @@ impl Proto {
         };
         self.close_link(link);
         let refusal = refusal.seen_from_there();
-        self.target_failed(
-            target,
-            SessionEnd::Refused {
-                by: Who::Peer,
-                refusal,
-            },
-        );
+        self.target_failed(target, SessionEnd::Refused { by: Who::Peer, refusal });
     }
 
     fn on_prove(&mut self, link: LinkId, from: Identity, proof: [u8; 32]) {
-        let Some(Link::AwaitProve {
-            peer,
-            about,
-            hello,
-            welcome,
-        }) = self.links.remove(&link)
-        else {
+        let Some(Link::AwaitProve { peer, about, hello, welcome }) = self.links.remove(&link) else {
             return;
         };
         if from != peer || !same(&proof, &self.config.auth.proof(Side::Dialer, &[&hello, &welcome])) {
@@ -562,11 +484,7 @@ impl Proto {
         // Only now, when it has proven who it is, may a newcomer end what was there before.
         if let Some(&old) = self.by_node.get(&peer.node) {
             let same_life = self.sessions.get(&old).is_some_and(|s| s.peer == peer);
-            let cause = if same_life {
-                SessionEnd::StreamEnded
-            } else {
-                SessionEnd::Restarted
-            };
+            let cause = if same_life { SessionEnd::StreamEnded } else { SessionEnd::Restarted };
             self.end_session(old, cause);
         }
         self.begin_session(link, Side::Acceptor, peer, *about, None, &[&hello, &welcome]);
@@ -583,23 +501,10 @@ impl Proto {
         }
         if self.pair_rails(about, us).is_empty() {
             let kinds = |rails: &[RailOffer]| {
-                rails
-                    .iter()
-                    .map(|rail| rail.kind.clone())
-                    .collect::<Vec<_>>()
-                    .join(", ")
+                rails.iter().map(|rail| rail.kind.clone()).collect::<Vec<_>>().join(", ")
             };
-            let here = self
-                .config
-                .rails
-                .iter()
-                .map(|rail| rail.kind)
-                .collect::<Vec<_>>()
-                .join(", ");
-            return Err(Refusal::NoRail {
-                here,
-                there: kinds(&about.rails),
-            });
+            let here = self.config.rails.iter().map(|rail| rail.kind).collect::<Vec<_>>().join(", ");
+            return Err(Refusal::NoRail { here, there: kinds(&about.rails) });
         }
         Ok(())
     }
@@ -614,10 +519,7 @@ impl Proto {
         };
         let mut pairs: Vec<(u8, u8)> = Vec::new();
         for (d, rail) in dialer.iter().enumerate().take(MAX_LANES) {
-            if pairs
-                .first()
-                .is_some_and(|&(first, _)| dialer[usize::from(first)].kind != rail.kind)
-            {
+            if pairs.first().is_some_and(|&(first, _)| dialer[usize::from(first)].kind != rail.kind) {
                 continue;
             }
             let fits = |(a, other): &(usize, &RailOffer)| {
@@ -704,10 +606,7 @@ impl Proto {
                 name: about.name.into(),
                 target,
                 key,
-                phase: Phase::SettingUp {
-                    ready_sent: false,
-                    ready_received: false,
-                },
+                phase: Phase::SettingUp { ready_sent: false, ready_received: false },
                 slots,
                 setup_sent: false,
                 peer_setup: None,
@@ -737,11 +636,7 @@ impl Proto {
         };
         self.act(Action::Watch { session: id, plan });
         for (slot, (rail, _)) in pairs.into_iter().enumerate() {
-            self.act(Action::OpenLane {
-                session: id,
-                slot: slot as u8,
-                rail,
-            });
+            self.act(Action::OpenLane { session: id, slot: slot as u8, rail });
         }
     }
 
@@ -749,27 +644,17 @@ impl Proto {
         let Some(s) = self.sessions.get_mut(&session) else {
             return;
         };
-        if s.setup_sent
-            || s.slots
-                .iter()
-                .any(|slot| matches!(slot.state, SlotState::Opening))
-        {
+        if s.setup_sent || s.slots.iter().any(|slot| matches!(slot.state, SlotState::Opening)) {
             return;
         }
         s.setup_sent = true;
-        let lanes = (0u8..)
-            .zip(&mut s.slots)
-            .filter_map(|(at, slot)| Some((at, slot.ours.take()?)))
-            .collect();
+        let lanes =
+            (0u8..).zip(&mut s.slots).filter_map(|(at, slot)| Some((at, slot.ours.take()?))).collect();
         let peer = s.peer;
         let regions = self
             .regions
             .iter()
-            .map(|r| RegionOffer {
-                region: r.region,
-                bytes: r.bytes,
-                keys: r.keys.clone(),
-            })
+            .map(|r| RegionOffer { region: r.region, bytes: r.bytes, keys: r.keys.clone() })
             .collect();
         // What earlier sessions with this same life of the peer still hold: its answer may bring pages home.
         let held = self
@@ -781,15 +666,7 @@ impl Proto {
             .map(|(grant, _)| grant)
             .collect();
         let app = self.config.app.clone();
-        self.send(
-            session,
-            &Message::Setup {
-                lanes,
-                regions,
-                app,
-                held,
-            },
-        );
+        self.send(session, &Message::Setup { lanes, regions, app, held });
         self.connect_lanes(session);
     }
 
@@ -807,17 +684,10 @@ impl Proto {
         let repeated = s.peer_setup.is_some() || !matches!(s.phase, Phase::SettingUp { .. });
         let fits = lanes.len() == s.slots.len() && lanes.iter().zip(0u8..).all(|((slot, _), at)| *slot == at);
         if repeated || !fits {
-            return self.end_session(
-                session,
-                SessionEnd::Misbehaved {
-                    what: "sent a setup that does not fit",
-                },
-            );
+            return self
+                .end_session(session, SessionEnd::Misbehaved { what: "sent a setup that does not fit" });
         }
-        s.peer_setup = Some(PeerSetup {
-            regions,
-            app: app.into(),
-        });
+        s.peer_setup = Some(PeerSetup { regions, app: app.into() });
         s.held = held;
         for ((_, address), slot) in lanes.into_iter().zip(&mut s.slots) {
             slot.theirs = Some(address);
@@ -842,12 +712,7 @@ impl Proto {
             }
         }
         for (slot, address, tags) in connect {
-            self.act(Action::ConnectLane {
-                session,
-                slot,
-                address,
-                tags,
-            });
+            self.act(Action::ConnectLane { session, slot, address, tags });
         }
     }
 
@@ -855,24 +720,14 @@ impl Proto {
         let Some(s) = self.sessions.get(&session) else {
             return;
         };
-        let Phase::SettingUp {
-            ready_sent: false, ..
-        } = s.phase
-        else {
+        let Phase::SettingUp { ready_sent: false, .. } = s.phase else {
             return;
         };
-        let known = s
-            .slots
-            .iter()
-            .all(|slot| matches!(slot.state, SlotState::Up | SlotState::Down(_)));
+        let known = s.slots.iter().all(|slot| matches!(slot.state, SlotState::Up | SlotState::Down(_)));
         if let (true, true, Some(setup)) = (known, s.has_up(), &s.peer_setup) {
             let regions = setup.regions.clone();
             let peer_rails = s.slots.iter().map(|slot| slot.peer_rail).collect();
-            self.act(Action::Attach {
-                session,
-                regions,
-                peer_rails,
-            });
+            self.act(Action::Attach { session, regions, peer_rails });
         }
     }
 
@@ -880,11 +735,7 @@ impl Proto {
         let Some(s) = self.sessions.get_mut(&session) else {
             return;
         };
-        let Phase::SettingUp {
-            ready_sent: true,
-            ready_received: true,
-        } = s.phase
-        else {
+        let Phase::SettingUp { ready_sent: true, ready_received: true } = s.phase else {
             return;
         };
         let Some(setup) = &s.peer_setup else { return };
@@ -927,12 +778,7 @@ impl Proto {
         };
         let live = s.is_live();
         match message {
-            Message::Setup {
-                lanes,
-                regions,
-                app,
-                held,
-            } => self.on_setup(session, lanes, regions, app, held),
+            Message::Setup { lanes, regions, app, held } => self.on_setup(session, lanes, regions, app, held),
             Message::Ready => {
                 if let Phase::SettingUp { ready_received, .. } = &mut s.phase {
                     *ready_received = true;
@@ -945,61 +791,31 @@ impl Proto {
             }
             Message::Goodbye => self.end_session(session, SessionEnd::ClosedByPeer),
             Message::Restart => self.end_session(session, SessionEnd::Restarted),
-            Message::Refuse {
-                refusal: Refusal::Duplicate,
-            } => {
-                self.end_session(
-                    session,
-                    SessionEnd::Refused {
-                        by: Who::Peer,
-                        refusal: Refusal::Duplicate,
-                    },
-                );
+            Message::Refuse { refusal: Refusal::Duplicate } => {
+                self.end_session(session, SessionEnd::Refused { by: Who::Peer, refusal: Refusal::Duplicate });
             }
             Message::Refuse { refusal } => {
                 let refusal = refusal.seen_from_there();
-                self.end_session(
-                    session,
-                    SessionEnd::Refused {
-                        by: Who::Peer,
-                        refusal,
-                    },
-                );
+                self.end_session(session, SessionEnd::Refused { by: Who::Peer, refusal });
             }
             Message::Release { released, delivered } => self.on_release(session, &released, delivered),
             _ if !live => self.end_session(
                 session,
-                SessionEnd::Misbehaved {
-                    what: "spoke of rooms before the session was ready",
-                },
+                SessionEnd::Misbehaved { what: "spoke of rooms before the session was ready" },
             ),
             Message::LaneLost { slot } => self.lane_lost_there(session, slot),
-            Message::Want {
-                room,
-                duration_ns,
-                params,
-            } => {
+            Message::Want { room, duration_ns, params } => {
                 self.on_want(session, room, duration_ns, params);
             }
             Message::Grant { .. } => self.on_grant(session, message),
             Message::Regrant { room, attempt, grant } => self.on_regrant(session, room, attempt, grant),
-            Message::Finish {
-                room,
-                attempt,
-                arrivals,
-                aux,
-            } => {
+            Message::Finish { room, attempt, arrivals, aux } => {
                 self.on_finish(session, room, attempt, &arrivals, aux);
             }
             Message::Delivered { room } => self.on_delivered(session, room),
             Message::Cancel { room, why } => self.on_cancel(session, room.name, room.from_decode, why),
             Message::Hello { .. } | Message::Welcome { .. } | Message::Prove { .. } => {
-                self.end_session(
-                    session,
-                    SessionEnd::Misbehaved {
-                        what: "began a second handshake",
-                    },
-                );
+                self.end_session(session, SessionEnd::Misbehaved { what: "began a second handshake" });
             }
         }
     }
@@ -1122,11 +938,7 @@ impl Proto {
             self.end_room(room, End::PeerLost { cause: cause.clone() }, None);
         }
         self.parked.retain(|(_, _, of), _| *of != session);
-        self.tell(Notice::SessionDown {
-            session: Some(session),
-            target,
-            cause: cause.clone(),
-        });
+        self.tell(Notice::SessionDown { session: Some(session), target, cause: cause.clone() });
         if let Some(target) = target {
             self.target_lost(target, cause);
         }
@@ -1142,10 +954,7 @@ impl Proto {
         let Some(s) = self.sessions.get(&session) else {
             return;
         };
-        let opening = s
-            .slots
-            .iter()
-            .any(|slot| matches!(slot.state, SlotState::Opening));
+        let opening = s.slots.iter().any(|slot| matches!(slot.state, SlotState::Opening));
         if s.is_over() && s.all_down() && s.grants == 0 && s.rooms.is_empty() && !opening {
             self.sessions.remove(&session);
             self.act(Action::Forget { session });
@@ -1181,20 +990,9 @@ impl Proto {
             let (wait, free): (Vec<_>, Vec<_>) = held.into_iter().partition(busy);
             if !free.is_empty() {
                 // Ops under these ended with their session's lanes: only the peer's own `Down` is proof.
-                let released = free
-                    .into_iter()
-                    .map(|grant| Released {
-                        grant,
-                        down_lanes: u16::MAX,
-                    })
-                    .collect();
-                self.send(
-                    session,
-                    &Message::Release {
-                        released,
-                        delivered: false,
-                    },
-                );
+                let released =
+                    free.into_iter().map(|grant| Released { grant, down_lanes: u16::MAX }).collect();
+                self.send(session, &Message::Release { released, delivered: false });
             }
             if let Some(s) = self.sessions.get_mut(&session) {
                 s.held = wait;
@@ -1256,11 +1054,7 @@ impl Proto {
 
     /// A dial came to nothing.
     fn target_failed(&mut self, target: TargetId, cause: SessionEnd) {
-        self.tell(Notice::SessionDown {
-            session: None,
-            target: Some(target),
-            cause: cause.clone(),
-        });
+        self.tell(Notice::SessionDown { session: None, target: Some(target), cause: cause.clone() });
         self.target_lost(target, cause);
     }
 
@@ -1329,10 +1123,7 @@ impl Proto {
     }
 
     pub(crate) fn rooms_of(&self, session: SessionId) -> Vec<RoomId> {
-        self.sessions
-            .get(&session)
-            .map(|s| s.rooms.iter().copied().collect())
-            .unwrap_or_default()
+        self.sessions.get(&session).map(|s| s.rooms.iter().copied().collect()).unwrap_or_default()
     }
 
     fn about(&mut self) -> About {
@@ -1351,9 +1142,5 @@ impl Proto {
 }
 
 fn offer(rail: &Rail) -> RailOffer {
-    RailOffer {
-        kind: rail.kind.into(),
-        reach: rail.reach.clone(),
-        bytes_per_second: rail.bytes_per_second,
-    }
+    RailOffer { kind: rail.kind.into(), reach: rail.reach.clone(), bytes_per_second: rail.bytes_per_second }
 }

@@ -111,10 +111,7 @@ impl<'a> Reader<'a> {
         match self.u8(field)? {
             0 => Ok(false),
             1 => Ok(true),
-            value => Err(DecodeError::BadValue {
-                field,
-                value: value.into(),
-            }),
+            value => Err(DecodeError::BadValue { field, value: value.into() }),
         }
     }
 
@@ -131,10 +128,7 @@ impl<'a> Reader<'a> {
         let count = self.u32(field)? as usize;
         let bytes = count.checked_mul(4).ok_or(DecodeError::Truncated { field })?;
         let raw = self.raw(bytes, field)?;
-        Ok(raw
-            .chunks_exact(4)
-            .map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]]))
-            .collect())
+        Ok(raw.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect())
     }
 
     /// A list whose entries take at least `least_bytes` each: a count beyond what the frame can hold is refused
