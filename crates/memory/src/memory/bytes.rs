@@ -2,8 +2,7 @@
 //!
 //! A plain copy from or to bytes that another thread changes is undefined in Rust, however plain the bytes. Each
 //! function here has the meaning of its portable form: one relaxed atomic access a byte. On x86-64 one string
-//! instruction does that at the speed of the memory; the compiler may not look inside, so it cannot assume that
-//! nobody else writes.
+//! instruction does that in bulk; the compiler may not look inside, so it cannot assume that nobody else writes.
 
 /// Copies `into.len()` bytes from `from` on.
 ///

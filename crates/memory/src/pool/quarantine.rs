@@ -38,7 +38,7 @@ pub struct QuarantineEntry {
     pub abandoned: bool,
 }
 
-/// The entries of a pool, by number. There are never more than quarantined pages.
+/// The entries of a pool, by number. Numbers are used again, so there are never more than pages.
 #[derive(Default)]
 pub(super) struct Entries {
     slots: Vec<Option<Entry>>,
@@ -115,3 +115,27 @@ impl Entry {
 }
 
 const OPEN: &str = "whoever holds an entry's number keeps it open";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_used_again() {
+        let reason = || QuarantineReason {
+            peer: "peer".into(),
+            until: Until::LanesDown,
+        };
+        let mut entries = Entries::default();
+        let kept = entries.open(reason(), 1, 0);
+        for since_ns in 1..100 {
+            let number = entries.open(reason(), 1, since_ns);
+            assert_eq!(
+                (entries.at(kept).since_ns, entries.at(number).since_ns),
+                (0, since_ns)
+            );
+            entries.close(number);
+        }
+        assert_eq!(entries.slots.len(), 2);
+    }
+}

@@ -15,34 +15,33 @@ pub(super) struct Run {
 /// An exact list a length, instead of a class of similar ones, costs one word a page and makes best fit and the
 /// longest run exact, with no list to search.
 pub(super) struct FreeRuns {
-    /// For each page: the length of the free run that it begins or ends, else 0.
-    tags: Box<[u32]>,
-    /// For the first page of each free run: its neighbours in the list of its length.
-    links: Box<[Link]>,
+    pages: Box<[Page]>,
     /// For each length: the first page of the first free run of that length.
     heads: Box<[u32]>,
     lengths: Lengths,
 }
 
+/// What is known of a page, in one place: a run that comes back costs few cache misses.
 #[derive(Debug, Clone, Copy)]
-struct Link {
+struct Page {
+    /// Length of the free run that the page begins or ends, else 0.
+    tag: u32,
+    /// When it begins one, the run before it in the list of that length.
     before: u32,
+    /// When it begins one, the run after it.
     after: u32,
 }
 
 impl FreeRuns {
     /// All of `pages` free, in one run.
     pub(super) fn new(pages: u32) -> FreeRuns {
+        let page = Page {
+            tag: 0,
+            before: NONE,
+            after: NONE,
+        };
         let mut runs = FreeRuns {
-            tags: vec![0; pages as usize].into(),
-            links: vec![
-                Link {
-                    before: NONE,
-                    after: NONE
-                };
-                pages as usize
-            ]
-            .into(),
+            pages: vec![page; pages as usize].into(),
             heads: vec![NONE; pages as usize + 1].into(),
             lengths: Lengths::new(pages),
         };
@@ -86,7 +85,7 @@ impl FreeRuns {
         let before = run
             .first
             .checked_sub(1)
-            .map_or(0, |page| self.tags[page as usize]);
+            .map_or(0, |page| self.pages[page as usize].tag);
         if before > 0 {
             joined = Run {
                 first: run.first - before,
@@ -98,7 +97,7 @@ impl FreeRuns {
             });
         }
         let next = run.first + run.pages;
-        let after = self.tags.get(next as usize).copied().unwrap_or(0);
+        let after = self.pages.get(next as usize).map_or(0, |page| page.tag);
         if after > 0 {
             joined.pages += after;
             self.remove(Run {
@@ -110,9 +109,10 @@ impl FreeRuns {
     }
 
     fn insert(&mut self, run: Run) {
-        self.tag(run, run.pages);
         let head = self.heads[run.pages as usize];
-        self.links[run.first as usize] = Link {
+        self.pages[run.last() as usize].tag = run.pages;
+        self.pages[run.first as usize] = Page {
+            tag: run.pages,
             before: NONE,
             after: head,
         };
@@ -120,18 +120,19 @@ impl FreeRuns {
         if head == NONE {
             self.lengths.insert(run.pages);
         } else {
-            self.links[head as usize].before = run.first;
+            self.pages[head as usize].before = run.first;
         }
     }
 
     fn remove(&mut self, run: Run) {
-        self.tag(run, 0);
-        let Link { before, after } = self.links[run.first as usize];
+        self.pages[run.last() as usize].tag = 0;
+        let Page { before, after, .. } = self.pages[run.first as usize];
+        self.pages[run.first as usize].tag = 0;
         if after != NONE {
-            self.links[after as usize].before = before;
+            self.pages[after as usize].before = before;
         }
         if before != NONE {
-            self.links[before as usize].after = after;
+            self.pages[before as usize].after = after;
         } else {
             self.heads[run.pages as usize] = after;
             if after == NONE {
@@ -139,10 +140,11 @@ impl FreeRuns {
             }
         }
     }
+}
 
-    fn tag(&mut self, run: Run, pages: u32) {
-        self.tags[run.first as usize] = pages;
-        self.tags[(run.first + run.pages - 1) as usize] = pages;
+impl Run {
+    fn last(self) -> u32 {
+        self.first + self.pages - 1
     }
 }
 
@@ -173,7 +175,7 @@ mod tests {
     /// The free runs as the lists have them, in order, after a look at tags and links.
     fn runs_in(runs: &FreeRuns) -> Vec<Run> {
         let mut found = Vec::new();
-        let mut tagged = vec![0; runs.tags.len()];
+        let mut tagged = vec![0; runs.pages.len()];
         for length in 1..runs.heads.len() as u32 {
             let (mut before, mut at) = (NONE, runs.heads[length as usize]);
             assert_eq!(
@@ -182,20 +184,18 @@ mod tests {
                 "index of length {length}"
             );
             while at != NONE {
-                assert_eq!(runs.links[at as usize].before, before);
+                assert_eq!(runs.pages[at as usize].before, before);
                 tagged[at as usize] = length;
                 tagged[(at + length - 1) as usize] = length;
                 found.push(Run {
                     first: at,
                     pages: length,
                 });
-                (before, at) = (at, runs.links[at as usize].after);
+                (before, at) = (at, runs.pages[at as usize].after);
             }
         }
-        assert_eq!(
-            *runs.tags, *tagged,
-            "tags lie at the ends of free runs and nowhere else"
-        );
+        let tags: Vec<u32> = runs.pages.iter().map(|page| page.tag).collect();
+        assert_eq!(tags, tagged, "tags lie at the ends of free runs and nowhere else");
         found.sort_by_key(|run| run.first);
         found
     }
