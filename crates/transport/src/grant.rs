@@ -23,7 +23,7 @@ impl GrantId {
     ///
     /// # Panics
     /// If `index` or `generation` is out of range.
-    pub fn new(index: u32, generation: u32) -> Self {
+    pub const fn new(index: u32, generation: u32) -> Self {
         assert!(index < Self::INDICES && generation < Self::GENERATIONS, "grant id out of range");
         Self(index << 12 | generation)
     }
@@ -123,11 +123,7 @@ impl GrantTable {
     }
 
     /// Adds a grant. `region_bytes` tells the length of a registered region.
-    pub fn insert(
-        &mut self,
-        grant: &Grant<'_>,
-        region_bytes: impl Fn(LocalId) -> Option<u64>,
-    ) -> Result<()> {
+    pub fn insert(&mut self, grant: &Grant<'_>, region_bytes: impl Fn(LocalId) -> Option<u64>) -> Result<()> {
         for buffer in grant.buffers {
             let bytes = region_bytes(buffer.region)
                 .ok_or(Error::UnknownRegion { side: "local", region: buffer.region.0 })?;

@@ -12,6 +12,8 @@
 //! 6. `revoke` and `close`; each side hears [`Event::Down`] exactly once.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod error;
 mod event;
 mod grant;
@@ -23,6 +25,6 @@ pub use event::{Event, Events};
 pub use grant::{Access, Grant, GrantId, GrantTable, GrantedBuffer, Refusal};
 pub use op::{Direction, Op, Posted, Shape, Token};
 pub use port::{
-    Arm, Attached, Fence, LaneAddress, LaneId, LaneTags, LocalId, MappedBytes, Mapping, PeerId, Port, PortInfo,
-    RemoteId, RemoteKey,
+    Arm, Attached, Fence, LaneAddress, LaneId, LaneTags, LocalId, MappedBytes, Mapping, PeerId, Port,
+    PortInfo, RemoteId, RemoteKey,
 };

@@ -93,7 +93,9 @@ impl<'a> Op<'a> {
     pub fn bytes(&self) -> Option<u64> {
         match self.shape {
             Shape::Span { bytes, .. } => Some(bytes),
-            Shape::Pages { local_pages, piece_bytes, .. } => piece_bytes.checked_mul(local_pages.len() as u64),
+            Shape::Pages { local_pages, piece_bytes, .. } => {
+                piece_bytes.checked_mul(local_pages.len() as u64)
+            }
         }
     }
 
