@@ -19,21 +19,13 @@ pub struct PageLayout {
 impl PageLayout {
     /// Pages that touch each other: the stride is the page.
     pub const fn dense(offset: u64, page_bytes: u64, pages: u32) -> PageLayout {
-        PageLayout {
-            offset,
-            stride_bytes: page_bytes,
-            page_bytes,
-            pages,
-        }
+        PageLayout { offset, stride_bytes: page_bytes, page_bytes, pages }
     }
 
     /// Whether the layout describes at least one page, without overlap, inside a region of `region_bytes`.
     pub fn validate(&self, region_bytes: u64) -> Result<(), LayoutError> {
         if self.pages == 0 || self.page_bytes == 0 {
-            return Err(LayoutError::Empty {
-                pages: self.pages,
-                page_bytes: self.page_bytes,
-            });
+            return Err(LayoutError::Empty { pages: self.pages, page_bytes: self.page_bytes });
         }
         if self.stride_bytes < self.page_bytes {
             return Err(LayoutError::Overlap {
@@ -64,9 +56,7 @@ impl PageLayout {
         if page >= self.pages {
             return None;
         }
-        self.stride_bytes
-            .checked_mul(u64::from(page))?
-            .checked_add(self.offset)
+        self.stride_bytes.checked_mul(u64::from(page))?.checked_add(self.offset)
     }
 
     /// Whether the pages touch each other, so that a run of pages is one run of bytes.
@@ -133,12 +123,7 @@ pub enum LayoutError {
 mod tests {
     use super::*;
 
-    const PADDED: PageLayout = PageLayout {
-        offset: 100,
-        stride_bytes: 64,
-        page_bytes: 48,
-        pages: 4,
-    };
+    const PADDED: PageLayout = PageLayout { offset: 100, stride_bytes: 64, page_bytes: 48, pages: 4 };
 
     #[test]
     fn pages_lie_where_the_formula_says() {
@@ -154,79 +139,32 @@ mod tests {
     #[test]
     fn validate_names_what_is_wrong() {
         assert_eq!(PADDED.validate(340), Ok(()));
-        assert_eq!(
-            PADDED.validate(339),
-            Err(LayoutError::OutsideRegion {
-                end: 340,
-                region_bytes: 339
-            })
-        );
+        assert_eq!(PADDED.validate(339), Err(LayoutError::OutsideRegion { end: 340, region_bytes: 339 }));
         assert_eq!(
             PageLayout { pages: 0, ..PADDED }.validate(1000),
-            Err(LayoutError::Empty {
-                pages: 0,
-                page_bytes: 48
-            })
+            Err(LayoutError::Empty { pages: 0, page_bytes: 48 })
         );
         assert_eq!(
-            PageLayout {
-                page_bytes: 0,
-                ..PADDED
-            }
-            .validate(1000),
-            Err(LayoutError::Empty {
-                pages: 4,
-                page_bytes: 0
-            })
+            PageLayout { page_bytes: 0, ..PADDED }.validate(1000),
+            Err(LayoutError::Empty { pages: 4, page_bytes: 0 })
         );
         assert_eq!(
-            PageLayout {
-                stride_bytes: 47,
-                ..PADDED
-            }
-            .validate(1000),
-            Err(LayoutError::Overlap {
-                stride_bytes: 47,
-                page_bytes: 48
-            })
+            PageLayout { stride_bytes: 47, ..PADDED }.validate(1000),
+            Err(LayoutError::Overlap { stride_bytes: 47, page_bytes: 48 })
         );
     }
 
     #[test]
     fn arithmetic_that_leaves_64_bits_is_refused_at_each_step() {
-        let multiplication = PageLayout {
-            offset: 0,
-            stride_bytes: u64::MAX / 2,
-            page_bytes: 1,
-            pages: 4,
-        };
-        let addition = PageLayout {
-            offset: u64::MAX - 63,
-            stride_bytes: 64,
-            page_bytes: 1,
-            pages: 2,
-        };
-        let last_page = PageLayout {
-            offset: u64::MAX - 4,
-            stride_bytes: 8,
-            page_bytes: 8,
-            pages: 1,
-        };
+        let multiplication = PageLayout { offset: 0, stride_bytes: u64::MAX / 2, page_bytes: 1, pages: 4 };
+        let addition = PageLayout { offset: u64::MAX - 63, stride_bytes: 64, page_bytes: 1, pages: 2 };
+        let last_page = PageLayout { offset: u64::MAX - 4, stride_bytes: 8, page_bytes: 8, pages: 1 };
         for layout in [multiplication, addition, last_page] {
             assert_eq!(layout.end(), None, "{layout:?}");
-            assert_eq!(
-                layout.validate(u64::MAX),
-                Err(LayoutError::Overflow),
-                "{layout:?}"
-            );
+            assert_eq!(layout.validate(u64::MAX), Err(LayoutError::Overflow), "{layout:?}");
         }
         assert_eq!(multiplication.page_offset(3), None);
-        let fits = PageLayout {
-            offset: u64::MAX - 8,
-            stride_bytes: 8,
-            page_bytes: 8,
-            pages: 1,
-        };
+        let fits = PageLayout { offset: u64::MAX - 8, stride_bytes: 8, page_bytes: 8, pages: 1 };
         assert_eq!(fits.end(), Some(u64::MAX));
         assert_eq!(fits.validate(u64::MAX), Ok(()));
     }
@@ -236,40 +174,18 @@ mod tests {
         assert_eq!(PADDED.locate(100, 48), Some((0, 0)));
         assert_eq!(PADDED.locate(147, 1), Some((0, 0)));
         assert_eq!(PADDED.locate(292, 48), Some((3, 3)));
-        for (offset, bytes) in [
-            (99, 1),
-            (99, 2),
-            (100, 49),
-            (148, 1),
-            (148, 16),
-            (147, 18),
-            (100, 64),
-            (292, 49),
-        ] {
+        for (offset, bytes) in
+            [(99, 1), (99, 2), (100, 49), (148, 1), (148, 16), (147, 18), (100, 64), (292, 49)]
+        {
             assert_eq!(PADDED.locate(offset, bytes), None, "{offset} + {bytes}");
         }
-        for (offset, bytes) in [
-            (100, 0),
-            (356, 1),
-            (0, u64::MAX),
-            (u64::MAX, 1),
-            (u64::MAX, u64::MAX),
-            (101, u64::MAX),
-        ] {
+        for (offset, bytes) in
+            [(100, 0), (356, 1), (0, u64::MAX), (u64::MAX, 1), (u64::MAX, u64::MAX), (101, u64::MAX)]
+        {
             assert_eq!(PADDED.locate(offset, bytes), None, "{offset} + {bytes}");
         }
-        assert_eq!(
-            PageLayout {
-                stride_bytes: 0,
-                ..PADDED
-            }
-            .locate(100, 1),
-            None
-        );
-        assert_eq!(
-            PageLayout::dense(0, u64::MAX, 1).locate(0, u64::MAX),
-            Some((0, 0))
-        );
+        assert_eq!(PageLayout { stride_bytes: 0, ..PADDED }.locate(100, 1), None);
+        assert_eq!(PageLayout::dense(0, u64::MAX, 1).locate(0, u64::MAX), Some((0, 0)));
     }
 
     #[test]

@@ -37,9 +37,7 @@ impl Memory {
     pub fn allocate(bytes: usize, options: &AllocateOptions) -> Result<Memory, MemoryError> {
         check_length(bytes)?;
         if options.name.len() > NAME_BYTES_MAX || options.name.contains('\0') {
-            return Err(MemoryError::BadName {
-                name: options.name.to_string(),
-            });
+            return Err(MemoryError::BadName { name: options.name.to_string() });
         }
         match options.huge_pages {
             HugePages::Never => Memory::allocate_with(bytes, options, Backing::Pages),
@@ -69,9 +67,7 @@ impl Memory {
         let unit = usize::try_from(stat.st_blksize).unwrap_or(1).max(1);
         let mapped_bytes = round_up(bytes, unit).ok_or(MemoryError::TooLarge { bytes })?;
         let mapped_bytes = mapped_bytes.min(usize::try_from(file_bytes).unwrap_or(usize::MAX));
-        Ok(Memory {
-            range: Arc::new(Range::map(fd, bytes, mapped_bytes)?),
-        })
+        Ok(Memory { range: Arc::new(Range::map(fd, bytes, mapped_bytes)?) })
     }
 
     /// Memory that the caller allocated, of any origin. Its kind is [`MemoryKind::Private`].
@@ -85,18 +81,9 @@ impl Memory {
         check_length(bytes)?;
         let base = NonNull::new(base).ok_or(MemoryError::NullBase)?;
         if base.addr().checked_add(bytes).is_none() {
-            return Err(MemoryError::Wraps {
-                base: base.addr().get(),
-                bytes,
-            });
+            return Err(MemoryError::Wraps { base: base.addr().get(), bytes });
         }
-        Ok(Memory {
-            range: Arc::new(Range {
-                base,
-                bytes,
-                origin: Origin::Caller,
-            }),
-        })
+        Ok(Memory { range: Arc::new(Range { base, bytes, origin: Origin::Caller }) })
     }
 
     /// Where the range begins.
@@ -132,11 +119,7 @@ impl Memory {
     pub fn at(&self, offset: usize, bytes: usize) -> Result<*mut u8, OutOfRange> {
         match offset.checked_add(bytes) {
             Some(end) if end <= self.range.bytes => Ok(self.base().wrapping_add(offset)),
-            _ => Err(OutOfRange {
-                offset,
-                bytes,
-                memory_bytes: self.range.bytes,
-            }),
+            _ => Err(OutOfRange { offset, bytes, memory_bytes: self.range.bytes }),
         }
     }
 
@@ -205,13 +188,9 @@ impl Memory {
             let _ = range.advise(Advice::LinuxHugepage);
         }
         if options.prefault {
-            range
-                .advise(Advice::LinuxPopulateWrite)
-                .map_err(failed("madvise(MADV_POPULATE_WRITE)"))?;
+            range.advise(Advice::LinuxPopulateWrite).map_err(failed("madvise(MADV_POPULATE_WRITE)"))?;
         }
-        Ok(Memory {
-            range: Arc::new(range),
-        })
+        Ok(Memory { range: Arc::new(range) })
     }
 }
 
@@ -239,11 +218,7 @@ pub struct AllocateOptions {
 
 impl Default for AllocateOptions {
     fn default() -> AllocateOptions {
-        AllocateOptions {
-            name: Cow::Borrowed("crossdock"),
-            huge_pages: HugePages::Never,
-            prefault: false,
-        }
+        AllocateOptions { name: Cow::Borrowed("crossdock"), huge_pages: HugePages::Never, prefault: false }
     }
 }
 
@@ -348,10 +323,7 @@ pub enum MemoryError {
 
 impl MemoryError {
     fn refused(call: &'static str, code: Errno) -> MemoryError {
-        MemoryError::Refused {
-            call,
-            code: code.raw_os_error(),
-        }
+        MemoryError::Refused { call, code: code.raw_os_error() }
     }
 }
 
@@ -389,26 +361,14 @@ impl Range {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the kernel chooses a free place, so no mapping is replaced. No reference to the bytes is ever made,
         // so that others may change them; nobody can shorten the file, which is sealed.
-        let base = unsafe {
-            rustix::mm::mmap(
-                ptr::null_mut(),
-                mapped_bytes,
-                protection,
-                MapFlags::SHARED,
-                &fd,
-                0,
-            )
-        };
+        let base =
+            unsafe { rustix::mm::mmap(ptr::null_mut(), mapped_bytes, protection, MapFlags::SHARED, &fd, 0) };
         let base = base.map_err(|code| match code {
             Errno::NOMEM => MemoryError::OutOfMemory { bytes },
             _ => MemoryError::refused("mmap", code),
         })?;
         let base = NonNull::new(base.cast::<u8>()).expect("the kernel places no mapping at the null address");
-        let range = Range {
-            base,
-            bytes,
-            origin: Origin::Mapped { fd, mapped_bytes },
-        };
+        let range = Range { base, bytes, origin: Origin::Mapped { fd, mapped_bytes } };
         range
             .advise(Advice::LinuxDontFork)
             .map_err(|code| MemoryError::refused("madvise(MADV_DONTFORK)", code))?;
@@ -447,9 +407,7 @@ fn check_length(bytes: usize) -> Result<(), MemoryError> {
 }
 
 fn round_up(bytes: usize, unit: usize) -> Option<usize> {
-    bytes
-        .checked_next_multiple_of(unit)
-        .filter(|&rounded| isize::try_from(rounded).is_ok())
+    bytes.checked_next_multiple_of(unit).filter(|&rounded| isize::try_from(rounded).is_ok())
 }
 
 const HUGE_PAGE_BYTES: usize = 2 << 20;

@@ -80,10 +80,7 @@ impl PageSet {
     /// # Panics
     /// When there are fewer than `at` pages.
     pub fn split_off(&mut self, at: usize) -> PageSet {
-        PageSet {
-            pool: self.pool.clone(),
-            ids: self.ids.split_off(at),
-        }
+        PageSet { pool: self.pool.clone(), ids: self.ids.split_off(at) }
     }
 
     /// Appends the pages of `other`, which comes back unchanged when it belongs to another pool.
@@ -100,22 +97,14 @@ impl PageSet {
         let ids = mem::take(&mut self.ids);
         self.pool.ledger().share(&ids);
         let range = 0..ids.len();
-        PageRef {
-            pool: self.pool.clone(),
-            ids: ids.into(),
-            range,
-        }
+        PageRef { pool: self.pool.clone(), ids: ids.into(), range }
     }
 
     /// Hands the pages to whoever lets peers write them.
     pub fn grant(mut self) -> GrantedPages {
         let ids = mem::take(&mut self.ids);
         self.pool.ledger().grant(&ids);
-        GrantedPages {
-            pool: self.pool.clone(),
-            ids,
-            quarantine: None,
-        }
+        GrantedPages { pool: self.pool.clone(), ids, quarantine: None }
     }
 }
 
@@ -129,9 +118,7 @@ impl Drop for PageSet {
 
 impl fmt::Debug for PageSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PageSet")
-            .field("ids", &self.ids)
-            .finish_non_exhaustive()
+        f.debug_struct("PageSet").field("ids", &self.ids).finish_non_exhaustive()
     }
 }
 
@@ -174,10 +161,7 @@ impl GrantedPages {
     /// A second call replaces the reason, when one peer is done and another is not, and keeps the first time.
     pub fn quarantine(&mut self, reason: QuarantineReason, now_ns: u64) {
         if !self.ids.is_empty() {
-            let entry = self
-                .pool
-                .ledger()
-                .quarantine(&self.ids, self.quarantine, reason, now_ns);
+            let entry = self.pool.ledger().quarantine(&self.ids, self.quarantine, reason, now_ns);
             self.quarantine = Some(entry);
         }
     }
@@ -191,10 +175,7 @@ impl GrantedPages {
     pub fn come_home(mut self) -> PageSet {
         let ids = mem::take(&mut self.ids);
         self.pool.ledger().come_home(&ids, self.quarantine);
-        PageSet {
-            pool: self.pool.clone(),
-            ids,
-        }
+        PageSet { pool: self.pool.clone(), ids }
     }
 }
 
@@ -261,11 +242,7 @@ impl PageRef {
     pub fn slice(&self, range: Range<usize>) -> PageRef {
         self.pool.ledger().add_references(&self.ids()[range.clone()]);
         let range = self.range.start + range.start..self.range.start + range.end;
-        PageRef {
-            pool: self.pool.clone(),
-            ids: self.ids.clone(),
-            range,
-        }
+        PageRef { pool: self.pool.clone(), ids: self.ids.clone(), range }
     }
 
     /// Appends the pages of `other`, for a prompt whose prefix was there before; `other` comes back unchanged when it
@@ -288,10 +265,7 @@ impl PageRef {
         }
         let ids = self.ids().to_vec();
         self.range = 0..0;
-        Ok(PageSet {
-            pool: self.pool.clone(),
-            ids,
-        })
+        Ok(PageSet { pool: self.pool.clone(), ids })
     }
 }
 
@@ -311,8 +285,6 @@ impl Drop for PageRef {
 
 impl fmt::Debug for PageRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PageRef")
-            .field("ids", &self.ids())
-            .finish_non_exhaustive()
+        f.debug_struct("PageRef").field("ids", &self.ids()).finish_non_exhaustive()
     }
 }

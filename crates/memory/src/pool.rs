@@ -30,9 +30,7 @@ impl PagePool {
     /// # Panics
     /// When `pages` is more than [`MAX_PAGES`].
     pub fn new(pages: u32, options: PoolOptions) -> PagePool {
-        PagePool {
-            ledger: Arc::new(Mutex::new(Ledger::new(pages, options))),
-        }
+        PagePool { ledger: Arc::new(Mutex::new(Ledger::new(pages, options))) }
     }
 
     /// A pool over `pages` pages that the engine's own allocator hands out: see [`adopt`](PagePool::adopt).
@@ -40,9 +38,7 @@ impl PagePool {
     /// # Panics
     /// When `pages` is more than [`MAX_PAGES`].
     pub fn external(pages: u32) -> PagePool {
-        PagePool {
-            ledger: Arc::new(Mutex::new(Ledger::external(pages))),
-        }
+        PagePool { ledger: Arc::new(Mutex::new(Ledger::external(pages))) }
     }
 
     /// Takes `pages` pages: the smallest free run that is long enough, and when there is none, the longest runs.

@@ -27,10 +27,7 @@ fn smaps_of(memory: &Memory) -> String {
 #[test]
 fn new_memory_is_zero_and_takes_what_is_written() {
     let memory = allocate(3 * PAGE_BYTES + 5);
-    assert_eq!(
-        (memory.bytes(), memory.kind()),
-        (3 * PAGE_BYTES + 5, MemoryKind::Shared)
-    );
+    assert_eq!((memory.bytes(), memory.kind()), (3 * PAGE_BYTES + 5, MemoryKind::Shared));
     let mut all = vec![1; memory.bytes()];
     memory.read(0, &mut all).unwrap();
     assert!(all.iter().all(|&byte| byte == 0));
@@ -46,17 +43,8 @@ fn new_memory_is_zero_and_takes_what_is_written() {
 fn a_range_outside_is_refused_and_nothing_is_touched() {
     let memory = allocate(PAGE_BYTES);
     let mut two = [9; 2];
-    for (offset, bytes) in [
-        (PAGE_BYTES - 1, 2),
-        (PAGE_BYTES + 1, 0),
-        (usize::MAX, 2),
-        (usize::MAX - 1, 2),
-    ] {
-        let refused = OutOfRange {
-            offset,
-            bytes,
-            memory_bytes: PAGE_BYTES,
-        };
+    for (offset, bytes) in [(PAGE_BYTES - 1, 2), (PAGE_BYTES + 1, 0), (usize::MAX, 2), (usize::MAX - 1, 2)] {
+        let refused = OutOfRange { offset, bytes, memory_bytes: PAGE_BYTES };
         assert_eq!(memory.read(offset, &mut two[..bytes]), Err(refused));
         assert_eq!(memory.write(offset, &two[..bytes]), Err(refused));
         assert_eq!(memory.fill(offset, bytes, 1), Err(refused));
@@ -66,10 +54,7 @@ fn a_range_outside_is_refused_and_nothing_is_touched() {
     let mut all = [1; PAGE_BYTES];
     memory.read(0, &mut all).unwrap();
     assert_eq!(all, [0; PAGE_BYTES]);
-    assert_eq!(
-        memory.at(PAGE_BYTES, 0).unwrap(),
-        memory.base().wrapping_add(PAGE_BYTES)
-    );
+    assert_eq!(memory.at(PAGE_BYTES, 0).unwrap(), memory.base().wrapping_add(PAGE_BYTES));
     memory.write(PAGE_BYTES, &[]).unwrap();
 }
 
@@ -80,10 +65,7 @@ fn nobody_can_change_the_length() {
     for bytes in [0, PAGE_BYTES as u64, 4 * PAGE_BYTES as u64] {
         assert_eq!(rustix::fs::ftruncate(fd, bytes), Err(Errno::PERM), "to {bytes}");
     }
-    assert_eq!(
-        rustix::fs::fcntl_add_seals(fd, SealFlags::WRITE),
-        Err(Errno::PERM)
-    );
+    assert_eq!(rustix::fs::fcntl_add_seals(fd, SealFlags::WRITE), Err(Errno::PERM));
     assert!(fcntl_getfd(fd).unwrap().contains(FdFlags::CLOEXEC));
 }
 
@@ -122,41 +104,23 @@ fn sizes_that_cannot_be_are_refused_by_name() {
     let options = AllocateOptions::default();
     assert_eq!(Memory::allocate(0, &options).unwrap_err(), MemoryError::ZeroBytes);
     let bytes = usize::MAX;
-    assert_eq!(
-        Memory::allocate(bytes, &options).unwrap_err(),
-        MemoryError::TooLarge { bytes }
-    );
+    assert_eq!(Memory::allocate(bytes, &options).unwrap_err(), MemoryError::TooLarge { bytes });
     // Longer than any address space of 57 bits, and not too long for a file.
     let bytes = 1 << 60;
-    assert_eq!(
-        Memory::allocate(bytes, &options).unwrap_err(),
-        MemoryError::OutOfMemory { bytes }
-    );
+    assert_eq!(Memory::allocate(bytes, &options).unwrap_err(), MemoryError::OutOfMemory { bytes });
     let bytes = isize::MAX as usize;
-    let huge = AllocateOptions {
-        huge_pages: HugePages::Require,
-        ..options
-    };
-    assert_eq!(
-        Memory::allocate(bytes, &huge).unwrap_err(),
-        MemoryError::TooLarge { bytes }
-    );
+    let huge = AllocateOptions { huge_pages: HugePages::Require, ..options };
+    assert_eq!(Memory::allocate(bytes, &huge).unwrap_err(), MemoryError::TooLarge { bytes });
 }
 
 #[test]
 fn names_reach_the_kernel_or_are_refused() {
-    let named = |name: String| AllocateOptions {
-        name: name.into(),
-        ..AllocateOptions::default()
-    };
+    let named = |name: String| AllocateOptions { name: name.into(), ..AllocateOptions::default() };
     let memory = Memory::allocate(1, &named("kv-pages".into())).unwrap();
     assert!(smaps_of(&memory).lines().next().unwrap().contains("kv-pages"));
     Memory::allocate(1, &named("n".repeat(249))).unwrap();
     for name in ["n".repeat(250), "a\0b".into()] {
-        assert_eq!(
-            Memory::allocate(1, &named(name.clone())).unwrap_err(),
-            MemoryError::BadName { name }
-        );
+        assert_eq!(Memory::allocate(1, &named(name.clone())).unwrap_err(), MemoryError::BadName { name });
     }
 }
 
@@ -164,14 +128,8 @@ fn names_reach_the_kernel_or_are_refused() {
 fn prefault_makes_every_page_present() {
     let bytes = 64 * PAGE_BYTES;
     let resident_kb = |prefault| {
-        let memory = Memory::allocate(
-            bytes,
-            &AllocateOptions {
-                prefault,
-                ..AllocateOptions::default()
-            },
-        )
-        .unwrap();
+        let memory =
+            Memory::allocate(bytes, &AllocateOptions { prefault, ..AllocateOptions::default() }).unwrap();
         let smaps = smaps_of(&memory);
         let line = smaps.lines().find(|line| line.starts_with("Rss:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()
@@ -182,10 +140,7 @@ fn prefault_makes_every_page_present() {
 
 #[test]
 fn huge_pages_are_huge_or_refused_and_trying_always_works() {
-    let options = |huge_pages| AllocateOptions {
-        huge_pages,
-        ..AllocateOptions::default()
-    };
+    let options = |huge_pages| AllocateOptions { huge_pages, ..AllocateOptions::default() };
     let bytes = (2 << 20) + 1;
     match Memory::allocate(bytes, &options(HugePages::Require)) {
         Ok(memory) => {
@@ -209,25 +164,15 @@ fn a_peer_sees_the_same_bytes() {
     let memory = allocate(2 * PAGE_BYTES);
     let fd = || memory.fd().unwrap().try_clone_to_owned().unwrap();
     let mapped = Memory::from_fd(fd(), PAGE_BYTES + 1).unwrap();
-    assert_eq!(
-        (mapped.bytes(), mapped.kind()),
-        (PAGE_BYTES + 1, MemoryKind::Shared)
-    );
+    assert_eq!((mapped.bytes(), mapped.kind()), (PAGE_BYTES + 1, MemoryKind::Shared));
     assert_ne!(mapped.base(), memory.base());
     memory.write(PAGE_BYTES, b"x").unwrap();
     let mut byte = [0];
     mapped.read(PAGE_BYTES, &mut byte).unwrap();
     assert_eq!(&byte, b"x");
-    assert!(
-        smaps_of(&mapped)
-            .lines()
-            .any(|line| line.starts_with("VmFlags:") && line.contains(" dc"))
-    );
+    assert!(smaps_of(&mapped).lines().any(|line| line.starts_with("VmFlags:") && line.contains(" dc")));
 
-    let too_long = MemoryError::FileTooShort {
-        bytes: 2 * PAGE_BYTES + 1,
-        file_bytes: 2 * PAGE_BYTES as u64,
-    };
+    let too_long = MemoryError::FileTooShort { bytes: 2 * PAGE_BYTES + 1, file_bytes: 2 * PAGE_BYTES as u64 };
     assert_eq!(Memory::from_fd(fd(), 2 * PAGE_BYTES + 1).unwrap_err(), too_long);
     assert_eq!(Memory::from_fd(fd(), 0).unwrap_err(), MemoryError::ZeroBytes);
 }
@@ -292,19 +237,10 @@ fn addresses_that_cannot_be_are_refused_by_name() {
         unsafe { Memory::from_raw(base, bytes) }.unwrap_err()
     };
     assert_eq!(from_raw(&mut byte, 0), MemoryError::ZeroBytes);
-    assert_eq!(
-        from_raw(&mut byte, usize::MAX),
-        MemoryError::TooLarge { bytes: usize::MAX }
-    );
+    assert_eq!(from_raw(&mut byte, usize::MAX), MemoryError::TooLarge { bytes: usize::MAX });
     assert_eq!(from_raw(std::ptr::null_mut(), 1), MemoryError::NullBase);
     let last = std::ptr::without_provenance_mut(usize::MAX);
-    assert_eq!(
-        from_raw(last, 1),
-        MemoryError::Wraps {
-            base: usize::MAX,
-            bytes: 1
-        }
-    );
+    assert_eq!(from_raw(last, 1), MemoryError::Wraps { base: usize::MAX, bytes: 1 });
 }
 
 #[test]

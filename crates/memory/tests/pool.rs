@@ -11,10 +11,7 @@ fn pool(pages: u32) -> PagePool {
 }
 
 fn waiting_for(peer: &str) -> QuarantineReason {
-    QuarantineReason {
-        peer: peer.into(),
-        until: Until::ReleaseOrDeath,
-    }
+    QuarantineReason { peer: peer.into(), until: Until::ReleaseOrDeath }
 }
 
 #[test]
@@ -41,23 +38,11 @@ fn pages_come_in_one_run_when_there_is_one() {
 fn an_exhausted_pool_says_so_and_gives_nothing() {
     let pool = pool(4);
     let held = pool.take(3).unwrap();
-    assert_eq!(
-        pool.take(2).unwrap_err(),
-        PoolError::Exhausted { wanted: 2, free: 1 }
-    );
-    assert_eq!(
-        pool.take(u32::MAX).unwrap_err(),
-        PoolError::Exhausted {
-            wanted: u32::MAX,
-            free: 1
-        }
-    );
+    assert_eq!(pool.take(2).unwrap_err(), PoolError::Exhausted { wanted: 2, free: 1 });
+    assert_eq!(pool.take(u32::MAX).unwrap_err(), PoolError::Exhausted { wanted: u32::MAX, free: 1 });
     assert!(pool.take(0).unwrap().is_empty());
     let stats = pool.stats();
-    assert_eq!(
-        (stats.free, stats.lowest_free, stats.takes, stats.failed_takes),
-        (1, 1, 2, 2)
-    );
+    assert_eq!((stats.free, stats.lowest_free, stats.takes, stats.failed_takes), (1, 1, 2, 2));
     drop(held);
     assert_eq!((pool.stats().free, pool.stats().lowest_free), (4, 1));
     assert_eq!(PagePool::new(0, PoolOptions::default()).stats().largest_run, 0);
@@ -65,49 +50,28 @@ fn an_exhausted_pool_says_so_and_gives_nothing() {
 
 #[test]
 fn pressure_has_two_watermarks() {
-    let pool = PagePool::new(
-        10,
-        PoolOptions {
-            low_watermark: 3,
-            high_watermark: 6,
-        },
-    );
+    let pool = PagePool::new(10, PoolOptions { low_watermark: 3, high_watermark: 6 });
     let under_pressure = || pool.stats().under_pressure;
     let mut held = pool.take(7).unwrap();
-    assert!(
-        !under_pressure(),
-        "three are free, and the low watermark is three"
-    );
+    assert!(!under_pressure(), "three are free, and the low watermark is three");
     let one = pool.take(1).unwrap();
     assert!(under_pressure());
     drop(one);
     drop(held.split_off(5));
     assert_eq!(pool.stats().free, 5);
-    assert!(
-        under_pressure(),
-        "above the low watermark is not yet the high one"
-    );
+    assert!(under_pressure(), "above the low watermark is not yet the high one");
     drop(held.split_off(4));
     assert!(!under_pressure());
 }
 
 #[test]
 fn watermarks_that_cannot_be_reached_are_moved_to_where_they_can() {
-    let pool = PagePool::new(
-        4,
-        PoolOptions {
-            low_watermark: 9,
-            high_watermark: 0,
-        },
-    );
+    let pool = PagePool::new(4, PoolOptions { low_watermark: 9, high_watermark: 0 });
     assert!(!pool.stats().under_pressure);
     let mut two = pool.take(2).unwrap();
     assert!(pool.stats().under_pressure);
     drop(two.split_off(1));
-    assert!(
-        pool.stats().under_pressure,
-        "the high watermark is not below the low one"
-    );
+    assert!(pool.stats().under_pressure, "the high watermark is not below the low one");
     drop(two);
     assert!(!pool.stats().under_pressure);
 }
@@ -122,29 +86,11 @@ fn granted_pages_are_free_only_when_they_come_home() {
     assert_eq!((pool.stats().granted, pool.stats().quarantined), (0, 5));
 
     // Another peer turns out to be the last one; the time does not begin anew.
-    granted.quarantine(
-        QuarantineReason {
-            peer: "decode-8".into(),
-            until: Until::LanesDown,
-        },
-        2_000,
-    );
-    let [entry] = &pool.quarantine(5_000)[..] else {
-        panic!("one entry")
-    };
-    assert_eq!(
-        (&*entry.peer, entry.until, entry.pages),
-        ("decode-8", Until::LanesDown, 5)
-    );
-    assert_eq!(
-        (entry.since_ns, entry.age_ns, entry.abandoned),
-        (1_000, 4_000, false)
-    );
-    assert_eq!(
-        pool.quarantine(500)[0].age_ns,
-        0,
-        "a clock read earlier than the quarantine began"
-    );
+    granted.quarantine(QuarantineReason { peer: "decode-8".into(), until: Until::LanesDown }, 2_000);
+    let [entry] = &pool.quarantine(5_000)[..] else { panic!("one entry") };
+    assert_eq!((&*entry.peer, entry.until, entry.pages), ("decode-8", Until::LanesDown, 5));
+    assert_eq!((entry.since_ns, entry.age_ns, entry.abandoned), (1_000, 4_000, false));
+    assert_eq!(pool.quarantine(500)[0].age_ns, 0, "a clock read earlier than the quarantine began");
 
     let home = granted.come_home();
     assert_eq!(home.ids(), [0, 1, 2, 3, 4]);
@@ -161,17 +107,9 @@ fn dropping_granted_pages_never_frees_them() {
     granted.quarantine(waiting_for("decode-1"), 10);
     drop(granted);
     let stats = pool.stats();
-    assert_eq!(
-        (stats.abandoned, stats.granted, stats.quarantined, stats.free),
-        (5, 0, 0, 3)
-    );
-    assert_eq!(
-        pool.take(4).unwrap_err(),
-        PoolError::Exhausted { wanted: 4, free: 3 }
-    );
-    let [entry] = &pool.quarantine(30)[..] else {
-        panic!("only the one with a peer has an entry")
-    };
+    assert_eq!((stats.abandoned, stats.granted, stats.quarantined, stats.free), (5, 0, 0, 3));
+    assert_eq!(pool.take(4).unwrap_err(), PoolError::Exhausted { wanted: 4, free: 3 });
+    let [entry] = &pool.quarantine(30)[..] else { panic!("only the one with a peer has an entry") };
     assert_eq!((entry.pages, entry.age_ns, entry.abandoned), (3, 20, true));
 }
 
@@ -216,9 +154,7 @@ fn a_page_named_twice_in_one_reference_is_counted_twice() {
     let mut pages = pool.take(2).unwrap().share();
     pages.join(pages.prefix(1)).unwrap();
     assert_eq!(pages.ids(), [0, 1, 0]);
-    let pages = pages
-        .try_into_set()
-        .expect_err("a page cannot be written through two places of one set");
+    let pages = pages.try_into_set().expect_err("a page cannot be written through two places of one set");
     drop(pages);
     assert_eq!(pool.stats().free, 2);
 }
@@ -259,22 +195,9 @@ fn adoption_says_what_is_wrong_and_takes_all_or_nothing() {
         (&[0, 6], PoolError::PageInUse { page: 6 }),
         (&[0, 9, 0], PoolError::DuplicatePage { page: 0 }),
         (&[0, 10], PoolError::PageOutOfRange { page: 10, pages: 10 }),
-        (
-            &[0, u32::MAX],
-            PoolError::PageOutOfRange {
-                page: u32::MAX,
-                pages: 10,
-            },
-        ),
+        (&[0, u32::MAX], PoolError::PageOutOfRange { page: u32::MAX, pages: 10 }),
         (&[0, 5], PoolError::PageAbandoned { page: 5 }),
-        (
-            &[0, 3],
-            PoolError::PageInQuarantine {
-                page: 3,
-                peer,
-                since_ns: 77,
-            },
-        ),
+        (&[0, 3], PoolError::PageInQuarantine { page: 3, peer, since_ns: 77 }),
     ] {
         assert_eq!(pool.adopt(ids).unwrap_err(), error);
         assert_eq!(pool.stats().free, 4, "{ids:?} left something behind");
@@ -287,10 +210,7 @@ fn adoption_says_what_is_wrong_and_takes_all_or_nothing() {
 
 #[test]
 fn a_pool_either_allocates_or_adopts() {
-    assert_eq!(
-        PagePool::external(4).take(1).unwrap_err(),
-        PoolError::PoolIsExternal
-    );
+    assert_eq!(PagePool::external(4).take(1).unwrap_err(), PoolError::PoolIsExternal);
     assert_eq!(pool(4).adopt(&[0]).unwrap_err(), PoolError::PoolAllocates);
 }
 
@@ -317,9 +237,7 @@ fn threads_can_share_a_pool() {
         for _ in 0..4 {
             scope.spawn(|| {
                 for pages in (1..16).cycle().take(500) {
-                    let set = pool
-                        .take(pages)
-                        .expect("four threads hold fifteen pages each at most");
+                    let set = pool.take(pages).expect("four threads hold fifteen pages each at most");
                     let shared = set.share();
                     let prefix = shared.prefix(pages as usize / 2);
                     drop(shared);
@@ -328,10 +246,7 @@ fn threads_can_share_a_pool() {
             });
         }
     });
-    assert_eq!(
-        (pool.stats().free, pool.stats().largest_run, pool.stats().takes),
-        (64, 64, 2000)
-    );
+    assert_eq!((pool.stats().free, pool.stats().largest_run, pool.stats().takes), (64, 64, 2000));
 }
 
 #[test]

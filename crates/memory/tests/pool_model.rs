@@ -84,17 +84,9 @@ struct History {
 impl History {
     fn new(pages: u32, allocates: bool, options: PoolOptions) -> History {
         History {
-            pool: if allocates {
-                PagePool::new(pages, options)
-            } else {
-                PagePool::external(pages)
-            },
+            pool: if allocates { PagePool::new(pages, options) } else { PagePool::external(pages) },
             allocates,
-            options: if allocates {
-                options
-            } else {
-                PoolOptions::default()
-            },
+            options: if allocates { options } else { PoolOptions::default() },
             pages: vec![Page::Free; pages as usize],
             sets: Vec::new(),
             shared: Vec::new(),
@@ -163,9 +155,7 @@ impl History {
             }
             Step::Unshare { shared } => {
                 if let Some((shared, ids)) = pick(&mut self.shared, shared) {
-                    let only = ids
-                        .iter()
-                        .all(|&page| self.pages[page as usize] == Page::Shared(1));
+                    let only = ids.iter().all(|&page| self.pages[page as usize] == Page::Shared(1));
                     match shared.try_into_set() {
                         Ok(set) => {
                             assert!(only, "{ids:?} became writable while shared");
@@ -194,20 +184,14 @@ impl History {
             Step::Quarantine { granted, peer } => {
                 if let Some((mut granted, ids)) = pick(&mut self.granted, granted) {
                     let peer: Arc<str> = format!("peer-{peer}").into();
-                    let reason = QuarantineReason {
-                        peer: peer.clone(),
-                        until: Until::ReleaseOrDeath,
-                    };
+                    let reason = QuarantineReason { peer: peer.clone(), until: Until::ReleaseOrDeath };
                     granted.quarantine(reason, self.now_ns);
                     let since_ns = match ids.first().map(|&page| &self.pages[page as usize]) {
                         Some(Page::Quarantined { since_ns, .. }) => *since_ns,
                         _ => self.now_ns,
                     };
                     for &page in &ids {
-                        self.pages[page as usize] = Page::Quarantined {
-                            peer: peer.clone(),
-                            since_ns,
-                        };
+                        self.pages[page as usize] = Page::Quarantined { peer: peer.clone(), since_ns };
                     }
                     self.granted.push((granted, ids));
                 }
@@ -256,10 +240,7 @@ impl History {
                     missing -= longest;
                     needed += 1;
                 }
-                assert!(
-                    if fits { breaks == 0 } else { breaks <= needed },
-                    "{breaks} breaks in {set:?}"
-                );
+                assert!(if fits { breaks == 0 } else { breaks <= needed }, "{breaks} breaks in {set:?}");
                 let ids = set.ids().to_vec();
                 self.set(&ids, Page::Free, Page::Owned);
                 self.sets.push((set, ids));
@@ -280,16 +261,11 @@ impl History {
         }
         let mut seen = HashSet::new();
         let refusal = ids.iter().find_map(|&page| match self.pages.get(page as usize) {
-            None => Some(PoolError::PageOutOfRange {
-                page,
-                pages: self.pages.len() as u32,
-            }),
+            None => Some(PoolError::PageOutOfRange { page, pages: self.pages.len() as u32 }),
             Some(Page::Free) => (!seen.insert(page)).then_some(PoolError::DuplicatePage { page }),
-            Some(Page::Quarantined { peer, since_ns }) => Some(PoolError::PageInQuarantine {
-                page,
-                peer: peer.clone(),
-                since_ns: *since_ns,
-            }),
+            Some(Page::Quarantined { peer, since_ns }) => {
+                Some(PoolError::PageInQuarantine { page, peer: peer.clone(), since_ns: *since_ns })
+            }
             Some(Page::Abandoned) => Some(PoolError::PageAbandoned { page }),
             Some(Page::Owned | Page::Granted | Page::Shared(_)) => Some(PoolError::PageInUse { page }),
         });
@@ -353,10 +329,7 @@ impl History {
 
     fn free_runs(&self) -> Vec<u32> {
         let states = self.pages.split(|page| *page != Page::Free);
-        states
-            .map(|run| run.len() as u32)
-            .filter(|&pages| pages > 0)
-            .collect()
+        states.map(|run| run.len() as u32).filter(|&pages| pages > 0).collect()
     }
 
     fn check(&mut self) {
@@ -381,18 +354,12 @@ impl History {
         assert_eq!(stats.free, free);
         assert_eq!(stats.owned, self.count(|page| *page == Page::Owned));
         assert_eq!(stats.granted, self.count(|page| *page == Page::Granted));
-        assert_eq!(
-            stats.quarantined,
-            self.count(|page| matches!(page, Page::Quarantined { .. }))
-        );
+        assert_eq!(stats.quarantined, self.count(|page| matches!(page, Page::Quarantined { .. })));
         assert_eq!(stats.abandoned, self.count(|page| *page == Page::Abandoned));
         assert_eq!(stats.shared, self.count(|page| matches!(page, Page::Shared(_))));
         let longest = self.free_runs().into_iter().max().unwrap_or(0);
         assert_eq!(stats.largest_run, if self.allocates { longest } else { 0 });
-        assert_eq!(
-            (stats.lowest_free, stats.under_pressure),
-            (self.lowest_free, self.under_pressure)
-        );
+        assert_eq!((stats.lowest_free, stats.under_pressure), (self.lowest_free, self.under_pressure));
         assert_eq!((stats.takes, stats.failed_takes), (self.takes, self.failed_takes));
 
         let mut expected: Vec<(Arc<str>, u32, u64, bool)> = self
@@ -402,21 +369,14 @@ impl History {
             .collect();
         for (granted, ids) in &self.granted {
             let page = ids.first().map(|&page| &self.pages[page as usize]);
-            assert_eq!(
-                granted.is_quarantined(),
-                matches!(page, Some(Page::Quarantined { .. }))
-            );
+            assert_eq!(granted.is_quarantined(), matches!(page, Some(Page::Quarantined { .. })));
             if let Some(Page::Quarantined { peer, since_ns }) = page {
                 expected.push((peer.clone(), ids.len() as u32, *since_ns, false));
             }
         }
         expected.sort_by_key(|(_, _, since_ns, _)| *since_ns);
         let listed = self.pool.quarantine(self.now_ns);
-        assert!(
-            listed
-                .iter()
-                .all(|entry| entry.age_ns == self.now_ns - entry.since_ns)
-        );
+        assert!(listed.iter().all(|entry| entry.age_ns == self.now_ns - entry.since_ns));
         let listed: Vec<_> = listed
             .into_iter()
             .map(|entry| (entry.peer, entry.pages, entry.since_ns, entry.abandoned))

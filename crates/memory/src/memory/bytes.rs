@@ -119,15 +119,9 @@ mod tests {
 
     #[test]
     fn both_forms_touch_exactly_the_bytes_they_are_told() {
-        type Forms = (
-            unsafe fn(*mut u8, &mut [u8]),
-            unsafe fn(*mut u8, &[u8]),
-            unsafe fn(*mut u8, usize, u8),
-        );
-        let forms: [Forms; 2] = [
-            (load, store, fill),
-            (portable::load, portable::store, portable::fill),
-        ];
+        type Forms =
+            (unsafe fn(*mut u8, &mut [u8]), unsafe fn(*mut u8, &[u8]), unsafe fn(*mut u8, usize, u8));
+        let forms: [Forms; 2] = [(load, store, fill), (portable::load, portable::store, portable::fill)];
         for (load, store, fill) in forms {
             for bytes in [0, 1, 7, 8, 63, 200] {
                 let mut memory = [0xAAu8; 256];

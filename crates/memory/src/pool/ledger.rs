@@ -32,19 +32,13 @@ impl Ledger {
         let high_watermark = options.high_watermark.clamp(low_watermark, pages);
         Ledger {
             runs: Some(FreeRuns::new(pages)),
-            watermarks: PoolOptions {
-                low_watermark,
-                high_watermark,
-            },
+            watermarks: PoolOptions { low_watermark, high_watermark },
             ..Ledger::external(pages)
         }
     }
 
     pub(super) fn external(pages: u32) -> Ledger {
-        assert!(
-            pages <= MAX_PAGES,
-            "a pool of {pages} pages is larger than {MAX_PAGES}"
-        );
+        assert!(pages <= MAX_PAGES, "a pool of {pages} pages is larger than {MAX_PAGES}");
         Ledger {
             states: vec![StateWord::FREE; pages as usize].into(),
             runs: None,
@@ -70,10 +64,7 @@ impl Ledger {
         };
         if wanted > self.free {
             self.failed_takes += 1;
-            return Err(PoolError::Exhausted {
-                wanted,
-                free: self.free,
-            });
+            return Err(PoolError::Exhausted { wanted, free: self.free });
         }
         let mut ids = Vec::with_capacity(wanted as usize);
         while let missing @ 1.. = wanted - ids.len() as u32 {
@@ -227,10 +218,7 @@ impl Ledger {
     /// Why this page cannot be adopted; nothing of the failed call is adopted any more.
     fn refusal(&self, page: u32) -> PoolError {
         let Some(word) = self.states.get(page as usize) else {
-            return PoolError::PageOutOfRange {
-                page,
-                pages: self.pages(),
-            };
+            return PoolError::PageOutOfRange { page, pages: self.pages() };
         };
         match word.state() {
             // Only this call itself can have had it.
@@ -297,13 +285,8 @@ impl Ledger {
         match &mut freed.run {
             Some(run) if run.first + run.pages == page => run.pages += 1,
             run => {
-                if let (Some(runs), Some(run)) = (
-                    &mut self.runs,
-                    run.replace(Run {
-                        first: page,
-                        pages: 1,
-                    }),
-                ) {
+                if let (Some(runs), Some(run)) = (&mut self.runs, run.replace(Run { first: page, pages: 1 }))
+                {
                     runs.put(run);
                 }
             }

@@ -96,10 +96,7 @@ mod tests {
             let mut lengths = Lengths::new(largest);
             assert_eq!((lengths.at_least(0), lengths.largest()), (None, None));
             lengths.insert(largest);
-            assert_eq!(
-                (lengths.at_least(0), lengths.largest()),
-                (Some(largest), Some(largest))
-            );
+            assert_eq!((lengths.at_least(0), lengths.largest()), (Some(largest), Some(largest)));
             lengths.insert(0);
             assert_eq!((lengths.at_least(0), lengths.largest()), (Some(0), Some(largest)));
             assert_eq!(lengths.at_least(1), (largest > 0).then_some(largest));

@@ -54,12 +54,7 @@ pub(super) struct Entry {
 
 impl Entries {
     pub(super) fn open(&mut self, reason: QuarantineReason, pages: u32, since_ns: u64) -> u32 {
-        let entry = Some(Entry {
-            reason,
-            since_ns,
-            pages,
-            abandoned: false,
-        });
+        let entry = Some(Entry { reason, since_ns, pages, abandoned: false });
         match self.vacant.pop() {
             Some(number) => {
                 self.slots[number as usize] = entry;
@@ -90,12 +85,8 @@ impl Entries {
     }
 
     pub(super) fn list(&self, now_ns: u64) -> Vec<QuarantineEntry> {
-        let mut list: Vec<QuarantineEntry> = self
-            .slots
-            .iter()
-            .flatten()
-            .map(|entry| entry.shown(now_ns))
-            .collect();
+        let mut list: Vec<QuarantineEntry> =
+            self.slots.iter().flatten().map(|entry| entry.shown(now_ns)).collect();
         list.sort_by_key(|entry| entry.since_ns);
         list
     }
@@ -122,18 +113,12 @@ mod tests {
 
     #[test]
     fn numbers_are_used_again() {
-        let reason = || QuarantineReason {
-            peer: "peer".into(),
-            until: Until::LanesDown,
-        };
+        let reason = || QuarantineReason { peer: "peer".into(), until: Until::LanesDown };
         let mut entries = Entries::default();
         let kept = entries.open(reason(), 1, 0);
         for since_ns in 1..100 {
             let number = entries.open(reason(), 1, since_ns);
-            assert_eq!(
-                (entries.at(kept).since_ns, entries.at(number).since_ns),
-                (0, since_ns)
-            );
+            assert_eq!((entries.at(kept).since_ns, entries.at(number).since_ns), (0, since_ns));
             entries.close(number);
         }
         assert_eq!(entries.slots.len(), 2);

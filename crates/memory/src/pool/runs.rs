@@ -35,11 +35,7 @@ struct Page {
 impl FreeRuns {
     /// All of `pages` free, in one run.
     pub(super) fn new(pages: u32) -> FreeRuns {
-        let page = Page {
-            tag: 0,
-            before: NONE,
-            after: NONE,
-        };
+        let page = Page { tag: 0, before: NONE, after: NONE };
         let mut runs = FreeRuns {
             pages: vec![page; pages as usize].into(),
             heads: vec![NONE; pages as usize + 1].into(),
@@ -60,50 +56,29 @@ impl FreeRuns {
     /// of the longest. `None` when nothing is free.
     pub(super) fn take(&mut self, wanted: u32) -> Option<Run> {
         let length = self.lengths.at_least(wanted).or_else(|| self.lengths.largest())?;
-        let run = Run {
-            first: self.heads[length as usize],
-            pages: length,
-        };
+        let run = Run { first: self.heads[length as usize], pages: length };
         self.remove(run);
         if length <= wanted {
             return Some(run);
         }
-        self.insert(Run {
-            first: run.first + wanted,
-            pages: length - wanted,
-        });
-        Some(Run {
-            first: run.first,
-            pages: wanted,
-        })
+        self.insert(Run { first: run.first + wanted, pages: length - wanted });
+        Some(Run { first: run.first, pages: wanted })
     }
 
     /// Gives a run back and joins it with the free runs on both sides.
     pub(super) fn put(&mut self, run: Run) {
         let mut joined = run;
         // The pages beside the run carry a tag only if they end, or begin, a free run: inside one there are none.
-        let before = run
-            .first
-            .checked_sub(1)
-            .map_or(0, |page| self.pages[page as usize].tag);
+        let before = run.first.checked_sub(1).map_or(0, |page| self.pages[page as usize].tag);
         if before > 0 {
-            joined = Run {
-                first: run.first - before,
-                pages: run.pages + before,
-            };
-            self.remove(Run {
-                first: joined.first,
-                pages: before,
-            });
+            joined = Run { first: run.first - before, pages: run.pages + before };
+            self.remove(Run { first: joined.first, pages: before });
         }
         let next = run.first + run.pages;
         let after = self.pages.get(next as usize).map_or(0, |page| page.tag);
         if after > 0 {
             joined.pages += after;
-            self.remove(Run {
-                first: next,
-                pages: after,
-            });
+            self.remove(Run { first: next, pages: after });
         }
         self.insert(joined);
     }
@@ -111,11 +86,7 @@ impl FreeRuns {
     fn insert(&mut self, run: Run) {
         let head = self.heads[run.pages as usize];
         self.pages[run.last() as usize].tag = run.pages;
-        self.pages[run.first as usize] = Page {
-            tag: run.pages,
-            before: NONE,
-            after: head,
-        };
+        self.pages[run.first as usize] = Page { tag: run.pages, before: NONE, after: head };
         self.heads[run.pages as usize] = run.first;
         if head == NONE {
             self.lengths.insert(run.pages);
@@ -163,10 +134,7 @@ mod tests {
         for (page, _) in free.iter().enumerate().filter(|(_, free)| **free) {
             match runs.last_mut() {
                 Some(run) if run.first + run.pages == page as u32 => run.pages += 1,
-                _ => runs.push(Run {
-                    first: page as u32,
-                    pages: 1,
-                }),
+                _ => runs.push(Run { first: page as u32, pages: 1 }),
             }
         }
         runs
@@ -178,19 +146,12 @@ mod tests {
         let mut tagged = vec![0; runs.pages.len()];
         for length in 1..runs.heads.len() as u32 {
             let (mut before, mut at) = (NONE, runs.heads[length as usize]);
-            assert_eq!(
-                at != NONE,
-                runs.lengths.at_least(length) == Some(length),
-                "index of length {length}"
-            );
+            assert_eq!(at != NONE, runs.lengths.at_least(length) == Some(length), "index of length {length}");
             while at != NONE {
                 assert_eq!(runs.pages[at as usize].before, before);
                 tagged[at as usize] = length;
                 tagged[(at + length - 1) as usize] = length;
-                found.push(Run {
-                    first: at,
-                    pages: length,
-                });
+                found.push(Run { first: at, pages: length });
                 (before, at) = (at, runs.pages[at as usize].after);
             }
         }
@@ -205,11 +166,7 @@ mod tests {
         let mut runs = FreeRuns::new(100);
         assert_eq!(runs.take(100), Some(Run { first: 0, pages: 100 }));
         assert_eq!(runs.take(1), None);
-        for run in [
-            Run { first: 0, pages: 10 },
-            Run { first: 20, pages: 30 },
-            Run { first: 60, pages: 12 },
-        ] {
+        for run in [Run { first: 0, pages: 10 }, Run { first: 20, pages: 30 }, Run { first: 60, pages: 12 }] {
             runs.put(run);
         }
         assert_eq!(runs.take(11), Some(Run { first: 60, pages: 11 }));

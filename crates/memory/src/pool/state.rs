@@ -43,10 +43,7 @@ impl StateWord {
     /// # Panics
     /// When there are too many references to count: each has leaked, for they do not fit the memory.
     pub(super) fn shared(references: u32) -> StateWord {
-        assert!(
-            references <= PAYLOAD_MASK,
-            "a page has more references than can be counted"
-        );
+        assert!(references <= PAYLOAD_MASK, "a page has more references than can be counted");
         StateWord((5 << PAYLOAD_BITS) | references)
     }
 
@@ -81,17 +78,9 @@ mod tests {
             (StateWord::GRANTED, PageState::Granted),
             (StateWord::ABANDONED, PageState::Abandoned),
             (StateWord::quarantined(0), PageState::Quarantined { entry: 0 }),
-            (
-                StateWord::quarantined(MAX_PAGES),
-                PageState::Quarantined { entry: MAX_PAGES },
-            ),
+            (StateWord::quarantined(MAX_PAGES), PageState::Quarantined { entry: MAX_PAGES }),
             (StateWord::shared(1), PageState::Shared { references: 1 }),
-            (
-                StateWord::shared(PAYLOAD_MASK),
-                PageState::Shared {
-                    references: PAYLOAD_MASK,
-                },
-            ),
+            (StateWord::shared(PAYLOAD_MASK), PageState::Shared { references: PAYLOAD_MASK }),
         ] {
             assert_eq!(word.state(), state);
         }
