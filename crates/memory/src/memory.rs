@@ -58,7 +58,9 @@ impl Memory {
         if !seals.contains(SealFlags::SHRINK) {
             return Err(MemoryError::NotSealed);
         }
-        let stat = rustix::fs::fstat(&fd).map_err(|code| MemoryError::refused("fstat", code))?;
+        let stat = rustix::fs::fstat(&fd)
+            .map_err(Failed::at("fstat"))
+            .map_err(|failed| failed.explain(bytes, Backing::Pages))?;
         let file_bytes = u64::try_from(stat.st_size).unwrap_or(0);
         if (bytes as u64) > file_bytes {
             return Err(MemoryError::FileTooShort { bytes, file_bytes });
@@ -67,7 +69,9 @@ impl Memory {
         let unit = usize::try_from(stat.st_blksize).unwrap_or(1).max(1);
         let mapped_bytes = round_up(bytes, unit).ok_or(MemoryError::TooLarge { bytes })?;
         let mapped_bytes = mapped_bytes.min(usize::try_from(file_bytes).unwrap_or(usize::MAX));
-        Ok(Memory { range: Arc::new(Range::map(fd, bytes, mapped_bytes)?) })
+        let range =
+            Range::map(fd, bytes, mapped_bytes).map_err(|failed| failed.explain(bytes, Backing::Pages))?;
+        Ok(Memory { range: Arc::new(range) })
     }
 
     /// Memory that the caller allocated, of any origin. Its kind is [`MemoryKind::Private`].
@@ -154,42 +158,10 @@ impl Memory {
         options: &AllocateOptions,
         backing: Backing,
     ) -> Result<Memory, MemoryError> {
-        let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let mut mapped_bytes = bytes;
-        if backing == Backing::HugePages {
-            flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
-            mapped_bytes = round_up(bytes, HUGE_PAGE_BYTES).ok_or(MemoryError::TooLarge { bytes })?;
-        }
-        // Hosts can be told to refuse memfds that could be executed. Kernels before 6.3 do not know the flag.
-        let fd = match rustix::fs::memfd_create(&*options.name, flags | MemfdFlags::NOEXEC_SEAL) {
-            Err(Errno::INVAL) => rustix::fs::memfd_create(&*options.name, flags),
-            answer => answer,
-        };
-        let failed = |call| {
-            move |code| match (backing, code) {
-                (Backing::HugePages, Errno::NOMEM | Errno::NOSYS | Errno::NODEV | Errno::INVAL) => {
-                    MemoryError::NoHugePages { bytes }
-                }
-                (_, Errno::NOMEM | Errno::NOSPC | Errno::FBIG) => MemoryError::OutOfMemory { bytes },
-                (_, Errno::MFILE | Errno::NFILE) => MemoryError::TooManyFiles,
-                _ => MemoryError::refused(call, code),
-            }
-        };
-        let fd = fd.map_err(failed("memfd_create"))?;
-        rustix::fs::ftruncate(&fd, mapped_bytes as u64).map_err(failed("ftruncate"))?;
-        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-            .map_err(failed("fcntl(F_ADD_SEALS)"))?;
-        let range = Range::map(fd, bytes, mapped_bytes).map_err(|error| match error {
-            MemoryError::OutOfMemory { .. } => failed("mmap")(Errno::NOMEM),
-            other => other,
-        })?;
-        if backing == Backing::PagesMadeHuge {
-            // Advice only: where the host has no transparent huge pages for shared memory, small ones serve.
-            let _ = range.advise(Advice::LinuxHugepage);
-        }
-        if options.prefault {
-            range.advise(Advice::LinuxPopulateWrite).map_err(failed("madvise(MADV_POPULATE_WRITE)"))?;
-        }
+        let unit = if backing == Backing::HugePages { HUGE_PAGE_BYTES } else { 1 };
+        let mapped_bytes = round_up(bytes, unit).ok_or(MemoryError::TooLarge { bytes })?;
+        let range = Range::allocate(bytes, mapped_bytes, options, backing);
+        let range = range.map_err(|failed| failed.explain(bytes, backing))?;
         Ok(Memory { range: Arc::new(range) })
     }
 }
@@ -321,12 +293,6 @@ pub enum MemoryError {
     },
 }
 
-impl MemoryError {
-    fn refused(call: &'static str, code: Errno) -> MemoryError {
-        MemoryError::Refused { call, code: code.raw_os_error() }
-    }
-}
-
 /// How the memfd is backed, one try of [`HugePages`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Backing {
@@ -356,22 +322,47 @@ unsafe impl Send for Range {}
 unsafe impl Sync for Range {}
 
 impl Range {
+    fn allocate(
+        bytes: usize,
+        mapped_bytes: usize,
+        options: &AllocateOptions,
+        backing: Backing,
+    ) -> Result<Range, Failed> {
+        let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        if backing == Backing::HugePages {
+            flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        }
+        // Hosts can be told to refuse memfds that could be executed. Kernels before 6.3 do not know the flag.
+        let fd = match rustix::fs::memfd_create(&*options.name, flags | MemfdFlags::NOEXEC_SEAL) {
+            Err(Errno::INVAL) => rustix::fs::memfd_create(&*options.name, flags),
+            answer => answer,
+        };
+        let fd = fd.map_err(Failed::at("memfd_create"))?;
+        rustix::fs::ftruncate(&fd, mapped_bytes as u64).map_err(Failed::at("ftruncate"))?;
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+            .map_err(Failed::at("fcntl(F_ADD_SEALS)"))?;
+        let range = Range::map(fd, bytes, mapped_bytes)?;
+        if backing == Backing::PagesMadeHuge {
+            // Advice only: where the host has no transparent huge pages for shared memory, small ones serve.
+            let _ = range.advise(Advice::LinuxHugepage);
+        }
+        if options.prefault {
+            range.advise(Advice::LinuxPopulateWrite).map_err(Failed::at("madvise(MADV_POPULATE_WRITE)"))?;
+        }
+        Ok(range)
+    }
+
     /// Maps the file and keeps the mapping out of forked children.
-    fn map(fd: OwnedFd, bytes: usize, mapped_bytes: usize) -> Result<Range, MemoryError> {
+    fn map(fd: OwnedFd, bytes: usize, mapped_bytes: usize) -> Result<Range, Failed> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: the kernel chooses a free place, so no mapping is replaced. No reference to the bytes is ever made,
         // so that others may change them; nobody can shorten the file, which is sealed.
         let base =
             unsafe { rustix::mm::mmap(ptr::null_mut(), mapped_bytes, protection, MapFlags::SHARED, &fd, 0) };
-        let base = base.map_err(|code| match code {
-            Errno::NOMEM => MemoryError::OutOfMemory { bytes },
-            _ => MemoryError::refused("mmap", code),
-        })?;
+        let base = base.map_err(Failed::at("mmap"))?;
         let base = NonNull::new(base.cast::<u8>()).expect("the kernel places no mapping at the null address");
         let range = Range { base, bytes, origin: Origin::Mapped { fd, mapped_bytes } };
-        range
-            .advise(Advice::LinuxDontFork)
-            .map_err(|code| MemoryError::refused("madvise(MADV_DONTFORK)", code))?;
+        range.advise(Advice::LinuxDontFork).map_err(Failed::at("madvise(MADV_DONTFORK)"))?;
         Ok(range)
     }
 
@@ -393,6 +384,31 @@ impl Drop for Range {
             // SAFETY: the mapping is ours, as long as it was made, and with the last handle nobody knows of it.
             let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), mapped_bytes) };
             debug_assert_eq!(unmapped, Ok(()), "a mapping of our own can be unmapped");
+        }
+    }
+}
+
+/// A call that the system refused.
+struct Failed {
+    call: &'static str,
+    code: Errno,
+}
+
+impl Failed {
+    fn at(call: &'static str) -> impl FnOnce(Errno) -> Failed {
+        move |code| Failed { call, code }
+    }
+
+    /// What the refusal means to whoever asked for `bytes` bytes.
+    fn explain(self, bytes: usize, backing: Backing) -> MemoryError {
+        match (backing, self.code) {
+            // Which of these a kernel without huge pages gives depends on what it lacks.
+            (Backing::HugePages, Errno::NOMEM | Errno::NOSYS | Errno::NODEV | Errno::INVAL) => {
+                MemoryError::NoHugePages { bytes }
+            }
+            (_, Errno::NOMEM | Errno::NOSPC | Errno::FBIG) => MemoryError::OutOfMemory { bytes },
+            (_, Errno::MFILE | Errno::NFILE) => MemoryError::TooManyFiles,
+            _ => MemoryError::Refused { call: self.call, code: self.code.raw_os_error() },
         }
     }
 }
