@@ -80,7 +80,8 @@ pub(crate) struct Session {
     setup_sent: bool,
     peer_setup: Option<PeerSetup>,
     began_ns: u64,
-    heard_ns: u64,
+    /// For how long nothing was heard while this node listened.
+    silent_ns: u64,
     next_tick_ns: u64,
     /// The largest round trip of a control message so far.
     pub rtt_max_ns: u64,
@@ -257,10 +258,11 @@ impl Proto {
         }
     }
 
-    /// The latest time at which a session's peer was heard by the heartbeats.
-    pub fn heard(&mut self, session: SessionId, at_ns: u64) {
+    /// When a session's peer was last heard by the heartbeats, and until when this node listened. Silence is the
+    /// time between the two: a node that was stopped itself must not take its own pause for the peer's death.
+    pub fn heard(&mut self, session: SessionId, heard_ns: u64, listened_ns: u64) {
         if let Some(s) = self.sessions.get_mut(&session) {
-            s.heard_ns = s.heard_ns.max(at_ns);
+            s.silent_ns = listened_ns.saturating_sub(heard_ns);
         }
     }
 
@@ -611,7 +613,7 @@ impl Proto {
                 setup_sent: false,
                 peer_setup: None,
                 began_ns: self.now_ns,
-                heard_ns: self.now_ns,
+                silent_ns: 0,
                 next_tick_ns: tick,
                 rtt_max_ns: 0,
                 rooms: BTreeSet::new(),
@@ -1009,7 +1011,7 @@ impl Proto {
         if s.is_over() {
             return;
         }
-        let silent_ns = now.saturating_sub(s.heard_ns);
+        let silent_ns = s.silent_ns;
         let age_ns = now.saturating_sub(s.began_ns);
         let limit_ns = self.config.heartbeat_ns * u64::from(self.config.heartbeats_missed);
         if matches!(s.phase, Phase::SettingUp { .. }) && age_ns >= self.config.handshake_timeout_ns {
