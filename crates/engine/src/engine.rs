@@ -9,8 +9,8 @@ use crossdock_proto::{
     Action, Counters, LinkId as ProtoLink, MAX_LANES, Notice, Proto, Region, RegionOffer, RoomId, SessionId,
 };
 use crossdock_transport::{
-    Arm, Direction, Error, Event, Events, Fence, Grant, GrantId, GrantedBuffer, LaneId, LaneTags, LocalId, Op,
-    PeerId, Port, Posted, RemoteId, Shape, Token,
+    Arm, Direction, Error, Event, Events, Fence, Grant, GrantId, GrantedBuffer, LaneId, LaneTags, LocalId,
+    Op, PeerId, Port, Posted, RemoteId, Shape, Token,
 };
 
 use crate::imm::{Imm, Kind};
@@ -54,7 +54,12 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { events_per_poll: 256, max_transfers: 65_536, max_backlog_bytes: 64 << 20, stripe_bytes: 1 << 20 }
+        Self {
+            events_per_poll: 256,
+            max_transfers: 65_536,
+            max_backlog_bytes: 64 << 20,
+            stripe_bytes: 1 << 20,
+        }
     }
 }
 
@@ -280,7 +285,8 @@ impl Engine {
         let mut ready = timeout_ns == 0 || !idle();
         // More ports than a sleep can watch, or one that cannot wake: look again soon.
         let mut soon = false;
-        let arms = std::iter::once(self.network.arm()).chain(self.rails.iter_mut().map(|rail| rail.port.arm()));
+        let arms =
+            std::iter::once(self.network.arm()).chain(self.rails.iter_mut().map(|rail| rail.port.arm()));
         for arm in arms {
             match arm {
                 Arm::Ready => ready = true,
@@ -411,7 +417,9 @@ impl Engine {
         let counted = transfer.direction == Direction::Write && !transfer.stopping;
         if let Some(session) = self.sessions.get_mut(&transfer.session) {
             for (used, lane) in transfer.lanes.iter_mut().zip(&mut session.slots) {
-                let (true, Some(lane_id), LaneState::Up) = (used.uncovered, lane.id, lane.state) else { continue };
+                let (true, Some(lane_id), LaneState::Up) = (used.uncovered, lane.id, lane.state) else {
+                    continue;
+                };
                 let imm = match counted {
                     true => Imm::kv(transfer.grant),
                     false => Imm::new(Kind::Notice, 0),
@@ -506,8 +514,10 @@ impl Engine {
     }
 
     fn take_event(&mut self, now_ns: u64, rail: usize, event: Event) {
-        let (Event::Up { lane } | Event::Done { lane, .. } | Event::Arrived { lane, .. } | Event::Down { lane, .. }) =
-            event;
+        let (Event::Up { lane }
+        | Event::Done { lane, .. }
+        | Event::Arrived { lane, .. }
+        | Event::Down { lane, .. }) = event;
         let Some(&(session, slot)) = self.rails[rail].lanes.get(&lane) else { return };
         match event {
             Event::Arrived { imm, .. } => {
@@ -723,7 +733,9 @@ impl Engine {
         address: &crossdock_transport::LaneAddress,
         tags: &LaneTags,
     ) {
-        let Some((rail, Some(id))) = self.slot(session, slot).map(|lane| (lane.rail, lane.id)) else { return };
+        let Some((rail, Some(id))) = self.slot(session, slot).map(|lane| (lane.rail, lane.id)) else {
+            return;
+        };
         if let Err(error) = self.rails[rail].port.connect(id, address, tags) {
             // The lane still says `Down`, once it is closed.
             self.rails[rail].port.close(id);
@@ -838,8 +850,7 @@ fn attach(rails: &mut [Rail], session: &mut SessionLanes, attaching: &mut Attach
     }
     for (lane, found) in session.slots.iter_mut().zip(&attaching.found) {
         let regions = found.keys().next_back().map_or(0, |last| last + 1);
-        lane.remote =
-            (0..regions).map(|r| found.get(&r).copied().unwrap_or(RemoteId(u32::MAX))).collect();
+        lane.remote = (0..regions).map(|r| found.get(&r).copied().unwrap_or(RemoteId(u32::MAX))).collect();
     }
     Ok(())
 }

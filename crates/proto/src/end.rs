@@ -79,6 +79,8 @@ pub enum RoomRefusal {
     Busy,
     /// The two sides' requests do not fit together.
     Mismatch,
+    /// The room is open on this node already, in the same role.
+    Duplicate,
     /// The handshake with the peer was refused.
     Handshake(Refusal),
 }
@@ -169,6 +171,9 @@ impl End {
             End::Refused { why: RoomRefusal::Mismatch, .. } => {
                 "both sides must ask for the same tokens of the same request"
             }
+            End::Refused { why: RoomRefusal::Duplicate, .. } => {
+                "give each use of a room number its own use count, and end the first before the next"
+            }
             End::Refused { why: RoomRefusal::Handshake(_), .. } => {
                 "start both sides with fitting configurations"
             }
@@ -247,6 +252,7 @@ impl fmt::Display for End {
             End::Refused { by, why } => match why {
                 RoomRefusal::Busy => write!(f, "refused by {by}: no room for more"),
                 RoomRefusal::Mismatch => write!(f, "refused by {by}: the two sides' requests do not fit"),
+                RoomRefusal::Duplicate => write!(f, "refused by {by}: the room is open already"),
                 RoomRefusal::Handshake(refusal) => write!(f, "refused by {by} in the handshake: {refusal}"),
             },
             End::Failed { by, stage, cause } => match cause {

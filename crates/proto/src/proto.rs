@@ -178,6 +178,15 @@ pub enum Notice {
     },
     /// Begin to move a room's bytes, from the first one, also if some have been moved before.
     Start(Start),
+    /// A peer wants to read a room's pages. Answer with [`Proto::offer`], or end the room.
+    Wanted {
+        /// Which room.
+        room: RoomId,
+        /// From which session's peer.
+        session: SessionId,
+        /// What the reader told.
+        params: Vec<u8>,
+    },
     /// Forget how far a room has come; it has ended, or starts again later.
     Stop {
         /// Which room.
@@ -274,6 +283,8 @@ pub struct Proto {
     pub(crate) ended_names: BTreeMap<(RoleKind, RoomName), CancelWhy>,
     pub(crate) grants: Grants,
     pub(crate) counters: Counters,
+    /// Receiving rooms that have counted something since their user last looked.
+    pub(crate) grown: VecDeque<RoomId>,
     timers: BTreeSet<(u64, Timer)>,
     actions: VecDeque<Action>,
     notices: VecDeque<Notice>,
@@ -317,6 +328,7 @@ impl Proto {
             ended: VecDeque::new(),
             ended_names: BTreeMap::new(),
             counters: Counters::default(),
+            grown: VecDeque::with_capacity(1024),
             timers: BTreeSet::new(),
             actions: VecDeque::new(),
             notices: VecDeque::new(),
@@ -382,6 +394,17 @@ impl Proto {
         match &self.rooms.get(&room)?.role {
             Role::Receiving(r) => Some(r.arrivals.iter().map(|&n| u64::from(n)).sum()),
             _ => None,
+        }
+    }
+
+    /// A receiving room whose [arrivals](Proto::arrivals) have grown since this was last told of it.
+    pub fn next_arrivals(&mut self) -> Option<(RoomId, u64)> {
+        loop {
+            let id = self.grown.pop_front()?;
+            if let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) {
+                r.has_grown = false;
+                return Some((id, r.arrivals.iter().map(|&n| u64::from(n)).sum()));
+            }
         }
     }
 
@@ -477,9 +500,7 @@ impl Proto {
     /// `Down`.
     pub fn drained(&mut self, now_ns: u64, room: RoomId, down_lanes: u16) {
         self.now_ns = now_ns;
-        let Some(r) = self.rooms.get_mut(&room) else {
-            return;
-        };
+        let Some(r) = self.rooms.get_mut(&room) else { return };
         r.moving = Moving::No;
         match &mut r.role {
             Role::Sending(s) => {
@@ -577,9 +598,7 @@ impl Proto {
 
     /// Ends a room on this side, once. `why` is told to the peer; `None` where the peer knows.
     pub(crate) fn end_room(&mut self, id: RoomId, end: End, why: Option<CancelWhy>) {
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
         if room.end.is_some() {
             return;
         }
@@ -700,9 +719,7 @@ impl Proto {
 
     /// Looks again at an ended (or landing) room after something about its grants, lanes or ops has changed.
     pub(crate) fn settle(&mut self, id: RoomId) {
-        let Some(kind) = self.rooms.get(&id).map(|room| room.role.kind()) else {
-            return;
-        };
+        let Some(kind) = self.rooms.get(&id).map(|room| room.role.kind()) else { return };
         match kind {
             RoleKind::Receiving => self.settle_receiving(id),
             RoleKind::Sending => self.settle_sending(id),

@@ -57,12 +57,7 @@ impl Proto {
             end: None,
             stage: Stage::Grant,
             moving: Moving::No,
-            role: Role::Serving(Serving {
-                pages: Some(serve.pages),
-                buffers: serve.buffers,
-                params: serve.params,
-                grant: None,
-            }),
+            role: Role::Serving(Serving { pages: Some(serve.pages), buffers: serve.buffers, grant: None }),
         })?;
         self.open.insert((RoleKind::Serving, serve.room), id);
         self.take_parked(RoleKind::Serving, serve.room);
@@ -72,12 +67,8 @@ impl Proto {
     /// All reads of a fetching room are done: its bytes are here.
     pub fn fetched(&mut self, now_ns: u64, room: RoomId) {
         self.now_ns = now_ns;
-        let Some(r) = self.rooms.get_mut(&room) else {
-            return;
-        };
-        let (Role::Fetching(f), None, Moving::Yes) = (&r.role, &r.end, r.moving) else {
-            return;
-        };
+        let Some(r) = self.rooms.get_mut(&room) else { return };
+        let (Role::Fetching(f), None, Moving::Yes) = (&r.role, &r.end, r.moving) else { return };
         let aux = f.offer.to_vec();
         r.moving = Moving::No;
         r.stage = Stage::Verify;
@@ -119,12 +110,8 @@ impl Proto {
     }
 
     fn start_fetching(&mut self, id: RoomId) {
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
-        let (Role::Fetching(f), Some(session)) = (&mut room.role, room.session) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let (Role::Fetching(f), Some(session)) = (&mut room.role, room.session) else { return };
         let Some(grant) = f.grant else { return };
         f.again = false;
         room.stage = Stage::Transfer;
@@ -143,12 +130,8 @@ impl Proto {
 
     /// Reads that were under way on a lane that went down are made again on the others.
     pub(crate) fn fetching_lost_lane(&mut self, id: RoomId) {
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
-        let (Role::Fetching(f), None, Moving::Yes) = (&mut room.role, &room.end, room.moving) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let (Role::Fetching(f), None, Moving::Yes) = (&mut room.role, &room.end, room.moving) else { return };
         f.again = true;
         room.moving = Moving::Stopping;
         self.act(Action::StopTransfer { room: id });
@@ -168,9 +151,7 @@ impl Proto {
     }
 
     pub(crate) fn settle_fetching(&mut self, id: RoomId) {
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
         if room.end.is_none() || room.moving != Moving::No {
             return;
         }
@@ -196,14 +177,24 @@ impl Proto {
             let message = Message::Want { room: name, duration_ns, params };
             return self.park(RoleKind::Serving, name, session, message);
         };
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
         room.session = Some(session);
         self.bound.insert((session, RoleKind::Serving, name), id);
         if let Some(s) = self.sessions.get_mut(&session) {
             s.rooms.insert(id);
         }
+        self.tell(Notice::Wanted { room: id, session, params });
+    }
+
+    /// Answers [`Notice::Wanted`]: the peer may read the room's pages, and hears `params` with them.
+    pub fn offer(&mut self, now_ns: u64, id: RoomId, params: Vec<u8>) {
+        self.now_ns = now_ns;
+        let Some(room) = self.rooms.get(&id) else { return };
+        let (Role::Serving(Serving { grant: None, .. }), None, Some(session)) =
+            (&room.role, &room.end, room.session)
+        else {
+            return;
+        };
         let Some(grant) = self.give(id, session, Access::Read) else {
             let end = End::Refused { by: Who::Here, why: RoomRefusal::Busy };
             return self.end_room(id, end, Some(CancelWhy::Busy));
@@ -218,12 +209,12 @@ impl Proto {
         let Some(room) = self.rooms.get(&id) else { return };
         let Role::Serving(s) = &room.role else { return };
         let message = Message::Grant {
-            room: name,
+            room: room.name,
             access: Access::Read,
             attempt: 0,
             grant,
             duration_ns: self.duration_ns(room),
-            params: s.params.clone(),
+            params,
             pages: s.pages.as_ref().map(|pages| pages.ids().to_vec()).unwrap_or_default(),
         };
         self.send(session, &message);

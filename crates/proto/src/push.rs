@@ -47,6 +47,7 @@ impl Proto {
                 grant: None,
                 grants: Vec::new(),
                 arrivals: [0; MAX_LANES],
+                has_grown: false,
                 finish: None,
             }),
         })?;
@@ -86,12 +87,8 @@ impl Proto {
     /// All ops of a sending room's attempt have been posted, with this many immediates on each lane.
     pub fn finish(&mut self, now_ns: u64, room: RoomId, arrivals: &[u32], aux: Vec<u8>) {
         self.now_ns = now_ns;
-        let Some(r) = self.rooms.get_mut(&room) else {
-            return;
-        };
-        let (Role::Sending(s), None, Some(session)) = (&r.role, &r.end, r.session) else {
-            return;
-        };
+        let Some(r) = self.rooms.get_mut(&room) else { return };
+        let (Role::Sending(s), None, Some(session)) = (&r.role, &r.end, r.session) else { return };
         // What was posted on a lane that went down is sent again under the next attempt; that one is finished.
         if s.needs_regrant || s.regrant.is_some() || r.stage != Stage::Transfer {
             return;
@@ -117,6 +114,9 @@ impl Proto {
                 self.counters.arrivals += 1;
                 r.arrivals[usize::from(slot) % MAX_LANES] += 1;
                 room.stage = Stage::Transfer;
+                if !std::mem::replace(&mut r.has_grown, true) {
+                    self.grown.push_back(id);
+                }
                 if r.finish.is_some() {
                     self.check_landed(id);
                 }
@@ -180,12 +180,10 @@ impl Proto {
     }
 
     pub(crate) fn bind_decode(&mut self, id: RoomId, session: SessionId) {
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
         let (name, kind) = (room.name, room.role.kind());
         if self.bound.contains_key(&(session, kind, name)) {
-            let end = End::Refused { by: Who::Here, why: RoomRefusal::Mismatch };
+            let end = End::Refused { by: Who::Here, why: RoomRefusal::Duplicate };
             return self.end_room(id, end, None);
         }
         room.session = Some(session);
@@ -206,12 +204,8 @@ impl Proto {
             let end = End::Refused { by: Who::Here, why: RoomRefusal::Busy };
             return self.end_room(id, end, Some(CancelWhy::Busy));
         };
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
-        let Role::Receiving(r) = &mut room.role else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let Role::Receiving(r) = &mut room.role else { return };
         r.attempt = attempt;
         r.grant = Some(grant);
         r.grants.push(grant);
@@ -238,9 +232,7 @@ impl Proto {
     /// The next attempt of a room whose bytes may have been lost with a lane.
     pub(crate) fn regrant(&mut self, id: RoomId) {
         let Some(room) = self.rooms.get(&id) else { return };
-        let (Role::Receiving(r), None, Some(session)) = (&room.role, &room.end, room.session) else {
-            return;
-        };
+        let (Role::Receiving(r), None, Some(session)) = (&room.role, &room.end, room.session) else { return };
         // Bytes that have all been counted need not come again.
         if room.stage == Stage::Verify {
             return;
@@ -259,16 +251,12 @@ impl Proto {
         arrivals: &[u32],
         aux: Vec<u8>,
     ) {
-        let Some(&id) = self.bound.get(&(session, RoleKind::Receiving, name)) else {
-            return;
-        };
+        let Some(&id) = self.bound.get(&(session, RoleKind::Receiving, name)) else { return };
         if arrivals.len() > MAX_LANES {
             let what = "finished with more lanes than there are";
             return self.end_session(session, SessionEnd::Misbehaved { what });
         }
-        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else { return };
         // An earlier attempt's finish was on its way when the next one was agreed.
         if attempt != r.attempt {
             return;
@@ -282,12 +270,8 @@ impl Proto {
     /// Whether everything that the sender has finished is here.
     fn check_landed(&mut self, id: RoomId) {
         let Some(room) = self.rooms.get(&id) else { return };
-        let (Role::Receiving(r), None, Some(session)) = (&room.role, &room.end, room.session) else {
-            return;
-        };
-        let (Some(finish), Some(current)) = (&r.finish, r.grant) else {
-            return;
-        };
+        let (Role::Receiving(r), None, Some(session)) = (&room.role, &room.end, room.session) else { return };
+        let (Some(finish), Some(current)) = (&r.finish, r.grant) else { return };
         if room.stage == Stage::Verify || finish.attempt != r.attempt {
             return;
         }
@@ -308,9 +292,7 @@ impl Proto {
         if let Some(given) = self.grants.find_mut(current) {
             given.released = Some(0);
         }
-        let Some(Room { role: Role::Receiving(r), stage, .. }) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(Room { role: Role::Receiving(r), stage, .. }) = self.rooms.get_mut(&id) else { return };
         *stage = Stage::Verify;
         let aux = r.finish.as_mut().map(|finish| std::mem::take(&mut finish.aux)).unwrap_or_default();
         self.tell(Notice::Landed { room: id, aux });
@@ -318,9 +300,7 @@ impl Proto {
 
     pub(crate) fn accept_landed(&mut self, id: RoomId) {
         let Some(room) = self.rooms.get(&id) else { return };
-        let (None, Stage::Verify, Some(session)) = (&room.end, room.stage, room.session) else {
-            return;
-        };
+        let (None, Stage::Verify, Some(session)) = (&room.end, room.stage, room.session) else { return };
         let (name, kind) = (room.name, room.role.kind());
         if kind == RoleKind::Receiving {
             self.send(session, &Message::Delivered { room: name });
@@ -330,9 +310,7 @@ impl Proto {
 
     pub(crate) fn receiving_ended(&mut self, id: RoomId) {
         let now_ns = self.now_ns;
-        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get(&id) else {
-            return;
-        };
+        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get(&id) else { return };
         let grants = r.grants.clone();
         self.revoke_all(&grants);
         let quiet = grants.iter().all(|&g| self.grants.find(g).is_none_or(|given| self.is_quiet(given)));
@@ -359,9 +337,7 @@ impl Proto {
             .filter(|given| !self.is_quiet(given))
             .all(|given| matches!(given.fence, Some(Fence::WhenDown)) || given.released.is_some());
         let (now_ns, peer) = (self.now_ns, self.peer_name_of(id));
-        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else { return };
         if quiet {
             if let Some(pages) = r.pages.take() {
                 let pages = pages.come_home();
@@ -370,14 +346,10 @@ impl Proto {
         } else if let (true, Some(pages)) = (only_lanes, &mut r.pages) {
             pages.quarantine(QuarantineReason { peer, until: Until::LanesDown }, now_ns);
         }
-        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else { return };
         let mut grants = std::mem::take(&mut r.grants);
         let free = self.free_quiescent(&mut grants);
-        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else { return };
         r.grants = grants;
         if free && r.pages.is_none() {
             self.drop_room(id);
@@ -429,9 +401,7 @@ impl Proto {
     pub(crate) fn take_parked(&mut self, kind: RoleKind, name: RoomName) {
         let key = self.parked.keys().find(|(k, n, _)| *k == kind && *n == name).copied();
         let Some(key) = key else { return };
-        let Some(parked) = self.parked.remove(&key) else {
-            return;
-        };
+        let Some(parked) = self.parked.remove(&key) else { return };
         self.disarm(parked.expires_ns, Timer::Parked(key.0, key.1, key.2));
         let left_ns = parked.expires_ns.saturating_sub(self.now_ns);
         match parked.message {
@@ -498,9 +468,7 @@ impl Proto {
         // the granter's clock will not let it end.
         let rtt_ns = self.sessions.get(&session).map_or(0, |s| s.rtt_max_ns).min(duration_ns / 4);
         let latest_ns = self.now_ns.saturating_add(duration_ns - rtt_ns);
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
         let deadline_ns = room.deadline_ns.min(latest_ns);
         room.session = Some(session);
         let Role::Sending(s) = &mut room.role else { return };
@@ -516,12 +484,8 @@ impl Proto {
     }
 
     fn start_sending(&mut self, id: RoomId, grant: GrantId) {
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
-        let (Role::Sending(s), Some(session)) = (&mut room.role, room.session) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let (Role::Sending(s), Some(session)) = (&mut room.role, room.session) else { return };
         s.grant = Some(grant);
         s.needs_regrant = false;
         room.stage = Stage::Transfer;
@@ -559,9 +523,7 @@ impl Proto {
             }
             return self.release(session, &[grant], 0, false);
         };
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
         let Role::Sending(s) = &mut room.role else { return };
         if attempt <= s.attempt {
             return self
@@ -576,12 +538,8 @@ impl Proto {
 
     /// Notes that what this room has posted may be lost with a lane.
     pub(crate) fn prefill_lost_lane(&mut self, id: RoomId) {
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
-        let (Role::Sending(s), None) = (&mut room.role, &room.end) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let (Role::Sending(s), None) = (&mut room.role, &room.end) else { return };
         if s.grant.is_some() {
             s.needs_regrant = true;
             room.stage = Stage::Transfer;
@@ -591,9 +549,7 @@ impl Proto {
 
     /// Stops an attempt, to begin the next when its last op has ended.
     fn stop_sending(&mut self, id: RoomId) {
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
         match room.moving {
             Moving::Yes => {
                 room.moving = Moving::Stopping;
@@ -607,18 +563,12 @@ impl Proto {
 
     /// No op of the room is at a port.
     pub(crate) fn sending_drained(&mut self, id: RoomId) {
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
-        let (Role::Sending(s), Some(session)) = (&mut room.role, room.session) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let (Role::Sending(s), Some(session)) = (&mut room.role, room.session) else { return };
         if room.end.is_some() {
             return self.settle_sending(id);
         }
-        let Some((attempt, grant)) = s.regrant.take() else {
-            return;
-        };
+        let Some((attempt, grant)) = s.regrant.take() else { return };
         s.owed.extend(s.grant.take());
         s.attempt = attempt;
         let (owed, down_lanes) = (std::mem::take(&mut s.owed), std::mem::take(&mut s.down_lanes));
@@ -627,9 +577,7 @@ impl Proto {
     }
 
     pub(crate) fn sending_ended(&mut self, id: RoomId) {
-        let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) else { return };
         s.owed.extend(s.grant);
         s.owed.extend(s.regrant.take().map(|(_, grant)| grant));
         self.settle_sending(id);
@@ -637,9 +585,7 @@ impl Proto {
 
     /// Gives back what an ended room still holds, once nothing of it is on its way.
     pub(crate) fn settle_sending(&mut self, id: RoomId) {
-        let Some(room) = self.rooms.get_mut(&id) else {
-            return;
-        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
         if room.end.is_none() || room.moving != Moving::No {
             return;
         }

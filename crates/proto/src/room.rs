@@ -73,8 +73,6 @@ pub struct Serve {
     pub pages: PageRef,
     /// Where they lie.
     pub buffers: Buffers,
-    /// Told to the reader as they are: which tokens, their checksums.
-    pub params: Vec<u8>,
     /// On this node's clock.
     pub deadline_ns: u64,
 }
@@ -162,6 +160,8 @@ pub(crate) struct Receiving {
     pub grants: Vec<GrantId>,
     /// Immediates of this attempt, by lane.
     pub arrivals: [u32; MAX_LANES],
+    /// Stands in the list of rooms whose arrivals have grown.
+    pub has_grown: bool,
     /// What the sender says to expect, once it has finished.
     pub finish: Option<Finish>,
 }
@@ -203,7 +203,6 @@ pub(crate) struct Fetching {
 pub(crate) struct Serving {
     pub pages: Option<PageRef>,
     pub buffers: Buffers,
-    pub params: Vec<u8>,
     pub grant: Option<GrantId>,
 }
 

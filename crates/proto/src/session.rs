@@ -185,9 +185,7 @@ impl Proto {
     /// Ends the session with a target, if there is one, and dials it no more.
     pub fn disconnect(&mut self, now_ns: u64, target: TargetId) {
         self.now_ns = now_ns;
-        let Some(t) = self.targets.get_mut(&target) else {
-            return;
-        };
+        let Some(t) = self.targets.get_mut(&target) else { return };
         let session = t.session();
         t.state = TargetState::Closed;
         if let Some(session) = session {
@@ -226,9 +224,7 @@ impl Proto {
     /// A dialed control stream is connected.
     pub fn link_opened(&mut self, now_ns: u64, link: LinkId) {
         self.now_ns = now_ns;
-        let Some(Link::Dialing { target }) = self.links.get(&link) else {
-            return;
-        };
+        let Some(Link::Dialing { target }) = self.links.get(&link) else { return };
         let target = *target;
         let about = self.about();
         let hello = self
@@ -314,12 +310,8 @@ impl Proto {
         opened: Result<LaneAddress, Error>,
     ) {
         self.now_ns = now_ns;
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
-        let Some(entry) = s.slots.get_mut(usize::from(slot)) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
+        let Some(entry) = s.slots.get_mut(usize::from(slot)) else { return };
         match opened {
             Ok(address) => {
                 entry.ours = Some(address);
@@ -340,12 +332,8 @@ impl Proto {
     /// A lane is up.
     pub fn lane_up(&mut self, now_ns: u64, session: SessionId, slot: u8) {
         self.now_ns = now_ns;
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
-        let Some(entry) = s.slots.get_mut(usize::from(slot)) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
+        let Some(entry) = s.slots.get_mut(usize::from(slot)) else { return };
         if matches!(entry.state, SlotState::Connecting) {
             entry.state = SlotState::Up;
             self.attach_when_lanes_known(session);
@@ -355,12 +343,8 @@ impl Proto {
     /// A lane is down here: it touches this node's memory no more.
     pub fn lane_down(&mut self, now_ns: u64, session: SessionId, slot: u8, cause: DownCause) {
         self.now_ns = now_ns;
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
-        let Some(entry) = s.slots.get_mut(usize::from(slot)) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
+        let Some(entry) = s.slots.get_mut(usize::from(slot)) else { return };
         if matches!(entry.state, SlotState::Down(_)) {
             return;
         }
@@ -388,9 +372,7 @@ impl Proto {
     /// The peer's regions are attached on every lane that is up, or cannot be.
     pub fn attached(&mut self, now_ns: u64, session: SessionId, result: Result<(), Error>) {
         self.now_ns = now_ns;
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
         match (result, &mut s.phase) {
             (Ok(()), Phase::SettingUp { ready_sent, .. }) => {
                 *ready_sent = true;
@@ -432,9 +414,7 @@ impl Proto {
     }
 
     fn on_welcome(&mut self, link: LinkId, peer: Identity, version: u16, about: About, proof: [u8; 32]) {
-        let Some(Link::AwaitWelcome { target, hello }) = self.links.remove(&link) else {
-            return;
-        };
+        let Some(Link::AwaitWelcome { target, hello }) = self.links.remove(&link) else { return };
         let mut welcome = Vec::new();
         Message::Welcome { version, about: about.clone(), proof: [0; 32] }.encode(peer, &mut welcome);
         let refusal = if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
@@ -467,18 +447,14 @@ impl Proto {
     }
 
     fn on_refuse(&mut self, link: LinkId, refusal: Refusal) {
-        let Some(Link::AwaitWelcome { target, .. }) = self.links.remove(&link) else {
-            return;
-        };
+        let Some(Link::AwaitWelcome { target, .. }) = self.links.remove(&link) else { return };
         self.close_link(link);
         let refusal = refusal.seen_from_there();
         self.target_failed(target, SessionEnd::Refused { by: Who::Peer, refusal });
     }
 
     fn on_prove(&mut self, link: LinkId, from: Identity, proof: [u8; 32]) {
-        let Some(Link::AwaitProve { peer, about, hello, welcome }) = self.links.remove(&link) else {
-            return;
-        };
+        let Some(Link::AwaitProve { peer, about, hello, welcome }) = self.links.remove(&link) else { return };
         if from != peer || !same(&proof, &self.config.auth.proof(Side::Dialer, &[&hello, &welcome])) {
             self.links.insert(link, Link::Closing);
             return self.refuse(link, Refusal::NotAuthentic);
@@ -559,9 +535,7 @@ impl Proto {
     /// A target turned out to be a peer with whom there is (or will soon be) a session that the peer began.
     fn adopt(&mut self, target: TargetId, peer: Identity) {
         let session = self.by_node.get(&peer.node).copied();
-        let Some(t) = self.targets.get_mut(&target) else {
-            return;
-        };
+        let Some(t) = self.targets.get_mut(&target) else { return };
         match session.filter(|_| !matches!(t.state, TargetState::Closed)) {
             Some(session) => {
                 t.state = TargetState::Session(session);
@@ -643,9 +617,7 @@ impl Proto {
     }
 
     fn send_setup(&mut self, session: SessionId) {
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
         if s.setup_sent || s.slots.iter().any(|slot| matches!(slot.state, SlotState::Opening)) {
             return;
         }
@@ -680,9 +652,7 @@ impl Proto {
         app: Vec<u8>,
         held: Vec<GrantId>,
     ) {
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
         let repeated = s.peer_setup.is_some() || !matches!(s.phase, Phase::SettingUp { .. });
         let fits = lanes.len() == s.slots.len() && lanes.iter().zip(0u8..).all(|((slot, _), at)| *slot == at);
         if repeated || !fits {
@@ -700,9 +670,7 @@ impl Proto {
 
     /// Connects once both sides' addresses are known.
     fn connect_lanes(&mut self, session: SessionId) {
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
         if !s.setup_sent || s.peer_setup.is_none() {
             return;
         }
@@ -719,12 +687,8 @@ impl Proto {
     }
 
     fn attach_when_lanes_known(&mut self, session: SessionId) {
-        let Some(s) = self.sessions.get(&session) else {
-            return;
-        };
-        let Phase::SettingUp { ready_sent: false, .. } = s.phase else {
-            return;
-        };
+        let Some(s) = self.sessions.get(&session) else { return };
+        let Phase::SettingUp { ready_sent: false, .. } = s.phase else { return };
         let known = s.slots.iter().all(|slot| matches!(slot.state, SlotState::Up | SlotState::Down(_)));
         if let (true, true, Some(setup)) = (known, s.has_up(), &s.peer_setup) {
             let regions = setup.regions.clone();
@@ -734,12 +698,8 @@ impl Proto {
     }
 
     fn become_live(&mut self, session: SessionId) {
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
-        let Phase::SettingUp { ready_sent: true, ready_received: true } = s.phase else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
+        let Phase::SettingUp { ready_sent: true, ready_received: true } = s.phase else { return };
         let Some(setup) = &s.peer_setup else { return };
         s.phase = Phase::Live;
         let notice = Notice::SessionUp {
@@ -775,9 +735,7 @@ impl Proto {
     // --- messages of a session -------------------------------------------------------------------------------
 
     fn on_session_message(&mut self, session: SessionId, message: Message) {
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
         let live = s.is_live();
         match message {
             Message::Setup { lanes, regions, app, held } => self.on_setup(session, lanes, regions, app, held),
@@ -867,12 +825,8 @@ impl Proto {
     }
 
     fn lane_lost_there(&mut self, session: SessionId, slot: u8) {
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
-        let Some(entry) = s.slots.get_mut(usize::from(slot)) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
+        let Some(entry) = s.slots.get_mut(usize::from(slot)) else { return };
         entry.lost_there = true;
         self.close_lane(session, slot);
         self.regrant_if_agreed(session, slot);
@@ -881,12 +835,8 @@ impl Proto {
     /// Begins new attempts when both ends of a lane are down: our own end, so that nothing of the old attempt
     /// lands by it, and the peer's, so that it has noted which rooms to send again.
     fn regrant_if_agreed(&mut self, session: SessionId, slot: u8) {
-        let Some(s) = self.sessions.get(&session) else {
-            return;
-        };
-        let Some(entry) = s.slots.get(usize::from(slot)) else {
-            return;
-        };
+        let Some(s) = self.sessions.get(&session) else { return };
+        let Some(entry) = s.slots.get(usize::from(slot)) else { return };
         if matches!(entry.state, SlotState::Down(_)) && entry.lost_there && s.has_up() {
             for room in self.rooms_of(session) {
                 self.regrant(room);
@@ -895,12 +845,8 @@ impl Proto {
     }
 
     fn close_lane(&mut self, session: SessionId, slot: u8) {
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
-        let Some(entry) = s.slots.get_mut(usize::from(slot)) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
+        let Some(entry) = s.slots.get_mut(usize::from(slot)) else { return };
         match entry.state {
             SlotState::Opening | SlotState::Closing | SlotState::Down(_) => {}
             SlotState::Open | SlotState::Connecting | SlotState::Up => {
@@ -913,9 +859,7 @@ impl Proto {
     // --- ends ------------------------------------------------------------------------------------------------
 
     pub(crate) fn end_session(&mut self, session: SessionId, cause: SessionEnd) {
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
         if s.is_over() {
             return;
         }
@@ -953,9 +897,7 @@ impl Proto {
 
     /// Forgets a session that is over in every respect.
     pub(crate) fn reap(&mut self, session: SessionId) {
-        let Some(s) = self.sessions.get(&session) else {
-            return;
-        };
+        let Some(s) = self.sessions.get(&session) else { return };
         let opening = s.slots.iter().any(|slot| matches!(slot.state, SlotState::Opening));
         if s.is_over() && s.all_down() && s.grants == 0 && s.rooms.is_empty() && !opening {
             self.sessions.remove(&session);
@@ -1005,9 +947,7 @@ impl Proto {
     /// Looks after liveness, round trips and the handshake's deadline.
     pub(crate) fn session_tick(&mut self, session: SessionId) {
         let now = self.now_ns;
-        let Some(s) = self.sessions.get_mut(&session) else {
-            return;
-        };
+        let Some(s) = self.sessions.get_mut(&session) else { return };
         if s.is_over() {
             return;
         }
@@ -1044,9 +984,7 @@ impl Proto {
 
     /// Dials a target whose pause is over.
     pub(crate) fn redial(&mut self, target: TargetId) {
-        let Some(t) = self.targets.get_mut(&target) else {
-            return;
-        };
+        let Some(t) = self.targets.get_mut(&target) else { return };
         if matches!(t.state, TargetState::Pausing) {
             t.state = TargetState::Dialing;
             let address = t.address.clone();
@@ -1061,9 +999,7 @@ impl Proto {
     }
 
     fn target_lost(&mut self, target: TargetId, cause: SessionEnd) {
-        let Some(t) = self.targets.get_mut(&target) else {
-            return;
-        };
+        let Some(t) = self.targets.get_mut(&target) else { return };
         if matches!(t.state, TargetState::Closed) {
             return;
         }
@@ -1084,9 +1020,7 @@ impl Proto {
     }
 
     fn pause_target(&mut self, target: TargetId) {
-        let Some(t) = self.targets.get_mut(&target) else {
-            return;
-        };
+        let Some(t) = self.targets.get_mut(&target) else { return };
         t.state = TargetState::Pausing;
         let at = self.now_ns + t.backoff_ns;
         t.backoff_ns = (t.backoff_ns * 2).min(self.config.redial_max_ns);

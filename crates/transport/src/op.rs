@@ -99,6 +99,14 @@ impl<'a> Op<'a> {
         }
     }
 
+    /// How many bytes a [short post](Posted) took of this op, of which it says `within`.
+    pub fn part_bytes(&self, within: u64) -> u64 {
+        match self.shape {
+            Shape::Span { .. } => within,
+            Shape::Pages { piece_bytes, .. } => within.saturating_mul(piece_bytes),
+        }
+    }
+
     /// What is left of this op after a [short post](Posted) took `within` of it.
     ///
     /// # Panics

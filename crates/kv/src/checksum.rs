@@ -1,0 +1,352 @@
+//! Whether the destination holds the source's bytes, although the two have different pages.
+//!
+//! The unit is a *block*: the bytes of consecutive tokens, layer after layer, token after token. Blocks begin at
+//! multiples of their length, counted from the request's first token, so they are the same on both sides.
+//!
+//! On the wire (little-endian), as part of the message that ends a room:
+//!
+//! | bytes | field |
+//! |---|---|
+//! | 1 | version of this table: 1 |
+//! | 4, 4 | first layer, end of the layers |
+//! | 4, 4 | first token, end of the tokens |
+//! | 4 | tokens a block |
+//! | 4 × blocks | CRC32C of each block |
+
+use std::num::NonZeroU32;
+use std::ops::Range;
+
+use crossdock_memory::{Memory, OutOfRange};
+
+use crate::fields::{Fields, Truncated};
+use crate::random::mix;
+use crate::{LayerBuffer, PageTable, PageTableError};
+
+/// CRC32C sums of what was moved: computed at the source, compared at the destination.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checksums {
+    layers: Range<u32>,
+    tokens: Range<u32>,
+    block_tokens: u32,
+    sums: Vec<u32>,
+}
+
+impl Checksums {
+    /// There are at most this many blocks; the more tokens, the longer each. So the message stays below 17 kB.
+    pub const MAX_BLOCKS: u32 = 4096;
+    /// A block holds at least this many tokens, so that small pages do not make a sum for each token.
+    pub const MIN_BLOCK_TOKENS: u32 = 64;
+
+    /// Reads the tokens of these layers out of host memory. `memory` holds the regions that the table's layout
+    /// names, in the order of their announcement.
+    pub fn compute(
+        memory: &[Memory],
+        table: &PageTable<'_>,
+        layers: Range<u32>,
+        tokens: Range<u32>,
+    ) -> Result<Self, ChecksumError> {
+        // Where possible a block is a whole number of pages, and so a page has one sum.
+        let page_tokens = table.layout.page_tokens();
+        let mut block_tokens = page_tokens * Self::MIN_BLOCK_TOKENS.div_ceil(page_tokens);
+        while blocks(&tokens, block_tokens) > Self::MAX_BLOCKS {
+            block_tokens = block_tokens.saturating_mul(2);
+        }
+        let mut checksums = Self { layers, tokens, block_tokens, sums: Vec::new() };
+        let mut reader = Reader::new(memory, table, &checksums.layers, &checksums.tokens)?;
+        checksums.sums = checksums.blocks().map(|block| reader.sum(&block)).collect::<Result<_, _>>()?;
+        Ok(checksums)
+    }
+
+    /// Compares with what arrived. `layers` and `tokens` are what the room has moved: sums of anything else would
+    /// prove nothing.
+    pub fn verify(
+        &self,
+        memory: &[Memory],
+        table: &PageTable<'_>,
+        layers: Range<u32>,
+        tokens: Range<u32>,
+    ) -> Result<(), VerifyError> {
+        if (&self.layers, &self.tokens) != (&layers, &tokens) {
+            return Err(VerifyError::OtherExtent {
+                layers,
+                tokens,
+                summed_layers: self.layers.clone(),
+                summed_tokens: self.tokens.clone(),
+            });
+        }
+        let mut reader = Reader::new(memory, table, &layers, &tokens)?;
+        for (block, &expected) in self.blocks().zip(&self.sums) {
+            let found = reader.sum(&block)?;
+            if found != expected {
+                let first = block.start / table.layout.page_tokens() - table.first_page;
+                let page = table.pages[first as usize];
+                return Err(VerifyError::Mismatch { tokens: block, page, expected, found });
+            }
+        }
+        Ok(())
+    }
+
+    /// Which layers are summed.
+    pub fn layers(&self) -> Range<u32> {
+        self.layers.clone()
+    }
+
+    /// Which tokens are summed.
+    pub fn tokens(&self) -> Range<u32> {
+        self.tokens.clone()
+    }
+
+    /// Appends the sums, as they travel to the destination, to `out`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.push(VERSION);
+        let head =
+            [self.layers.start, self.layers.end, self.tokens.start, self.tokens.end, self.block_tokens];
+        head.iter().chain(&self.sums).for_each(|number| out.extend(number.to_le_bytes()));
+    }
+
+    /// Reads a peer's sums.
+    pub fn decode(bytes: &[u8]) -> Result<Self, ChecksumDecodeError> {
+        let mut fields = Fields(bytes);
+        let version = fields.u8("version")?;
+        if version != VERSION {
+            return Err(ChecksumDecodeError::UnknownVersion { version });
+        }
+        let layers = fields.u32("first layer")?..fields.u32("end of the layers")?;
+        let tokens = fields.u32("first token")?..fields.u32("end of the tokens")?;
+        let block_tokens = fields.u32("tokens a block")?;
+        if layers.start > layers.end || tokens.start > tokens.end || block_tokens == 0 {
+            return Err(ChecksumDecodeError::BadExtent { layers, tokens, block_tokens });
+        }
+        let expected = blocks(&tokens, block_tokens) as usize;
+        let (sums, rest) = fields.0.as_chunks::<4>();
+        if sums.len() != expected || !rest.is_empty() {
+            return Err(ChecksumDecodeError::BadCount { bytes: fields.0.len(), blocks: expected });
+        }
+        let sums = sums.iter().map(|sum| u32::from_le_bytes(*sum)).collect();
+        Ok(Self { layers, tokens, block_tokens, sums })
+    }
+
+    /// The tokens of each block; the first and the last may be cut.
+    fn blocks(&self) -> impl Iterator<Item = Range<u32>> + use<> {
+        let (tokens, block_tokens) = (self.tokens.clone(), self.block_tokens);
+        let first = tokens.start / block_tokens;
+        (0..blocks(&tokens, block_tokens)).map(move |nth| {
+            let start = (first + nth) * block_tokens;
+            start.max(tokens.start)..start.saturating_add(block_tokens).min(tokens.end)
+        })
+    }
+}
+
+/// How many blocks the tokens touch.
+fn blocks(tokens: &Range<u32>, block_tokens: u32) -> u32 {
+    match tokens.is_empty() {
+        true => 0,
+        false => (tokens.end - 1) / block_tokens - tokens.start / block_tokens + 1,
+    }
+}
+
+/// Which rooms are verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Verify {
+    /// None.
+    #[default]
+    Off,
+    /// Every one.
+    All,
+    /// One in so many, chosen by the room's number: every worker that is asked says the same of a room.
+    OneIn(NonZeroU32),
+}
+
+impl Verify {
+    /// Whether this room is verified.
+    pub fn covers(self, room: u64) -> bool {
+        match self {
+            Self::Off => false,
+            Self::All => true,
+            // Routers may count rooms upwards, so the number is mixed before it chooses.
+            Self::OneIn(n) => mix(room).is_multiple_of(u64::from(n.get())),
+        }
+    }
+}
+
+/// Sums blocks of one table. Others may write the memory meanwhile, so bytes are copied before they are summed.
+struct Reader<'a> {
+    table: &'a PageTable<'a>,
+    /// Of the layers to be summed.
+    buffers: Vec<(&'a Memory, LayerBuffer)>,
+    copy: Box<[u8]>,
+}
+
+impl<'a> Reader<'a> {
+    /// Finds the buffers, and checks once that the table covers all of the tokens.
+    fn new(
+        memory: &'a [Memory],
+        table: &'a PageTable<'a>,
+        layers: &Range<u32>,
+        tokens: &Range<u32>,
+    ) -> Result<Self, ChecksumError> {
+        table.covering(tokens).map_err(ChecksumError::Pages)?;
+        let buffer = |layer| {
+            let here = table.layout.layers();
+            let buffer = table.layout.buffer(layer).ok_or(ChecksumError::LayerNotHere { layer, here })?;
+            let memory = memory.get(buffer.region as usize);
+            Ok((memory.ok_or(ChecksumError::UnknownRegion { region: buffer.region })?, buffer))
+        };
+        let buffers = layers.clone().map(buffer).collect::<Result<_, _>>()?;
+        Ok(Self { table, buffers, copy: vec![0; COPY_BYTES].into() })
+    }
+
+    fn sum(&mut self, block: &Range<u32>) -> Result<u32, ChecksumError> {
+        let token_bytes = self.table.layout.token_bytes();
+        let pages = self.table.covering(block).map_err(ChecksumError::Pages)?;
+        let mut sum = 0;
+        for (memory, buffer) in &self.buffers {
+            let mut walk = self.table.walk(pages, block);
+            let mut left = block.end - block.start;
+            while left > 0 {
+                let tokens = walk.left().min(left);
+                let (page, token) = walk.place();
+                let in_page = u64::from(token) * token_bytes;
+                let offset = buffer.offset + u64::from(page) * buffer.stride_bytes + in_page;
+                sum = add(sum, memory, offset, u64::from(tokens) * token_bytes, &mut self.copy)?;
+                walk.advance(tokens);
+                left -= tokens;
+            }
+        }
+        Ok(sum)
+    }
+}
+
+fn add(
+    mut sum: u32,
+    memory: &Memory,
+    offset: u64,
+    bytes: u64,
+    copy: &mut [u8],
+) -> Result<u32, ChecksumError> {
+    let mut done = 0;
+    while done < bytes {
+        let part = (bytes - done).min(copy.len() as u64) as usize;
+        // An offset that no address can have is out of range like any other.
+        let at = usize::try_from(offset + done).unwrap_or(usize::MAX);
+        memory.read(at, &mut copy[..part]).map_err(ChecksumError::OutOfRange)?;
+        sum = crc32c::crc32c_append(sum, &copy[..part]);
+        done += part as u64;
+    }
+    Ok(sum)
+}
+
+/// Why sums cannot be computed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChecksumError {
+    /// The pages do not hold the tokens.
+    #[error(transparent)]
+    Pages(PageTableError),
+    /// A layer is not held by this worker.
+    #[error("layer {layer} is to be summed, layers {}..{} are here", here.start, here.end)]
+    LayerNotHere {
+        /// The layer to be summed.
+        layer: u32,
+        /// The layers of the worker.
+        here: Range<u32>,
+    },
+    /// The layout names a region for which no memory was given.
+    #[error("no memory was given for region {region}")]
+    UnknownRegion {
+        /// The region's number.
+        region: u32,
+    },
+    /// The memory is shorter than the layout says.
+    #[error(transparent)]
+    OutOfRange(OutOfRange),
+}
+
+/// Why verification fails.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum VerifyError {
+    /// Other bytes are here than were sent.
+    #[error(
+        "tokens {}..{}, from page {page} on: the source's checksum is {expected:#010x}, this side's {found:#010x}",
+        tokens.start, tokens.end
+    )]
+    Mismatch {
+        /// In which tokens.
+        tokens: Range<u32>,
+        /// The destination's page that holds the first of them.
+        page: u32,
+        /// The source's sum.
+        expected: u32,
+        /// The sum of what is here.
+        found: u32,
+    },
+    /// The source has summed other layers or tokens than were moved.
+    #[error(
+        "layers {}..{} of tokens {}..{} were moved, but layers {}..{} of tokens {}..{} are summed",
+        layers.start, layers.end, tokens.start, tokens.end,
+        summed_layers.start, summed_layers.end, summed_tokens.start, summed_tokens.end
+    )]
+    OtherExtent {
+        /// The layers that were moved.
+        layers: Range<u32>,
+        /// The tokens that were moved.
+        tokens: Range<u32>,
+        /// The layers that are summed.
+        summed_layers: Range<u32>,
+        /// The tokens that are summed.
+        summed_tokens: Range<u32>,
+    },
+    /// This side cannot compute its own sums.
+    #[error(transparent)]
+    NotComputed(#[from] ChecksumError),
+}
+
+/// Why bytes are no sums.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ChecksumDecodeError {
+    /// They end too early.
+    #[error("the checksums end in their {field}")]
+    Truncated {
+        /// In which field.
+        field: &'static str,
+    },
+    /// The peer speaks another version of the form.
+    #[error("checksum version {version} is unknown; {VERSION} is known")]
+    UnknownVersion {
+        /// Which.
+        version: u8,
+    },
+    /// The ranges run backwards, or blocks hold nothing.
+    #[error(
+        "layers {}..{} of tokens {}..{} in blocks of {block_tokens} tokens cannot be summed",
+        layers.start, layers.end, tokens.start, tokens.end
+    )]
+    BadExtent {
+        /// The layers said to be summed.
+        layers: Range<u32>,
+        /// The tokens said to be summed.
+        tokens: Range<u32>,
+        /// The tokens said to be in a block.
+        block_tokens: u32,
+    },
+    /// There is not one sum for each block.
+    #[error("{bytes} bytes of sums for {blocks} blocks")]
+    BadCount {
+        /// How many bytes of sums there are.
+        bytes: usize,
+        /// How many blocks the ranges make.
+        blocks: usize,
+    },
+}
+
+impl From<Truncated> for ChecksumDecodeError {
+    fn from(Truncated { field }: Truncated) -> Self {
+        Self::Truncated { field }
+    }
+}
+
+const VERSION: u8 = 1;
+/// Small enough to stay in the first-level cache between the copy and the sum.
+const COPY_BYTES: usize = 16 << 10;

@@ -1,0 +1,108 @@
+//! What the two ends of a room tell each other beside pages (little-endian).
+//!
+//! | message | bytes | field |
+//! |---|---|---|
+//! | ask: with a push's grant, a pull's want | 1 | version: 1 |
+//! | | 4 | tokens of the request |
+//! | | 4 | tokens that the decode side holds already |
+//! | | 1 | 1: send checksums |
+//! | answer: with a push's finish, a pull's grant | 1 | version: 1 |
+//! | | 4 | tokens of the request |
+//! | | 4, n | the user's own bytes |
+//! | | n | [checksums](crate::Checksums), or nothing |
+
+use crate::fields::{Fields, Truncated};
+
+const VERSION: u8 = 1;
+
+/// What the decode side asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ask {
+    pub tokens: u32,
+    pub skip_tokens: u32,
+    pub checksums: bool,
+}
+
+/// What the prefill side says with the bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub tokens: u32,
+    pub aux: Vec<u8>,
+    /// Encoded; empty for none.
+    pub checksums: Vec<u8>,
+}
+
+impl Ask {
+    pub fn encode(self) -> Vec<u8> {
+        let mut out = vec![VERSION];
+        out.extend(self.tokens.to_le_bytes());
+        out.extend(self.skip_tokens.to_le_bytes());
+        out.push(self.checksums as u8);
+        out
+    }
+
+    /// `None`: not what this version can read.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let read = || -> Result<(u8, Self, bool), Truncated> {
+            let mut fields = Fields(bytes);
+            let version = fields.u8("version")?;
+            let ask = Self {
+                tokens: fields.u32("tokens")?,
+                skip_tokens: fields.u32("skip tokens")?,
+                checksums: fields.u8("checksums")? == 1,
+            };
+            Ok((version, ask, fields.0.is_empty()))
+        };
+        match read() {
+            Ok((VERSION, ask, true)) if ask.skip_tokens <= ask.tokens => Some(ask),
+            _ => None,
+        }
+    }
+}
+
+impl Answer {
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = vec![VERSION];
+        out.extend(self.tokens.to_le_bytes());
+        out.extend((self.aux.len() as u32).to_le_bytes());
+        out.extend(&self.aux);
+        out.extend(&self.checksums);
+        out
+    }
+
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let read = || -> Result<(u8, Self), Truncated> {
+            let mut fields = Fields(bytes);
+            let version = fields.u8("version")?;
+            let tokens = fields.u32("tokens")?;
+            let aux_bytes = fields.u32("aux")? as usize;
+            let aux = fields.take("aux", aux_bytes)?.to_vec();
+            Ok((version, Self { tokens, aux, checksums: fields.0.to_vec() }))
+        };
+        match read() {
+            Ok((VERSION, answer)) => Some(answer),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_is_written_is_read(tokens: u32, aux: Vec<u8>, checksums: Vec<u8>, flag: bool) {
+            let ask = Ask { tokens, skip_tokens: tokens / 2, checksums: flag };
+            prop_assert_eq!(Ask::decode(&ask.encode()), Some(ask));
+            let answer = Answer { tokens, aux, checksums };
+            prop_assert_eq!(Answer::decode(&answer.encode()), Some(answer));
+        }
+
+        #[test]
+        fn anything_may_come(bytes: Vec<u8>) {
+            let _ = (Ask::decode(&bytes), Answer::decode(&bytes));
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! What a user asks for, and what comes of it.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crossdock_engine::{Promise, Ticket, ticket};
+use crossdock_memory::{PageRef, PageSet};
+use crossdock_proto::{End, Identity, RoomName, SessionEnd};
+
+use crate::handle::{Busy, Handle};
+
+/// A peer that is dialed, or that has dialed this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Peer(pub(crate) PeerKey);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum PeerKey {
+    /// The handle's number for a dialed address.
+    Dialed(u64),
+    /// A node's own number.
+    Node(u64),
+}
+
+impl Peer {
+    /// The peer with this node number, whoever of the two dialed.
+    pub fn node(node: u64) -> Self {
+        Self(PeerKey::Node(node))
+    }
+}
+
+/// Who answered at a dialed address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerUp {
+    /// The node and its incarnation.
+    pub identity: Identity,
+    /// Its name for people.
+    pub name: Arc<str>,
+}
+
+/// Asks for tokens to be pushed into pages of this node.
+#[derive(Debug)]
+pub struct ReceiveRequest {
+    /// From whom.
+    pub peer: Peer,
+    /// The router's number for the request.
+    pub room: u64,
+    /// Which use of that number.
+    pub use_count: u32,
+    /// Tokens of the request.
+    pub tokens: u32,
+    /// Tokens of a prefix that is here already and is not to be sent.
+    pub skip_tokens: u32,
+    /// Pages for the tokens from `skip_tokens` on: the first one holds that token.
+    pub pages: PageSet,
+    /// From now.
+    pub deadline: Duration,
+}
+
+/// Offers pages of this node to be pushed into the peer that asks for the room.
+#[derive(Debug)]
+pub struct SendRequest {
+    /// The router's number for the request.
+    pub room: u64,
+    /// Which use of that number.
+    pub use_count: u32,
+    /// Tokens of the request.
+    pub tokens: u32,
+    /// Pages for the tokens, from the first one on. They may be filled later than this, but before they are sent.
+    pub pages: PageRef,
+    /// From now.
+    pub deadline: Duration,
+}
+
+/// Asks for tokens to be pulled from the peer's pages into pages of this node.
+pub type FetchRequest = ReceiveRequest;
+
+/// Offers pages of this node to be pulled by the peer that asks for the room.
+#[derive(Debug)]
+pub struct ServeRequest {
+    /// The router's number for the request.
+    pub room: u64,
+    /// Which use of that number.
+    pub use_count: u32,
+    /// Tokens of the request.
+    pub tokens: u32,
+    /// Pages for the tokens, from the first one on, filled.
+    pub pages: PageRef,
+    /// Handed to the reader with the bytes: first token, log probabilities.
+    pub aux: Vec<u8>,
+    /// From now.
+    pub deadline: Duration,
+}
+
+/// How a receiving or fetching room ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// How.
+    pub end: End,
+    /// What the prefill side sent beside the pages; empty unless delivered.
+    pub aux: Vec<u8>,
+}
+
+/// A room on the decode side.
+///
+/// Two things are told, each once: how the room ended, by its deadline; and the pages, when nobody else can write
+/// them any more. After a delivery both come together; after a fault the pages may come later.
+#[derive(Debug)]
+#[must_use = "the end of the room and its pages are told here"]
+pub struct Receiving {
+    /// The end of the room.
+    pub end: Ticket<Received>,
+    /// The pages. Whoever drops this ticket leaves it to the pool to take them back when they come home.
+    pub pages: Ticket<PageSet>,
+    pub(crate) control: RoomControl,
+}
+
+/// A room on the prefill side of a pull.
+#[derive(Debug)]
+#[must_use = "the end of the room is told here"]
+pub struct Serving {
+    /// The end of the room.
+    pub end: Ticket<End>,
+    pub(crate) control: RoomControl,
+}
+
+/// A room on the prefill side of a push. Layers and chunks are sent as they are computed; then it is finished.
+#[derive(Debug)]
+#[must_use = "a room that is not sent and finished ends by its deadline"]
+pub struct Sending {
+    /// The end of the room.
+    pub end: Ticket<End>,
+    pub(crate) control: RoomControl,
+    tokens: u32,
+    first_layer: u32,
+    /// For each layer, how many of the tokens have been sent.
+    sent: Vec<u32>,
+    finished: bool,
+}
+
+/// Why something was not sent.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// The tokens of a layer are sent in order, each once.
+    #[error("layer {layer}: tokens {expected}.. are next, not {given:?}")]
+    OutOfOrder {
+        /// Which layer.
+        layer: u32,
+        /// The token that is next.
+        expected: u32,
+        /// What was to be sent.
+        given: Range<u32>,
+    },
+    /// This node does not hold the layer, or the request does not have the token.
+    #[error("layers {layers:?} and tokens {tokens:?} are not all part of this room")]
+    OutOfRange {
+        /// The layers.
+        layers: Range<u32>,
+        /// The tokens.
+        tokens: Range<u32>,
+    },
+    /// The room cannot be finished before everything has been sent.
+    #[error("layer {layer}: {sent} of {tokens} tokens have been sent")]
+    NotComplete {
+        /// The first layer that lacks some.
+        layer: u32,
+        /// So many have been sent.
+        sent: u32,
+        /// So many there are.
+        tokens: u32,
+    },
+    /// The room has been finished.
+    #[error("the room has been finished")]
+    Finished,
+    /// The queue to the progress loop is full.
+    #[error(transparent)]
+    Busy(#[from] Busy),
+}
+
+impl Receiving {
+    /// Ends the room here; the pages come home when the peer has stopped.
+    pub fn cancel(&self) -> Result<(), Busy> {
+        self.control.cancel()
+    }
+
+    /// How many batches have landed in the current attempt: grows while the room moves.
+    pub fn arrivals(&self) -> u64 {
+        self.control.arrivals.load(Ordering::Acquire)
+    }
+}
+
+impl Serving {
+    /// Ends the room here.
+    pub fn cancel(&self) -> Result<(), Busy> {
+        self.control.cancel()
+    }
+}
+
+impl Sending {
+    pub(crate) fn new(end: Ticket<End>, control: RoomControl, tokens: u32, layers: Range<u32>) -> Self {
+        let sent = vec![0; layers.len()];
+        Self { end, control, tokens, first_layer: layers.start, sent, finished: false }
+    }
+
+    /// Sends all tokens of these layers, whose pages are filled.
+    pub fn send_layers(&mut self, layers: Range<u32>) -> Result<(), SendError> {
+        self.send(layers, 0..self.tokens)
+    }
+
+    /// Sends these tokens of these layers: a chunk of a prompt that is computed in pieces.
+    pub fn send(&mut self, layers: Range<u32>, tokens: Range<u32>) -> Result<(), SendError> {
+        if self.finished {
+            return Err(SendError::Finished);
+        }
+        let held = self.first_layer..self.first_layer + self.sent.len() as u32;
+        if layers.is_empty() || layers.start < held.start || layers.end > held.end || tokens.end > self.tokens
+        {
+            return Err(SendError::OutOfRange { layers, tokens });
+        }
+        let places = (layers.start - held.start) as usize..(layers.end - held.start) as usize;
+        for (layer, sent) in layers.clone().zip(&self.sent[places.clone()]) {
+            if *sent != tokens.start || tokens.start > tokens.end {
+                return Err(SendError::OutOfOrder { layer, expected: *sent, given: tokens });
+            }
+        }
+        self.control.handle.send(self.control.key, layers, tokens.clone())?;
+        self.sent[places].fill(tokens.end);
+        Ok(())
+    }
+
+    /// Everything has been sent: the peer may rely on the pages once it has them all. `aux` travels with it.
+    pub fn finish(&mut self, aux: Vec<u8>) -> Result<(), SendError> {
+        if self.finished {
+            return Err(SendError::Finished);
+        }
+        if let Some(at) = self.sent.iter().position(|&sent| sent != self.tokens) {
+            let layer = self.first_layer + at as u32;
+            return Err(SendError::NotComplete { layer, sent: self.sent[at], tokens: self.tokens });
+        }
+        self.control.handle.finish(self.control.key, aux)?;
+        self.finished = true;
+        Ok(())
+    }
+
+    /// Ends the room here.
+    pub fn cancel(&self) -> Result<(), Busy> {
+        self.control.cancel()
+    }
+}
+
+/// What every room's holder can do.
+#[derive(Clone)]
+pub(crate) struct RoomControl {
+    pub handle: Handle,
+    pub key: u64,
+    pub arrivals: Arc<AtomicU64>,
+}
+
+impl RoomControl {
+    fn cancel(&self) -> Result<(), Busy> {
+        self.handle.cancel(self.key)
+    }
+}
+
+impl std::fmt::Debug for RoomControl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RoomControl({})", self.key)
+    }
+}
+
+/// What the progress loop does next for a user.
+pub(crate) enum Command {
+    Connect { key: u64, address: String, up: Promise<Result<PeerUp, SessionEnd>> },
+    Disconnect { key: u64 },
+    Receive { key: u64, request: ReceiveRequest, pull: bool, told: DecodePromises },
+    Open { key: u64, request: SendRequest, end: Promise<End> },
+    Send { key: u64, layers: Range<u32>, tokens: Range<u32> },
+    Finish { key: u64, aux: Vec<u8> },
+    Serve { key: u64, request: ServeRequest, end: Promise<End> },
+    Cancel { key: u64 },
+    Stop,
+}
+
+/// What a decode end has promised.
+pub(crate) struct DecodePromises {
+    pub end: Promise<Received>,
+    pub pages: Promise<PageSet>,
+    pub arrivals: Arc<AtomicU64>,
+}
+
+pub(crate) fn decode_tickets(handle: &Handle, key: u64) -> (DecodePromises, Receiving) {
+    let (end, end_ticket) = ticket();
+    let (pages, pages_ticket) = ticket();
+    let arrivals = Arc::new(AtomicU64::new(0));
+    let control = RoomControl { handle: handle.clone(), key, arrivals: arrivals.clone() };
+    (DecodePromises { end, pages, arrivals }, Receiving { end: end_ticket, pages: pages_ticket, control })
+}
+
+pub(crate) fn name(room: u64, use_count: u32) -> RoomName {
+    RoomName { room, use_count }
+}

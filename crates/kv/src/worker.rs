@@ -1,0 +1,838 @@
+//! The progress of one node's KV rooms: commands in, notices in, ops out, ends out.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossdock_engine::{
+    Doorbell, Engine, EventFd, LaneRegions, OsError, Promise, TransferFailed, TransferId, now_ns,
+};
+use crossdock_memory::{Memory, PageSet};
+use crossdock_proto::{
+    Buffers, Counters, End, Fetch, Notice, PeerName, Receive, RoomBuffer, RoomError, RoomId, RoomRefusal,
+    Send, Serve, SessionEnd, SessionId, Start, TargetId, Who,
+};
+use crossdock_transport::{Direction, GrantId, Op, Port};
+
+use crate::handle::{Handle, Shared};
+use crate::params::{Answer, Ask};
+use crate::request::{
+    Command, Peer, PeerKey, PeerUp, ReceiveRequest, Received, SendRequest, ServeRequest, name,
+};
+use crate::{CacheLayout, Checksums, Cursor, PageTable, Plan, PlanInput, Route, Verify};
+
+/// Moves the KV pages of one node. Owned by one thread, which calls [`turn`](Worker::turn) and, when there is nothing
+/// to do, [`park`](Worker::park); or gives itself to [`run`](Worker::run).
+pub struct Worker {
+    engine: Engine,
+    shared: Arc<Shared>,
+    layout: CacheLayout,
+    /// The regions that the layout names, in the order of their announcement.
+    memory: Vec<Memory>,
+    buffers: Buffers,
+    verify: Verify,
+    /// The caches of the peers with a live session; `None` for a peer that has none.
+    caches: BTreeMap<SessionId, Option<Arc<CacheLayout>>>,
+    targets: BTreeMap<u64, TargetId>,
+    dialing: BTreeMap<TargetId, Promise<Result<PeerUp, SessionEnd>>>,
+    rooms: BTreeMap<RoomId, Room>,
+    keys: BTreeMap<u64, RoomId>,
+    /// Rooms that may have something to post, each once.
+    ready: VecDeque<RoomId>,
+    stopped: bool,
+}
+
+/// How a node's KV side is set up.
+pub struct WorkerOptions {
+    /// What this node keeps, and where.
+    pub layout: CacheLayout,
+    /// The memory of the regions that the layout names.
+    pub memory: Vec<Memory>,
+    /// Which rooms this node's decode side verifies by checksums.
+    pub verify: Verify,
+    /// Commands that may wait for the loop.
+    pub max_commands: usize,
+}
+
+/// Why there is no worker.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WorkerError {
+    /// The layout names a region that was not given.
+    #[error("the layout names region {region}, of which no memory was given")]
+    NoMemory {
+        /// Its number.
+        region: u32,
+    },
+    /// A region is too small for the layout.
+    #[error("region {region} has {bytes} bytes, and the layout needs {needed}")]
+    TooSmall {
+        /// Its number.
+        region: u32,
+        /// Its length.
+        bytes: u64,
+        /// What the layout needs.
+        needed: u64,
+    },
+    /// A port did not take the memory.
+    #[error("a port did not take the memory: {0}")]
+    Register(#[from] crossdock_transport::Error),
+    /// The operating system refused a descriptor.
+    #[error(transparent)]
+    Os(#[from] OsError),
+}
+
+/// What a turn found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Something happened, and more may be waiting.
+    Active,
+    /// Nothing happened.
+    Idle,
+    /// The node was asked to stop.
+    Stopped,
+}
+
+struct Room {
+    key: u64,
+    /// Stands in the queue of ready rooms.
+    is_ready: bool,
+    kind: Kind,
+}
+
+enum Kind {
+    Decode(Decode),
+    Sending(SendingRoom),
+    Serving { tokens: u32, pages: Arc<[u32]>, aux: Vec<u8>, end: Option<Promise<End>> },
+}
+
+struct Decode {
+    ask: Ask,
+    pages: Arc<[u32]>,
+    aux: Vec<u8>,
+    end: Option<Promise<Received>>,
+    home: Option<Promise<PageSet>>,
+    arrivals: Arc<AtomicU64>,
+    /// A pull's reads.
+    reads: Option<Run>,
+}
+
+struct SendingRoom {
+    tokens: u32,
+    pages: Arc<[u32]>,
+    /// Everything that was sent so far, in order: it is sent again when a lane is lost.
+    items: Vec<Item>,
+    finish: Option<Vec<u8>>,
+    end: Option<Promise<End>>,
+    run: Option<Run>,
+}
+
+struct Item {
+    layers: Range<u32>,
+    tokens: Range<u32>,
+}
+
+/// One attempt at moving a room's bytes.
+struct Run {
+    transfer: TransferId,
+    direction: Direction,
+    grant: GrantId,
+    ask: Ask,
+    cache: Arc<CacheLayout>,
+    remote_pages: Arc<[u32]>,
+    /// The plan of the tokens of the current item.
+    plan: Option<Plan>,
+    /// Which item is next, and how far it has been posted.
+    at: usize,
+    cursor: Option<Cursor>,
+    posted_bytes: u64,
+    posted_all: bool,
+}
+
+/// What came of one room's turn at the ports.
+enum Pumped {
+    /// The ports take no more in this turn.
+    Full { progress: bool },
+    /// There is more, and the room's share of this turn is used up.
+    More,
+    /// Nothing to post until something changes.
+    Nothing,
+    /// The two sides' layouts, pages or tokens do not fit together.
+    Mismatch,
+}
+
+/// Ops offered to a port at once.
+const BATCH: usize = 16;
+/// Bytes that one room posts before the next has its turn.
+const SHARE_BYTES: u64 = 4 << 20;
+/// Commands taken in one turn.
+const COMMANDS: usize = 256;
+/// Layers and chunks that one room may have sent.
+const MAX_ITEMS: usize = 65_536;
+
+impl Worker {
+    /// Registers the memory and gives the user's handle.
+    pub fn new(mut engine: Engine, options: WorkerOptions) -> Result<(Self, Handle), WorkerError> {
+        let layout = options.layout;
+        for buffer in layout.buffers() {
+            let memory = options
+                .memory
+                .get(buffer.region as usize)
+                .ok_or(WorkerError::NoMemory { region: buffer.region })?;
+            let (bytes, needed) = (memory.bytes() as u64, layout.bytes_needed(buffer.region));
+            if bytes < needed {
+                return Err(WorkerError::TooSmall { region: buffer.region, bytes, needed });
+            }
+        }
+        for memory in &options.memory {
+            engine.register(memory)?;
+        }
+        let buffers = layout
+            .layers()
+            .filter_map(|layer| {
+                Some(RoomBuffer { region: layout.buffer(layer)?.region, layout: layout.page_layout(layer)? })
+            })
+            .collect();
+        let shared = Arc::new(Shared::new(
+            options.max_commands.max(1),
+            Doorbell::new()?,
+            EventFd::new()?,
+            layout.layers(),
+        ));
+        let handle = Handle::new(shared.clone());
+        let worker = Self {
+            engine,
+            shared,
+            layout,
+            memory: options.memory,
+            buffers,
+            verify: options.verify,
+            caches: BTreeMap::new(),
+            targets: BTreeMap::new(),
+            dialing: BTreeMap::new(),
+            rooms: BTreeMap::new(),
+            keys: BTreeMap::new(),
+            ready: VecDeque::new(),
+            stopped: false,
+        };
+        Ok((worker, handle))
+    }
+
+    /// Runs until the node is asked to stop: spins for `spin_ns` after something has happened, then sleeps.
+    pub fn run(mut self, spin_ns: u64) -> Result<(), OsError> {
+        let mut active_ns = now_ns();
+        loop {
+            let now = now_ns();
+            match self.turn(now) {
+                Turn::Stopped => return Ok(()),
+                Turn::Active => active_ns = now,
+                Turn::Idle if now.saturating_sub(active_ns) < spin_ns => std::hint::spin_loop(),
+                Turn::Idle => {
+                    self.park(LONGEST_SLEEP_NS)?;
+                    active_ns = now_ns();
+                }
+            }
+        }
+    }
+
+    /// Makes progress; never blocks.
+    pub fn turn(&mut self, now_ns: u64) -> Turn {
+        let mut active = self.take_commands(now_ns);
+        active |= self.engine.turn(now_ns);
+        active |= self.take_notices(now_ns);
+        active |= self.pump(now_ns);
+        if self.engine.carry_out(now_ns) {
+            active = true;
+            self.take_notices(now_ns);
+        }
+        self.show_arrivals();
+        match (self.stopped, active) {
+            (true, _) => Turn::Stopped,
+            (false, true) => Turn::Active,
+            (false, false) => Turn::Idle,
+        }
+    }
+
+    /// Sleeps until there is something to do, for no longer than `longest_ns`.
+    pub fn park(&mut self, longest_ns: u64) -> Result<(), OsError> {
+        let shared = self.shared.clone();
+        // A port that is full says when it takes more, but not every medium can tell.
+        let longest_ns = if self.ready.is_empty() { longest_ns } else { longest_ns.min(FULL_SLEEP_NS) };
+        self.engine.park(now_ns(), &shared.doorbell, longest_ns, || shared.commands.is_empty())
+    }
+
+    /// When the node has something to do even if nothing comes.
+    pub fn next_deadline_ns(&self) -> Option<u64> {
+        self.engine.next_deadline_ns()
+    }
+
+    /// What peers dial.
+    pub fn address(&self) -> &str {
+        self.engine.address()
+    }
+
+    /// What has been counted.
+    pub fn counters(&self) -> Counters {
+        self.engine.counters()
+    }
+
+    /// The ports.
+    pub fn ports(&self) -> impl Iterator<Item = &dyn Port> {
+        self.engine.ports()
+    }
+
+    /// Rooms that are not over in every respect.
+    pub fn rooms_live(&mut self) -> usize {
+        self.engine.proto().rooms_live()
+    }
+
+    /// The engine, for what this layer does not do.
+    pub fn engine(&mut self) -> &mut Engine {
+        &mut self.engine
+    }
+
+    // --- commands --------------------------------------------------------------------------------------------
+
+    fn take_commands(&mut self, now: u64) -> bool {
+        for taken in 0..COMMANDS {
+            let Some(command) = self.shared.commands.pop() else { return taken > 0 };
+            self.command(now, command);
+        }
+        true
+    }
+
+    fn command(&mut self, now: u64, command: Command) {
+        match command {
+            Command::Connect { key, address, up } => {
+                let target = self.engine.proto().connect(now, address);
+                self.targets.insert(key, target);
+                self.dialing.insert(target, up);
+            }
+            Command::Disconnect { key } => {
+                if let Some(target) = self.targets.remove(&key) {
+                    self.dialing.remove(&target);
+                    self.engine.proto().disconnect(now, target);
+                }
+            }
+            Command::Receive { key, request, pull, told } => {
+                let (end, home) = (Some(told.end), Some(told.pages));
+                let ask = Ask {
+                    tokens: request.tokens,
+                    skip_tokens: request.skip_tokens,
+                    checksums: self.verify.covers(request.room),
+                };
+                let pages: Arc<[u32]> = request.pages.ids().into();
+                let mut decode =
+                    Decode { ask, pages, aux: Vec::new(), end, home, arrivals: told.arrivals, reads: None };
+                match self.open_decode(now, request, ask, pull) {
+                    Ok(room) => {
+                        self.keys.insert(key, room);
+                        self.rooms.insert(room, Room { key, is_ready: false, kind: Kind::Decode(decode) });
+                    }
+                    Err(end) => {
+                        if let Some(promise) = decode.end.take() {
+                            self.tell(promise, Received { end, aux: Vec::new() });
+                        }
+                    }
+                }
+            }
+            Command::Open { key, request, end } => self.open_sending(now, key, request, end),
+            Command::Send { key, layers, tokens } => {
+                let Some((id, room)) = self.room_of(key) else { return };
+                if let Kind::Sending(sending) = &mut room.kind {
+                    if sending.items.len() == MAX_ITEMS {
+                        return self.engine.proto().mismatch(now, id);
+                    }
+                    sending.items.push(Item { layers, tokens });
+                    self.wake(id);
+                }
+            }
+            Command::Finish { key, aux } => {
+                let Some((id, room)) = self.room_of(key) else { return };
+                if let Kind::Sending(sending) = &mut room.kind {
+                    sending.finish = Some(aux);
+                    self.wake(id);
+                }
+            }
+            Command::Serve { key, request, end } => self.open_serving(now, key, request, end),
+            Command::Cancel { key } => {
+                if let Some((id, _)) = self.room_of(key) {
+                    self.engine.proto().cancel(now, id);
+                }
+            }
+            Command::Stop => self.stopped = true,
+        }
+    }
+
+    fn open_decode(
+        &mut self,
+        now: u64,
+        request: ReceiveRequest,
+        ask: Ask,
+        pull: bool,
+    ) -> Result<RoomId, End> {
+        let peer = self.peer_name(request.peer).ok_or(End::PeerLost { cause: SessionEnd::ClosedHere })?;
+        let first = request.skip_tokens / self.layout.page_tokens();
+        let table = PageTable { layout: &self.layout, first_page: first, pages: request.pages.ids() };
+        if request.skip_tokens > request.tokens
+            || table.covering(&(request.skip_tokens..request.tokens)).is_err()
+        {
+            return Err(End::Refused { by: Who::Here, why: RoomRefusal::Mismatch });
+        }
+        let room = name(request.room, request.use_count);
+        let deadline_ns = now.saturating_add(request.deadline.as_nanos() as u64);
+        let (pages, params) = (request.pages, ask.encode());
+        let opened = match pull {
+            false => {
+                let buffers = self.buffers.clone();
+                let receive = Receive { peer, room, pages, buffers, params, deadline_ns };
+                self.engine.proto().receive(now, receive)
+            }
+            true => self.engine.proto().fetch(now, Fetch { peer, room, pages, params, deadline_ns }),
+        };
+        opened.map_err(refused)
+    }
+
+    fn open_sending(&mut self, now: u64, key: u64, request: SendRequest, end: Promise<End>) {
+        let pages: Arc<[u32]> = request.pages.ids().into();
+        let fits = PageTable::new(&self.layout, &pages).covering(&(0..request.tokens)).is_ok();
+        let opened = match fits {
+            true => {
+                let deadline_ns = now.saturating_add(request.deadline.as_nanos() as u64);
+                let room = name(request.room, request.use_count);
+                let send = Send { room, pages: request.pages, deadline_ns };
+                self.engine.proto().send_room(now, send).map_err(refused)
+            }
+            false => Err(End::Refused { by: Who::Here, why: RoomRefusal::Mismatch }),
+        };
+        match opened {
+            Ok(room) => {
+                self.keys.insert(key, room);
+                let sending = SendingRoom {
+                    tokens: request.tokens,
+                    pages,
+                    items: Vec::new(),
+                    finish: None,
+                    end: Some(end),
+                    run: None,
+                };
+                self.rooms.insert(room, Room { key, is_ready: false, kind: Kind::Sending(sending) });
+            }
+            Err(why) => self.tell(end, why),
+        }
+    }
+
+    fn open_serving(&mut self, now: u64, key: u64, request: ServeRequest, end: Promise<End>) {
+        let pages: Arc<[u32]> = request.pages.ids().into();
+        let fits = PageTable::new(&self.layout, &pages).covering(&(0..request.tokens)).is_ok();
+        let opened = match fits {
+            true => {
+                let deadline_ns = now.saturating_add(request.deadline.as_nanos() as u64);
+                let room = name(request.room, request.use_count);
+                let serve = Serve { room, pages: request.pages, buffers: self.buffers.clone(), deadline_ns };
+                self.engine.proto().serve(now, serve).map_err(refused)
+            }
+            false => Err(End::Refused { by: Who::Here, why: RoomRefusal::Mismatch }),
+        };
+        match opened {
+            Ok(room) => {
+                self.keys.insert(key, room);
+                let kind = Kind::Serving { tokens: request.tokens, pages, aux: request.aux, end: Some(end) };
+                self.rooms.insert(room, Room { key, is_ready: false, kind });
+            }
+            Err(why) => self.tell(end, why),
+        }
+    }
+
+    fn peer_name(&self, peer: Peer) -> Option<PeerName> {
+        match peer.0 {
+            PeerKey::Dialed(key) => self.targets.get(&key).copied().map(PeerName::Target),
+            PeerKey::Node(node) => Some(PeerName::Node(node)),
+        }
+    }
+
+    fn room_of(&mut self, key: u64) -> Option<(RoomId, &mut Room)> {
+        let id = *self.keys.get(&key)?;
+        Some((id, self.rooms.get_mut(&id)?))
+    }
+
+    // --- notices ---------------------------------------------------------------------------------------------
+
+    fn take_notices(&mut self, now: u64) -> bool {
+        let mut active = false;
+        loop {
+            let Some(notice) = self.engine.next_notice() else {
+                // What a notice led to may have decided more.
+                if active && self.engine.carry_out(now) {
+                    continue;
+                }
+                return active;
+            };
+            active = true;
+            self.notice(now, notice);
+        }
+    }
+
+    fn notice(&mut self, now: u64, notice: Notice) {
+        match notice {
+            Notice::SessionUp { session, target, peer, name, app } => {
+                self.caches.insert(session, CacheLayout::decode(&app).ok().map(Arc::new));
+                if let Some(up) = target.and_then(|target| self.dialing.remove(&target)) {
+                    self.tell(up, Ok(PeerUp { identity: peer, name }));
+                }
+            }
+            Notice::SessionDown { session, target, cause } => {
+                if let Some(session) = session {
+                    self.caches.remove(&session);
+                }
+                // A peer that may still come is waited for; one that refuses never will.
+                if !cause.is_retryable()
+                    && let Some(up) = target.and_then(|target| self.dialing.remove(&target))
+                {
+                    self.tell(up, Err(cause));
+                }
+            }
+            Notice::Start(start) => self.start(now, start),
+            Notice::Stop { room } => {
+                match self.rooms.get_mut(&room).map(|room| &mut room.kind) {
+                    Some(Kind::Sending(sending)) => sending.run = None,
+                    Some(Kind::Decode(decode)) => decode.reads = None,
+                    Some(Kind::Serving { .. }) | None => {}
+                };
+            }
+            Notice::Wanted { room, params, .. } => self.wanted(now, room, &params),
+            Notice::Landed { room, aux } => self.landed(now, room, &aux),
+            Notice::Ended { room, end } => self.ended(room, end),
+            Notice::Home { room, pages } => {
+                let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&room) else { return };
+                if let Some(home) = decode.home.take() {
+                    self.tell(home, pages);
+                }
+                self.forget(room);
+            }
+        }
+    }
+
+    fn start(&mut self, now: u64, start: Start) {
+        let id = start.room;
+        // Stopped again before it was told here.
+        let Some(transfer) = self.engine.transfer(id) else { return };
+        let cache = self.caches.get(&start.session).cloned().flatten();
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let ask = match &room.kind {
+            Kind::Sending(sending) => Ask::decode(&start.params).filter(|ask| ask.tokens == sending.tokens),
+            Kind::Decode(decode) => {
+                let answer = Answer::decode(&start.params);
+                answer.filter(|answer| answer.tokens == decode.ask.tokens).map(|_| decode.ask)
+            }
+            Kind::Serving { .. } => None,
+        };
+        let (Some(ask), Some(cache)) = (ask, cache) else { return self.engine.proto().mismatch(now, id) };
+        let run = Run {
+            transfer,
+            direction: start.direction,
+            grant: start.grant,
+            ask,
+            cache,
+            remote_pages: start.remote_pages,
+            plan: None,
+            at: 0,
+            cursor: None,
+            posted_bytes: 0,
+            posted_all: false,
+        };
+        match &mut room.kind {
+            Kind::Sending(sending) => sending.run = Some(run),
+            Kind::Decode(decode) => decode.reads = Some(run),
+            Kind::Serving { .. } => {}
+        }
+        self.wake(id);
+    }
+
+    /// A reader asks for a room that is served here.
+    fn wanted(&mut self, now: u64, id: RoomId, params: &[u8]) {
+        let Some(Room { kind: Kind::Serving { tokens, pages, aux, .. }, .. }) = self.rooms.get(&id) else {
+            return;
+        };
+        let Some(ask) = Ask::decode(params).filter(|ask| ask.tokens == *tokens) else {
+            return self.engine.proto().mismatch(now, id);
+        };
+        let table = PageTable::new(&self.layout, pages);
+        let sums = match ask.checksums {
+            true => {
+                Checksums::compute(&self.memory, &table, self.layout.layers(), ask.skip_tokens..ask.tokens)
+            }
+            false => return self.offer(now, id, *tokens, aux.clone(), Vec::new()),
+        };
+        match sums {
+            Ok(sums) => {
+                let mut checksums = Vec::new();
+                sums.encode(&mut checksums);
+                self.offer(now, id, ask.tokens, aux.clone(), checksums);
+            }
+            Err(_) => self.engine.proto().mismatch(now, id),
+        }
+    }
+
+    fn offer(&mut self, now: u64, id: RoomId, tokens: u32, aux: Vec<u8>, checksums: Vec<u8>) {
+        let params = Answer { tokens, aux, checksums }.encode();
+        self.engine.proto().offer(now, id, params);
+    }
+
+    /// All bytes of a decode room are here.
+    fn landed(&mut self, now: u64, id: RoomId, aux: &[u8]) {
+        let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&id) else { return };
+        let Some(answer) = Answer::decode(aux).filter(|answer| answer.tokens == decode.ask.tokens) else {
+            return self.engine.proto().mismatch(now, id);
+        };
+        if decode.ask.checksums {
+            let (skip, tokens) = (decode.ask.skip_tokens, decode.ask.tokens);
+            let first_page = skip / self.layout.page_tokens();
+            let table = PageTable { layout: &self.layout, first_page, pages: &decode.pages };
+            let right = Checksums::decode(&answer.checksums).is_ok_and(|sums| {
+                let layers = overlap(&sums.layers(), &self.layout.layers());
+                sums.verify(&self.memory, &table, layers, skip..tokens).is_ok()
+            });
+            if !right {
+                return self.engine.proto().reject(now, id);
+            }
+        }
+        decode.aux = answer.aux;
+        self.engine.proto().accept(now, id);
+    }
+
+    fn ended(&mut self, id: RoomId, end: End) {
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        self.keys.remove(&room.key);
+        match &mut room.kind {
+            Kind::Decode(decode) => {
+                let aux = std::mem::take(&mut decode.aux);
+                if let Some(promise) = decode.end.take() {
+                    self.tell(promise, Received { end, aux });
+                }
+            }
+            Kind::Sending(SendingRoom { end: promise, .. }) | Kind::Serving { end: promise, .. } => {
+                if let Some(promise) = promise.take() {
+                    self.tell(promise, end);
+                }
+                self.rooms.remove(&id);
+            }
+        }
+    }
+
+    fn forget(&mut self, id: RoomId) {
+        if let Some(Room { kind: Kind::Decode(Decode { end: None, home: None, .. }), .. }) =
+            self.rooms.get(&id)
+        {
+            self.rooms.remove(&id);
+        }
+    }
+
+    fn tell<T>(&self, promise: Promise<T>, what: T) {
+        // Where the ticket was dropped nobody looks; pages that come back so return to their pool by being
+        // dropped.
+        drop(promise.tell(what));
+        self.shared.told.raise();
+    }
+
+    fn show_arrivals(&mut self) {
+        while let Some((id, arrivals)) = self.engine.proto().next_arrivals() {
+            if let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get(&id) {
+                decode.arrivals.store(arrivals, Ordering::Release);
+            }
+        }
+    }
+
+    // --- posting ---------------------------------------------------------------------------------------------
+
+    fn wake(&mut self, id: RoomId) {
+        if let Some(room) = self.rooms.get_mut(&id)
+            && !std::mem::replace(&mut room.is_ready, true)
+        {
+            self.ready.push_back(id);
+        }
+    }
+
+    /// Gives each room that has something to post its share of the ports.
+    fn pump(&mut self, now: u64) -> bool {
+        let mut active = false;
+        for _ in 0..self.ready.len() {
+            let Some(id) = self.ready.pop_front() else { break };
+            let pumped = self.pump_room(now, id);
+            if let Some(room) = self.rooms.get_mut(&id) {
+                room.is_ready = matches!(pumped, Pumped::Full { .. } | Pumped::More);
+            }
+            match pumped {
+                // Nothing was taken: the port wakes the loop when it takes more.
+                Pumped::Full { progress: false } => self.ready.push_back(id),
+                Pumped::Full { progress: true } | Pumped::More => {
+                    self.ready.push_back(id);
+                    active = true;
+                }
+                Pumped::Nothing => active = true,
+                Pumped::Mismatch => {
+                    active = true;
+                    self.engine.proto().mismatch(now, id);
+                }
+            }
+        }
+        active
+    }
+
+    fn pump_room(&mut self, now: u64, id: RoomId) -> Pumped {
+        let Some(room) = self.rooms.get_mut(&id) else { return Pumped::Nothing };
+        let whole;
+        let (run, pages, first_page, items): (&mut Run, &[u32], u32, &[Item]) = match &mut room.kind {
+            Kind::Sending(SendingRoom { run: Some(run), pages, items, .. }) => (run, pages, 0, items),
+            Kind::Decode(Decode { reads: Some(run), pages, ask, .. }) => {
+                let layers = overlap(&self.layout.layers(), &run.cache.layers());
+                whole = [Item { layers, tokens: 0..ask.tokens }];
+                (run, pages, ask.skip_tokens / self.layout.page_tokens(), &whole)
+            }
+            _ => return Pumped::Nothing,
+        };
+        let local = PageTable { layout: &self.layout, first_page, pages };
+        let mut left = SHARE_BYTES;
+        while let Some(item) = items.get(run.at) {
+            match post_item(&mut self.engine, now, run, &local, item, &mut left) {
+                Pumped::Nothing => {
+                    run.at += 1;
+                    run.cursor = None;
+                    // The next item may be of other tokens.
+                    if items.get(run.at).is_some_and(|next| next.tokens != item.tokens) {
+                        run.plan = None;
+                    }
+                }
+                other => return other,
+            }
+        }
+        if run.posted_all {
+            return Pumped::Nothing;
+        }
+        let (transfer, ask) = (run.transfer, run.ask);
+        match &mut room.kind {
+            Kind::Decode(Decode { reads: Some(run), .. }) => {
+                run.posted_all = true;
+                self.engine.posted_all(now, transfer, Vec::new());
+            }
+            Kind::Sending(SendingRoom { run: Some(run), finish: Some(aux), tokens, pages, .. }) => {
+                run.posted_all = true;
+                let mut checksums = Vec::new();
+                if ask.checksums {
+                    let table = PageTable::new(&self.layout, pages);
+                    let layers = overlap(&self.layout.layers(), &run.cache.layers());
+                    let tokens = ask.skip_tokens..ask.tokens;
+                    match Checksums::compute(&self.memory, &table, layers, tokens) {
+                        Ok(sums) => sums.encode(&mut checksums),
+                        Err(_) => return Pumped::Mismatch,
+                    }
+                }
+                // Kept, because another attempt may have to say it again.
+                let answer = Answer { tokens: *tokens, aux: aux.clone(), checksums }.encode();
+                self.engine.posted_all(now, transfer, answer);
+            }
+            _ => {}
+        }
+        Pumped::Nothing
+    }
+}
+
+/// Longest sleep of a progress thread with nothing to do: everything that matters wakes it.
+const LONGEST_SLEEP_NS: u64 = 1_000_000_000;
+
+/// Longest sleep while a port is full.
+const FULL_SLEEP_NS: u64 = 200_000;
+
+/// Posts what is left of one item. [`Pumped::Nothing`]: all of it has been.
+fn post_item(
+    engine: &mut Engine,
+    now: u64,
+    run: &mut Run,
+    local: &PageTable<'_>,
+    item: &Item,
+    left: &mut u64,
+) -> Pumped {
+    let tokens = item.tokens.start.max(run.ask.skip_tokens)..item.tokens.end.max(run.ask.skip_tokens);
+    if tokens.is_empty() {
+        return Pumped::Nothing;
+    }
+    let plan = match run.plan.take() {
+        Some(plan) => plan,
+        None => {
+            let remote_first = match run.direction {
+                // The decode side lists pages from the first one that it lacks; the prefill side all of them.
+                Direction::Write => run.ask.skip_tokens / run.cache.page_tokens(),
+                Direction::Read => 0,
+            };
+            let remote = PageTable { layout: &run.cache, first_page: remote_first, pages: &run.remote_pages };
+            let (source, destination) = match run.direction {
+                Direction::Write => (*local, remote),
+                Direction::Read => (remote, *local),
+            };
+            match Plan::build(&PlanInput { source, destination, tokens }) {
+                Ok(plan) => plan,
+                Err(_) => return Pumped::Mismatch,
+            }
+        }
+    };
+    let layers = overlap(&item.layers, &plan.layers());
+    let pumped = post_layers(engine, now, run, &plan, layers, left);
+    run.plan = Some(plan);
+    pumped
+}
+
+fn post_layers(
+    engine: &mut Engine,
+    now: u64,
+    run: &mut Run,
+    plan: &Plan,
+    layers: Range<u32>,
+    left: &mut u64,
+) -> Pumped {
+    let posted_before = run.posted_bytes;
+    loop {
+        let Some(LaneRegions { slot, local, remote }) = engine.lane(run.transfer) else {
+            return Pumped::Full { progress: run.posted_bytes > posted_before };
+        };
+        let route = Route { direction: run.direction, grant: run.grant, local: &local, remote: &remote };
+        let Ok(ops) = plan.ops(route, layers.clone()) else { return Pumped::Mismatch };
+        let cursor = run.cursor.unwrap_or_else(|| ops.start());
+        if ops.is_done(cursor) {
+            return Pumped::Nothing;
+        }
+        let mut batch = [Op::notify(0); BATCH];
+        let filled = ops.fill(cursor, &mut batch);
+        let posted = match engine.post(now, run.transfer, slot, &mut batch[..filled]) {
+            Ok(posted) => posted,
+            // The room has ended; the protocol says the rest.
+            Err(TransferFailed { .. }) => return Pumped::Nothing,
+        };
+        let bytes: u64 = batch[..posted.ops].iter().filter_map(Op::bytes).sum();
+        let part = batch.get(posted.ops).map_or(0, |op| op.part_bytes(posted.within));
+        run.posted_bytes += bytes + part;
+        *left = left.saturating_sub(bytes + part);
+        let cursor = ops.advance(cursor, posted);
+        run.cursor = Some(cursor);
+        if ops.is_done(cursor) {
+            return Pumped::Nothing;
+        }
+        if *left == 0 {
+            return Pumped::More;
+        }
+    }
+}
+
+fn refused(error: RoomError) -> End {
+    let why = match error {
+        RoomError::Duplicate { .. } => RoomRefusal::Duplicate,
+        RoomError::UnknownPeer => return End::PeerLost { cause: SessionEnd::ClosedHere },
+        _ => RoomRefusal::Busy,
+    };
+    End::Refused { by: Who::Here, why }
+}
+
+fn overlap(a: &Range<u32>, b: &Range<u32>) -> Range<u32> {
+    let start = a.start.max(b.start);
+    start..a.end.min(b.end).max(start)
+}
