@@ -164,6 +164,8 @@ pub enum Notice {
         peer: Identity,
         /// The peer's name for people.
         name: Arc<str>,
+        /// The transport of its lanes.
+        port: &'static str,
         /// What the peer says about its cache.
         app: Arc<[u8]>,
     },
@@ -205,6 +207,10 @@ pub enum Notice {
         room: RoomId,
         /// How.
         end: End,
+        /// The peer's name, if there was one.
+        peer: Option<Arc<str>>,
+        /// The transport between the two.
+        port: Option<&'static str>,
     },
     /// The decode side's pages are free of every writer. Said once, with or after [`Notice::Ended`].
     Home {
@@ -633,7 +639,9 @@ impl Proto {
             let room = RoomOnWire { name, from_decode: kind.is_decode() };
             self.send(session, &Message::Cancel { room, why });
         }
-        self.tell(Notice::Ended { room: id, end });
+        let with = session.and_then(|session| self.sessions.get(&session));
+        let (peer, port) = (with.map(|s| s.name.clone()), with.map(|s| s.port));
+        self.tell(Notice::Ended { room: id, end, peer, port });
         match kind {
             RoleKind::Receiving => self.receiving_ended(id),
             RoleKind::Sending => self.sending_ended(id),

@@ -73,6 +73,8 @@ pub(crate) struct Session {
     pub side: Side,
     pub peer: Identity,
     pub name: Arc<str>,
+    /// The transport of its lanes.
+    pub port: &'static str,
     pub target: Option<TargetId>,
     key: SessionKey,
     phase: Phase,
@@ -561,6 +563,8 @@ impl Proto {
         let id = self.new_session_id();
         let pairs = self.pair_rails(&about, side);
         let key = self.config.auth.session_key(transcript);
+        let first = pairs.first().and_then(|&(rail, _)| self.config.rails.get(usize::from(rail)));
+        let port = first.map_or("none", |rail| rail.kind);
         let (send_token, expect_token) = key.pulse_tokens(side);
         let slots: Vec<Slot> = pairs
             .iter()
@@ -580,6 +584,7 @@ impl Proto {
                 side,
                 peer,
                 name: about.name.into(),
+                port,
                 target,
                 key,
                 phase: Phase::SettingUp { ready_sent: false, ready_received: false },
@@ -707,6 +712,7 @@ impl Proto {
             target: s.target,
             peer: s.peer,
             name: s.name.clone(),
+            port: s.port,
             app: setup.app.clone(),
         };
         let target = s.target;
