@@ -14,11 +14,7 @@ pub(crate) struct Backoff {
 
 impl Backoff {
     pub(crate) fn new(least: Duration, most: Duration) -> Backoff {
-        Backoff {
-            least,
-            most,
-            next: least.min(most),
-        }
+        Backoff { least, most, next: least.min(most) }
     }
 
     /// The next pause: between half of the current one and all of it, by where `random` lies among all numbers.

@@ -64,21 +64,9 @@ impl ClientConfig {
 impl Client {
     /// A client of this server. Nothing is sent yet.
     pub fn new(config: ClientConfig) -> Result<Client, InvalidServer> {
-        let ClientConfig {
-            server,
-            token,
-            call_time,
-            answer_bytes,
-        } = config;
+        let ClientConfig { server, token, call_time, answer_bytes } = config;
         let server = Lookup::new(&server)?;
-        Ok(Client {
-            inner: Arc::new(Inner {
-                server,
-                token,
-                call_time,
-                answer_bytes,
-            }),
-        })
+        Ok(Client { inner: Arc::new(Inner { server, token, call_time, answer_bytes }) })
     }
 
     /// Whether the server is well, and how many workers it knows. It needs no token.
@@ -104,12 +92,7 @@ impl Client {
 
     /// One worker, if it is registered.
     pub fn worker(&self, node: &NodeId) -> Result<Option<Listed>, Error> {
-        let found = self.call(
-            "GET",
-            &format!("/v1/workers/{node}"),
-            None::<&()>,
-            self.deadline(),
-        );
+        let found = self.call("GET", &format!("/v1/workers/{node}"), None::<&()>, self.deadline());
         match found {
             Err(error) if error.code() == Some(ErrorCode::UnknownWorker) => Ok(None),
             found => found.map(Some),
@@ -141,21 +124,12 @@ impl Client {
             if asked.elapsed() < wait / 2 {
                 // The server is away, or has no place left for requests that wait.
                 let pause = backoff.pause(random());
-                std::thread::sleep(
-                    deadline
-                        .remaining()
-                        .map_or(Duration::ZERO, |left| pause.min(left)),
-                );
+                std::thread::sleep(deadline.remaining().map_or(Duration::ZERO, |left| pause.min(left)));
             } else {
                 backoff.reset();
             }
         }
-        Err(WaitError::TooFew {
-            wanted: count,
-            found,
-            waited_ms: deadline.time_ms(),
-            last,
-        })
+        Err(WaitError::TooFew { wanted: count, found, waited_ms: deadline.time_ms(), last })
     }
 
     pub(crate) fn call_time(&self) -> Duration {
@@ -164,11 +138,7 @@ impl Client {
 
     /// The error of a call that has used up its time.
     pub(crate) fn late(&self, stage: Stage, deadline: Deadline) -> Error {
-        Error::Deadline {
-            server: self.inner.server.name().to_owned(),
-            stage,
-            time_ms: deadline.time_ms(),
-        }
+        Error::Deadline { server: self.inner.server.name().to_owned(), stage, time_ms: deadline.time_ms() }
     }
 
     pub(crate) fn register_by(&self, worker: &Worker, deadline: Deadline) -> Result<Registered, Error> {
@@ -219,12 +189,7 @@ impl Client {
         body: Option<&impl Serialize>,
         deadline: Deadline,
     ) -> Result<T, Error> {
-        let Inner {
-            server,
-            token,
-            answer_bytes,
-            ..
-        } = &*self.inner;
+        let Inner { server, token, answer_bytes, .. } = &*self.inner;
         let mut request = format!("{method} {path} HTTP/1.1\r\nHost: {}\r\n{HEADERS}", server.name());
         if let Some(token) = token {
             let _ = write!(request, "Authorization: Bearer {}\r\n", token.secret());
@@ -232,27 +197,18 @@ impl Client {
         if let Some(body) = body {
             let body = serde_json::to_string(body).expect("every key is a string");
             let length = body.len();
-            let _ = write!(
-                request,
-                "Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
-            );
+            let _ =
+                write!(request, "Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}");
         } else {
             request.push_str("\r\n");
         }
         let Answer { status, body } = exchange(server, request.as_bytes(), *answer_bytes, deadline)?;
-        let foreign = |source| Error::Foreign {
-            server: server.name().to_owned(),
-            source,
-        };
+        let foreign = |source| Error::Foreign { server: server.name().to_owned(), source };
         if (200..300).contains(&status) {
             return serde_json::from_slice(&body).map_err(|error| foreign(ForeignAnswer::Json(error)));
         }
         match serde_json::from_slice::<Problem>(&body) {
-            Ok(problem) => Err(Error::Refused {
-                server: server.name().to_owned(),
-                status,
-                problem,
-            }),
+            Ok(problem) => Err(Error::Refused { server: server.name().to_owned(), status, problem }),
             Err(_) => Err(foreign(ForeignAnswer::Status { status })),
         }
     }

@@ -59,10 +59,7 @@ impl Error {
                 matches!(problem.error, ErrorCode::RegistryFull | ErrorCode::BodyTimeout)
             }
             // A proxy says so when the server behind it is away.
-            Error::Foreign {
-                source: ForeignAnswer::Status { status: 500..=599 },
-                ..
-            } => true,
+            Error::Foreign { source: ForeignAnswer::Status { status: 500..=599 }, .. } => true,
             Error::Foreign { .. } => false,
         }
     }
@@ -161,6 +158,5 @@ pub enum WaitError {
 }
 
 fn because(last: &Option<Box<Error>>) -> String {
-    last.as_ref()
-        .map_or_else(String::new, |error| format!("; the last call failed: {error}"))
+    last.as_ref().map_or_else(String::new, |error| format!("; the last call failed: {error}"))
 }

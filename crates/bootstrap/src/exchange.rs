@@ -1,7 +1,7 @@
 //! One HTTP/1.1 exchange over a blocking socket, by a deadline: connect, send, receive, close.
 
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, ForeignAnswer, Stage};
@@ -18,17 +18,12 @@ impl Deadline {
     pub(crate) fn after(time: Duration) -> Deadline {
         let now = Instant::now();
         // An absurdly long time would overflow the clock; a year is as good as for ever.
-        Deadline {
-            end: now + time.min(A_YEAR),
-            time,
-        }
+        Deadline { end: now + time.min(A_YEAR), time }
     }
 
     /// The time that is left, never zero.
     pub(crate) fn remaining(&self) -> Option<Duration> {
-        self.end
-            .checked_duration_since(Instant::now())
-            .filter(|left| !left.is_zero())
+        self.end.checked_duration_since(Instant::now()).filter(|left| !left.is_zero())
     }
 
     pub(crate) fn end(&self) -> Instant {
@@ -59,17 +54,9 @@ pub(crate) fn exchange(
         move |source: io::Error| {
             let server = server.name().to_owned();
             if source.kind() == io::ErrorKind::TimedOut && deadline.remaining().is_none() {
-                Error::Deadline {
-                    server,
-                    stage,
-                    time_ms: deadline.time_ms(),
-                }
+                Error::Deadline { server, stage, time_ms: deadline.time_ms() }
             } else {
-                Error::Unreachable {
-                    server,
-                    stage,
-                    source,
-                }
+                Error::Unreachable { server, stage, source }
             }
         }
     };
@@ -79,15 +66,12 @@ pub(crate) fn exchange(
     stream.write_all(request).map_err(failed(Stage::Send))?;
     receive(&mut stream, body_limit).map_err(|fault| match fault {
         Fault::Stream(source) => failed(Stage::Receive)(source),
-        Fault::Foreign(source) => Error::Foreign {
-            server: server.name().to_owned(),
-            source,
-        },
+        Fault::Foreign(source) => Error::Foreign { server: server.name().to_owned(), source },
     })
 }
 
 /// Tries one address after the other, each with its share of the time that is left.
-fn connect(addresses: &[std::net::SocketAddr], deadline: Deadline) -> io::Result<TcpStream> {
+fn connect(addresses: &[SocketAddr], deadline: Deadline) -> io::Result<TcpStream> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for (index, address) in addresses.iter().enumerate() {
         let left = (addresses.len() - index) as u32;
@@ -131,11 +115,7 @@ impl Write for Timed {
 
 /// A socket with a time-out reports `EAGAIN` when it is over.
 fn timed_out(error: io::Error) -> io::Error {
-    if error.kind() == io::ErrorKind::WouldBlock {
-        io::ErrorKind::TimedOut.into()
-    } else {
-        error
-    }
+    if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
 }
 
 enum Fault {
@@ -172,10 +152,7 @@ fn receive(source: &mut impl Read, body_limit: usize) -> Result<Answer, Fault> {
                 break (status, framing);
             }
             None if bytes.len() > HEAD_BYTES_MAX => {
-                return Err(ForeignAnswer::Head {
-                    limit: HEAD_BYTES_MAX,
-                }
-                .into());
+                return Err(ForeignAnswer::Head { limit: HEAD_BYTES_MAX }.into());
             }
             None => more(source, &mut bytes)?.or_cut_off()?,
         }
@@ -210,11 +187,7 @@ fn head(bytes: &[u8]) -> Result<Option<(usize, u16, Framing)>, ForeignAnswer> {
         Err(_) => return Err(ForeignAnswer::NotHttp),
     };
     let status = response.code.ok_or(ForeignAnswer::NotHttp)?;
-    let mut framing = if matches!(status, 204 | 304) {
-        Framing::Length(0)
-    } else {
-        Framing::End
-    };
+    let mut framing = if matches!(status, 204 | 304) { Framing::Length(0) } else { Framing::End };
     for header in &*response.headers {
         let value = std::str::from_utf8(header.value).unwrap_or("").trim();
         if header.name.eq_ignore_ascii_case("transfer-encoding") {
@@ -318,9 +291,7 @@ mod tests {
 
     impl Read for Dribble<'_> {
         fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-            let (now, later) = self
-                .bytes
-                .split_at(self.step.min(buffer.len()).min(self.bytes.len()));
+            let (now, later) = self.bytes.split_at(self.step.min(buffer.len()).min(self.bytes.len()));
             buffer[..now.len()].copy_from_slice(now);
             self.bytes = later;
             Ok(now.len())
@@ -341,10 +312,7 @@ mod tests {
     fn each_framing_of_a_body_is_understood_whatever_the_reads() {
         for step in [1, 2, 3, 7, 1000] {
             for (answer, body) in [
-                (
-                    "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello, rest".to_owned(),
-                    "hello",
-                ),
+                ("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello, rest".to_owned(), "hello"),
                 ("HTTP/1.0 200 OK\r\n\r\nhello".to_owned(), "hello"),
                 (
                     "HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200\r\nContent-Length: 5\r\n\r\nhello".to_owned(),
@@ -353,16 +321,9 @@ mod tests {
                 (format!("{CHUNKED}2;x=y\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n"), "hello"),
                 ("HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n".to_owned(), ""),
             ] {
-                assert_eq!(
-                    received(answer.as_bytes(), step, 5),
-                    Ok((200, body.to_owned())),
-                    "{answer}"
-                );
+                assert_eq!(received(answer.as_bytes(), step, 5), Ok((200, body.to_owned())), "{answer}");
             }
-            assert_eq!(
-                received(b"HTTP/1.1 204 No\r\n\r\nx", step, 5),
-                Ok((204, String::new()))
-            );
+            assert_eq!(received(b"HTTP/1.1 204 No\r\n\r\nx", step, 5), Ok((204, String::new())));
         }
     }
 
@@ -374,12 +335,7 @@ mod tests {
         ] {
             for length in 0..whole.len() {
                 let cut = received(&whole.as_bytes()[..length], 3, 5);
-                assert_eq!(
-                    cut,
-                    Err("unexpected end of file".to_owned()),
-                    "{:?}",
-                    &whole[..length]
-                );
+                assert_eq!(cut, Err("unexpected end of file".to_owned()), "{:?}", &whole[..length]);
             }
         }
     }
@@ -390,24 +346,12 @@ mod tests {
         let lines = format!("HTTP/1.1 200 OK\r\n{}\r\n", "a: b\r\n".repeat(65));
         for (answer, part) in [
             ("SSH-2.0-OpenSSH_9.2\r\n", "not HTTP"),
-            (
-                "HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nhello!",
-                "more than 5 bytes",
-            ),
+            ("HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nhello!", "more than 5 bytes"),
             ("HTTP/1.1 200 OK\r\n\r\nhello!", "more than 5 bytes"),
-            (
-                "HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 4\r\n\r\nhello",
-                "length",
-            ),
+            ("HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 4\r\n\r\nhello", "length"),
             ("HTTP/1.1 200 OK\r\ncontent-length: five\r\n\r\nhello", "length"),
-            (
-                "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\nhello",
-                "length",
-            ),
-            (
-                &format!("{CHUNKED}3\r\nhel\r\n3\r\nlo!\r\n0\r\n\r\n"),
-                "more than 5 bytes",
-            ),
+            ("HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\nhello", "length"),
+            (&format!("{CHUNKED}3\r\nhel\r\n3\r\nlo!\r\n0\r\n\r\n"), "more than 5 bytes"),
             (&format!("{CHUNKED}ffffffffffffffff\r\n"), "more than 5 bytes"),
             (&format!("{CHUNKED}10000000000000000\r\n"), "length"),
             (&format!("{CHUNKED}2\r\nhello\r\n"), "length"),
@@ -418,6 +362,18 @@ mod tests {
             let refused = received(answer.as_bytes(), 100, 5).unwrap_err();
             assert!(refused.contains(part), "{answer:.60}: {refused}");
         }
+    }
+
+    #[test]
+    fn each_address_of_a_name_is_tried() {
+        let [dead, live] = [(); 2].map(|()| std::net::TcpListener::bind("127.0.0.1:0").unwrap());
+        let addresses = [&dead, &live].map(|listener| listener.local_addr().unwrap());
+        drop(dead);
+        let deadline = Deadline::after(Duration::from_secs(5));
+        assert_eq!(connect(&addresses, deadline).unwrap().peer_addr().unwrap(), addresses[1]);
+        let refused = connect(&addresses[..1], deadline).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+        assert_eq!(connect(&[], deadline).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     proptest! {

@@ -35,13 +35,7 @@ pub(crate) enum Standing {
 
 impl History {
     pub(crate) fn new(nodes_max: usize, incarnations_max: usize) -> History {
-        History {
-            nodes_max,
-            incarnations_max,
-            nodes: HashMap::new(),
-            by_age: BTreeMap::new(),
-            touches: 0,
-        }
+        History { nodes_max, incarnations_max, nodes: HashMap::new(), by_age: BTreeMap::new(), touches: 0 }
     }
 
     pub(crate) fn standing(&self, node: &NodeId, incarnation: Incarnation) -> Standing {
@@ -63,10 +57,10 @@ impl History {
             return;
         }
         self.touches += 1;
-        let past = self.nodes.entry(node.clone()).or_insert_with(|| Past {
-            incarnations: VecDeque::new(),
-            touched: 0,
-        });
+        let past = self
+            .nodes
+            .entry(node.clone())
+            .or_insert_with(|| Past { incarnations: VecDeque::new(), touched: 0 });
         self.by_age.remove(&past.touched);
         past.touched = self.touches;
         self.by_age.insert(self.touches, node.clone());

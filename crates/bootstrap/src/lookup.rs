@@ -32,18 +32,12 @@ impl Lookup {
     pub(crate) fn new(given: &str) -> Result<Lookup, InvalidServer> {
         let text = given.strip_prefix("http://").unwrap_or(given);
         let text = text.strip_suffix('/').unwrap_or(text);
-        let host = host(text).ok_or_else(|| InvalidServer {
-            given: given.to_owned(),
-        })?;
+        let host = host(text).ok_or_else(|| InvalidServer { given: given.to_owned() })?;
         let name = match &host {
             Host::Address(address) => address.to_string(),
             Host::Name(name, port) => format!("{name}:{port}"),
         };
-        Ok(Lookup {
-            name,
-            host,
-            running: Mutex::new(None),
-        })
+        Ok(Lookup { name, host, running: Mutex::new(None) })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -55,22 +49,17 @@ impl Lookup {
             Host::Address(address) => return Ok(vec![*address]),
             Host::Name(name, port) => (name, *port),
         };
-        let mut running = self
-            .running
-            .try_lock_until(deadline.end())
-            .ok_or(io::ErrorKind::TimedOut)?;
+        let mut running = self.running.try_lock_until(deadline.end()).ok_or(io::ErrorKind::TimedOut)?;
         let receiver = match running.take() {
             Some(receiver) => receiver,
             None => {
                 let (sender, receiver) = sync_channel(1);
                 let name = name.clone();
-                std::thread::Builder::new()
-                    .name("crossdock-lookup".to_owned())
-                    .spawn(move || {
-                        let found = (name.as_str(), port).to_socket_addrs();
-                        // Nobody listens when the client is gone.
-                        let _ = sender.send(found.map(Iterator::collect));
-                    })?;
+                std::thread::Builder::new().name("crossdock-lookup".to_owned()).spawn(move || {
+                    let found = (name.as_str(), port).to_socket_addrs();
+                    // Nobody listens when the client is gone.
+                    let _ = sender.send(found.map(Iterator::collect));
+                })?;
                 receiver
             }
         };
@@ -98,9 +87,7 @@ fn host(text: &str) -> Option<Host> {
     };
     // The name goes into a header, where a line break would begin another one.
     let fits = (1..=NAME_BYTES_MAX).contains(&name.len())
-        && name
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte));
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte));
     fits.then(|| Host::Name(name.to_owned(), port))
 }
 
@@ -125,24 +112,10 @@ mod tests {
         ] {
             assert_eq!(Lookup::new(given).unwrap().name(), name);
         }
-        for wrong in [
-            "",
-            ":7000",
-            "a:b",
-            "a:0",
-            "1.2.3.4:0",
-            "a:70000",
-            "https://a",
-            "a b",
-            "a\r\nb: c",
-            "a/b",
-        ] {
-            assert_eq!(
-                Lookup::new(wrong).unwrap_err(),
-                InvalidServer {
-                    given: wrong.to_owned()
-                }
-            );
+        for wrong in
+            ["", ":7000", "a:b", "a:0", "1.2.3.4:0", "a:70000", "https://a", "a b", "a\r\nb: c", "a/b"]
+        {
+            assert_eq!(Lookup::new(wrong).unwrap_err(), InvalidServer { given: wrong.to_owned() });
         }
     }
 
@@ -151,16 +124,11 @@ mod tests {
         let lookup = Lookup::new("bootstrap:7000").unwrap();
         let (sender, receiver) = sync_channel(1);
         *lookup.running.lock() = Some(receiver);
-        let late = lookup
-            .addresses(Deadline::after(Duration::from_millis(10)))
-            .unwrap_err();
+        let late = lookup.addresses(Deadline::after(Duration::from_millis(10))).unwrap_err();
         assert_eq!(late.kind(), io::ErrorKind::TimedOut);
         let address = "10.0.0.1:7000".parse().unwrap();
         sender.send(Ok(vec![address])).unwrap();
-        assert_eq!(
-            lookup.addresses(Deadline::after(Duration::from_secs(5))).unwrap(),
-            [address]
-        );
+        assert_eq!(lookup.addresses(Deadline::after(Duration::from_secs(5))).unwrap(), [address]);
         assert!(lookup.running.lock().is_none());
     }
 }

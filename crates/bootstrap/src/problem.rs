@@ -52,11 +52,7 @@ pub enum ErrorCode {
 
 impl Problem {
     pub(crate) fn new(error: ErrorCode, message: impl ToString) -> Problem {
-        Problem {
-            error,
-            message: message.to_string(),
-            advice: error.advice().into(),
-        }
+        Problem { error, message: message.to_string(), advice: error.advice().into() }
     }
 }
 

@@ -130,10 +130,7 @@ pub(crate) fn read(text: &str) -> Result<(Query, Option<Wait>), QueryFault> {
         }
     }
     let wait = match (count, wait_ms) {
-        (Some(count), Some(ms)) => Some(Wait {
-            count,
-            time: Duration::from_millis(ms),
-        }),
+        (Some(count), Some(ms)) => Some(Wait { count, time: Duration::from_millis(ms) }),
         (None, None) => None,
         (Some(_), None) => return Err(QueryFault::Missing { name: "wait_ms" }),
         (None, Some(_)) => return Err(QueryFault::Missing { name: "count" }),
@@ -158,9 +155,7 @@ pub(crate) fn percent_decode(text: &str) -> Result<Cow<'_, str>, QueryFault> {
     if !text.contains('%') {
         return Ok(text.into());
     }
-    let fault = || QueryFault::Encoding {
-        text: text.chars().take(64).collect(),
-    };
+    let fault = || QueryFault::Encoding { text: text.chars().take(64).collect() };
     let mut decoded = Vec::with_capacity(text.len());
     let mut bytes = text.bytes();
     while let Some(byte) = bytes.next() {
@@ -180,10 +175,7 @@ fn pairs(text: &str) -> Result<BTreeMap<String, String>, QueryFault> {
     for pair in text.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         let [name, value] = [name, value].map(|text| text.replace('+', " "));
-        let (name, value) = (
-            percent_decode(&name)?.into_owned(),
-            percent_decode(&value)?.into_owned(),
-        );
+        let (name, value) = (percent_decode(&name)?.into_owned(), percent_decode(&value)?.into_owned());
         if pairs.insert(name.clone(), value).is_some() {
             return Err(QueryFault::Twice { name });
         }
@@ -192,10 +184,7 @@ fn pairs(text: &str) -> Result<BTreeMap<String, String>, QueryFault> {
 }
 
 fn number<N: std::str::FromStr>(name: &str, value: &str) -> Result<N, QueryFault> {
-    let fault = || QueryFault::Number {
-        name: name.to_owned(),
-        given: value.chars().take(32).collect(),
-    };
+    let fault = || QueryFault::Number { name: name.to_owned(), given: value.chars().take(32).collect() };
     value.parse().map_err(|_| fault())
 }
 
@@ -213,15 +202,9 @@ mod tests {
         let wait = proptest::option::of((any::<u16>(), any::<u32>()));
         (role, any::<Option<u32>>(), labels, wait).prop_map(|(role, rank, labels, wait)| {
             let role = role.map(|role| Role::named(&role).unwrap());
-            let query = Query {
-                role,
-                rank,
-                labels: Labels::try_from(labels).unwrap(),
-            };
-            let wait = wait.map(|(count, ms)| Wait {
-                count: count.into(),
-                time: Duration::from_millis(ms.into()),
-            });
+            let query = Query { role, rank, labels: Labels::try_from(labels).unwrap() };
+            let wait =
+                wait.map(|(count, ms)| Wait { count: count.into(), time: Duration::from_millis(ms.into()) });
             (query, wait)
         })
     }
@@ -255,32 +238,14 @@ mod tests {
             ("rank=1&rank=1", QueryFault::Twice { name: name("rank") }),
             ("count=1", QueryFault::Missing { name: "wait_ms" }),
             ("wait_ms=1", QueryFault::Missing { name: "count" }),
-            (
-                "rank=-1",
-                QueryFault::Number {
-                    name: name("rank"),
-                    given: name("-1"),
-                },
-            ),
-            (
-                "rank=4294967296",
-                QueryFault::Number {
-                    name: name("rank"),
-                    given: name("4294967296"),
-                },
-            ),
+            ("rank=-1", QueryFault::Number { name: name("rank"), given: name("-1") }),
+            ("rank=4294967296", QueryFault::Number { name: name("rank"), given: name("4294967296") }),
             ("role=", QueryFault::Value(Invalid::Role { given: name("") })),
-            (
-                "label.=x",
-                QueryFault::Value(Invalid::LabelKey { given: name("") }),
-            ),
+            ("label.=x", QueryFault::Value(Invalid::LabelKey { given: name("") })),
         ] {
             assert_eq!(read(text), Err(fault), "{text}");
         }
-        assert_eq!(
-            read_incarnation(""),
-            Err(QueryFault::Missing { name: "incarnation" })
-        );
+        assert_eq!(read_incarnation(""), Err(QueryFault::Missing { name: "incarnation" }));
         assert_eq!(read_incarnation("incarnation=0f"), Ok(Incarnation::new(15)));
     }
 }

@@ -83,30 +83,14 @@ impl Registration {
     /// Starts to keep a worker registered and returns at once; [`Registration::wait`] waits for the server to
     /// take it. It fails only when the system gives no thread.
     pub fn start(client: Client, worker: Worker) -> io::Result<Registration> {
-        let status = Status::Joining {
-            attempts: 0,
-            last: None,
-        };
-        let state = Mutex::new(State {
-            status,
-            leaving: false,
-            left: None,
-        });
-        let shared = Arc::new(Shared {
-            state,
-            changed: Condvar::new(),
-        });
-        let thread = std::thread::Builder::new()
-            .name("crossdock-registration".to_owned())
-            .spawn({
-                let (shared, client) = (Arc::clone(&shared), client.clone());
-                move || keep(&shared, &client, &worker)
-            })?;
-        Ok(Registration {
-            shared,
-            thread: Some(thread),
-            client,
-        })
+        let status = Status::Joining { attempts: 0, last: None };
+        let state = Mutex::new(State { status, leaving: false, left: None });
+        let shared = Arc::new(Shared { state, changed: Condvar::new() });
+        let thread = std::thread::Builder::new().name("crossdock-registration".to_owned()).spawn({
+            let (shared, client) = (Arc::clone(&shared), client.clone());
+            move || keep(&shared, &client, &worker)
+        })?;
+        Ok(Registration { shared, thread: Some(thread), client })
     }
 
     /// How the registration stands.
@@ -128,16 +112,8 @@ impl Registration {
                 }
                 Status::Joining { last: None, .. } => false,
             };
-            if over
-                || self
-                    .shared
-                    .changed
-                    .wait_until(&mut state, deadline.end())
-                    .timed_out()
-            {
-                return Err(NotRegistered {
-                    status: state.status.clone(),
-                });
+            if over || self.shared.changed.wait_until(&mut state, deadline.end()).timed_out() {
+                return Err(NotRegistered { status: state.status.clone() });
             }
         }
     }
@@ -147,8 +123,7 @@ impl Registration {
     pub fn deregister(mut self) -> Result<(), Error> {
         // The call that may be under way and the one that takes the worker out.
         let deadline = Deadline::after(self.client.call_time() * 2);
-        self.leave(deadline)
-            .unwrap_or_else(|| Err(self.client.late(Stage::Receive, deadline)))
+        self.leave(deadline).unwrap_or_else(|| Err(self.client.late(Stage::Receive, deadline)))
     }
 
     /// Tells the thread to take the worker out and waits for that. A thread that needs longer is left to end by
@@ -159,12 +134,7 @@ impl Registration {
         state.leaving = true;
         self.shared.changed.notify_all();
         while state.left.is_none() {
-            if self
-                .shared
-                .changed
-                .wait_until(&mut state, deadline.end())
-                .timed_out()
-            {
+            if self.shared.changed.wait_until(&mut state, deadline.end()).timed_out() {
                 return None;
             }
         }
@@ -207,11 +177,7 @@ fn keep(shared: &Shared, client: &Client, worker: &Worker) {
         while !state.leaving && !shared.changed.wait_until(&mut state, next).timed_out() {}
     }
     let left = MutexGuard::unlocked(&mut state, || {
-        client.deregister_by(
-            &worker.node,
-            worker.incarnation,
-            Deadline::after(client.call_time()),
-        )
+        client.deregister_by(&worker.node, worker.incarnation, Deadline::after(client.call_time()))
     });
     state.left = Some(left);
     shared.changed.notify_all();
@@ -228,13 +194,7 @@ fn log(worker: &Worker, before: &Status, after: &Status) {
         }
         (
             _,
-            Status::Joining {
-                attempts: 1,
-                last: Some(last),
-            }
-            | Status::Retrying {
-                attempts: 1, last, ..
-            },
+            Status::Joining { attempts: 1, last: Some(last) } | Status::Retrying { attempts: 1, last, .. },
         ) => {
             tracing::warn!(%node, %last, "cannot register with the bootstrap server; trying again");
         }

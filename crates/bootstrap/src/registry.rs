@@ -106,13 +106,7 @@ impl Registry {
     /// An empty registry.
     pub fn new(limits: Limits) -> Registry {
         let history = History::new(limits.remembered_nodes, limits.remembered_incarnations);
-        Registry {
-            limits,
-            now: Duration::ZERO,
-            workers: BTreeMap::new(),
-            expiries: BTreeSet::new(),
-            history,
-        }
+        Registry { limits, now: Duration::ZERO, workers: BTreeMap::new(), expiries: BTreeSet::new(), history }
     }
 
     /// Registers a worker or renews it. Another incarnation of the node than the one held replaces it, unless
@@ -120,32 +114,20 @@ impl Registry {
     pub fn register(&mut self, now: Duration, worker: Worker) -> Result<Registered, Refusal> {
         self.sweep(now);
         if !self.limits.ttl_ms.contains(&worker.ttl_ms) {
-            return Err(Refusal::Ttl {
-                given: worker.ttl_ms,
-                allowed: self.limits.ttl_ms.clone(),
-            });
+            return Err(Refusal::Ttl { given: worker.ttl_ms, allowed: self.limits.ttl_ms.clone() });
         }
         let standing = self.history.standing(&worker.node, worker.incarnation);
         let held = self.workers.get(&worker.node);
         let (registered, since) = match held {
             Some(held) if held.worker.incarnation == worker.incarnation => {
                 let same = held.worker == worker;
-                (
-                    if same {
-                        Registered::Renewed
-                    } else {
-                        Registered::Updated
-                    },
-                    held.since,
-                )
+                (if same { Registered::Renewed } else { Registered::Updated }, held.since)
             }
             Some(_) if standing == Standing::New => (Registered::Replaced, self.now),
             // A node that is free may go back to the incarnation that left it last.
             None if standing != Standing::Superseded => {
                 if self.workers.len() >= self.limits.workers {
-                    return Err(Refusal::Full {
-                        workers: self.workers.len(),
-                    });
+                    return Err(Refusal::Full { workers: self.workers.len() });
                 }
                 (Registered::Created, self.now)
             }
@@ -160,14 +142,7 @@ impl Registry {
         }
         let expires = self.now + Duration::from_millis(worker.ttl_ms);
         self.expiries.insert((expires, node.clone()));
-        self.workers.insert(
-            node,
-            Held {
-                worker,
-                since,
-                expires,
-            },
-        );
+        self.workers.insert(node, Held { worker, since, expires });
         Ok(registered)
     }
 
@@ -209,10 +184,7 @@ impl Registry {
     /// How many workers match.
     pub fn count(&mut self, now: Duration, query: &Query) -> usize {
         self.sweep(now);
-        self.workers
-            .values()
-            .filter(|held| query.matches(&held.worker))
-            .count()
+        self.workers.values().filter(|held| query.matches(&held.worker)).count()
     }
 
     /// One worker.
@@ -230,27 +202,17 @@ impl Registry {
         if stale {
             return Err(self.stale(node, incarnation));
         }
-        self.workers
-            .get_mut(node)
-            .ok_or_else(|| Refusal::Unknown { node: node.clone() })
+        self.workers.get_mut(node).ok_or_else(|| Refusal::Unknown { node: node.clone() })
     }
 
     fn stale(&self, node: &NodeId, incarnation: Incarnation) -> Refusal {
         let held = self.workers.get(node).map(|held| held.worker.incarnation);
-        Refusal::Stale {
-            node: node.clone(),
-            incarnation,
-            held,
-        }
+        Refusal::Stale { node: node.clone(), incarnation, held }
     }
 
     fn sweep(&mut self, now: Duration) {
         self.now = self.now.max(now);
-        while self
-            .expiries
-            .first()
-            .is_some_and(|(expires, _)| *expires <= self.now)
-        {
+        while self.expiries.first().is_some_and(|(expires, _)| *expires <= self.now) {
             if let Some((_, node)) = self.expiries.pop_first()
                 && let Some(held) = self.workers.remove(&node)
             {
@@ -300,12 +262,7 @@ mod tests {
 
     #[test]
     fn memory_is_bounded_however_many_nodes_and_incarnations_come() {
-        let limits = Limits {
-            workers: 3,
-            remembered_nodes: 5,
-            remembered_incarnations: 2,
-            ttl_ms: 1..=100,
-        };
+        let limits = Limits { workers: 3, remembered_nodes: 5, remembered_incarnations: 2, ttl_ms: 1..=100 };
         let mut registry = Registry::new(limits);
         for step in 0..2_000u64 {
             let now = Duration::from_millis(step / 3);

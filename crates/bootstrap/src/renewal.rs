@@ -33,20 +33,11 @@ impl Renewal {
     pub(crate) fn new(ttl: Duration) -> Renewal {
         let interval = ttl / 3;
         let backoff = Backoff::new(RETRY_PAUSE_MIN.min(interval / 4), RETRY_PAUSE_MAX.min(interval));
-        Renewal {
-            interval,
-            backoff,
-            renewed: None,
-            attempts: 0,
-        }
+        Renewal { interval, backoff, renewed: None, attempts: 0 }
     }
 
     pub(crate) fn call(&self) -> Call {
-        if self.renewed.is_some() {
-            Call::Renew
-        } else {
-            Call::Register
-        }
+        if self.renewed.is_some() { Call::Renew } else { Call::Register }
     }
 
     /// How long the next call may take: one that hangs must leave time for others before the time to live is
@@ -74,35 +65,17 @@ impl Renewal {
             Err(error) => error,
         };
         if error.code() == Some(ErrorCode::StaleIncarnation) {
-            return (
-                Status::Replaced {
-                    last: Arc::new(error),
-                },
-                None,
-            );
+            return (Status::Replaced { last: Arc::new(error) }, None);
         }
         if error.code() == Some(ErrorCode::UnknownWorker) && self.renewed.take().is_some() {
             self.attempts = 0;
-            return (
-                Status::Joining {
-                    attempts: 0,
-                    last: None,
-                },
-                Some(now),
-            );
+            return (Status::Joining { attempts: 0, last: None }, Some(now));
         }
         self.attempts = self.attempts.saturating_add(1);
         let (attempts, last) = (self.attempts, Arc::new(error));
         let status = match self.renewed {
-            Some(renewed) => Status::Retrying {
-                renewed,
-                attempts,
-                last,
-            },
-            None => Status::Joining {
-                attempts,
-                last: Some(last),
-            },
+            Some(renewed) => Status::Retrying { renewed, attempts, last },
+            None => Status::Joining { attempts, last: Some(last) },
         };
         (status, Some(now + self.backoff.pause(random)))
     }
@@ -122,20 +95,12 @@ mod tests {
 
     fn refused(error: ErrorCode) -> Result<(), Error> {
         let problem = Problem::new(error, "for this test");
-        Err(Error::Refused {
-            server: "s".to_owned(),
-            status: error.status().as_u16(),
-            problem,
-        })
+        Err(Error::Refused { server: "s".to_owned(), status: error.status().as_u16(), problem })
     }
 
     fn away() -> Result<(), Error> {
         let source = std::io::ErrorKind::ConnectionRefused.into();
-        Err(Error::Unreachable {
-            server: "s".to_owned(),
-            stage: Stage::Connect,
-            source,
-        })
+        Err(Error::Unreachable { server: "s".to_owned(), stage: Stage::Connect, source })
     }
 
     #[test]
@@ -165,35 +130,15 @@ mod tests {
                 if renewed == start && attempts == attempt));
             pauses.push(next.unwrap() - start);
         }
-        assert!(
-            pauses.is_sorted() && pauses[0] == RETRY_PAUSE_MIN && pauses[7] == TTL / 3,
-            "{pauses:?}"
-        );
-        assert_eq!(
-            renewal.call(),
-            Call::Renew,
-            "a worker that was replaced meanwhile must not take over"
-        );
+        assert!(pauses.is_sorted() && pauses[0] == RETRY_PAUSE_MIN && pauses[7] == TTL / 3, "{pauses:?}");
+        assert_eq!(renewal.call(), Call::Renew, "a worker that was replaced meanwhile must not take over");
 
         let (status, next) = renewal.done(start, start, refused(ErrorCode::UnknownWorker), 0);
-        assert!(matches!(
-            status,
-            Status::Joining {
-                attempts: 0,
-                last: None
-            }
-        ));
+        assert!(matches!(status, Status::Joining { attempts: 0, last: None }));
         assert_eq!((renewal.call(), next), (Call::Register, Some(start)));
-        assert!(matches!(
-            renewal.done(start, start, Ok(()), 0).0,
-            Status::Registered { .. }
-        ));
+        assert!(matches!(renewal.done(start, start, Ok(()), 0).0, Status::Registered { .. }));
         let (_, next) = renewal.done(start, start, away(), u64::MAX);
-        assert_eq!(
-            next.unwrap() - start,
-            RETRY_PAUSE_MIN,
-            "a success makes the pauses short again"
-        );
+        assert_eq!(next.unwrap() - start, RETRY_PAUSE_MIN, "a success makes the pauses short again");
     }
 
     #[test]
@@ -208,16 +153,7 @@ mod tests {
             ErrorCode::Unknown,
         ] {
             let (status, next) = Renewal::new(TTL).done(start, start, refused(code), 0);
-            assert!(
-                matches!(
-                    status,
-                    Status::Joining {
-                        attempts: 1,
-                        last: Some(_)
-                    }
-                ),
-                "{code:?}"
-            );
+            assert!(matches!(status, Status::Joining { attempts: 1, last: Some(_) }), "{code:?}");
             assert!(next.unwrap() > start);
         }
         let (status, next) = Renewal::new(TTL).done(start, start, refused(ErrorCode::StaleIncarnation), 0);

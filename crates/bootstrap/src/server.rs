@@ -93,10 +93,7 @@ impl ServerConfig {
 
     fn check(&self) -> Result<(), ConfigFault> {
         if self.waits >= self.connections {
-            return Err(ConfigFault::Waits {
-                waits: self.waits,
-                connections: self.connections,
-            });
+            return Err(ConfigFault::Waits { waits: self.waits, connections: self.connections });
         }
         if self.limits.workers == 0 {
             return Err(ConfigFault::NoWorkers);
@@ -172,11 +169,7 @@ impl Server {
         // Building a runtime and binding a socket do not block, and a thread that dies drops its end.
         let gone = || StartError::Thread(io::ErrorKind::BrokenPipe.into());
         let address = started.recv().map_err(|_| gone())??;
-        Ok(Server {
-            address,
-            running: Some(running),
-            thread: Some(thread),
-        })
+        Ok(Server { address, running: Some(running), thread: Some(thread) })
     }
 
     /// Where the server listens, with the port that it took.
@@ -260,11 +253,7 @@ fn run(
     stopped: oneshot::Receiver<Infallible>,
     report: &mpsc::SyncSender<Result<SocketAddr, StartError>>,
 ) {
-    let runtime = match tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build()
-    {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build() {
         Ok(runtime) => runtime,
         Err(error) => return drop(report.send(Err(StartError::Thread(error)))),
     };

@@ -96,9 +96,7 @@ impl Service {
         self.routed(request).await.unwrap_or_else(|problem| {
             let mut answer = json(problem.error.status(), &problem);
             if problem.error == ErrorCode::WrongToken {
-                answer
-                    .headers_mut()
-                    .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+                answer.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             }
             answer
         })
@@ -126,36 +124,20 @@ impl Service {
             }
             (Route::Worker(node), &Method::DELETE) => {
                 let incarnation = query::read_incarnation(parameters)?;
-                self.registry
-                    .lock()
-                    .deregister(self.started.elapsed(), node, incarnation)?;
-                Ok(json(
-                    StatusCode::OK,
-                    &Changed {
-                        outcome: "deregistered",
-                    },
-                ))
+                self.registry.lock().deregister(self.started.elapsed(), node, incarnation)?;
+                Ok(json(StatusCode::OK, &Changed { outcome: "deregistered" }))
             }
             (Route::Renew(node), &Method::POST) => {
                 let node = node.clone();
                 let RenewBody { incarnation } = self.body(request).await?;
-                self.registry
-                    .lock()
-                    .renew(self.started.elapsed(), &node, incarnation)?;
-                Ok(json(
-                    StatusCode::OK,
-                    &Changed {
-                        outcome: Registered::Renewed,
-                    },
-                ))
+                self.registry.lock().renew(self.started.elapsed(), &node, incarnation)?;
+                Ok(json(StatusCode::OK, &Changed { outcome: Registered::Renewed }))
             }
             (_, method) => {
                 let message = format!("{} takes no {method}", request.uri().path());
                 let problem = Problem::new(ErrorCode::MethodNotAllowed, message);
                 let mut answer = json(problem.error.status(), &problem);
-                answer
-                    .headers_mut()
-                    .insert(header::ALLOW, HeaderValue::from_static(route.methods()));
+                answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static(route.methods()));
                 Ok(answer)
             }
         }
@@ -166,10 +148,7 @@ impl Service {
         match request.headers().get(header::AUTHORIZATION) {
             None => Err(Problem::new(ErrorCode::WrongToken, "this server wants a token")),
             Some(given) if token.admits(given.as_bytes()) => Ok(()),
-            Some(_) => Err(Problem::new(
-                ErrorCode::WrongToken,
-                "the token is not this server's",
-            )),
+            Some(_) => Err(Problem::new(ErrorCode::WrongToken, "the token is not this server's")),
         }
     }
 
@@ -201,11 +180,7 @@ impl Service {
             tracing::info!(%node, %incarnation, %address, ?outcome, "a worker registered");
             self.changes.send_replace(());
         }
-        let status = if outcome == Registered::Created {
-            StatusCode::CREATED
-        } else {
-            StatusCode::OK
-        };
+        let status = if outcome == Registered::Created { StatusCode::CREATED } else { StatusCode::OK };
         Ok(json(status, &Changed { outcome }))
     }
 
@@ -261,18 +236,12 @@ impl Service {
             }
             // A body that is a little too large is read to its end: closing a connection on unread bytes
             // resets it, and the client would lose the answer that says why.
-            if seen > self.body_bytes {
-                Err(too_large())
-            } else {
-                Ok(bytes)
-            }
+            if seen > self.body_bytes { Err(too_large()) } else { Ok(bytes) }
         };
-        let bytes = tokio::time::timeout(self.body_time, collect)
-            .await
-            .map_err(|_| {
-                let message = format!("the body did not come within {} ms", self.body_time.as_millis());
-                Problem::new(ErrorCode::BodyTimeout, message)
-            })??;
+        let bytes = tokio::time::timeout(self.body_time, collect).await.map_err(|_| {
+            let message = format!("the body did not come within {} ms", self.body_time.as_millis());
+            Problem::new(ErrorCode::BodyTimeout, message)
+        })??;
         serde_json::from_slice(&bytes).map_err(|error| Problem::new(ErrorCode::InvalidBody, error))
     }
 }
@@ -291,9 +260,7 @@ impl Route {
             return Ok(Route::Workers);
         }
         let below = below.strip_prefix('/').ok_or_else(no_such_path)?;
-        let (node, last) = below
-            .split_once('/')
-            .map_or((below, None), |(node, last)| (node, Some(last)));
+        let (node, last) = below.split_once('/').map_or((below, None), |(node, last)| (node, Some(last)));
         let node = NodeId::new(&query::percent_decode(node)?)
             .map_err(|invalid| Problem::new(ErrorCode::InvalidUrl, invalid))?;
         match last {
@@ -316,9 +283,7 @@ fn json(status: StatusCode, body: &impl Serialize) -> Answer {
     let bytes = serde_json::to_vec(body).expect("every key is a string and every value has a JSON form");
     let mut answer = Response::new(Full::new(Bytes::from(bytes)));
     *answer.status_mut() = status;
-    answer
-        .headers_mut()
-        .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     answer
 }
 

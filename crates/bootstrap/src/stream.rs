@@ -20,11 +20,7 @@ pub(crate) struct TimedWrite<S> {
 
 impl<S> TimedWrite<S> {
     pub(crate) fn new(stream: S, limit: Duration) -> TimedWrite<S> {
-        TimedWrite {
-            stream,
-            limit,
-            deadline: None,
-        }
+        TimedWrite { stream, limit, deadline: None }
     }
 
     /// Passes on what a write said, or fails it when it must wait and the time is over.
@@ -33,9 +29,7 @@ impl<S> TimedWrite<S> {
             return written;
         }
         let limit = self.limit;
-        let deadline = self
-            .deadline
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        let deadline = self.deadline.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
         ready!(deadline.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }

@@ -20,11 +20,7 @@ impl Token {
     pub fn new(secret: &str) -> Result<Token, InvalidToken> {
         let fits = (1..=TOKEN_BYTES_MAX).contains(&secret.len())
             && secret.bytes().all(|byte| byte.is_ascii_graphic());
-        if fits {
-            Ok(Token(secret.into()))
-        } else {
-            Err(InvalidToken)
-        }
+        if fits { Ok(Token(secret.into())) } else { Err(InvalidToken) }
     }
 
     pub(crate) fn secret(&self) -> &str {
@@ -59,15 +55,9 @@ mod tests {
         let token = Token::new("s3cret").unwrap();
         assert!(token.admits(b"Bearer s3cret"));
         assert!(token.admits(b"bearer s3cret"));
-        for wrong in [
-            "",
-            "Bearer",
-            "Bearer ",
-            "Bearer s3cre",
-            "Bearer s3cret ",
-            "Bearer S3cret",
-            "Basic s3cret",
-        ] {
+        for wrong in
+            ["", "Bearer", "Bearer ", "Bearer s3cre", "Bearer s3cret ", "Bearer S3cret", "Basic s3cret"]
+        {
             assert!(!token.admits(wrong.as_bytes()), "{wrong:?}");
         }
     }

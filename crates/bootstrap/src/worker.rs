@@ -51,16 +51,10 @@ impl NodeId {
     /// Checks and keeps a name.
     pub fn new(name: &str) -> Result<NodeId, Invalid> {
         let fits = (1..=NODE_BYTES_MAX).contains(&name.len())
-            && name
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"._~:@-".contains(&byte))
+            && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._~:@-".contains(&byte))
             && name != "."
             && name != "..";
-        if fits {
-            Ok(NodeId(name.into()))
-        } else {
-            Err(Invalid::Node { given: excerpt(name) })
-        }
+        if fits { Ok(NodeId(name.into())) } else { Err(Invalid::Node { given: excerpt(name) }) }
     }
 
     /// The name.
@@ -152,11 +146,7 @@ pub struct Rank {
 impl Rank {
     /// The place `rank`, counted from 0, among `ranks`.
     pub fn new(rank: u32, ranks: u32) -> Result<Rank, Invalid> {
-        if rank < ranks {
-            Ok(Rank { rank, ranks })
-        } else {
-            Err(Invalid::Rank { rank, ranks })
-        }
+        if rank < ranks { Ok(Rank { rank, ranks }) } else { Err(Invalid::Rank { rank, ranks }) }
     }
 
     /// The place, counted from 0.
@@ -304,49 +294,15 @@ impl TryFrom<WorkerWire> for Worker {
     type Error = Invalid;
 
     fn try_from(wire: WorkerWire) -> Result<Worker, Invalid> {
-        let WorkerWire {
-            node,
-            incarnation,
-            role,
-            rank,
-            ranks,
-            address,
-            ttl_ms,
-            labels,
-        } = wire;
-        Ok(Worker {
-            node,
-            incarnation,
-            role,
-            rank: Rank::new(rank, ranks)?,
-            address,
-            ttl_ms,
-            labels,
-        })
+        let WorkerWire { node, incarnation, role, rank, ranks, address, ttl_ms, labels } = wire;
+        Ok(Worker { node, incarnation, role, rank: Rank::new(rank, ranks)?, address, ttl_ms, labels })
     }
 }
 
 impl From<Worker> for WorkerWire {
     fn from(worker: Worker) -> WorkerWire {
-        let Worker {
-            node,
-            incarnation,
-            role,
-            rank,
-            address,
-            ttl_ms,
-            labels,
-        } = worker;
-        WorkerWire {
-            node,
-            incarnation,
-            role,
-            rank: rank.rank,
-            ranks: rank.ranks,
-            address,
-            ttl_ms,
-            labels,
-        }
+        let Worker { node, incarnation, role, rank, address, ttl_ms, labels } = worker;
+        WorkerWire { node, incarnation, role, rank: rank.rank, ranks: rank.ranks, address, ttl_ms, labels }
     }
 }
 
@@ -386,9 +342,7 @@ impl FromStr for Incarnation {
         let hex = (1..=16).contains(&digits.len()) && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
         match u64::from_str_radix(digits, 16) {
             Ok(number) if hex => Ok(Incarnation(number)),
-            _ => Err(Invalid::Incarnation {
-                given: excerpt(digits),
-            }),
+            _ => Err(Invalid::Incarnation { given: excerpt(digits) }),
         }
     }
 }
@@ -459,9 +413,7 @@ impl FromStr for Address {
     type Err = Invalid;
 
     fn from_str(text: &str) -> Result<Address, Invalid> {
-        let address = text
-            .parse()
-            .map_err(|_| Invalid::Address { given: excerpt(text) })?;
+        let address = text.parse().map_err(|_| Invalid::Address { given: excerpt(text) })?;
         Address::new(address)
     }
 }
@@ -487,9 +439,7 @@ impl TryFrom<BTreeMap<String, String>> for Labels {
         }
         for (key, value) in &labels {
             let fits = (1..=LABEL_KEY_BYTES_MAX).contains(&key.len())
-                && key
-                    .bytes()
-                    .all(|byte| byte.is_ascii_alphanumeric() || b"._/-".contains(&byte));
+                && key.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._/-".contains(&byte));
             if !fits {
                 return Err(Invalid::LabelKey { given: excerpt(key) });
             }
@@ -545,10 +495,7 @@ mod tests {
     fn the_largest_incarnation_survives_json() {
         let text = serde_json::to_string(&Incarnation::new(u64::MAX)).unwrap();
         assert_eq!(text, r#""ffffffffffffffff""#);
-        assert_eq!(
-            serde_json::from_str::<Incarnation>(&text).unwrap().number(),
-            u64::MAX
-        );
+        assert_eq!(serde_json::from_str::<Incarnation>(&text).unwrap().number(), u64::MAX);
     }
 
     #[test]
@@ -592,12 +539,7 @@ mod tests {
             ("labels", serde_json::json!({"a": "line\nbreak"})),
             ("labels", serde_json::json!({"a": "v".repeat(257)})),
             ("labels", serde_json::json!({"a": 1})),
-            (
-                "labels",
-                (0..17)
-                    .map(|i| (format!("k{i}"), serde_json::Value::from("v")))
-                    .collect(),
-            ),
+            ("labels", (0..17).map(|i| (format!("k{i}"), serde_json::Value::from("v"))).collect()),
         ] as [(&str, serde_json::Value); 30]
         {
             json(|value| value[field] = wrong.clone()).expect_err(&format!("{field} = {wrong}"));
