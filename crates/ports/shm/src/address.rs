@@ -119,9 +119,9 @@ mod tests {
         #[test]
         fn other_bytes_are_refused(bytes in proptest::collection::vec(any::<u8>(), 0..80)) {
             let address = LaneAddress::new(&bytes).expect("short enough");
-            prop_assert!(matches!(Address::decode(&address), Err(Error::BadAddress { .. })));
+            prop_assert!(Address::decode(&address).is_err());
             let key = RemoteKey::new(&bytes).expect("short enough");
-            prop_assert!(matches!(Key::decode(&key), Err(Error::BadKey { .. })));
+            prop_assert!(Key::decode(&key).is_err());
         }
 
         #[test]

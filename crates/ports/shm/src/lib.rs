@@ -1,4 +1,53 @@
-//! The shared-memory port
+//! The shared-memory port: between processes of one user on one host.
+//!
+//! **How bytes move.** Memory that crossdock allocated ([`MemoryKind::Shared`]) is a sealed memfd; its descriptor goes to
+//! every connected peer over a Unix socket, the peer maps it, and an op is a copy by the poster's own thread, or by a
+//! few [copy threads](ShmOptions::copy_threads). Memory of any other origin is reached with `process_vm_writev` and
+//! `process_vm_readv`. Immediates go through a [ring](ShmOptions::immediates_per_lane) in memory that both ends map. All
+//! bytes of an op have moved when `post` returns; its `Done` comes out at the next poll.
+//!
+//! **How ends find each other.** Each port listens on an abstract Unix socket with a random name. The end of a lane with
+//! the smaller cookie dials; the user id is checked by the kernel, the [tags](crossdock_transport::LaneTags) by both ends.
+//!
+//! **When a lane is down.** The peer writes by itself, and nothing here can stop it: `revoke` answers
+//! [`Fence::WhenDown`](crossdock_transport::Fence), and `Down` is said only when
+//! - this end has stopped: it takes no ops, and every [`Mapping`](crossdock_transport::Mapping) that the caller was given
+//!   on this lane has been dropped, so that nothing of the peer is mapped any more; and
+//! - the peer has answered that the same is true there, or its process is proven dead by a pidfd.
+//!
+//! The end of the socket is no proof: a process that executes another program, or that has lost its descriptors,
+//! may live on. A stopped process delays `Down` until it continues or dies. A lane that has not come so far that memory
+//! was shown ends at once.
+//!
+//! **Distrust.** A peer runs as the same user, but it may be broken. Descriptors are mapped only if sealed against a
+//! change of their length; what a peer writes into shared memory is read once and checked; queues have limits; nothing
+//! that a peer does or leaves undone makes a call wait.
+//!
+//! **Forks.** Mappings are not inherited by a forked child, and descriptors close with the execution of another program,
+//! so that no child keeps a peer's memory. A port cannot be used in a forked child; dropping it there does no harm.
+//!
+//! [`MemoryKind::Shared`]: crossdock_memory::MemoryKind::Shared
 
+mod address;
 pub mod copy;
+mod counters;
+mod doorbell;
+mod guests;
+mod handshake;
+mod joined;
+mod lane;
+mod link;
+mod message;
+mod numbered;
+mod peer;
+mod port;
+mod posting;
 pub mod process_memory;
+mod reach;
+mod remote;
+mod ring;
+mod sync;
+mod watch;
+
+pub use counters::ShmCounters;
+pub use port::{ShmOptions, ShmPort};

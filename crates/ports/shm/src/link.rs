@@ -84,7 +84,8 @@ impl Link {
         let packet = message.encode();
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         loop {
-            return match rustix::net::sendmsg(&self.0, &[IoSlice::new(packet.written())], &mut control, flags) {
+            return match rustix::net::sendmsg(&self.0, &[IoSlice::new(packet.written())], &mut control, flags)
+            {
                 Ok(_) => Sent::Yes,
                 Err(Errno::INTR) => continue,
                 // The last one: too many descriptors of this user are on their way, in all sockets together.

@@ -198,28 +198,28 @@ mod tests {
     use super::*;
 
     fn greeting() -> impl Strategy<Value = Greeting> {
-        (any::<Secret>(), any::<Secret>(), any::<[u8; 32]>(), any::<Secret>(), any::<u64>(), any::<u32>()).prop_map(
-            |(from, to, tag, port, port_address, immediates)| Greeting {
+        (any::<Secret>(), any::<Secret>(), any::<[u8; 32]>(), any::<Secret>(), any::<u64>(), any::<u32>())
+            .prop_map(|(from, to, tag, port, port_address, immediates)| Greeting {
                 from,
                 to,
                 tag,
                 port,
                 port_address,
                 immediates,
-            },
-        )
+            })
     }
 
     fn message() -> impl Strategy<Value = Message> {
-        let place = prop_oneof![
-            Just(Place::Shared),
-            any::<u64>().prop_map(|address| Place::Private { address })
-        ];
+        let place =
+            prop_oneof![Just(Place::Shared), any::<u64>().prop_map(|address| Place::Private { address })];
         prop_oneof![
             greeting().prop_map(Message::Hello),
             greeting().prop_map(Message::Welcome),
-            (any::<u32>(), any::<u64>(), place)
-                .prop_map(|(number, bytes, place)| Message::Region { number, bytes, place }),
+            (any::<u32>(), any::<u64>(), place).prop_map(|(number, bytes, place)| Message::Region {
+                number,
+                bytes,
+                place
+            }),
             Just(Message::Announced),
             any::<u32>().prop_map(|number| Message::Retire { number }),
             Just(Message::Closed),

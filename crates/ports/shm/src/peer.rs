@@ -77,7 +77,13 @@ fn option<T: Copy>(socket: BorrowedFd<'_>, name: libc::c_int) -> Result<T, Errno
     let mut bytes = size_of::<T>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `bytes` bytes, which are there.
     let result = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, name, value.as_mut_ptr().cast(), &raw mut bytes)
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            name,
+            value.as_mut_ptr().cast(),
+            &raw mut bytes,
+        )
     };
     if result == 0 {
         // SAFETY: the two callers ask for integers, for which the zeros and whatever the kernel wrote are values.

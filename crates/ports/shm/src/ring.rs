@@ -12,6 +12,8 @@
 
 use std::ptr::NonNull;
 
+use crossdock_memory::{Memory, OutOfRange};
+
 use crate::sync::{AtomicU32, Ordering, fence};
 
 /// The writing end. `K` keeps the shared memory alive and in place.
@@ -73,7 +75,8 @@ pub(crate) const MAX_CAPACITY: u32 = 1 << 16;
 impl<K> Place<K> {
     /// How many bytes a ring of this capacity takes, a multiple of the alignment that it needs.
     pub(crate) const fn bytes(capacity: u32) -> usize {
-        (size_of::<Header>() + capacity as usize * size_of::<AtomicU32>()).next_multiple_of(align_of::<Header>())
+        (size_of::<Header>() + capacity as usize * size_of::<AtomicU32>())
+            .next_multiple_of(align_of::<Header>())
     }
 
     /// # Safety
@@ -82,7 +85,12 @@ impl<K> Place<K> {
     ///
     /// # Panics
     /// If `capacity` is not a power of two up to [`MAX_CAPACITY`].
-    pub(crate) unsafe fn new(header: NonNull<Header>, slots: NonNull<AtomicU32>, capacity: u32, keep: K) -> Self {
+    pub(crate) unsafe fn new(
+        header: NonNull<Header>,
+        slots: NonNull<AtomicU32>,
+        capacity: u32,
+        keep: K,
+    ) -> Self {
         assert!(capacity.is_power_of_two() && capacity <= MAX_CAPACITY, "a ring of {capacity} slots");
         Self { header, slots, mask: capacity - 1, _keep: keep }
     }
@@ -99,6 +107,20 @@ impl<K> Place<K> {
 
     fn capacity(&self) -> u32 {
         self.mask + 1
+    }
+}
+
+impl Place<Memory> {
+    /// A ring at `offset` of memory that two ports share.
+    pub(crate) fn in_memory(memory: &Memory, offset: usize, capacity: u32) -> Result<Self, OutOfRange> {
+        let header = memory.at(offset, Self::bytes(capacity))?.cast::<Header>();
+        let header = NonNull::new(header).expect("no mapping begins at the null address");
+        assert!(header.is_aligned(), "a ring at {offset}");
+        // SAFETY: `at` has checked that header and slots lie in the memory, which is mapped as long as the handle
+        // that is kept; slots need less alignment than the header that they follow. One port makes one end of each
+        // ring; what a peer does beyond that can put wrong numbers here, which both ends expect, and nothing else:
+        // all words are atomics.
+        Ok(unsafe { Self::new(header, header.add(1).cast(), capacity, memory.clone()) })
     }
 }
 

@@ -12,8 +12,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::PATIENCE;
 use crate::{
-    Access, Attached, Direction, Error, Event, Events, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId,
-    LaneTags, LocalId, Op, PeerId, Port, RemoteKey, Shape,
+    Access, Direction, Error, Event, Events, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId,
+    LaneTags, LocalId, Op, PeerId, Port, RemoteId, RemoteKey, Shape,
 };
 
 /// A peer outside this process, or simulated as if it were.
@@ -40,7 +40,8 @@ pub struct Streamer {
     lane: Option<LaneId>,
     up: bool,
     target: Option<(RemoteKey, GrantId)>,
-    attached: Option<Attached>,
+    /// Only the name: a mapping that is held would keep the lane from ending.
+    attached: Option<RemoteId>,
     writes: u32,
     /// What is left of a write that was not taken whole.
     rest: Option<Op<'static>>,
@@ -107,10 +108,10 @@ impl Streamer {
         else {
             return;
         };
-        let remote = match &self.attached {
+        let remote = match self.attached {
             Some(attached) => attached,
             None => match self.port.attach(lane, key) {
-                Ok(attached) => self.attached.insert(attached),
+                Ok(attached) => *self.attached.insert(attached.id),
                 Err(Error::NotYet | Error::LaneDown { .. }) => return,
                 Err(error) => panic!("the parent's key: {error}"),
             },
@@ -126,7 +127,7 @@ impl Streamer {
                 let shape = Shape::Span {
                     local,
                     local_offset: at,
-                    remote: remote.id,
+                    remote,
                     remote_offset: at,
                     bytes: SLOT,
                 };

@@ -73,6 +73,7 @@ fn only_a_sleeper_is_woken_and_only_once() {
     writer.push(2);
     assert!(writer.should_wake());
     assert!(!writer.should_wake(), "told once");
+    assert_eq!(writer.has_room(), Ok(true));
     writer.push(3);
     assert_eq!(writer.wait_for_room(), Ok(false));
     assert_eq!(reader.pop(), Ok(Some(2)));

@@ -1,0 +1,508 @@
+//! The port: its tables, and the methods that its owner calls.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossdock_memory::{Memory, MemoryKind};
+use crossdock_transport::{
+    Arm, Attached, DownCause, Error, Event, Events, Fence, Grant, GrantId, GrantTable, LaneAddress, LaneId,
+    LaneTags, LocalId, Op, PeerId, Port, PortInfo, Posted, RemoteKey, Result,
+};
+use rustix::io::Errno;
+use rustix::process::PTracer;
+
+use crate::address::{Address, Key, Secret, secret};
+use crate::copy::{Copier, CopyThreads};
+use crate::counters::ShmCounters;
+use crate::doorbell::Doorbell;
+use crate::guests::Guests;
+use crate::joined::{Joined, Outgoing, Phase};
+use crate::lane::{Lane, Pact, Stage};
+use crate::link::Listener;
+use crate::numbered::Numbered;
+use crate::posting::{Posting, Taken};
+use crate::reach;
+use crate::remote::MAX_REGIONS;
+use crate::ring;
+use crate::watch::{Ready, Watch};
+
+/// A shared-memory port: see the [crate's page](crate).
+pub struct ShmPort {
+    pub(crate) info: PortInfo,
+    pub(crate) options: ShmOptions,
+    /// Names this port in its keys. Peers read it where it lies, to prove that they reach this process; so it stays
+    /// in one place.
+    pub(crate) name: Box<Secret>,
+    /// Where peers dial.
+    pub(crate) socket: Secret,
+    /// Lanes let go of peers' memory first of all.
+    pub(crate) lanes: Numbered<Lane>,
+    next_lane: u32,
+    pub(crate) guests: Guests,
+    pub(crate) regions: Numbered<Region>,
+    next_region: u32,
+    grants: GrantTable,
+    copier: CopyThreads,
+    pub(crate) watch: Watch,
+    pub(crate) listener: Listener,
+    /// What wakes this port. Mappings keep it: their end is something to wake up for.
+    pub(crate) bell: Arc<Doorbell>,
+    pub(crate) counters: ShmCounters,
+    /// Whether the owner was told that it may sleep.
+    armed: bool,
+    /// Polls since the last look around.
+    polls: u32,
+    /// Which lane is served first in the next poll.
+    first: usize,
+}
+
+/// How a port is opened.
+#[derive(Clone, Debug)]
+pub struct ShmOptions {
+    /// The port's name in logs and errors.
+    pub name: String,
+    /// How many threads share a large copy, the caller of `post` among them; at least one. Each costs a core while it
+    /// copies.
+    pub copy_threads: usize,
+    /// How many lanes may be open at a time.
+    pub max_lanes: usize,
+    /// How many regions may be registered at a time; at most 4096.
+    pub max_regions: usize,
+    /// How many immediates may be on their way on a lane, and how many ends of ops may wait to be polled there. Rounded
+    /// up to a power of two, up to 65,536.
+    pub immediates_per_lane: u32,
+    /// How many bytes one call of `post` moves before it comes back short, so that the thread that owns the port
+    /// serves its other lanes in time. One piece of a paged op is moved in any case.
+    pub bytes_per_turn: u64,
+    /// How long a lane may take to connect.
+    pub connect_timeout: Duration,
+    /// What [`PortInfo::bytes_per_second`] says; rails are loaded in this proportion.
+    pub bytes_per_second: u64,
+    /// Lets every process of this user reach into this one, where `/proc/sys/kernel/yama/ptrace_scope` is 1 and
+    /// would forbid it (`PR_SET_PTRACER_ANY`). Only private memory needs it.
+    pub allow_ptrace: bool,
+}
+
+impl Default for ShmOptions {
+    fn default() -> Self {
+        Self {
+            name: "shm".into(),
+            copy_threads: 1,
+            max_lanes: 1024,
+            max_regions: 1024,
+            immediates_per_lane: 1024,
+            bytes_per_turn: 4 << 20,
+            connect_timeout: Duration::from_secs(10),
+            bytes_per_second: 10_000_000_000,
+            allow_ptrace: false,
+        }
+    }
+}
+
+/// Registered memory.
+pub(crate) struct Region {
+    pub(crate) memory: Memory,
+}
+
+impl ShmPort {
+    /// Opens a port.
+    pub fn open(options: ShmOptions) -> Result<Self> {
+        let os = |call| move |errno: Errno| Error::Os { call, errno: errno.raw_os_error() };
+        let options = ShmOptions {
+            copy_threads: options.copy_threads.max(1),
+            max_regions: options.max_regions.min(MAX_REGIONS),
+            immediates_per_lane: options.immediates_per_lane.clamp(1, ring::MAX_CAPACITY).next_power_of_two(),
+            bytes_per_turn: options.bytes_per_turn.max(1),
+            ..options
+        };
+        if options.allow_ptrace {
+            match rustix::process::set_ptracer(PTracer::Any) {
+                // A kernel without Yama needs no leave.
+                Ok(()) | Err(Errno::INVAL) => {}
+                Err(errno) => return Err(os("prctl(PR_SET_PTRACER)")(errno)),
+            }
+        }
+        let socket = secret()?;
+        let listener = Listener::bind(&socket).map_err(os("bind"))?;
+        let bell = Arc::new(Doorbell::new().map_err(os("eventfd"))?);
+        let watch = Watch::new().map_err(|(call, errno)| os(call)(errno))?;
+        watch.add(&listener, Ready::Listener).map_err(os("epoll_ctl"))?;
+        watch.add(&*bell, Ready::Doorbell).map_err(os("epoll_ctl"))?;
+        let copier = CopyThreads::start(Copier::detect(), options.copy_threads - 1).map_err(|error| {
+            Error::Os { call: "clone", errno: error.raw_os_error().unwrap_or(libc::EAGAIN) }
+        })?;
+        let info = PortInfo {
+            kind: "shm",
+            name: options.name.clone(),
+            reach: reach::of_this_process()?,
+            numa_node: None,
+            bytes_per_second: options.bytes_per_second,
+            ordered: true,
+            immediates_in_flight: options.immediates_per_lane,
+        };
+        Ok(Self {
+            info,
+            name: Box::new(secret()?),
+            socket,
+            lanes: Numbered::default(),
+            next_lane: 0,
+            guests: Guests::new(options.max_lanes),
+            regions: Numbered::default(),
+            next_region: 0,
+            grants: GrantTable::new(),
+            copier,
+            watch,
+            listener,
+            bell,
+            counters: ShmCounters::default(),
+            armed: false,
+            polls: 0,
+            first: 0,
+            options,
+        })
+    }
+
+    /// What the port has done so far.
+    pub fn counters(&self) -> ShmCounters {
+        self.counters
+    }
+
+    /// A lane that has been opened and has not ended.
+    fn lane(&mut self, id: LaneId) -> Result<&mut Lane> {
+        let known = id.0 < self.next_lane;
+        self.lanes.get_mut(id.0).ok_or(if known {
+            Error::LaneDown { lane: id }
+        } else {
+            Error::UnknownLane { lane: id }
+        })
+    }
+
+    /// Tells every joined lane's peer something.
+    fn tell_all(&mut self, what: Outgoing) {
+        for (_, lane) in self.lanes.iter_mut() {
+            if let Stage::Joined(joined) = &mut lane.stage {
+                joined.tell(what, &self.regions);
+            }
+        }
+    }
+
+    /// Looks at everything that is not a ring: sockets, deaths, deadlines, closings.
+    fn look_around(&mut self) {
+        self.polls = 0;
+        for ready in self.watch.ready() {
+            match ready {
+                Ready::Doorbell => {
+                    self.bell.silence();
+                    self.counters.wakes_received += 1;
+                }
+                // What is due is found below, by the clock; the next `arm` sets the timer anew.
+                Ready::Timer => {}
+                Ready::Listener => self.welcome_guests(),
+                Ready::Guest(guest) => self.hear_guest(guest),
+                Ready::Socket(lane) => self.hear_lane(lane),
+                Ready::Process(lane) => {
+                    if let Some(Lane { stage: Stage::Joined(joined), .. }) = self.lanes.get_mut(lane) {
+                        joined.look_for_death(&self.watch, &mut self.counters);
+                    } else {
+                        self.hear_lane(lane);
+                    }
+                }
+            }
+        }
+        self.keep_deadlines();
+        for (_, lane) in self.lanes.iter_mut() {
+            if let Stage::Joined(joined) = &mut lane.stage
+                && joined.blocked
+                && !joined.is_closing()
+            {
+                joined.flush(&self.regions);
+            }
+        }
+    }
+
+    /// Gives up what has taken too long, and tries again what had no room.
+    fn keep_deadlines(&mut self) {
+        if !self.guests.has_deadlines() && self.lanes.iter().all(|(_, lane)| lane.is_settled()) {
+            return;
+        }
+        let now = Instant::now();
+        self.guests.expire(now, &self.watch, &self.listener, &mut self.counters);
+        for place in 0..self.lanes.len() {
+            let (id, lane) = self.lanes.at_mut(place);
+            let deadline = match &lane.stage {
+                Stage::Dialing(pact) | Stage::Greeting(pact, ..) | Stage::Expecting(pact) => pact.deadline,
+                Stage::Joined(joined) => match joined.phase {
+                    Phase::Announcing { deadline } => deadline,
+                    _ => continue,
+                },
+                Stage::Open | Stage::Ended(_) => continue,
+            };
+            if deadline <= now {
+                lane.close(DownCause::ConnectTimedOut, &self.watch);
+            } else if let Stage::Dialing(_) = lane.stage {
+                self.dial(id);
+            }
+        }
+    }
+
+    /// Serves one lane in a poll; true if it has said its last.
+    fn serve(&mut self, place: usize, events: &mut Events) -> bool {
+        let (id, lane) = self.lanes.at_mut(place);
+        let id = LaneId(id);
+        if let Stage::Joined(joined) = &mut lane.stage {
+            let all = joined.deliver(id, events, &mut self.counters);
+            if let Some(cause) = joined.advance_close()
+                && all
+            {
+                joined.leave(&self.watch);
+                lane.stage = Stage::Ended(cause);
+            }
+        }
+        match lane.stage {
+            Stage::Ended(cause) if !events.is_full() => {
+                events.push(Event::Down { lane: id, cause });
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Port for ShmPort {
+    fn info(&self) -> &PortInfo {
+        &self.info
+    }
+
+    fn register(&mut self, memory: &Memory) -> Result<(LocalId, RemoteKey)> {
+        if self.regions.len() >= self.options.max_regions {
+            return Err(Error::Limit { what: "regions", limit: self.options.max_regions as u64 });
+        }
+        if !matches!(memory.kind(), MemoryKind::Shared | MemoryKind::Private) {
+            return Err(Error::Unsupported {
+                what: "registration of memory that is not in this host's main memory",
+                advice: "use a port of the device that owns it",
+            });
+        }
+        let number = self.next_region;
+        self.next_region += 1;
+        self.regions.push(number, Region { memory: memory.clone() });
+        self.tell_all(Outgoing::Region(number));
+        let key = Key { port: *self.name, region: number, bytes: memory.bytes() as u64 };
+        Ok((LocalId(number), key.encode()))
+    }
+
+    fn deregister(&mut self, region: LocalId) -> Result<()> {
+        if self.regions.get(region.0).is_none() {
+            return Err(Error::UnknownRegion { side: "local", region: region.0 });
+        }
+        if self.grants.uses(region) {
+            return Err(Error::RegionInUse { by: "a grant" });
+        }
+        self.tell_all(Outgoing::Retire(region.0));
+        self.regions.remove(region.0);
+        Ok(())
+    }
+
+    fn open_lane(&mut self, _peer: PeerId) -> Result<(LaneId, LaneAddress)> {
+        if self.lanes.len() >= self.options.max_lanes {
+            return Err(Error::Limit { what: "lanes", limit: self.options.max_lanes as u64 });
+        }
+        let cookie = secret()?;
+        let id = self.next_lane;
+        self.next_lane += 1;
+        self.lanes.push(id, Lane { cookie, stage: Stage::Open });
+        Ok((LaneId(id), Address { socket: self.socket, cookie }.encode()))
+    }
+
+    fn connect(&mut self, id: LaneId, remote: &LaneAddress, tags: &LaneTags) -> Result<()> {
+        let deadline = Instant::now() + self.options.connect_timeout;
+        let lane = self.lane(id)?;
+        let Stage::Open = lane.stage else {
+            return Err(match lane.stage {
+                Stage::Ended(_) => Error::LaneDown { lane: id },
+                _ => Error::BadAddress { reason: "the lane has been told another one already" },
+            });
+        };
+        let remote = Address::decode(remote)?;
+        let pact = Pact { remote, tags: *tags, deadline };
+        // The ends agree on who dials without a word.
+        match lane.cookie.cmp(&remote.cookie) {
+            std::cmp::Ordering::Less => {
+                lane.stage = Stage::Dialing(pact);
+                self.dial(id.0);
+            }
+            std::cmp::Ordering::Greater => {
+                lane.stage = Stage::Expecting(pact);
+                self.meet_guest(id.0);
+            }
+            std::cmp::Ordering::Equal => {
+                return Err(Error::BadAddress { reason: "the lane's own address" });
+            }
+        }
+        Ok(())
+    }
+
+    fn attach(&mut self, id: LaneId, key: &RemoteKey) -> Result<Attached> {
+        let Lane { stage: Stage::Joined(_), .. } = self.lane(id)? else {
+            return Err(self.not_joined(id));
+        };
+        let key = Key::decode(key)?;
+        let Some(Lane { stage: Stage::Joined(joined), .. }) = self.lanes.get_mut(id.0) else {
+            return Err(Error::LaneDown { lane: id });
+        };
+        joined.accepts(id)?;
+        if !joined.remote.has_heard_of(&key) {
+            joined.listen(&self.watch, &mut self.counters);
+            joined.accepts(id)?;
+        }
+        let Joined { remote, leash, .. } = &mut **joined;
+        remote.attach(&key, leash, &self.bell)
+    }
+
+    fn grant(&mut self, grant: &Grant<'_>) -> Result<()> {
+        let regions = &self.regions;
+        self.grants.insert(grant, |region| regions.get(region.0).map(|region| region.memory.bytes() as u64))
+    }
+
+    fn revoke(&mut self, grant: GrantId) -> Fence {
+        // The peer writes by itself, and nothing here can stop it.
+        if self.grants.remove(grant) { Fence::WhenDown } else { Fence::Now }
+    }
+
+    fn close(&mut self, id: LaneId) {
+        if let Some(lane) = self.lanes.get_mut(id.0) {
+            lane.close(DownCause::ClosedHere, &self.watch);
+        }
+    }
+
+    fn post(&mut self, id: LaneId, ops: &[Op<'_>]) -> Result<Posted> {
+        let Lane { stage: Stage::Joined(_), .. } = self.lane(id)? else {
+            return Err(self.not_joined(id));
+        };
+        let Some(Lane { stage: Stage::Joined(joined), .. }) = self.lanes.get_mut(id.0) else {
+            return Err(Error::LaneDown { lane: id });
+        };
+        joined.accepts(id)?;
+        let sent_before = self.counters.immediates_sent;
+        let mut posting = Posting {
+            lane: id,
+            regions: &self.regions,
+            copier: &mut self.copier,
+            counters: &mut self.counters,
+            budget_bytes: self.options.bytes_per_turn,
+            is_fresh: true,
+        };
+        joined.short = None;
+        let mut posted = Posted::default();
+        let mut refused = Ok(());
+        for op in ops {
+            match joined.take(op, &mut posting) {
+                Ok(Taken::Whole) => posted.ops += 1,
+                Ok(Taken::Part(within)) => {
+                    posted.within = within;
+                    break;
+                }
+                Err(error) => {
+                    refused = Err(error);
+                    break;
+                }
+            }
+        }
+        if self.counters.immediates_sent > sent_before {
+            joined.wake_peer(&mut self.counters);
+        }
+        if posted.ops == 0 {
+            refused?;
+        }
+        Ok(posted)
+    }
+
+    fn poll(&mut self, events: &mut Events) {
+        if std::mem::take(&mut self.armed) {
+            for (_, lane) in self.lanes.iter_mut() {
+                if let Stage::Joined(joined) = &mut lane.stage {
+                    joined.wake_up();
+                }
+            }
+            self.look_around();
+        } else if self.polls >= POLLS_BETWEEN_LOOKS {
+            self.look_around();
+        }
+        self.polls += 1;
+        let before = events.len();
+        // Every poll begins with another lane, so that none waits for ever behind a busy one.
+        let lanes = self.lanes.len();
+        let mut ended = false;
+        for step in 0..lanes {
+            ended |= self.serve((self.first + step) % lanes, events);
+        }
+        self.first = if lanes == 0 { 0 } else { (self.first + 1) % lanes };
+        if events.len() == before {
+            self.polls += IDLE_POLL_COUNTS_AS;
+        }
+        if ended {
+            self.bury(events, before);
+        }
+    }
+
+    fn arm(&mut self) -> Arm<'_> {
+        let mut deadline = self.guests.deadline();
+        let now = Instant::now();
+        for (_, lane) in self.lanes.iter_mut() {
+            let ready = match &mut lane.stage {
+                Stage::Ended(_) => true,
+                Stage::Joined(joined) => joined.has_news() || joined.advance_close().is_some(),
+                _ => false,
+            };
+            if ready {
+                // Other lanes have announced a sleep by now, and lost nothing but a wake.
+                self.armed = true;
+                return Arm::Ready;
+            }
+            deadline = deadline.into_iter().chain(lane.deadline(now)).min();
+        }
+        if self.watch.set_deadline(deadline).is_err() {
+            // Without a timer a deadline would be missed.
+            return Arm::Ready;
+        }
+        self.armed = true;
+        Arm::Sleep(rustix::fd::AsFd::as_fd(&self.watch))
+    }
+}
+
+impl ShmPort {
+    /// Why a lane that is not joined takes nothing.
+    fn not_joined(&self, id: LaneId) -> Error {
+        match self.lanes.get(id.0) {
+            Some(Lane { stage: Stage::Ended(_), .. }) | None => Error::LaneDown { lane: id },
+            Some(_) => Error::LaneNotUp { lane: id },
+        }
+    }
+
+    /// Forgets the lanes whose `Down` is among the events from `before` on.
+    fn bury(&mut self, events: &Events, before: usize) {
+        for event in events.iter().skip(before) {
+            if let Event::Down { lane, .. } = event
+                && let Some(lane) = self.lanes.remove(lane.0)
+            {
+                self.guests.dismiss(&lane.cookie, &self.watch);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for ShmPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ShmPort")
+            .field("name", &self.info.name)
+            .field("lanes", &self.lanes.len())
+            .field("regions", &self.regions.len())
+            .field("counters", &self.counters)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A busy poll looks only at the rings, which costs nanoseconds; a look around costs a system call.
+const POLLS_BETWEEN_LOOKS: u32 = 64;
+/// Idle polls look around more often: there is time, and something may be waited for.
+const IDLE_POLL_COUNTS_AS: u32 = 7;
