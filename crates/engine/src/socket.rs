@@ -185,9 +185,8 @@ impl SocketNetwork {
     /// Accepts who has dialled; a bounded number at once.
     fn accept(&mut self, now: u64, take: &mut dyn FnMut(LinkEvent<'_>)) {
         for _ in 0..ACCEPTED_AT_ONCE {
-            if self.links.silent() >= self.options.max_silent_links
-                && let Err(until_ns) = self.links.drop_silent(now, REST_NS, &mut self.scratch, take)
-            {
+            let crowded = self.links.silent() >= self.options.max_silent_links;
+            if crowded && let Err(until_ns) = self.links.drop_silent(now, REST_NS, &mut self.scratch, take) {
                 self.rest_until(until_ns);
                 return;
             }
@@ -217,6 +216,10 @@ impl SocketNetwork {
             if let Ok(id) = self.links.insert(link) {
                 self.links.expect_first_frame(id, now, self.options.first_frame_timeout);
                 take(LinkEvent::Accepted { link: id });
+            }
+            if crowded {
+                // Another silent one makes room only if somebody else waits, which epoll says next time.
+                return;
             }
         }
     }
