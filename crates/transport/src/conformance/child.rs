@@ -12,8 +12,8 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::PATIENCE;
 use crate::{
-    Access, Direction, Error, Event, Events, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId,
-    LaneTags, LocalId, Op, PeerId, Port, RemoteId, RemoteKey, Shape,
+    Access, Direction, Error, Event, Events, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId, LaneTags,
+    LocalId, Op, PeerId, Port, RemoteId, RemoteKey, Shape,
 };
 
 /// A peer outside this process, or simulated as if it were.
@@ -124,13 +124,7 @@ impl Streamer {
                 self.memory
                     .fill(at as usize, SLOT as usize, self.writes as u8)
                     .expect("a slot of the memory");
-                let shape = Shape::Span {
-                    local,
-                    local_offset: at,
-                    remote,
-                    remote_offset: at,
-                    bytes: SLOT,
-                };
+                let shape = Shape::Span { local, local_offset: at, remote, remote_offset: at, bytes: SLOT };
                 Op { direction: Direction::Write, grant: *grant, shape, imm: Some(self.writes), token: None }
             });
             match self.port.post(lane, &[op]) {
