@@ -27,7 +27,7 @@ pub use layout::{
 pub use page_table::{PageTable, PageTableError};
 pub use plan::{Cursor, Ops, OpsError, Plan, PlanError, PlanInput, Route};
 pub use request::{
-    FetchRequest, Peer, PeerUp, ReceiveRequest, Received, Receiving, SendError, SendRequest, Sending,
+    Ended, FetchRequest, Peer, PeerUp, ReceiveRequest, Received, Receiving, SendError, SendRequest, Sending,
     ServeRequest, Serving,
 };
 pub use worker::{Turn, Worker, WorkerError, WorkerOptions};

@@ -93,11 +93,48 @@ pub struct ServeRequest {
     pub deadline: Duration,
 }
 
+/// How a room ended on this side, and with whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// How.
+    pub end: End,
+    /// The peer's name, if the room had come to a session.
+    pub peer: Option<Arc<str>>,
+    /// The transport between the two.
+    pub port: Option<&'static str>,
+}
+
+impl Ended {
+    /// An end before there was a peer.
+    pub(crate) fn alone(end: End) -> Self {
+        Self { end, peer: None, port: None }
+    }
+
+    /// Whether all bytes are in the decode side's pages.
+    pub fn is_delivered(&self) -> bool {
+        self.end == End::Delivered
+    }
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.end)?;
+        if let Some(peer) = &self.peer {
+            write!(f, " (peer {peer}")?;
+            if let Some(port) = self.port {
+                write!(f, ", port {port}")?;
+            }
+            f.write_str(")")?;
+        }
+        Ok(())
+    }
+}
+
 /// How a receiving or fetching room ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Received {
     /// How.
-    pub end: End,
+    pub ended: Ended,
     /// What the prefill side sent beside the pages; empty unless delivered.
     pub aux: Vec<u8>,
 }
@@ -121,7 +158,7 @@ pub struct Receiving {
 #[must_use = "the end of the room is told here"]
 pub struct Serving {
     /// The end of the room.
-    pub end: Ticket<End>,
+    pub end: Ticket<Ended>,
     pub(crate) control: RoomControl,
 }
 
@@ -130,7 +167,7 @@ pub struct Serving {
 #[must_use = "a room that is not sent and finished ends by its deadline"]
 pub struct Sending {
     /// The end of the room.
-    pub end: Ticket<End>,
+    pub end: Ticket<Ended>,
     pub(crate) control: RoomControl,
     tokens: u32,
     first_layer: u32,
@@ -199,7 +236,7 @@ impl Serving {
 }
 
 impl Sending {
-    pub(crate) fn new(end: Ticket<End>, control: RoomControl, tokens: u32, layers: Range<u32>) -> Self {
+    pub(crate) fn new(end: Ticket<Ended>, control: RoomControl, tokens: u32, layers: Range<u32>) -> Self {
         let sent = vec![0; layers.len()];
         Self { end, control, tokens, first_layer: layers.start, sent, finished: false }
     }
@@ -275,10 +312,10 @@ pub(crate) enum Command {
     Connect { key: u64, address: String, up: Promise<Result<PeerUp, SessionEnd>> },
     Disconnect { key: u64 },
     Receive { key: u64, request: ReceiveRequest, pull: bool, told: DecodePromises },
-    Open { key: u64, request: SendRequest, end: Promise<End> },
+    Open { key: u64, request: SendRequest, end: Promise<Ended> },
     Send { key: u64, layers: Range<u32>, tokens: Range<u32> },
     Finish { key: u64, aux: Vec<u8> },
-    Serve { key: u64, request: ServeRequest, end: Promise<End> },
+    Serve { key: u64, request: ServeRequest, end: Promise<Ended> },
     Cancel { key: u64 },
     Stop,
 }

@@ -18,7 +18,7 @@ use crossdock_transport::{Direction, GrantId, Op, Port};
 use crate::handle::{Handle, Shared};
 use crate::params::{Answer, Ask};
 use crate::request::{
-    Command, Peer, PeerKey, PeerUp, ReceiveRequest, Received, SendRequest, ServeRequest, name,
+    Command, Ended, Peer, PeerKey, PeerUp, ReceiveRequest, Received, SendRequest, ServeRequest, name,
 };
 use crate::{CacheLayout, Checksums, Cursor, PageTable, Plan, PlanInput, Route, Verify};
 
@@ -96,6 +96,8 @@ pub enum Turn {
 
 struct Room {
     key: u64,
+    /// One a room: everything that is logged of it carries its number.
+    span: tracing::Span,
     /// Stands in the queue of ready rooms.
     is_ready: bool,
     kind: Kind,
@@ -104,7 +106,7 @@ struct Room {
 enum Kind {
     Decode(Decode),
     Sending(SendingRoom),
-    Serving { tokens: u32, pages: Arc<[u32]>, aux: Vec<u8>, end: Option<Promise<End>> },
+    Serving { tokens: u32, pages: Arc<[u32]>, aux: Vec<u8>, end: Option<Promise<Ended>> },
 }
 
 struct Decode {
@@ -124,7 +126,7 @@ struct SendingRoom {
     /// Everything that was sent so far, in order: it is sent again when a lane is lost.
     items: Vec<Item>,
     finish: Option<Vec<u8>>,
-    end: Option<Promise<End>>,
+    end: Option<Promise<Ended>>,
     run: Option<Run>,
 }
 
@@ -317,6 +319,8 @@ impl Worker {
             }
             Command::Receive { key, request, pull, told } => {
                 let (end, home) = (Some(told.end), Some(told.pages));
+                let role = if pull { "fetch" } else { "receive" };
+                let span = span(role, request.room, request.use_count, request.tokens);
                 let ask = Ask {
                     tokens: request.tokens,
                     skip_tokens: request.skip_tokens,
@@ -328,11 +332,12 @@ impl Worker {
                 match self.open_decode(now, request, ask, pull) {
                     Ok(room) => {
                         self.keys.insert(key, room);
-                        self.rooms.insert(room, Room { key, is_ready: false, kind: Kind::Decode(decode) });
+                        self.rooms
+                            .insert(room, Room { key, span, is_ready: false, kind: Kind::Decode(decode) });
                     }
                     Err(end) => {
                         if let Some(promise) = decode.end.take() {
-                            self.tell(promise, Received { end, aux: Vec::new() });
+                            self.tell(promise, Received { ended: Ended::alone(end), aux: Vec::new() });
                         }
                     }
                 }
@@ -394,7 +399,8 @@ impl Worker {
         opened.map_err(refused)
     }
 
-    fn open_sending(&mut self, now: u64, key: u64, request: SendRequest, end: Promise<End>) {
+    fn open_sending(&mut self, now: u64, key: u64, request: SendRequest, end: Promise<Ended>) {
+        let span = span("send", request.room, request.use_count, request.tokens);
         let pages: Arc<[u32]> = request.pages.ids().into();
         let fits = PageTable::new(&self.layout, &pages).covering(&(0..request.tokens)).is_ok();
         let opened = match fits {
@@ -417,13 +423,14 @@ impl Worker {
                     end: Some(end),
                     run: None,
                 };
-                self.rooms.insert(room, Room { key, is_ready: false, kind: Kind::Sending(sending) });
+                self.rooms.insert(room, Room { key, span, is_ready: false, kind: Kind::Sending(sending) });
             }
-            Err(why) => self.tell(end, why),
+            Err(why) => self.tell(end, Ended::alone(why)),
         }
     }
 
-    fn open_serving(&mut self, now: u64, key: u64, request: ServeRequest, end: Promise<End>) {
+    fn open_serving(&mut self, now: u64, key: u64, request: ServeRequest, end: Promise<Ended>) {
+        let span = span("serve", request.room, request.use_count, request.tokens);
         let pages: Arc<[u32]> = request.pages.ids().into();
         let fits = PageTable::new(&self.layout, &pages).covering(&(0..request.tokens)).is_ok();
         let opened = match fits {
@@ -439,9 +446,9 @@ impl Worker {
             Ok(room) => {
                 self.keys.insert(key, room);
                 let kind = Kind::Serving { tokens: request.tokens, pages, aux: request.aux, end: Some(end) };
-                self.rooms.insert(room, Room { key, is_ready: false, kind });
+                self.rooms.insert(room, Room { key, span, is_ready: false, kind });
             }
-            Err(why) => self.tell(end, why),
+            Err(why) => self.tell(end, Ended::alone(why)),
         }
     }
 
@@ -476,13 +483,15 @@ impl Worker {
 
     fn notice(&mut self, now: u64, notice: Notice) {
         match notice {
-            Notice::SessionUp { session, target, peer, name, app } => {
+            Notice::SessionUp { session, target, peer, name, port, app } => {
+                tracing::info!(peer = %name, node = peer.node, port, "session up");
                 self.caches.insert(session, CacheLayout::decode(&app).ok().map(Arc::new));
                 if let Some(up) = target.and_then(|target| self.dialing.remove(&target)) {
                     self.tell(up, Ok(PeerUp { identity: peer, name }));
                 }
             }
             Notice::SessionDown { session, target, cause } => {
+                tracing::info!(advice = cause.advice(), "session down: {cause}");
                 if let Some(session) = session {
                     self.caches.remove(&session);
                 }
@@ -503,7 +512,7 @@ impl Worker {
             }
             Notice::Wanted { room, params, .. } => self.wanted(now, room, &params),
             Notice::Landed { room, aux } => self.landed(now, room, &aux),
-            Notice::Ended { room, end } => self.ended(room, end),
+            Notice::Ended { room, end, peer, port } => self.ended(room, Ended { end, peer, port }),
             Notice::Home { room, pages } => {
                 let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&room) else { return };
                 if let Some(home) = decode.home.take() {
@@ -529,6 +538,8 @@ impl Worker {
             Kind::Serving { .. } => None,
         };
         let (Some(ask), Some(cache)) = (ask, cache) else { return self.engine.proto().mismatch(now, id) };
+        room.span
+            .in_scope(|| tracing::debug!(attempt = start.attempt, pages = start.remote_pages.len(), "start"));
         let run = Run {
             transfer,
             direction: start.direction,
@@ -602,19 +613,23 @@ impl Worker {
         self.engine.proto().accept(now, id);
     }
 
-    fn ended(&mut self, id: RoomId, end: End) {
+    fn ended(&mut self, id: RoomId, ended: Ended) {
         let Some(room) = self.rooms.get_mut(&id) else { return };
+        room.span.in_scope(|| match &ended.end {
+            End::Delivered => tracing::debug!("{ended}"),
+            end => tracing::warn!(retryable = end.is_retryable(), advice = end.advice(), "{ended}"),
+        });
         self.keys.remove(&room.key);
         match &mut room.kind {
             Kind::Decode(decode) => {
                 let aux = std::mem::take(&mut decode.aux);
                 if let Some(promise) = decode.end.take() {
-                    self.tell(promise, Received { end, aux });
+                    self.tell(promise, Received { ended, aux });
                 }
             }
             Kind::Sending(SendingRoom { end: promise, .. }) | Kind::Serving { end: promise, .. } => {
                 if let Some(promise) = promise.take() {
-                    self.tell(promise, end);
+                    self.tell(promise, ended);
                 }
                 self.rooms.remove(&id);
             }
@@ -821,6 +836,10 @@ fn post_layers(
             return Pumped::More;
         }
     }
+}
+
+fn span(role: &'static str, room: u64, use_count: u32, tokens: u32) -> tracing::Span {
+    tracing::debug_span!("room", role, room, use_count, tokens)
 }
 
 fn refused(error: RoomError) -> End {

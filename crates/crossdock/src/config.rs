@@ -1,0 +1,98 @@
+//! What a node is told when it is opened.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use crossdock_kv::{CacheLayout, Verify};
+use crossdock_memory::Memory;
+use crossdock_proto::Auth;
+use crossdock_shm::ShmOptions;
+use crossdock_tcp::TcpOptions;
+
+/// The configuration of a [`Node`](crate::Node). [`Config::new`] gives one that works between processes of one host;
+/// between hosts, set `bind` (and `advertise`) to an address that the peers reach.
+#[derive(Debug)]
+pub struct Config {
+    /// The node's name for people: in logs, errors and the peers' lists.
+    pub name: String,
+    /// The node's number, the same over restarts; `None` chooses one at random.
+    pub node: Option<u64>,
+    /// What this node keeps, and where in its memory.
+    pub layout: CacheLayout,
+    /// The memory of the regions that the layout names.
+    pub memory: Vec<Memory>,
+    /// Where peers dial; port 0 takes any free one. Heartbeats and the tcp port use the same address.
+    pub bind: SocketAddr,
+    /// The address that peers are told, if it is another than that of `bind`.
+    pub advertise: Option<IpAddr>,
+    /// The ports to open, in the order of preference.
+    pub ports: Vec<PortConfig>,
+    /// Lanes for each rail and peer.
+    pub lanes_per_rail: u8,
+    /// Whether peers must prove a shared key. Off: anybody who can reach `bind` may connect.
+    pub auth: Auth,
+    /// Which rooms this node's decode side verifies by checksums.
+    pub verify: Verify,
+    /// Who makes progress.
+    pub progress: Progress,
+    /// How often peers tell this node that they live.
+    pub heartbeat: Duration,
+    /// How many heartbeats may be missing before a peer is lost.
+    pub heartbeats_missed: u32,
+    /// For how long after the beginning of a session silence is not counted.
+    pub warm_up_grace: Duration,
+    /// For a whole handshake.
+    pub handshake_timeout: Duration,
+    /// Rooms at once.
+    pub max_rooms: u32,
+    /// Commands that may wait for the progress loop.
+    pub max_commands: usize,
+}
+
+/// A port to open.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum PortConfig {
+    /// Shared memory, between processes of one user on one host.
+    Shm(ShmOptions),
+    /// TCP. `None`: at the node's own address, any free port.
+    Tcp(Option<TcpOptions>),
+}
+
+/// Who makes progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// A thread of the node's own, which spins for this long after something has happened before it sleeps.
+    Thread {
+        /// How long.
+        spin: Duration,
+    },
+    /// The caller, by [`Node::progress`](crate::Node::progress).
+    Caller,
+}
+
+impl Config {
+    /// A node on this host: shared memory where the peer is on the same host, else TCP; loopback addresses, no
+    /// authentication, a progress thread.
+    pub fn new(name: impl Into<String>, layout: CacheLayout, memory: Vec<Memory>) -> Self {
+        Self {
+            name: name.into(),
+            node: None,
+            layout,
+            memory,
+            bind: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
+            advertise: None,
+            ports: vec![PortConfig::Shm(ShmOptions::default()), PortConfig::Tcp(None)],
+            lanes_per_rail: 1,
+            auth: Auth::Off,
+            verify: Verify::Off,
+            progress: Progress::Thread { spin: Duration::from_micros(50) },
+            heartbeat: Duration::from_millis(200),
+            heartbeats_missed: 10,
+            warm_up_grace: Duration::ZERO,
+            handshake_timeout: Duration::from_secs(5),
+            max_rooms: 65_536,
+            max_commands: 65_536,
+        }
+    }
+}

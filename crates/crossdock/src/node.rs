@@ -1,0 +1,200 @@
+//! One worker: ports, network, protocol and progress put together.
+
+use std::net::SocketAddr;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossdock_engine::{Engine, EngineOptions, Network, OsError, SocketNetwork, SocketOptions, now_ns};
+use crossdock_kv::{Handle, Turn, Worker, WorkerOptions};
+use crossdock_proto::{Fingerprint, Identity, Proto, Rail};
+use crossdock_shm::ShmPort;
+use crossdock_tcp::{TcpOptions, TcpPort};
+use crossdock_transport::{Port, PortInfo};
+
+use crate::config::{Config, PortConfig, Progress};
+use crate::error::Error;
+
+/// One worker. Dropping it says goodbye to all peers and ends its rooms; pages that a peer could still write then stay
+/// out of their pool.
+#[derive(Debug)]
+pub struct Node {
+    handle: Handle,
+    address: String,
+    identity: Identity,
+    ports: Vec<PortInfo>,
+    progress: Progression,
+}
+
+enum Progression {
+    Thread(Option<JoinHandle<Result<(), OsError>>>),
+    Caller(Box<Worker>),
+}
+
+impl Node {
+    /// Opens the ports, registers the memory, begins to listen and, if so configured, starts the progress thread.
+    pub fn open(config: Config) -> Result<Self, Error> {
+        let ports = config
+            .ports
+            .iter()
+            .map(|port| open_port(port, &config))
+            .collect::<Result<Vec<Box<dyn Port>>, Error>>()?;
+        if ports.is_empty() {
+            return Err(Error::NoPort);
+        }
+        let infos: Vec<PortInfo> = ports.iter().map(|port| port.info().clone()).collect();
+        let mut network = SocketOptions::new(config.bind);
+        network.advertise = config.advertise;
+        let network = SocketNetwork::open(network)?;
+        let mut proto = crossdock_proto::Config::new(identity(config.node)?, config.name);
+        proto.entropy = random()?;
+        proto.auth = config.auth;
+        proto.fingerprint = Fingerprint::new(config.layout.fingerprint());
+        proto.rails = infos
+            .iter()
+            .map(|info| Rail {
+                kind: info.kind,
+                reach: info.reach.clone(),
+                bytes_per_second: info.bytes_per_second,
+            })
+            .collect();
+        proto.lanes_per_rail = config.lanes_per_rail;
+        config.layout.encode(&mut proto.app);
+        proto.pulse_address = network.pulse_address().to_owned();
+        proto.heartbeat_ns = config.heartbeat.as_nanos() as u64;
+        proto.heartbeats_missed = config.heartbeats_missed;
+        proto.warm_up_grace_ns = config.warm_up_grace.as_nanos() as u64;
+        proto.handshake_timeout_ns = config.handshake_timeout.as_nanos() as u64;
+        proto.max_rooms = config.max_rooms;
+        let identity = proto.identity;
+        let engine = Engine::new(Proto::new(proto), Box::new(network), ports, EngineOptions::default());
+        let address = engine.address().to_owned();
+        let (worker, handle) = Worker::new(
+            engine,
+            WorkerOptions {
+                layout: config.layout,
+                memory: config.memory,
+                verify: config.verify,
+                max_commands: config.max_commands,
+            },
+        )?;
+        let progress = match config.progress {
+            Progress::Caller => Progression::Caller(Box::new(worker)),
+            Progress::Thread { spin } => {
+                let spin_ns = spin.as_nanos() as u64;
+                let thread = std::thread::Builder::new()
+                    .name("crossdock".into())
+                    .spawn(move || worker.run(spin_ns))
+                    .map_err(Error::Thread)?;
+                Progression::Thread(Some(thread))
+            }
+        };
+        Ok(Self { handle, address, identity, ports: infos, progress })
+    }
+
+    /// What threads use to open rooms; cheap to clone.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// What peers dial: `"ip:port"`.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// This node, and this life of it.
+    pub fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// The opened ports.
+    pub fn ports(&self) -> &[PortInfo] {
+        &self.ports
+    }
+
+    /// Makes progress, with [`Progress::Caller`]; never blocks. With a progress thread there is nothing to do here.
+    pub fn progress(&mut self) -> Turn {
+        match &mut self.progress {
+            Progression::Caller(worker) => worker.turn(now_ns()),
+            Progression::Thread(_) => Turn::Idle,
+        }
+    }
+
+    /// Sleeps until there is progress to make, with [`Progress::Caller`], for no longer than this.
+    pub fn park(&mut self, longest: Duration) -> Result<(), Error> {
+        match &mut self.progress {
+            Progression::Caller(worker) => Ok(worker.park(longest.as_nanos() as u64)?),
+            Progression::Thread(_) => Ok(()),
+        }
+    }
+
+    /// The worker itself, with [`Progress::Caller`].
+    pub fn worker(&mut self) -> Option<&mut Worker> {
+        match &mut self.progress {
+            Progression::Caller(worker) => Some(worker),
+            Progression::Thread(_) => None,
+        }
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Progression::Thread(thread) = &mut self.progress {
+            // A full queue empties as long as the thread runs.
+            while self.handle.stop().is_err() && thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+                std::thread::yield_now();
+            }
+            if let Some(thread) = thread.take() {
+                // An error of the thread has ended its rooms already; a panic has been printed.
+                let _ = thread.join();
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Progression {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Progression::Thread(_) => "Thread",
+            Progression::Caller(_) => "Caller",
+        })
+    }
+}
+
+fn open_port(port: &PortConfig, config: &Config) -> Result<Box<dyn Port>, Error> {
+    match port {
+        PortConfig::Shm(options) => match ShmPort::open(options.clone()) {
+            Ok(port) => Ok(Box::new(port)),
+            Err(error) => Err(Error::Port { port: "shm", error }),
+        },
+        PortConfig::Tcp(options) => {
+            let options = options.clone().unwrap_or_else(|| TcpOptions {
+                bind: SocketAddr::new(config.bind.ip(), 0),
+                advertise: config.advertise,
+                ..TcpOptions::default()
+            });
+            match TcpPort::open(options) {
+                Ok(port) => Ok(Box::new(port)),
+                Err(error) => Err(Error::Port { port: "tcp", error }),
+            }
+        }
+    }
+}
+
+fn identity(node: Option<u64>) -> Result<Identity, Error> {
+    let bytes = random::<16>()?;
+    let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 of 16 bytes"));
+    Ok(Identity { node: node.unwrap_or(number(0)), incarnation: number(8) })
+}
+
+fn random<const N: usize>() -> Result<[u8; N], Error> {
+    let mut bytes = [0; N];
+    let mut filled = 0;
+    while filled < N {
+        match rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty()) {
+            Ok(more) => filled += more,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(Error::Random { errno: errno.raw_os_error() }),
+        }
+    }
+    Ok(bytes)
+}
