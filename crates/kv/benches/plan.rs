@@ -13,6 +13,9 @@
 //! valgrind --tool=callgrind --callgrind-out-file=/dev/null --collect-atstart=no \
 //!     --toggle-collect='*move_request*' target/release/deps/plan-* --once 1-1
 //! ```
+//!
+//! Recorded with rustc 1.95 on x86-64, instructions an input: 1-1 69, 64-64 57, 64-64-merged 22, 1-1-merged 2,
+//! 1-64 69, 64-16 170 (four pieces an input), 48-64-padded 73, 1-1-in-runs 7.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -72,9 +75,9 @@ fn measure(case: &Case) {
         (each(times[0]), each(times[times.len() / 2]))
     };
     let plan = case.plan();
-    let build = timed(&mut || drop(black_box(case.plan())));
-    let post = timed(&mut || drop(black_box(post_all(&plan, case))));
-    let whole = timed(&mut || drop(black_box(move_request(case))));
+    let build = timed(&mut || _ = black_box(case.plan()));
+    let post = timed(&mut || _ = black_box(post_all(&plan, case)));
+    let whole = timed(&mut || _ = black_box(move_request(case)));
     println!(
         "{:<14} {:>7} inputs {:>4} ops a layer | ns an input, least (median): build {:5.2} ({:5.2})  post {:5.2} \
          ({:5.2})  both {:5.2} ({:5.2})",
@@ -230,7 +233,7 @@ fn shuffle<T>(list: &mut [T], seed: u32) {
     let mut state = seed;
     for end in (1..list.len()).rev() {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        list.swap(end, (u64::from(state) * (end as u64 + 1) >> 32) as usize);
+        list.swap(end, ((u64::from(state) * (end as u64 + 1)) >> 32) as usize);
     }
 }
 

@@ -194,12 +194,16 @@ fn common_layers(input: &PlanInput<'_>) -> Result<Range<u32>, PlanError> {
 
 /// A page that is listed twice would be written twice, and one of its two stretches of tokens lost.
 fn refuse_duplicates(pages: &[u32]) -> Result<(), PlanError> {
-    let mut sorted = pages.to_vec();
-    sorted.sort_unstable();
-    match sorted.windows(2).find(|two| two[0] == two[1]) {
-        Some(two) => Err(PlanError::DuplicatePage { page: two[0] }),
-        None => Ok(()),
+    let words = pages.iter().max().map_or(0, |&last| last as usize / 64 + 1);
+    let mut seen = vec![0u64; words];
+    for &page in pages {
+        let (word, bit) = (&mut seen[page as usize / 64], 1 << (page % 64));
+        if *word & bit != 0 {
+            return Err(PlanError::DuplicatePage { page });
+        }
+        *word |= bit;
     }
+    Ok(())
 }
 
 /// Why there is no plan.

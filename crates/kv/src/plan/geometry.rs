@@ -30,16 +30,16 @@ pub(super) struct Group {
 /// A piece in either buffer, as an op can say it.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
-    bytes: u64,
+    tokens: u32,
     source: Place,
     destination: Place,
 }
 
-/// The byte `rest + index * unit` of a buffer.
+/// So many units from the start of a buffer, and so many tokens.
 #[derive(Clone, Copy, Debug)]
 struct Place {
-    rest: u64,
     index: u32,
+    rest_tokens: u32,
 }
 
 impl Geometry {
@@ -51,17 +51,17 @@ impl Geometry {
         // check expects the pages.
         pieces.sort_by_key(Piece::group_key);
         let mut groups: Vec<Group> = Vec::new();
-        for (first, piece) in (0u32..).zip(&pieces) {
-            match groups.last_mut() {
-                Some(group) if group.takes(piece) => group.pieces += 1,
-                _ => groups.push(Group {
-                    first,
-                    pieces: 1,
-                    piece_bytes: piece.bytes,
-                    source_offset: piece.source.rest,
-                    destination_offset: piece.destination.rest,
-                }),
-            }
+        let mut first = 0;
+        for alike in pieces.chunk_by(|one, next| one.group_key() == next.group_key()) {
+            let bytes = |tokens| u64::from(tokens) * source.token_bytes;
+            groups.push(Group {
+                first,
+                pieces: alike.len() as u32,
+                piece_bytes: bytes(alike[0].tokens),
+                source_offset: bytes(alike[0].source.rest_tokens),
+                destination_offset: bytes(alike[0].destination.rest_tokens),
+            });
+            first += alike.len() as u32;
         }
         Self {
             source,
@@ -98,15 +98,9 @@ impl Geometry {
     }
 }
 
-impl Group {
-    fn takes(&self, piece: &Piece) -> bool {
-        (self.piece_bytes, self.source_offset, self.destination_offset) == piece.group_key()
-    }
-}
-
 impl Piece {
-    fn group_key(&self) -> (u64, u64, u64) {
-        (self.bytes, self.source.rest, self.destination.rest)
+    fn group_key(&self) -> (u32, u32, u32) {
+        (self.tokens, self.source.rest_tokens, self.destination.rest_tokens)
     }
 }
 
@@ -118,8 +112,10 @@ fn merge(pairs: Pairs<'_>, source: &Grid, destination: &Grid) -> Vec<Piece> {
         let bytes = u64::from(tokens) * source.token_bytes;
         let at = (source.byte(from), destination.byte(to));
         match pieces.last_mut() {
-            Some(piece) if expected == Some(at) => piece.bytes += bytes,
-            _ => pieces.push(Piece { bytes, source: source.place(from), destination: destination.place(to) }),
+            Some(piece) if expected == Some(at) => piece.tokens += tokens,
+            _ => {
+                pieces.push(Piece { tokens, source: source.place(from), destination: destination.place(to) })
+            }
         }
         expected = Some((at.0 + bytes, at.1 + bytes));
     }
@@ -135,8 +131,8 @@ struct Grid {
     /// Units from one page to the next, and from one token to the next.
     page_units: u32,
     token_units: u32,
-    /// What a token adds to the offset of the op instead, where units cannot express it.
-    token_rest_bytes: u64,
+    /// 1 where tokens go into the offset of the op instead, because units cannot express them; otherwise 0.
+    rest: u32,
 }
 
 impl Grid {
@@ -152,7 +148,7 @@ impl Grid {
             unit_bytes: stride_bytes,
             page_units: 1,
             token_units: 0,
-            token_rest_bytes: token_bytes,
+            rest: 1,
         };
         if first_token.is_multiple_of(page_tokens) && other.layout.page_tokens().is_multiple_of(page_tokens) {
             return whole_pages;
@@ -168,7 +164,7 @@ impl Grid {
             unit_bytes,
             page_units: (stride_bytes / unit_bytes) as u32,
             token_units: (token_bytes / unit_bytes) as u32,
-            token_rest_bytes: 0,
+            rest: 0,
         }
     }
 
@@ -179,10 +175,7 @@ impl Grid {
 
     #[inline]
     fn place(&self, (page, token): (u32, u32)) -> Place {
-        Place {
-            rest: u64::from(token) * self.token_rest_bytes,
-            index: page * self.page_units + token * self.token_units,
-        }
+        Place { index: page * self.page_units + token * self.token_units, rest_tokens: token * self.rest }
     }
 }
 
