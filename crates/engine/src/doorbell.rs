@@ -362,4 +362,22 @@ mod model {
             raiser.join().unwrap();
         });
     }
+
+    /// A loop that woke by its time-out and learns of a ring sees what it was rung for, though it has read nothing
+    /// from the descriptor yet.
+    #[test]
+    fn what_was_rung_for_is_visible() {
+        loom::model(|| {
+            let bell = Bell::new();
+            bell.gate.close();
+            let ringer = {
+                let bell = bell.clone();
+                thread::spawn(move || bell.queue_and_ring())
+            };
+            if bell.gate.open() > 0 {
+                assert_eq!(bell.queued.load(Relaxed), 1);
+            }
+            ringer.join().unwrap();
+        });
+    }
 }
