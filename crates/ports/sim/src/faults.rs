@@ -44,6 +44,8 @@ impl World {
             }
         }
         self.kill_net(node);
+        // What was held up while the process was stopped has nobody to wait for any more.
+        self.wake_all();
     }
 
     /// The peer of an end whose process died finds out, or not.
@@ -59,8 +61,6 @@ impl World {
             }
             Semantics::Mapped => self.notice_death(remote),
         }
-        // What was held up by a stopped process has nobody to wait for.
-        self.agenda.schedule(self.now_ns, Due::Wake(remote));
     }
 
     /// A dead node gets a new process, without ports.
@@ -94,13 +94,7 @@ impl World {
         for due in deferred {
             self.agenda.schedule(soon, due);
         }
-        for port in self.ports_of(node) {
-            for end in self.ends_of(port) {
-                let remote = self.lane(end).remote.filter(|&remote| self.is_end(remote));
-                self.wake_soon(end);
-                remote.into_iter().for_each(|remote| self.wake_soon(remote));
-            }
-        }
+        self.wake_all();
     }
 
     /// Nothing passes between two nodes from now on. What is on its way waits.
@@ -122,9 +116,7 @@ impl World {
     pub fn heal(&mut self, one: NodeId, other: NodeId) {
         let pair = (one.min(other), one.max(other));
         self.partitions.retain(|&(a, b, _)| (a, b) != pair);
-        for (end, _) in self.ends_between(one, other) {
-            self.wake_soon(end);
-        }
+        self.wake_all();
         for stream in self.streams_between(one, other) {
             for sender in [0, 1] {
                 let soon = self.now_ns + self.rng.within(self.options.delay);
@@ -255,9 +247,14 @@ impl World {
         (!up.is_empty()).then(|| up[self.rng.below(up.len() as u64) as usize])
     }
 
-    fn wake_soon(&mut self, end: End) {
-        let soon = self.now_ns + self.rng.within(self.options.delay);
-        self.agenda.schedule(soon, Due::Wake(end));
+    /// What was held up goes on, each lane after a time of its own.
+    fn wake_all(&mut self) {
+        for end in (0..self.ports.len() as u32).flat_map(|port| self.ends_of(port)).collect::<Vec<_>>() {
+            if !self.lane(end).wire.is_empty() {
+                let soon = self.now_ns + self.rng.within(self.options.delay);
+                self.agenda.schedule(soon, Due::Wake(end));
+            }
+        }
     }
 
     fn is_end(&self, end: End) -> bool {

@@ -26,6 +26,7 @@ mod random;
 mod refusals;
 mod sleep;
 mod stage;
+mod threads;
 
 pub use child::{Child, ProcessChild, Streamer, requested_child, serve};
 pub use random::Rng;
@@ -153,6 +154,8 @@ cases! {
     sleep:
         a_sleeper_is_woken,
         an_idle_port_lets_its_owner_sleep;
+    threads:
+        bytes_are_there_across_threads;
     death:
         a_killed_peer_ends_its_lane,
         a_stopped_peer_writes_nothing_after_down,

@@ -189,9 +189,14 @@ impl<'r> Stage<'r> {
             Some(Shape::Span { bytes, .. }) => assert!(posted.within <= bytes),
             Some(Shape::Pages { local_pages, .. }) => assert!(posted.within <= local_pages.len() as u64),
         }
-        let log = self.sides[side].lanes.get_mut(&lane).expect("a lane of this stage");
-        log.open_tokens.extend(ops[..posted.ops].iter().filter_map(|op| op.token));
+        self.expect_tokens(side, lane, ops[..posted.ops].iter().filter_map(|op| op.token));
         Ok(posted)
+    }
+
+    /// From now on these tokens are due.
+    pub fn expect_tokens(&mut self, side: usize, lane: LaneId, tokens: impl Iterator<Item = Token>) {
+        let log = self.sides[side].lanes.get_mut(&lane).expect("a lane of this stage");
+        log.open_tokens.extend(tokens);
     }
 
     /// Offers ops until all are taken.
@@ -237,14 +242,19 @@ impl<'r> Stage<'r> {
 
     /// Polls one port, and notes what it says.
     pub fn poll(&mut self, side: usize) -> Vec<Event> {
-        let Side { port, events, lanes, .. } = &mut self.sides[side];
+        let Side { port, events, .. } = &mut self.sides[side];
         let Some(port) = port else { return Vec::new() };
         port.poll(events);
         let fresh: Vec<Event> = events.drain().collect();
-        for event in &fresh {
-            note(side, lanes, event);
-        }
+        self.note(side, &fresh);
         fresh
+    }
+
+    /// Notes what a port has said.
+    pub fn note(&mut self, side: usize, events: &[Event]) {
+        for event in events {
+            note(side, &mut self.sides[side].lanes, event);
+        }
     }
 
     /// Polls every port that is not paused, and lets time pass.
@@ -398,6 +408,9 @@ pub(super) fn content(memory: &Memory) -> Vec<u8> {
 #[track_caller]
 pub(super) fn assert_content(memory: &Memory, expected: &[u8], when: &str) {
     let found = content(memory);
+    if found == expected {
+        return;
+    }
     if let Some(at) = (0..expected.len()).find(|&at| found[at] != expected[at]) {
         let wrong = (at..expected.len()).filter(|&at| found[at] != expected[at]).count();
         panic!(
