@@ -37,12 +37,20 @@ impl ShmPort {
         if let Err(errno) = self.observe(id, &link, &peer) {
             return self.give_up(id, broken("epoll_ctl", errno));
         }
-        let sent = link.send(&Message::Hello(greeting), &[self.bell.as_fd()]);
-        if let Some(lane) = self.lanes.get_mut(id) {
-            lane.stage = Stage::Greeting(pact, Leash::new(link), peer);
-        }
-        if let Sent::Gone(errno) = sent {
-            self.give_up(id, broken("sendmsg", errno));
+        match link.send(&Message::Hello(greeting), &[self.bell.as_fd()]) {
+            Sent::Yes => {
+                if let Some(lane) = self.lanes.get_mut(id) {
+                    lane.stage = Stage::Greeting(pact, Leash::new(link), peer);
+                }
+            }
+            refusal => {
+                self.watch.remove(&link);
+                self.watch.remove(&peer);
+                // Where it is only full, too many descriptors of this user are on their way; the lane dials again.
+                if let Sent::Gone(errno) = refusal {
+                    self.give_up(id, broken("sendmsg", errno));
+                }
+            }
         }
     }
 
@@ -92,7 +100,7 @@ impl ShmPort {
         if !rings.are_possible() {
             return self.give_up(id, DownCause::PeerMisbehaved { what: "asked for an impossible ring" });
         }
-        let options = AllocateOptions { name: "crossdock-lane".into(), prefault: true, ..Default::default() };
+        let options = AllocateOptions { name: "crossdock-lane".into(), ..Default::default() };
         let memory = match Memory::allocate(rings.bytes(), &options) {
             Ok(memory) => memory,
             Err(error) => return self.give_up(id, no_memory("memfd_create", &error)),
@@ -102,8 +110,12 @@ impl ShmPort {
             return self.give_up(id, broken("epoll_ctl", errno));
         }
         let leash = Leash::new(link);
-        let sent = leash.link.send(&Message::Welcome(ours), &[self.bell.as_fd(), ring_fd]);
-        if let Sent::Gone(errno) = sent {
+        let refusal = match leash.link.send(&Message::Welcome(ours), &[self.bell.as_fd(), ring_fd]) {
+            Sent::Yes => None,
+            Sent::Full => Some(rustix::io::Errno::TOOMANYREFS),
+            Sent::Gone(errno) => Some(errno),
+        };
+        if let Some(errno) = refusal {
             self.watch.remove(&leash.link);
             self.watch.remove(&peer);
             return self.give_up(id, broken("sendmsg", errno));

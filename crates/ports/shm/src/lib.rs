@@ -34,6 +34,8 @@ mod counters;
 mod doorbell;
 mod guests;
 mod handshake;
+#[cfg(all(test, not(loom)))]
+mod hostile_tests;
 mod joined;
 mod lane;
 mod link;

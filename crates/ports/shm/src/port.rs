@@ -54,6 +54,8 @@ pub struct ShmPort {
     polls: u32,
     /// Which lane is served first in the next poll.
     first: usize,
+    /// The process that opened the port.
+    owner: u32,
 }
 
 /// How a port is opened.
@@ -113,6 +115,7 @@ impl ShmPort {
             max_regions: options.max_regions.min(MAX_REGIONS),
             immediates_per_lane: options.immediates_per_lane.clamp(1, ring::MAX_CAPACITY).next_power_of_two(),
             bytes_per_turn: options.bytes_per_turn.max(1),
+            connect_timeout: options.connect_timeout.min(LONGEST_CONNECT),
             ..options
         };
         if options.allow_ptrace {
@@ -158,6 +161,7 @@ impl ShmPort {
             armed: false,
             polls: 0,
             first: 0,
+            owner: std::process::id(),
             options,
         })
     }
@@ -491,6 +495,17 @@ impl ShmPort {
     }
 }
 
+impl Drop for ShmPort {
+    fn drop(&mut self) {
+        // In a forked child there are no copy threads, and waiting for their end would take for ever.
+        if self.owner != std::process::id()
+            && let Ok(none) = CopyThreads::start(self.copier.copier(), 0)
+        {
+            std::mem::forget(std::mem::replace(&mut self.copier, none));
+        }
+    }
+}
+
 impl std::fmt::Debug for ShmPort {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ShmPort")
@@ -502,6 +517,8 @@ impl std::fmt::Debug for ShmPort {
     }
 }
 
+/// Keeps deadlines within what a clock can tell.
+const LONGEST_CONNECT: Duration = Duration::from_secs(24 * 3600);
 /// A busy poll looks only at the rings, which costs nanoseconds; a look around costs a system call.
 const POLLS_BETWEEN_LOOKS: u32 = 64;
 /// Idle polls look around more often: there is time, and something may be waited for.
