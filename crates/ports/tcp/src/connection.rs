@@ -43,6 +43,9 @@ pub(crate) struct Connection {
     pub(crate) send_failed: Option<DownCause>,
     close_queued: bool,
 
+    /// The last post came short, and there has been no room since.
+    pub(crate) came_short: bool,
+
     /// What we have asked the peer for.
     pub(crate) asked: Requests,
     /// How many requests were sent and how many were answered in full.
@@ -98,6 +101,7 @@ impl Connection {
             dones: VecDeque::with_capacity(TOKENS_MAX),
             send_failed: None,
             close_queued: false,
+            came_short: false,
             asked: Requests::new(),
             reads_asked: 0,
             reads_landed: 0,
@@ -123,6 +127,10 @@ impl Connection {
         }
         self.report(events);
         received?;
+        if self.came_short && self.has_room(domain) {
+            self.came_short = false;
+            domain.room_made = true;
+        }
         match self.send_failed {
             Some(cause) if !self.unfinished => Err(cause),
             _ => Ok(()),

@@ -11,6 +11,8 @@ pub(crate) struct Domain {
     pub grants: GrantTable,
     pub counters: Counters,
     pub send_queue_bytes: u64,
+    /// A lane whose last post came short has room again, and its owner may not know: nothing else may have happened.
+    pub room_made: bool,
 }
 
 /// What a port has done since it was opened. The numbers only grow.

@@ -82,6 +82,7 @@ impl TcpPort {
                 grants: GrantTable::new(),
                 counters: Counters::default(),
                 send_queue_bytes: options.send_queue_bytes.max(1),
+                room_made: false,
             },
             lanes: Slab::new(options.max_lanes),
             ready: VecDeque::with_capacity(options.max_lanes as usize),
@@ -421,6 +422,7 @@ impl Port for TcpPort {
             }
         }
         connection.flush(domain);
+        connection.came_short = posted.ops < ops.len();
         if connection.wants_turn() {
             Self::enqueue(&mut self.ready, found);
         }
@@ -445,7 +447,9 @@ impl Port for TcpPort {
     }
 
     fn arm(&mut self) -> Arm<'_> {
-        if self.ready.is_empty() { Arm::Sleep(self.epoll.as_fd()) } else { Arm::Ready }
+        // Room is told once: whether its owner has still something to post is not known here.
+        let room_made = std::mem::take(&mut self.domain.room_made);
+        if self.ready.is_empty() && !room_made { Arm::Sleep(self.epoll.as_fd()) } else { Arm::Ready }
     }
 }
 

@@ -250,6 +250,15 @@ impl Connection {
         }
     }
 
+    /// Whether a post that came short can come further now.
+    pub(crate) fn has_room(&self, domain: &Domain) -> bool {
+        let waiting = self.gather.queued() - self.gather.sent();
+        waiting < domain.send_queue_bytes
+            && self.gather.room().is_some_and(|pages| pages >= FRAME_PAGES_WORTHWHILE)
+            && self.asked.len() < self.asked_max
+            && self.dones.len() < TOKENS_MAX
+    }
+
     /// Queues one frame. Its list is `remote.pages`; a span has none.
     fn queue_part(&mut self, parts: &Parts<'_>, local: Places<'_>, remote: Places<'_>, imm: Option<u32>) {
         let extent = Extent {

@@ -1,10 +1,8 @@
 //! Bytes, immediates and tokens arrive as they were posted.
 
-mod common;
-
 use std::time::Duration;
 
-use common::*;
+use crate::common::*;
 use crossdock_transport::{Access, Direction, Error, Event, GrantId, Op, Port, Posted, Shape};
 
 const G: fn(u32) -> GrantId = |index| GrantId::new(index, 1);
@@ -312,10 +310,9 @@ fn two_threads_move_both_ways_and_sleep_in_between() {
                         break;
                     }
                 }
+                assert!(sleep(&mut end.port, Duration::from_secs(10)), "{:?}", end.events);
                 end.poll();
                 assert_eq!(end.down(), None);
-                assert!(sleep(&mut end.port, Duration::from_secs(10)) || end.done().len() == ROUNDS as usize);
-                end.poll();
             }
             (end, from, to)
         }
@@ -341,4 +338,43 @@ fn nothing_to_do_means_sleep() {
     assert!(sleep(&mut pair.a.port, Duration::from_secs(5)));
     pair.a.poll();
     assert_eq!(pair.a.events, [Event::Arrived { lane: pair.a.lane, imm: 3 }]);
+}
+
+#[test]
+fn room_is_told_to_a_sleeper_even_if_a_poll_came_in_between() {
+    let mut pair = Pair::with(|options| options.send_buffer_bytes = Some(4096), 1 << 20);
+    let sent = pair.a.fill(16);
+    pair.b.grant_all(G(0), Access::Write, 1 << 20);
+    let reader = std::thread::spawn({
+        let mut b = pair.b;
+        move || {
+            while b.arrived().is_empty() {
+                assert!(sleep(&mut b.port, Duration::from_secs(10)));
+                b.poll();
+            }
+            b
+        }
+    });
+    let shape = Shape::Span {
+        local: pair.a.region,
+        local_offset: 0,
+        remote: pair.b_at_a.id,
+        remote_offset: 0,
+        bytes: 1 << 20,
+    };
+    let mut op = Op { direction: Direction::Write, grant: G(0), shape, imm: Some(1), token: None };
+    loop {
+        let posted = pair.a.port.post(pair.a.lane, &[op]).unwrap();
+        if posted.ops == 1 {
+            break;
+        }
+        op = op.advance(posted.within);
+        // The poll finds the room, and says nothing.
+        pair.a.poll();
+        assert!(sleep(&mut pair.a.port, Duration::from_secs(10)));
+    }
+    while !reader.is_finished() {
+        pair.a.poll();
+    }
+    assert_eq!(reader.join().unwrap().bytes(), sent);
 }
