@@ -13,12 +13,15 @@ mod config;
 mod end;
 mod fingerprint;
 mod grants;
+mod handshake;
+mod lanes;
 mod message;
 mod proto;
 mod pull;
 mod push;
 mod room;
 mod session;
+mod targets;
 mod wire;
 
 pub use auth::Auth;

@@ -10,9 +10,11 @@ use crate::auth::mac;
 use crate::config::{Config, Region};
 use crate::end::{End, Failure, SessionEnd, Stage, Who};
 use crate::grants::{Given, Grants};
+use crate::handshake::Link;
 use crate::message::{CancelWhy, Identity, Message, RegionOffer, RoomName, RoomOnWire};
 use crate::room::{Buffers, Moving, Role, RoleKind, Room, RoomError};
-use crate::session::{Link, Session, Target};
+use crate::session::Session;
+use crate::targets::Target;
 
 /// A control stream, as its owner numbers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -24,7 +24,7 @@ use crate::end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
 use crate::message::{CancelWhy, MAX_LANES, Message, Released, RoomName, RoomOnWire};
 use crate::proto::{Action, Notice, Parked, PeerName, Proto, RoomId, SessionId, Start, Timer};
 use crate::room::{Finish, Moving, Receive, Receiving, Role, RoleKind, Room, RoomError, Send, Sending};
-use crate::session::TargetState;
+use crate::targets::TargetState;
 
 impl Proto {
     /// Opens the decode end of a push: the peer may write these pages until the room ends.

@@ -1,0 +1,389 @@
+//! Control streams, from the first byte to the session that they then belong to.
+//!
+//! ```text
+//! dialer                         acceptor
+//!   Hello   ───────────────────────▶          who, nonce, fingerprint, rails
+//!           ◀─────────────────────── Welcome  the same, and proof of the shared key
+//!   Prove   ───────────────────────▶          proof of the shared key
+//!   Setup   ◀──────────────────────▶ Setup    lane addresses, regions, grants still held
+//!   Ready   ◀──────────────────────▶ Ready    lanes up, regions attached
+//! ```
+
+use std::collections::BTreeSet;
+
+use crate::auth::{Side, same};
+use crate::config::Rail;
+use crate::end::{SessionEnd, Who};
+use crate::lanes::{Slot, SlotState};
+use crate::message::{About, Identity, MAX_LANES, Message, RailOffer, Refusal, VERSION_MAX, VERSION_MIN};
+use crate::proto::{Action, LinkId, Proto, PulsePlan, SessionId, TargetId, Timer};
+use crate::session::{Phase, Session};
+use crate::targets::TargetState;
+
+/// A control stream, by how far its handshake has come.
+pub(crate) enum Link {
+    /// The network connects.
+    Dialing { target: TargetId },
+    /// Our `Hello` is out.
+    AwaitWelcome { target: TargetId, hello: Vec<u8> },
+    /// A peer has dialed us.
+    AwaitHello,
+    /// Our `Welcome` is out.
+    AwaitProve { peer: Identity, about: Box<About>, hello: Vec<u8>, welcome: Vec<u8> },
+    /// The handshake is done.
+    Bound(SessionId),
+    /// Said goodbye or refused; waiting for the stream to end.
+    Closing,
+}
+
+impl Proto {
+    /// A dialed control stream is connected.
+    pub fn link_opened(&mut self, now_ns: u64, link: LinkId) {
+        self.now_ns = now_ns;
+        let Some(Link::Dialing { target }) = self.links.get(&link) else { return };
+        let target = *target;
+        let about = self.about();
+        let hello = self
+            .send_link(link, &Message::Hello { version_min: VERSION_MIN, version_max: VERSION_MAX, about });
+        self.links.insert(link, Link::AwaitWelcome { target, hello });
+    }
+
+    /// A peer has dialed us.
+    pub fn link_accepted(&mut self, now_ns: u64, link: LinkId) {
+        self.now_ns = now_ns;
+        self.add_link(link, Link::AwaitHello);
+    }
+
+    /// A control stream has ended.
+    pub fn link_closed(&mut self, now_ns: u64, link: LinkId) {
+        self.now_ns = now_ns;
+        match self.links.remove(&link) {
+            Some(Link::Dialing { target }) => self.target_failed(target, SessionEnd::Unreachable),
+            Some(Link::AwaitWelcome { target, .. }) => self.target_failed(target, SessionEnd::StreamEnded),
+            Some(Link::Bound(session)) => {
+                if let Some(s) = self.sessions.get_mut(&session) {
+                    s.link = None;
+                }
+                self.end_session(session, SessionEnd::StreamEnded);
+            }
+            Some(Link::AwaitHello | Link::AwaitProve { .. } | Link::Closing) | None => {}
+        }
+    }
+
+    /// One frame came on a control stream.
+    pub fn frame(&mut self, now_ns: u64, link: LinkId, bytes: &[u8]) {
+        self.now_ns = now_ns;
+        self.counters.messages_in += 1;
+        let (from, message) = match Message::decode(bytes) {
+            Ok(decoded) => decoded,
+            Err(_) => return self.misbehaved(link, "sent a frame that cannot be read"),
+        };
+        match (self.links.get(&link), message) {
+            (Some(Link::AwaitHello), Message::Hello { version_min, version_max, about }) => {
+                self.on_hello(link, from, (version_min, version_max), about, bytes);
+            }
+            (Some(Link::AwaitWelcome { .. }), Message::Welcome { version, about, proof }) => {
+                self.on_welcome(link, from, version, about, proof);
+            }
+            (Some(Link::AwaitWelcome { .. }), Message::Refuse { refusal }) => {
+                self.on_refuse(link, refusal);
+            }
+            (Some(Link::AwaitProve { .. }), Message::Prove { proof }) => self.on_prove(link, from, proof),
+            (Some(Link::AwaitProve { .. }), Message::Refuse { .. } | Message::Goodbye) => {
+                self.close_link(link)
+            }
+            (Some(Link::Bound(session)), message) => {
+                let session = *session;
+                match self.sessions.get(&session) {
+                    Some(s) if s.peer == from => self.on_session_message(session, message),
+                    Some(_) => {
+                        // An earlier (or later) life of the peer speaks: what it refers to is not known here.
+                        self.send_link(link, &Message::Restart);
+                        self.end_session(session, SessionEnd::Restarted);
+                    }
+                    None => {}
+                }
+            }
+            (Some(Link::Closing), _) | (None, _) => {}
+            (Some(_), _) => self.misbehaved(link, "sent a message out of order"),
+        }
+    }
+
+    fn on_hello(&mut self, link: LinkId, peer: Identity, versions: (u16, u16), about: About, hello: &[u8]) {
+        if versions.0 > VERSION_MAX || versions.1 < VERSION_MIN {
+            let refusal = Refusal::Version {
+                here_min: VERSION_MIN,
+                here_max: VERSION_MAX,
+                there_min: versions.0,
+                there_max: versions.1,
+            };
+            return self.refuse(link, refusal);
+        }
+        if let Err(refusal) = self.fits(&about, Side::Acceptor) {
+            return self.refuse(link, refusal);
+        }
+        if self.sessions.len() >= self.config.max_sessions as usize {
+            return self.refuse(link, Refusal::Busy);
+        }
+        let version = versions.1.min(VERSION_MAX);
+        let mine = self.about();
+        let mut welcome = Vec::new();
+        let unproven = Message::Welcome { version, about: mine.clone(), proof: [0; 32] };
+        unproven.encode(self.config.identity, &mut welcome);
+        let proof = self.config.auth.proof(Side::Acceptor, &[hello, &welcome]);
+        self.send_link(link, &Message::Welcome { version, about: mine, proof });
+        self.links
+            .insert(link, Link::AwaitProve { peer, about: Box::new(about), hello: hello.to_vec(), welcome });
+    }
+
+    fn on_welcome(&mut self, link: LinkId, peer: Identity, version: u16, about: About, proof: [u8; 32]) {
+        let Some(Link::AwaitWelcome { target, hello }) = self.links.remove(&link) else { return };
+        let mut welcome = Vec::new();
+        Message::Welcome { version, about: about.clone(), proof: [0; 32] }.encode(peer, &mut welcome);
+        let refusal = if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
+            Some(Refusal::Version {
+                here_min: VERSION_MIN,
+                here_max: VERSION_MAX,
+                there_min: version,
+                there_max: version,
+            })
+        } else if let Err(refusal) = self.fits(&about, Side::Dialer) {
+            Some(refusal)
+        } else if !same(&proof, &self.config.auth.proof(Side::Acceptor, &[&hello, &welcome])) {
+            Some(Refusal::NotAuthentic)
+        } else if self.is_duplicate(peer) {
+            Some(Refusal::Duplicate)
+        } else {
+            None
+        };
+        if let Some(refusal) = refusal {
+            self.links.insert(link, Link::Closing);
+            self.refuse(link, refusal.clone());
+            if refusal == Refusal::Duplicate {
+                return self.adopt(target, peer);
+            }
+            return self.target_failed(target, SessionEnd::Refused { by: Who::Here, refusal });
+        }
+        let proof = self.config.auth.proof(Side::Dialer, &[&hello, &welcome]);
+        self.send_link(link, &Message::Prove { proof });
+        self.begin_session(link, Side::Dialer, peer, about, Some(target), &[&hello, &welcome]);
+    }
+
+    fn on_refuse(&mut self, link: LinkId, refusal: Refusal) {
+        let Some(Link::AwaitWelcome { target, .. }) = self.links.remove(&link) else { return };
+        self.close_link(link);
+        let refusal = refusal.seen_from_there();
+        self.target_failed(target, SessionEnd::Refused { by: Who::Peer, refusal });
+    }
+
+    fn on_prove(&mut self, link: LinkId, from: Identity, proof: [u8; 32]) {
+        let Some(Link::AwaitProve { peer, about, hello, welcome }) = self.links.remove(&link) else { return };
+        if from != peer || !same(&proof, &self.config.auth.proof(Side::Dialer, &[&hello, &welcome])) {
+            self.links.insert(link, Link::Closing);
+            return self.refuse(link, Refusal::NotAuthentic);
+        }
+        // Only now, when it has proven who it is, may a newcomer end what was there before.
+        if let Some(&old) = self.by_node.get(&peer.node) {
+            let same_life = self.sessions.get(&old).is_some_and(|s| s.peer == peer);
+            let cause = if same_life { SessionEnd::StreamEnded } else { SessionEnd::Restarted };
+            self.end_session(old, cause);
+        }
+        self.begin_session(link, Side::Acceptor, peer, *about, None, &[&hello, &welcome]);
+    }
+
+    /// Whether what a peer says of itself fits this node.
+    fn fits(&self, about: &About, us: Side) -> Result<(), Refusal> {
+        if about.auth != self.config.auth.is_on() {
+            return Err(Refusal::AuthMismatch);
+        }
+        let differences = self.config.fingerprint.differences(&about.fingerprint);
+        if !differences.is_empty() {
+            return Err(Refusal::Fingerprint(differences));
+        }
+        if self.pair_rails(about, us).is_empty() {
+            let kinds = |rails: &[RailOffer]| {
+                rails.iter().map(|rail| rail.kind.clone()).collect::<Vec<_>>().join(", ")
+            };
+            let here = self.config.rails.iter().map(|rail| rail.kind).collect::<Vec<_>>().join(", ");
+            return Err(Refusal::NoRail { here, there: kinds(&about.rails) });
+        }
+        Ok(())
+    }
+
+    /// The lanes of a session as (rail here, rail there), the same list on both sides: all rails of the first
+    /// kind, in the dialer's order of preference, of which any two reach each other.
+    fn pair_rails(&self, about: &About, us: Side) -> Vec<(u8, u8)> {
+        let ours: Vec<RailOffer> = self.config.rails.iter().map(offer).collect();
+        let (dialer, acceptor) = match us {
+            Side::Dialer => (&ours, &about.rails),
+            Side::Acceptor => (&about.rails, &ours),
+        };
+        let mut pairs: Vec<(u8, u8)> = Vec::new();
+        for (d, rail) in dialer.iter().enumerate().take(MAX_LANES) {
+            if pairs.first().is_some_and(|&(first, _)| dialer[usize::from(first)].kind != rail.kind) {
+                continue;
+            }
+            let fits = |(a, other): &(usize, &RailOffer)| {
+                other.kind == rail.kind
+                    && other.reach == rail.reach
+                    && !pairs.iter().any(|&(_, used)| usize::from(used) == *a)
+            };
+            if let Some((a, _)) = acceptor.iter().enumerate().take(MAX_LANES).find(fits) {
+                pairs.push((d as u8, a as u8));
+            }
+        }
+        let lanes = self.config.lanes_per_rail.min(about.lanes_per_rail).max(1);
+        let lanes = (0..lanes).flat_map(|_| pairs.clone()).take(MAX_LANES);
+        match us {
+            Side::Dialer => lanes.collect(),
+            Side::Acceptor => lanes.map(|(d, a)| (a, d)).collect(),
+        }
+    }
+
+    /// Whether the dial that found this peer is one too many: there is a session already, or the peer dials us
+    /// too and its dial wins, because its number is lower.
+    fn is_duplicate(&self, peer: Identity) -> bool {
+        let exists = self
+            .by_node
+            .get(&peer.node)
+            .and_then(|session| self.sessions.get(session))
+            .is_some_and(|session| session.peer == peer);
+        let dials_us = self
+            .links
+            .values()
+            .any(|link| matches!(link, Link::AwaitProve { peer: other, .. } if *other == peer));
+        exists || (dials_us && peer.node < self.config.identity.node)
+    }
+
+    fn begin_session(
+        &mut self,
+        link: LinkId,
+        side: Side,
+        peer: Identity,
+        about: About,
+        target: Option<TargetId>,
+        transcript: &[&[u8]],
+    ) {
+        let id = self.new_session_id();
+        let pairs = self.pair_rails(&about, side);
+        let key = self.config.auth.session_key(transcript);
+        let first = pairs.first().and_then(|&(rail, _)| self.config.rails.get(usize::from(rail)));
+        let port = first.map_or("none", |rail| rail.kind);
+        let (send_token, expect_token) = key.pulse_tokens(side);
+        let slots: Vec<Slot> = pairs
+            .iter()
+            .map(|&(_, peer_rail)| Slot {
+                peer_rail,
+                state: SlotState::Opening,
+                ours: None,
+                theirs: None,
+                lost_there: false,
+            })
+            .collect();
+        let tick = self.now_ns + self.config.heartbeat_ns;
+        self.sessions.insert(
+            id,
+            Session {
+                link: Some(link),
+                side,
+                peer,
+                name: about.name.into(),
+                port,
+                target,
+                key,
+                phase: Phase::SettingUp { ready_sent: false, ready_received: false },
+                slots,
+                setup_sent: false,
+                peer_setup: None,
+                began_ns: self.now_ns,
+                silent_ns: 0,
+                next_tick_ns: tick,
+                rtt_max_ns: 0,
+                rooms: BTreeSet::new(),
+                grants: 0,
+                held: Vec::new(),
+            },
+        );
+        self.arm(tick, Timer::Session(id));
+        self.links.insert(link, Link::Bound(id));
+        self.by_node.insert(peer.node, id);
+        if let Some(t) = target.and_then(|target| self.targets.get_mut(&target)) {
+            if matches!(t.state, TargetState::Closed) {
+                return self.end_session(id, SessionEnd::ClosedHere);
+            }
+            t.state = TargetState::Session(id);
+        }
+        let plan = PulsePlan {
+            peer_address: about.pulse_address,
+            interval_ns: about.heartbeat_ns.max(1_000_000),
+            send_token,
+            expect_token,
+        };
+        self.act(Action::Watch { session: id, plan });
+        for (slot, (rail, _)) in pairs.into_iter().enumerate() {
+            self.act(Action::OpenLane { session: id, slot: slot as u8, rail });
+        }
+    }
+
+    /// A handshake that takes too long.
+    pub(crate) fn link_overdue(&mut self, link: LinkId) {
+        match self.links.get(&link) {
+            None | Some(Link::Bound(_) | Link::Closing) => {}
+            Some(Link::Dialing { target } | Link::AwaitWelcome { target, .. }) => {
+                let target = *target;
+                self.close_link(link);
+                self.target_failed(target, SessionEnd::HandshakeTimedOut);
+            }
+            Some(Link::AwaitHello | Link::AwaitProve { .. }) => self.close_link(link),
+        }
+    }
+
+    pub(crate) fn add_link(&mut self, link: LinkId, state: Link) {
+        self.links.insert(link, state);
+        self.arm(self.now_ns + self.config.handshake_timeout_ns, Timer::Link(link));
+    }
+
+    fn refuse(&mut self, link: LinkId, refusal: Refusal) {
+        self.send_link(link, &Message::Refuse { refusal });
+        self.close_link(link);
+    }
+
+    pub(crate) fn close_link(&mut self, link: LinkId) {
+        self.links.insert(link, Link::Closing);
+        self.act(Action::CloseLink { link });
+    }
+
+    fn misbehaved(&mut self, link: LinkId, what: &'static str) {
+        match self.links.get(&link) {
+            Some(Link::Bound(session)) => {
+                let session = *session;
+                self.end_session(session, SessionEnd::Misbehaved { what });
+            }
+            Some(Link::Dialing { target } | Link::AwaitWelcome { target, .. }) => {
+                let target = *target;
+                self.close_link(link);
+                self.target_failed(target, SessionEnd::Misbehaved { what });
+            }
+            Some(Link::Closing) | None => {}
+            Some(_) => self.close_link(link),
+        }
+    }
+
+    fn about(&mut self) -> About {
+        let nonce = self.nonce();
+        About {
+            name: self.config.name.clone(),
+            nonce,
+            auth: self.config.auth.is_on(),
+            fingerprint: self.config.fingerprint.clone(),
+            rails: self.config.rails.iter().map(offer).collect(),
+            lanes_per_rail: self.config.lanes_per_rail,
+            pulse_address: self.config.pulse_address.clone(),
+            heartbeat_ns: self.config.heartbeat_ns,
+        }
+    }
+}
+
+fn offer(rail: &Rail) -> RailOffer {
+    RailOffer { kind: rail.kind.into(), reach: rail.reach.clone(), bytes_per_second: rail.bytes_per_second }
+}
