@@ -1,7 +1,7 @@
 //! Measures the copy routine against every other way to copy the same scattered pieces.
 //!
 //! `cargo bench -p crossdock-shm --bench copy -- [--sizes 1152,4096] [--repeats 5] [--pool-mib 512]
-//! [--payload-mib 256] [--threads 1,2] [--only shared|process|latency]`
+//! [--payload-mib 256] [--threads 1,2] [--only shared|process|latency|sharing]`
 //!
 //! Both pools are larger than the last-level cache, the page lists are random permutations, and the source is
 //! written anew before each copy, as a cache that the model has just filled. The ways take turns within each
@@ -41,6 +41,9 @@ fn main() -> ExitCode {
     if options.runs("latency") {
         latency(&Pools::new(options.pool_bytes));
     }
+    if options.runs("sharing") {
+        sharing(&Pools::new(options.pool_bytes));
+    }
     ExitCode::SUCCESS
 }
 
@@ -66,22 +69,13 @@ impl Options {
         let mut given = Vec::new();
         while let Some(word) = words.next() {
             if word == "--bench" {
-                options = Options {
-                    pool_bytes: 512 << 20,
-                    payload_bytes: 256 << 20,
-                    repeats: 5,
-                    ..options
-                };
+                options = Options { pool_bytes: 512 << 20, payload_bytes: 256 << 20, repeats: 5, ..options };
             } else {
                 let value = words.next().ok_or(format!("{word} needs a value"))?;
                 given.push((word, value));
             }
         }
-        let number = |value: &str| {
-            value
-                .parse::<usize>()
-                .map_err(|_| format!("{value} is no number"))
-        };
+        let number = |value: &str| value.parse::<usize>().map_err(|_| format!("{value} is no number"));
         let numbers = |value: &str| value.split(',').map(number).collect::<Result<Vec<_>, _>>();
         for (word, value) in given {
             match word.as_str() {
@@ -114,11 +108,7 @@ struct Pools {
 
 impl Pools {
     fn new(bytes: usize) -> Pools {
-        Pools {
-            src: map(bytes, MapFlags::SHARED),
-            dst: map(bytes, MapFlags::SHARED),
-            bytes,
-        }
+        Pools { src: map(bytes, MapFlags::SHARED), dst: map(bytes, MapFlags::SHARED), bytes }
     }
 
     fn write_source(&self, salt: u64) {
@@ -138,17 +128,9 @@ impl Drop for Pools {
 
 fn map(bytes: usize, flags: MapFlags) -> *mut u8 {
     // SAFETY: a fresh mapping at no particular address.
-    let base = unsafe {
-        mmap_anonymous(
-            core::ptr::null_mut(),
-            bytes,
-            ProtFlags::READ | ProtFlags::WRITE,
-            flags,
-        )
-    };
-    let base = base
-        .expect("the benchmark needs memory for its pools")
-        .cast::<u8>();
+    let base =
+        unsafe { mmap_anonymous(core::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags) };
+    let base = base.expect("the benchmark needs memory for its pools").cast::<u8>();
     // SAFETY: the mapping is that long.
     unsafe { base.write_bytes(1, bytes) };
     base
@@ -195,6 +177,12 @@ fn median(values: &[f64]) -> f64 {
     sorted[sorted.len() / 2]
 }
 
+fn lower_decile(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 10]
+}
+
 /// One way to copy, and what it took in each repeat.
 struct Way<'a> {
     name: String,
@@ -204,12 +192,7 @@ struct Way<'a> {
 }
 
 fn way<'a>(name: impl Into<String>, copy: impl FnMut(Pieces<'_>) + 'a) -> Way<'a> {
-    Way {
-        name: name.into(),
-        copy: Box::new(copy),
-        gb_per_s: Vec::new(),
-        cpu_s_per_gb: Vec::new(),
-    }
+    Way { name: name.into(), copy: Box::new(copy), gb_per_s: Vec::new(), cpu_s_per_gb: Vec::new() }
 }
 
 /// Every piece list below consists of slots of two live pools, each named once, which is what the unsafe copy
@@ -231,18 +214,12 @@ fn shared_memory(options: &Options, pools: &Pools, piece_bytes: usize, threads: 
 
     let mut ways = vec![way("memcpy", move |pieces| in_halves(pieces, threads, memcpy))];
     #[cfg(target_arch = "x86_64")]
-    ways.push(way("rep movsb", move |pieces| {
-        in_halves(pieces, threads, rep_movsb)
-    }));
+    ways.push(way("rep movsb", move |pieces| in_halves(pieces, threads, rep_movsb)));
     for vectors in [Vectors::Plain, Vectors::Sse2, Vectors::Avx2, Vectors::Avx512] {
         let Some(copier) = Copier::with_vectors(vectors) else {
             continue;
         };
-        let strategy = if vectors == Vectors::Plain {
-            Strategy::Cached
-        } else {
-            Strategy::Streamed
-        };
+        let strategy = if vectors == Vectors::Plain { Strategy::Cached } else { Strategy::Streamed };
         let copier = copier.force(strategy);
         ways.push(way(format!("{strategy:?} {vectors:?}"), move |pieces| {
             // SAFETY: see the function's comment.
@@ -330,9 +307,7 @@ fn each_piece(pieces: Pieces<'_>, copy: impl Fn(*mut u8, *const u8)) {
 
 fn memcpy(pieces: Pieces<'_>) {
     // SAFETY: the pieces are slots of two pools.
-    each_piece(pieces, |dst, src| unsafe {
-        core::ptr::copy_nonoverlapping(src, dst, pieces.piece_bytes)
-    });
+    each_piece(pieces, |dst, src| unsafe { core::ptr::copy_nonoverlapping(src, dst, pieces.piece_bytes) });
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -413,11 +388,7 @@ fn latency(pools: &Pools) {
                         src_index: &src_index[first..first + count],
                     };
                     for &slot in pieces.src_index {
-                        write(
-                            pools.src.wrapping_add(slot as usize * piece_bytes),
-                            piece_bytes,
-                            call as u64,
-                        );
+                        write(pools.src.wrapping_add(slot as usize * piece_bytes), piece_bytes, call as u64);
                     }
                     let start = Instant::now();
                     // SAFETY: the pieces are slots of two pools, and the reader waits.
@@ -443,6 +414,51 @@ fn latency(pools: &Pools) {
                 median(&read_us[1]),
             );
         }
+    }
+}
+
+/// What one helper saves in a single call, met awake (calls right after each other) and asleep (after a pause):
+/// the ground of [`CopyThreads::SHARED_FROM_BYTES`].
+fn sharing(pools: &Pools) {
+    const PIECE_BYTES: usize = 16 << 10;
+    println!(
+        "one call with pieces of {PIECE_BYTES} bytes, median µs (lower decile: what a quiet moment gives):"
+    );
+    let slots = pools.bytes / PIECE_BYTES;
+    let (src_index, dst_index) = (scattered(slots, slots, 1), scattered(slots, slots, 2));
+    let mut alone = CopyThreads::start(Copier::detect(), 0).expect("nothing to start");
+    let mut helped = CopyThreads::start(Copier::detect(), 1).expect("a helper can start");
+    for total_bytes in [64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 4 << 20] {
+        let count = total_bytes / PIECE_BYTES;
+        let mut us = [const { Vec::new() }; 4];
+        for call in 0..2000usize {
+            // Runs of calls, so that the helper of the first two ways stays awake within its run.
+            let way = call / 20 % 4;
+            let first = call % (slots / count) * count;
+            let pieces = Pieces {
+                dst_base: pools.dst,
+                dst_stride: PIECE_BYTES,
+                src_base: pools.src,
+                src_stride: PIECE_BYTES,
+                piece_bytes: PIECE_BYTES,
+                dst_index: &dst_index[first..first + count],
+                src_index: &src_index[first..first + count],
+            };
+            if way >= 2 {
+                std::thread::sleep(Duration::from_micros(300));
+            }
+            let start = Instant::now();
+            // SAFETY: the pieces are slots of two pools.
+            unsafe { if way % 2 == 0 { alone.copy_pieces(pieces) } else { helped.copy_pieces(pieces) } }
+            us[way].push(micros(start.elapsed()));
+        }
+        print!("  {count:4} pieces:");
+        for (way, name) in
+            ["alone", "helped", "alone after a pause", "helped after a pause"].iter().enumerate()
+        {
+            print!("  {name} {:.2} ({:.2})", median(&us[way]), lower_decile(&us[way]));
+        }
+        println!();
     }
 }
 
@@ -528,20 +544,13 @@ fn one_size_into_process(
                         for piece in 0..count {
                             let (local_index, remote_index) =
                                 (&local_index[piece..=piece], &remote_index[piece..=piece]);
-                            peer.write_pieces(ProcessPieces {
-                                local_index,
-                                remote_index,
-                                ..list
-                            })
-                            .expect("written");
+                            peer.write_pieces(ProcessPieces { local_index, remote_index, ..list })
+                                .expect("written");
                         }
                     }
                     1 => peer.write_pieces(list).expect("written"),
                     _ => peer
-                        .write_pieces(ProcessPieces {
-                            remote_index: &contiguous,
-                            ..list
-                        })
+                        .write_pieces(ProcessPieces { remote_index: &contiguous, ..list })
                         .expect("written"),
                 }
             }

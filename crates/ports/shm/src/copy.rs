@@ -81,18 +81,12 @@ impl Copier {
         [Vectors::Avx512, Vectors::Avx2, Vectors::Sse2]
             .into_iter()
             .find_map(Copier::with_vectors)
-            .unwrap_or(Copier {
-                vectors: Vectors::Plain,
-                forced: None,
-            })
+            .unwrap_or(Copier { vectors: Vectors::Plain, forced: None })
     }
 
     /// A copier with exactly these instructions, or `None` where the processor lacks them.
     pub fn with_vectors(vectors: Vectors) -> Option<Copier> {
-        vectors.supported().then_some(Copier {
-            vectors,
-            forced: None,
-        })
+        vectors.supported().then_some(Copier { vectors, forced: None })
     }
 
     /// The same copier, with one strategy for every call: for benchmarks and tests, and for a caller who
@@ -100,10 +94,7 @@ impl Copier {
     ///
     /// Without streaming stores ([`Vectors::Plain`]) the cached copy stays.
     pub fn force(self, strategy: Strategy) -> Copier {
-        Copier {
-            forced: Some(strategy),
-            ..self
-        }
+        Copier { forced: Some(strategy), ..self }
     }
 
     /// The instructions in use.
@@ -178,33 +169,23 @@ impl<'a> Pieces<'a> {
     }
 
     fn assert_well_formed(&self) {
-        assert_eq!(
-            self.src_index.len(),
-            self.dst_index.len(),
-            "each piece has a source and a destination"
-        );
+        assert_eq!(self.src_index.len(), self.dst_index.len(), "each piece has a source and a destination");
     }
 
     fn range(self, range: core::ops::Range<usize>) -> Pieces<'a> {
-        Pieces {
-            dst_index: &self.dst_index[range.clone()],
-            src_index: &self.src_index[range],
-            ..self
-        }
+        Pieces { dst_index: &self.dst_index[range.clone()], src_index: &self.src_index[range], ..self }
     }
 
     /// The source address of a piece. It is computed with wrapping arithmetic, because a prefetch may ask
     /// for it without any promise about the memory there.
     #[inline(always)]
     fn src(&self, piece: usize) -> *const u8 {
-        self.src_base
-            .wrapping_add(self.src_index[piece] as usize * self.src_stride)
+        self.src_base.wrapping_add(self.src_index[piece] as usize * self.src_stride)
     }
 
     #[inline(always)]
     fn dst(&self, piece: usize) -> *mut u8 {
-        self.dst_base
-            .wrapping_add(self.dst_index[piece] as usize * self.dst_stride)
+        self.dst_base.wrapping_add(self.dst_index[piece] as usize * self.dst_stride)
     }
 }
 
@@ -229,10 +210,7 @@ impl Vectors {
             x86_64::stream(self, pieces)
         }
         #[cfg(not(target_arch = "x86_64"))]
-        unreachable!(
-            "{self:?} with {} pieces: only x86-64 has streaming stores here",
-            pieces.count()
-        )
+        unreachable!("{self:?} with {} pieces: only x86-64 has streaming stores here", pieces.count())
     }
 }
 

@@ -114,14 +114,8 @@ impl PeerProcess {
         // byte. It is asked for at the null address: where that is not mapped, the refusal of the address proves
         // that the process was not refused.
         let mut byte = 0u8;
-        let here = libc::iovec {
-            iov_base: (&raw mut byte).cast(),
-            iov_len: 1,
-        };
-        let there = libc::iovec {
-            iov_base: core::ptr::null_mut(),
-            iov_len: 1,
-        };
+        let here = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        let there = libc::iovec { iov_base: core::ptr::null_mut(), iov_len: 1 };
         // SAFETY: the local range is the byte above.
         match unsafe { Direction::Read.call(self.pid, &[here], &[there]) } {
             Ok(_) | Err(Errno::FAULT) => Ok(()),
@@ -161,11 +155,7 @@ impl PeerProcess {
         direction: Direction,
         pieces: ProcessPieces<'_>,
     ) -> Result<(), ProcessMemoryError> {
-        assert_eq!(
-            pieces.local_index.len(),
-            pieces.remote_index.len(),
-            "each piece has both of its ends"
-        );
+        assert_eq!(pieces.local_index.len(), pieces.remote_index.len(), "each piece has both of its ends");
         let total_bytes = pieces.local_index.len() * pieces.piece_bytes;
         let mut copied_bytes = 0;
         while copied_bytes < total_bytes {
@@ -227,16 +217,8 @@ impl Direction {
         let pid = pid.as_raw_nonzero().get();
         // SAFETY: the lists are as long as said, the kernel only reads them, and it checks every remote range;
         // the caller vouches for the local ones.
-        let bytes = unsafe {
-            call(
-                pid,
-                local.as_ptr(),
-                local.len() as _,
-                remote.as_ptr(),
-                remote.len() as _,
-                0,
-            )
-        };
+        let bytes =
+            unsafe { call(pid, local.as_ptr(), local.len() as _, remote.as_ptr(), remote.len() as _, 0) };
         if bytes >= 0 {
             Ok(bytes as usize)
         } else {
@@ -258,10 +240,7 @@ struct Batch {
 impl Batch {
     /// The longest batch that fits, from where the copy has come to.
     fn after(pieces: &ProcessPieces<'_>, copied_bytes: usize) -> Batch {
-        let mut batch = Batch {
-            local: Ranges::new(),
-            remote: Ranges::new(),
-        };
+        let mut batch = Batch { local: Ranges::new(), remote: Ranges::new() };
         let mut within = copied_bytes % pieces.piece_bytes;
         for piece in copied_bytes / pieces.piece_bytes..pieces.local_index.len() {
             let bytes = pieces.piece_bytes - within;
@@ -292,15 +271,8 @@ struct Ranges {
 
 impl Ranges {
     fn new() -> Ranges {
-        let empty = libc::iovec {
-            iov_base: core::ptr::null_mut(),
-            iov_len: 0,
-        };
-        Ranges {
-            ranges: [empty; BATCH_RANGES],
-            count: 0,
-            end: 0,
-        }
+        let empty = libc::iovec { iov_base: core::ptr::null_mut(), iov_len: 0 };
+        Ranges { ranges: [empty; BATCH_RANGES], count: 0, end: 0 }
     }
 
     fn takes(&self, start: usize) -> bool {
@@ -311,10 +283,8 @@ impl Ranges {
         if self.count > 0 && start == self.end {
             self.ranges[self.count - 1].iov_len += bytes;
         } else {
-            self.ranges[self.count] = libc::iovec {
-                iov_base: core::ptr::with_exposed_provenance_mut(start),
-                iov_len: bytes,
-            };
+            self.ranges[self.count] =
+                libc::iovec { iov_base: core::ptr::with_exposed_provenance_mut(start), iov_len: bytes };
             self.count += 1;
         }
         self.end = start + bytes;

@@ -18,9 +18,7 @@ pub(super) struct Futex {
 #[cfg(not(loom))]
 impl Futex {
     pub(super) fn new(value: u32) -> Futex {
-        Futex {
-            word: AtomicU32::new(value),
-        }
+        Futex { word: AtomicU32::new(value) }
     }
 
     /// Sleeps while the word has this value; may return early.

@@ -9,13 +9,7 @@ fn copiers() -> Vec<Copier> {
     ALL_VECTORS
         .into_iter()
         .filter_map(Copier::with_vectors)
-        .flat_map(|copier| {
-            [
-                copier.force(Strategy::Cached),
-                copier.force(Strategy::Streamed),
-                copier,
-            ]
-        })
+        .flat_map(|copier| [copier.force(Strategy::Cached), copier.force(Strategy::Streamed), copier])
         .collect()
 }
 
@@ -35,30 +29,18 @@ impl Fenced {
     fn new(bytes: usize, shift: usize, against_end: bool) -> Fenced {
         let middle_bytes = (bytes + shift).next_multiple_of(GUARD_BYTES).max(GUARD_BYTES);
         let map_bytes = middle_bytes + 2 * GUARD_BYTES;
+        // Through the C library, so that the thread sanitizer sees that this address was another thread's before.
         // SAFETY: a fresh mapping at no particular address; the middle is made accessible and nothing else.
         unsafe {
-            let map = rustix::mm::mmap_anonymous(
-                core::ptr::null_mut(),
-                map_bytes,
-                rustix::mm::ProtFlags::empty(),
-                rustix::mm::MapFlags::PRIVATE,
-            )
-            .unwrap()
-            .cast::<u8>();
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+            let map = libc::mmap(core::ptr::null_mut(), map_bytes, libc::PROT_NONE, flags, -1, 0);
+            assert_ne!(map, libc::MAP_FAILED);
+            let map = map.cast::<u8>();
             let middle = map.add(GUARD_BYTES);
-            let access = rustix::mm::MprotectFlags::READ | rustix::mm::MprotectFlags::WRITE;
-            rustix::mm::mprotect(middle.cast(), middle_bytes, access).unwrap();
-            let start = if against_end {
-                middle.add(middle_bytes - bytes - shift)
-            } else {
-                middle.add(shift)
-            };
-            Fenced {
-                map,
-                map_bytes,
-                start,
-                bytes,
-            }
+            assert_eq!(libc::mprotect(middle.cast(), middle_bytes, libc::PROT_READ | libc::PROT_WRITE), 0);
+            let start =
+                if against_end { middle.add(middle_bytes - bytes - shift) } else { middle.add(shift) };
+            Fenced { map, map_bytes, start, bytes }
         }
     }
 
@@ -71,7 +53,7 @@ impl Fenced {
 impl Drop for Fenced {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours and nobody refers to it any more.
-        unsafe { rustix::mm::munmap(self.map.cast(), self.map_bytes).unwrap() }
+        unsafe { assert_eq!(libc::munmap(self.map.cast(), self.map_bytes), 0) }
     }
 }
 
@@ -111,45 +93,26 @@ fn case() -> impl proptest::strategy::Strategy<Value = Case> {
             }),
         )
     });
-    (
-        piece_bytes,
-        gap(),
-        gap(),
-        shift(),
-        shift(),
-        any::<bool>(),
-        indices,
+    (piece_bytes, gap(), gap(), shift(), shift(), any::<bool>(), indices).prop_map(
+        |(piece_bytes, src_gap, dst_gap, src_shift, dst_shift, against_end, (src_index, dst_index))| Case {
+            piece_bytes,
+            src_gap,
+            dst_gap,
+            src_shift,
+            dst_shift,
+            against_end,
+            src_index,
+            dst_index,
+        },
     )
-        .prop_map(
-            |(piece_bytes, src_gap, dst_gap, src_shift, dst_shift, against_end, (src_index, dst_index))| {
-                Case {
-                    piece_bytes,
-                    src_gap,
-                    dst_gap,
-                    src_shift,
-                    dst_shift,
-                    against_end,
-                    src_index,
-                    dst_index,
-                }
-            },
-        )
 }
 
 impl Case {
     /// Runs a copy over fresh pools and compares every byte of the destination pool, gaps included.
     fn check(&self, copy: impl FnOnce(Pieces<'_>)) -> Result<(), TestCaseError> {
         let (src_stride, dst_stride) = (self.piece_bytes + self.src_gap, self.piece_bytes + self.dst_gap);
-        let mut src = Fenced::new(
-            pool_bytes(self.piece_bytes, src_stride),
-            self.src_shift,
-            self.against_end,
-        );
-        let mut dst = Fenced::new(
-            pool_bytes(self.piece_bytes, dst_stride),
-            self.dst_shift,
-            self.against_end,
-        );
+        let mut src = Fenced::new(pool_bytes(self.piece_bytes, src_stride), self.src_shift, self.against_end);
+        let mut dst = Fenced::new(pool_bytes(self.piece_bytes, dst_stride), self.dst_shift, self.against_end);
         for (at, byte) in src.bytes().iter_mut().enumerate() {
             *byte = (at as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes()[0];
         }
@@ -217,12 +180,7 @@ fn every_short_length_and_alignment_is_copied() {
                 // SAFETY: both runs end within their arrays: 63 + 192 < 320.
                 unsafe { copier.copy(dst.as_mut_ptr().add(shift), src.as_ptr().add(63 - shift), bytes) };
                 assert_eq!(&dst[shift..shift + bytes], &src[63 - shift..63 - shift + bytes]);
-                assert!(
-                    dst[..shift]
-                        .iter()
-                        .chain(&dst[shift + bytes..])
-                        .all(|&byte| byte == 0)
-                );
+                assert!(dst[..shift].iter().chain(&dst[shift + bytes..]).all(|&byte| byte == 0));
             }
         }
     }
@@ -237,21 +195,13 @@ fn small_totals_and_short_pieces_stay_in_the_cache() {
     assert_eq!(copier.strategy(4096, 4096), Strategy::Cached);
     assert_eq!(copier.strategy(4096, 1 << 20), Strategy::Streamed);
     assert_eq!(copier.strategy(64, 1 << 20), Strategy::Cached);
-    assert_eq!(
-        Copier::with_vectors(Vectors::Plain)
-            .unwrap()
-            .strategy(4096, 1 << 20),
-        Strategy::Cached
-    );
+    assert_eq!(Copier::with_vectors(Vectors::Plain).unwrap().strategy(4096, 1 << 20), Strategy::Cached);
 }
 
 #[test]
 #[should_panic(expected = "each piece has a source and a destination")]
 fn lists_of_different_length_are_refused() {
-    let pieces = Pieces {
-        dst_index: &[0, 1],
-        ..Pieces::run(core::ptr::null_mut(), core::ptr::null(), 0)
-    };
+    let pieces = Pieces { dst_index: &[0, 1], ..Pieces::run(core::ptr::null_mut(), core::ptr::null(), 0) };
     // SAFETY: the lists are refused before any memory is touched.
     unsafe { Copier::detect().copy_pieces(pieces) }
 }
@@ -305,10 +255,7 @@ fn every_call_is_complete_when_it_returns() {
         };
         // SAFETY: the pieces are slots of the two vectors, each named once.
         unsafe { threads.copy_pieces(pieces) };
-        assert!(
-            dst[..count * PIECE_BYTES].iter().all(|&byte| byte == call as u8),
-            "call {call}"
-        );
+        assert!(dst[..count * PIECE_BYTES].iter().all(|&byte| byte == call as u8), "call {call}");
         if call % 16 == 0 {
             std::thread::sleep(std::time::Duration::from_micros(200));
         }

@@ -15,12 +15,15 @@ use super::{Copier, Pieces};
 /// not run costs nothing, and one that is interrupted in its chunk costs that chunk. The call returns when
 /// all bytes are in place and ordered like plain stores.
 ///
-/// Helpers spin for some microseconds after their last chunk and then sleep; calls below
-/// [`CopyThreads::SHARED_FROM_BYTES`] never involve them.
+/// Helpers stay awake for some microseconds after their last chunk and then sleep. Calls below
+/// [`CopyThreads::SHARED_FROM_BYTES`] never involve them, and a lone call below
+/// [`CopyThreads::WOKEN_FROM_BYTES`] does not wake them.
 pub struct CopyThreads {
     copier: Copier,
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
+    /// When the last shared call ended.
+    last_end: Instant,
 }
 
 struct Shared {
@@ -37,22 +40,20 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 impl CopyThreads {
-    /// From this total on, a call is worth sharing: below, waking a helper takes as long as the copy.
-    pub const SHARED_FROM_BYTES: usize = 256 << 10;
+    /// From this total on, a call is shared with the helpers that are awake.
+    pub const SHARED_FROM_BYTES: usize = 128 << 10;
+
+    /// From this total on, a call wakes the helpers even if it comes alone: until a sleeping one runs, the
+    /// caller has copied half of that by itself.
+    pub const WOKEN_FROM_BYTES: usize = 768 << 10;
 
     /// Starts the helpers; with none, every call copies in the caller.
     pub fn start(copier: Copier, helpers: usize) -> io::Result<CopyThreads> {
-        let shared = Arc::new(Shared {
-            claims: Claims::new(),
-            job: UnsafeCell::new(None),
-        });
+        let shared = Arc::new(Shared { claims: Claims::new(), job: UnsafeCell::new(None) });
         // Threads that are already running must end if a later one cannot start: the drop of this value sees
         // to it.
-        let mut threads = CopyThreads {
-            copier,
-            shared,
-            helpers: Vec::with_capacity(helpers),
-        };
+        let mut threads =
+            CopyThreads { copier, shared, helpers: Vec::with_capacity(helpers), last_end: Instant::now() };
         for helper in 0..helpers {
             let shared = threads.shared.clone();
             let thread = std::thread::Builder::new()
@@ -100,15 +101,28 @@ impl CopyThreads {
         // SAFETY: `&mut self` makes this thread the only owner, and the job before has ended: the last call
         // left only when all its chunks were finished.
         unsafe { *self.shared.job.get() = Some(job) };
-        self.shared.claims.publish(job.chunks);
+        self.shared.claims.publish(job.chunks, self.helpers_to_wake(&job));
         while let Claim::Chunk(chunk) = self.shared.claims.claim() {
             // SAFETY: the chunk is part of what the caller vouches for, and the claim makes it ours alone.
             unsafe { job.copy_chunk(chunk) };
             self.shared.claims.finish();
         }
         // What is left is at most one chunk a helper.
-        if !spin_until(CALLER_SPIN, || self.shared.claims.all_finished()) {
+        if !wait_awake(CALLER_AWAKE, || self.shared.claims.all_finished()) {
             self.shared.claims.sleep_until_finished();
+        }
+        self.last_end = Instant::now();
+    }
+
+    /// A smaller call wakes helpers only where calls follow each other so closely that a helper, once woken,
+    /// stays awake for the next ones.
+    fn helpers_to_wake(&self, job: &Job) -> u32 {
+        let steady = || self.last_end.elapsed() < HELPER_AWAKE;
+        if job.pieces.total_bytes() >= Self::WOKEN_FROM_BYTES || steady() {
+            // One chunk is the caller's own.
+            (self.helpers.len() as u32).min(job.chunks - 1)
+        } else {
+            0
         }
     }
 }
@@ -124,23 +138,23 @@ impl Drop for CopyThreads {
 
 /// The caller waits awake for about as long as a helper's chunk takes; a helper that needs longer is not
 /// running, and the processor that it waits for may be this one.
-const CALLER_SPIN: Duration = Duration::from_micros(20);
+const CALLER_AWAKE: Duration = Duration::from_micros(20);
 
-/// A helper stays awake between the batches of a steady stream, and no longer.
-const HELPER_SPIN: Duration = Duration::from_micros(20);
+/// A helper stays awake between the calls of a steady stream, and no longer.
+const HELPER_AWAKE: Duration = Duration::from_micros(20);
 
 /// The copy needs next to none; the rest is for an unoptimised build and a sanitizer.
 const HELPER_STACK_BYTES: usize = 256 << 10;
 
 /// Chunks are small enough that an interrupted helper holds up the call by little work, and large enough that
 /// the start of each, where nothing is prefetched yet, does not show.
-const CHUNK_BYTES: core::ops::RangeInclusive<usize> = 32 << 10..=256 << 10;
+const CHUNK_BYTES: core::ops::RangeInclusive<usize> = 64 << 10..=1 << 20;
 
 /// With so many chunks for each thread, the last ones end at about the same time.
 const CHUNKS_PER_THREAD: usize = 4;
 
 fn help(shared: &Shared) {
-    let mut awake_until = Instant::now() + HELPER_SPIN;
+    let mut awake_until = Instant::now() + HELPER_AWAKE;
     loop {
         match shared.claims.claim() {
             Claim::Chunk(chunk) => {
@@ -151,29 +165,36 @@ fn help(shared: &Shared) {
                 // claim makes this chunk ours alone.
                 unsafe { job.copy_chunk(chunk) };
                 shared.claims.finish();
-                awake_until = Instant::now() + HELPER_SPIN;
+                awake_until = Instant::now() + HELPER_AWAKE;
             }
-            Claim::Idle if Instant::now() < awake_until => core::hint::spin_loop(),
+            Claim::Idle if Instant::now() < awake_until => pause(),
             Claim::Idle => {
                 shared.claims.sleep_until_published();
-                awake_until = Instant::now() + HELPER_SPIN;
+                awake_until = Instant::now() + HELPER_AWAKE;
             }
             Claim::Stop => return,
         }
     }
 }
 
-fn spin_until(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
+fn wait_awake(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + limit;
-    loop {
-        if done() {
-            return true;
-        }
+    while !done() {
         if Instant::now() >= end {
             return false;
         }
+        pause();
+    }
+    true
+}
+
+/// A moment of waiting awake. It offers the processor to others: on a machine with more threads than
+/// processors, a helper may be sitting on the very processor that its caller needs, and the other way round.
+fn pause() {
+    for _ in 0..8 {
         core::hint::spin_loop();
     }
+    std::thread::yield_now();
 }
 
 /// One call's pieces, cut into chunks that threads take in any order.
@@ -207,31 +228,14 @@ impl Job {
             (Cut::Pieces(run), pieces.count().div_ceil(run))
         } else {
             let per_piece = pieces.piece_bytes.div_ceil(chunk_bytes);
-            let part_bytes = pieces
-                .piece_bytes
-                .div_ceil(per_piece)
-                .next_multiple_of(PART_ALIGN_BYTES);
+            let part_bytes = pieces.piece_bytes.div_ceil(per_piece).next_multiple_of(PART_ALIGN_BYTES);
             let per_piece = pieces.piece_bytes.div_ceil(part_bytes);
-            (
-                Cut::Parts {
-                    per_piece,
-                    part_bytes,
-                },
-                pieces.count() * per_piece,
-            )
+            (Cut::Parts { per_piece, part_bytes }, pieces.count() * per_piece)
         };
-        assert!(
-            chunks <= MAX_CHUNKS as usize,
-            "{chunks} chunks exceed the counter"
-        );
+        assert!(chunks <= MAX_CHUNKS as usize, "{chunks} chunks exceed the counter");
         // SAFETY: only the lifetime changes; the field's comment says why the references live long enough.
         let pieces = unsafe { core::mem::transmute::<Pieces<'_>, Pieces<'static>>(pieces) };
-        Job {
-            pieces,
-            copier,
-            cut,
-            chunks: chunks as u32,
-        }
+        Job { pieces, copier, cut, chunks: chunks as u32 }
     }
 
     /// # Safety
@@ -243,13 +247,9 @@ impl Job {
             match self.cut {
                 Cut::Pieces(run) => {
                     let first = chunk * run;
-                    self.copier
-                        .copy_pieces(self.pieces.range(first..(first + run).min(self.pieces.count())));
+                    self.copier.copy_pieces(self.pieces.range(first..(first + run).min(self.pieces.count())));
                 }
-                Cut::Parts {
-                    per_piece,
-                    part_bytes,
-                } => {
+                Cut::Parts { per_piece, part_bytes } => {
                     let (piece, start) = (chunk / per_piece, chunk % per_piece * part_bytes);
                     let bytes = part_bytes.min(self.pieces.piece_bytes - start);
                     self.copier.copy(

@@ -58,9 +58,7 @@ impl Line for Sse2Line {
     #[inline(always)]
     unsafe fn load(src: *const u8) -> Self {
         // SAFETY: the four quarters make up the line that the caller vouches for; the load is unaligned.
-        Sse2Line(core::array::from_fn(|part| unsafe {
-            _mm_loadu_si128(src.add(part * 16).cast())
-        }))
+        Sse2Line(core::array::from_fn(|part| unsafe { _mm_loadu_si128(src.add(part * 16).cast()) }))
     }
 
     #[inline(always)]
@@ -89,9 +87,7 @@ impl Line for Avx2Line {
     #[inline(always)]
     unsafe fn load(src: *const u8) -> Self {
         // SAFETY: the two halves make up the line that the caller vouches for; the load is unaligned.
-        Avx2Line(core::array::from_fn(|part| unsafe {
-            _mm256_loadu_si256(src.add(part * 32).cast())
-        }))
+        Avx2Line(core::array::from_fn(|part| unsafe { _mm256_loadu_si256(src.add(part * 32).cast()) }))
     }
 
     #[inline(always)]

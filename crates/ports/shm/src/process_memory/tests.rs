@@ -24,9 +24,7 @@ fn pieces<'a>(
 }
 
 fn pattern(bytes: usize) -> Vec<u8> {
-    (0..bytes as u64)
-        .map(|at| at.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes()[0])
-        .collect()
+    (0..bytes as u64).map(|at| at.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes()[0]).collect()
 }
 
 #[test]
@@ -56,13 +54,7 @@ fn neighbours_merge_on_each_side_by_itself() {
     let (mut local, mut remote) = (vec![0; 4096], vec![0; 4096]);
     let list = pieces(&mut local, &mut remote, 16, &[0, 1, 2, 9], &[5, 6, 8, 9]);
     let batch = Batch::after(&list, 0);
-    let lengths = |ranges: &Ranges| {
-        ranges
-            .filled()
-            .iter()
-            .map(|range| range.iov_len)
-            .collect::<Vec<_>>()
-    };
+    let lengths = |ranges: &Ranges| ranges.filled().iter().map(|range| range.iov_len).collect::<Vec<_>>();
     assert_eq!(lengths(&batch.local), [48, 16]);
     assert_eq!(lengths(&batch.remote), [32, 32]);
     let rest = Batch::after(&list, 20);
@@ -73,10 +65,7 @@ fn neighbours_merge_on_each_side_by_itself() {
 #[test]
 fn a_full_batch_still_takes_neighbours() {
     let count = BATCH_RANGES as u32;
-    let index = (0..count)
-        .map(|piece| piece * 2)
-        .chain([count * 2 - 1, count * 2])
-        .collect::<Vec<u32>>();
+    let index = (0..count).map(|piece| piece * 2).chain([count * 2 - 1, count * 2]).collect::<Vec<u32>>();
     let (mut local, mut remote) = (vec![0; 4096], vec![0; 4096]);
     let list = pieces(&mut local, &mut remote, 8, &index, &index);
     let batch = Batch::after(&list, 0);
@@ -89,12 +78,8 @@ fn an_empty_list_and_empty_pieces_do_nothing() {
     let (mut local, mut remote) = ([1u8; 8], [2u8; 8]);
     // SAFETY: there are no bytes to touch.
     unsafe {
-        this_process()
-            .write_pieces(pieces(&mut local, &mut remote, 8, &[], &[]))
-            .unwrap();
-        this_process()
-            .write_pieces(pieces(&mut local, &mut remote, 0, &[0], &[0]))
-            .unwrap();
+        this_process().write_pieces(pieces(&mut local, &mut remote, 8, &[], &[])).unwrap();
+        this_process().write_pieces(pieces(&mut local, &mut remote, 0, &[0], &[0])).unwrap();
     }
     assert_eq!(remote, [2; 8]);
 }
@@ -132,13 +117,7 @@ fn a_bad_range_says_how_far_the_copy_came() {
     // SAFETY: the kernel refuses what is not accessible; the rest is ours.
     let error = unsafe { this_process().write_pieces(pieces) }.unwrap_err();
     let pid = this_process().pid().as_raw_nonzero().get();
-    assert_eq!(
-        error,
-        ProcessMemoryError::BadRange {
-            pid,
-            copied_bytes: 2 * PIECE_BYTES
-        }
-    );
+    assert_eq!(error, ProcessMemoryError::BadRange { pid, copied_bytes: 2 * PIECE_BYTES });
     // SAFETY: the mapping is ours and nobody refers to it any more.
     unsafe { rustix::mm::munmap(remote, 4 * PIECE_BYTES).unwrap() };
 }
@@ -149,10 +128,7 @@ fn a_dead_process_is_told_apart() {
     let peer = PeerProcess::new(Pid::from_raw(child.id() as i32).unwrap());
     child.wait().unwrap();
     let pid = peer.pid().as_raw_nonzero().get();
-    assert_eq!(
-        peer.probe(),
-        Err(ProcessMemoryError::PeerDied { pid, copied_bytes: 0 })
-    );
+    assert_eq!(peer.probe(), Err(ProcessMemoryError::PeerDied { pid, copied_bytes: 0 }));
     let (mut local, mut remote) = ([0u8; 8], [0u8; 8]);
     // SAFETY: the local piece is ours, and there is no remote one.
     let result = unsafe { peer.write_pieces(pieces(&mut local, &mut remote, 8, &[0], &[0])) };
