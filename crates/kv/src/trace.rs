@@ -46,22 +46,12 @@ impl Request {
         self.input_tokens.div_ceil(page_tokens)
     }
 
-    /// Makes the request shorter; what it shares with others shrinks in proportion. No length becomes 0 that was
-    /// not.
+    /// Makes the request shorter; no length becomes 0 that was not. The prefix ids stay: each then stands for
+    /// [fewer tokens](Scale::prefix_tokens), so that the same part of the request is shared.
     pub fn scale_lengths(&mut self, scale: Scale) {
         let shrink = |tokens: u32| ((f64::from(tokens) * scale.0).round() as u32).max(tokens.min(1));
-        let known = self.prefix_ids.len();
         self.input_tokens = shrink(self.input_tokens);
         self.output_tokens = shrink(self.output_tokens);
-        // A block of the shorter request stands for several of the longer one, and for the prefix that the last
-        // of them ends.
-        let blocks = self.input_tokens.div_ceil(BLOCK_TOKENS).min(known as u32);
-        self.prefix_ids = (1..=blocks)
-            .map(|block| {
-                let last = (f64::from(block) / scale.0).ceil() as usize;
-                self.prefix_ids[last.min(known) - 1]
-            })
-            .collect();
     }
 
     /// Moves the request nearer to the start.
@@ -78,7 +68,7 @@ impl Scale {
     /// Leaves everything as it is.
     pub const ONE: Scale = Scale(1.0);
 
-    /// Takes a factor; only shrinking makes sense, since nobody knows what longer requests would share.
+    /// Takes a factor; nothing needs a trace that is larger than recorded.
     pub fn new(factor: f64) -> Result<Self, BadScale> {
         match factor > 0.0 && factor <= 1.0 {
             true => Ok(Self(factor)),
@@ -89,6 +79,12 @@ impl Scale {
     /// The factor.
     pub fn factor(self) -> f64 {
         self.0
+    }
+
+    /// How many tokens of a request of this scale its first `ids` prefix ids stand for; at most its input.
+    pub fn prefix_tokens(self, request: &Request, ids: usize) -> u32 {
+        let tokens = (ids as f64 * f64::from(BLOCK_TOKENS) * self.0).round() as u32;
+        tokens.min(request.input_tokens)
     }
 }
 
@@ -393,25 +389,22 @@ mod tests {
 
     #[test]
     fn a_shorter_request_shares_the_same_part_of_itself() {
-        let ids: Vec<u64> = (100..110).collect();
-        let mut half = request(1001, 10 * BLOCK_TOKENS, &ids);
+        let whole = request(1001, 1300, &[4, 5, 6]);
+        let mut half = whole.clone();
         let scale = Scale::new(0.5).unwrap();
         half.scale_lengths(scale);
         half.scale_time(scale);
-        assert_eq!(
-            half,
-            Request { output_tokens: 5, ..request(501, 5 * BLOCK_TOKENS, &[101, 103, 105, 107, 109]) }
-        );
-
-        let mut third = request(0, 10 * BLOCK_TOKENS - 3, &ids);
-        third.scale_lengths(Scale::new(1.0 / 3.0).unwrap());
-        assert_eq!(third.prefix_ids, [102, 105, 108, 109]);
-        let mut same = request(0, 700, &[4, 5]);
+        assert_eq!(half, Request { output_tokens: 5, ..request(501, 650, &[4, 5, 6]) });
+        for (ids, tokens) in [(0, 0), (1, 256), (2, 512), (3, 650)] {
+            assert_eq!(scale.prefix_tokens(&half, ids), tokens);
+        }
+        assert_eq!(Scale::ONE.prefix_tokens(&whole, 2), 1024);
+        let mut same = whole.clone();
         same.scale_lengths(Scale::ONE);
-        assert_eq!(same, request(0, 700, &[4, 5]));
-        let mut least = request(0, 3, &[4]);
+        assert_eq!(same, whole);
+        let mut least = Request { output_tokens: 0, ..request(0, 3, &[4]) };
         least.scale_lengths(Scale::new(1e-9).unwrap());
-        assert_eq!(least, Request { output_tokens: 1, ..request(0, 1, &[4]) });
+        assert_eq!(least, Request { output_tokens: 0, ..request(0, 1, &[4]) });
     }
 
     #[test]

@@ -125,6 +125,13 @@ fn pieces_inside_pages_share_one_op_whatever_their_place() {
 }
 
 #[test]
+fn a_cut_first_page_and_a_cut_last_one_share_an_op() {
+    let layout = CacheLayout::deepseek_r1(64, 100).unwrap();
+    let plan = plan(&layout, &[4, 9], &layout, &[8, 2], 10..118);
+    assert_eq!((plan.pieces_per_layer(0), plan.ops_per_layer(0)), (2, 1));
+}
+
+#[test]
 fn a_pool_too_large_for_fine_indices_is_moved_by_pages() {
     // 2^28 pages of 16 tokens and an odd stride: counted in bytes, no index fits 32 bits.
     let largest = |page_tokens| {

@@ -41,7 +41,10 @@ fn a_scaled_trace_keeps_its_proportions() {
     assert_eq!((after.longest_input_tokens, after.last_at_ms), (1280, 2700));
     assert!(scaled.is_sorted_by_key(|request| request.at_ms));
     for (request, original) in scaled.iter().zip(&whole) {
-        assert!(request.prefix_ids.iter().all(|id| original.prefix_ids.contains(id)));
-        assert_eq!(request.prefix_ids.last(), original.prefix_ids.last());
+        let ids = original.prefix_ids.len();
+        assert_eq!(request.prefix_ids, original.prefix_ids);
+        assert_eq!(scale.prefix_tokens(request, ids), request.input_tokens);
+        let shared = scale.prefix_tokens(request, ids / 2);
+        assert_eq!(shared, (ids as u32 / 2 * 512 + 5) / 10);
     }
 }
