@@ -56,7 +56,7 @@ pub use config::{Config, PortConfig, Progress};
 pub use error::Error;
 pub use node::Node;
 
-pub use crossdock_engine::{Abandoned, EventFd, Ticket, TicketError, now_ns};
+pub use crossdock_engine::{Abandoned, EventFd, RailStats, Ticket, TicketError, now_ns};
 pub use crossdock_kv::{
     Busy, CacheKind, CacheLayout, CacheLayoutError, Dtype, Ended, FetchRequest, Handle, LayerBuffer,
     LayoutOptions, Peer, PeerUp, Placement, ReceiveRequest, Received, Receiving, SendError, SendRequest,

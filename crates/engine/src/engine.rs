@@ -85,7 +85,21 @@ pub struct LaneRegions {
     pub remote: Arc<[RemoteId]>,
 }
 
+/// What one port has moved, as this node posted it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RailStats {
+    /// The transport.
+    pub kind: &'static str,
+    /// Bytes posted to be written to peers.
+    pub written_bytes: u64,
+    /// Bytes posted to be read from peers.
+    pub read_bytes: u64,
+    /// Immediates that came in.
+    pub arrivals: u64,
+}
+
 struct Rail {
+    stats: RailStats,
     port: Box<dyn Port>,
     /// By region number.
     regions: Arc<[LocalId]>,
@@ -143,6 +157,7 @@ impl Engine {
         let rails = ports
             .into_iter()
             .map(|port| Rail {
+                stats: RailStats { kind: port.info().kind, ..RailStats::default() },
                 bytes_per_second: port.info().bytes_per_second.max(1),
                 port,
                 regions: Arc::new([]),
@@ -206,6 +221,11 @@ impl Engine {
     /// What has been counted.
     pub fn counters(&self) -> Counters {
         self.proto.counters()
+    }
+
+    /// What each port has moved, in the order of the rails.
+    pub fn rail_stats(&self) -> Vec<RailStats> {
+        self.rails.iter().map(|rail| rail.stats).collect()
     }
 
     /// The ports, in the order of the rails.
@@ -382,7 +402,12 @@ impl Engine {
         };
         let complete = posted.ops == ops.len();
         let used = &mut transfer.lanes[usize::from(slot)];
-        let bytes: u64 = ops[..posted.ops].iter().filter_map(Op::bytes).sum();
+        let part = ops.get(posted.ops).map_or(0, |op| op.part_bytes(posted.within));
+        let bytes = part + ops[..posted.ops].iter().filter_map(Op::bytes).sum::<u64>();
+        match transfer.direction {
+            Direction::Write => rail.stats.written_bytes += bytes,
+            Direction::Read => rail.stats.read_bytes += bytes,
+        }
         lane.load += (bytes as f64 + 64.0) / rail.bytes_per_second as f64;
         if complete {
             used.posted_whole(transfer.direction);
@@ -521,6 +546,7 @@ impl Engine {
         let Some(&(session, slot)) = self.rails[rail].lanes.get(&lane) else { return };
         match event {
             Event::Arrived { imm, .. } => {
+                self.rails[rail].stats.arrivals += 1;
                 let imm = Imm::from_bits(imm);
                 match imm.kind() {
                     Kind::Kv => self.proto.arrived(now_ns, session, slot, imm.grant()),

@@ -19,7 +19,7 @@ mod transfer;
 
 pub use clock::now_ns;
 pub use doorbell::{Doorbell, EventFd};
-pub use engine::{Engine, EngineOptions, LaneRegions, SideArrival, TransferFailed};
+pub use engine::{Engine, EngineOptions, LaneRegions, RailStats, SideArrival, TransferFailed};
 pub use heart::{Heart, HeartOptions};
 pub use imm::{Imm, Kind};
 pub use network::{LinkCause, LinkEvent, LinkId, Network, NetworkError, OsError, Pulse, SendError};

@@ -10,7 +10,7 @@ use crossdock_proto::SessionEnd;
 
 use crate::request::{
     Command, FetchRequest, Peer, PeerKey, PeerUp, ReceiveRequest, Receiving, RoomControl, SendRequest,
-    Sending, ServeRequest, Serving, decode_tickets,
+    Sending, ServeRequest, Serving, Stats, decode_tickets,
 };
 
 /// A user's end of a node: cheap to clone, usable from any thread.
@@ -89,6 +89,13 @@ impl Handle {
         let control = self.control();
         self.push(Command::Serve { key: control.key, request, end })?;
         Ok(Serving { end: end_ticket, control })
+    }
+
+    /// Asks what the node has done and what it holds.
+    pub fn stats(&self) -> Result<Ticket<Stats>, Busy> {
+        let (told, ticket) = ticket();
+        self.push(Command::Stats { told })?;
+        Ok(ticket)
     }
 
     /// The node's one event descriptor: see [`EventFd`].

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crossdock_engine::{Promise, Ticket, ticket};
+use crossdock_engine::{Promise, RailStats, Ticket, ticket};
 use crossdock_memory::{PageRef, PageSet};
-use crossdock_proto::{End, Identity, RoomName, SessionEnd};
+use crossdock_proto::{Counters, End, Identity, RoomName, SessionEnd};
 
 use crate::handle::{Busy, Handle};
 
@@ -287,6 +287,21 @@ impl Sending {
     }
 }
 
+/// What a node has done, and what it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stats {
+    /// What has been counted since the node was opened.
+    pub counters: Counters,
+    /// What each port has moved.
+    pub rails: Vec<RailStats>,
+    /// Rooms that are not over in every respect: open, or ended with pages or ops not home.
+    pub rooms: usize,
+    /// Grants given to peers that are not quiescent.
+    pub grants: usize,
+    /// Sessions that are not over in every respect.
+    pub sessions: usize,
+}
+
 /// What every room's holder can do.
 #[derive(Clone)]
 pub(crate) struct RoomControl {
@@ -317,6 +332,7 @@ pub(crate) enum Command {
     Finish { key: u64, aux: Vec<u8> },
     Serve { key: u64, request: ServeRequest, end: Promise<Ended> },
     Cancel { key: u64 },
+    Stats { told: Promise<Stats> },
     Stop,
 }
 

@@ -10,15 +10,15 @@ use crossdock_engine::{
 };
 use crossdock_memory::{Memory, PageSet};
 use crossdock_proto::{
-    Buffers, Counters, End, Fetch, Notice, PeerName, Receive, RoomBuffer, RoomError, RoomId, RoomRefusal,
-    Send, Serve, SessionEnd, SessionId, Start, TargetId, Who,
+    Buffers, End, Fetch, Notice, PeerName, Receive, RoomBuffer, RoomError, RoomId, RoomRefusal, Send, Serve,
+    SessionEnd, SessionId, Start, TargetId, Who,
 };
 use crossdock_transport::{Direction, GrantId, Op, Port};
 
 use crate::handle::{Handle, Shared};
 use crate::params::{Answer, Ask};
 use crate::request::{
-    Command, Ended, Peer, PeerKey, PeerUp, ReceiveRequest, Received, SendRequest, ServeRequest, name,
+    Command, Ended, Peer, PeerKey, PeerUp, ReceiveRequest, Received, SendRequest, ServeRequest, Stats, name,
 };
 use crate::{CacheLayout, Checksums, Cursor, PageTable, Plan, PlanInput, Route, Verify};
 
@@ -274,19 +274,22 @@ impl Worker {
         self.engine.address()
     }
 
-    /// What has been counted.
-    pub fn counters(&self) -> Counters {
-        self.engine.counters()
+    /// What the node has done, and what it holds.
+    pub fn stats(&mut self) -> Stats {
+        let rails = self.engine.rail_stats();
+        let proto = self.engine.proto();
+        Stats {
+            counters: proto.counters(),
+            rails,
+            rooms: proto.rooms_live(),
+            grants: proto.grants_live(),
+            sessions: proto.sessions_live(),
+        }
     }
 
     /// The ports.
     pub fn ports(&self) -> impl Iterator<Item = &dyn Port> {
         self.engine.ports()
-    }
-
-    /// Rooms that are not over in every respect.
-    pub fn rooms_live(&mut self) -> usize {
-        self.engine.proto().rooms_live()
     }
 
     /// The engine, for what this layer does not do.
@@ -365,6 +368,10 @@ impl Worker {
                 if let Some((id, _)) = self.room_of(key) {
                     self.engine.proto().cancel(now, id);
                 }
+            }
+            Command::Stats { told } => {
+                let stats = self.stats();
+                self.tell(told, stats);
             }
             Command::Stop => self.stopped = true,
         }

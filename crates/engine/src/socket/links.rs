@@ -226,7 +226,8 @@ impl Links {
                 LinkCause::ConnectTimedOut
             }
             Stage::Open => {
-                self.read_one(id, scratch, &mut usize::MAX.clone(), take);
+                let mut unlimited_bytes = usize::MAX;
+                self.read_one(id, scratch, &mut unlimited_bytes, take);
                 if !self.silent.contains_key(&id) {
                     return;
                 }
@@ -291,18 +292,16 @@ impl Links {
         if !matches!(link.stage, Stage::Open | Stage::Closing) {
             return;
         }
-        let mut frames_given = false;
-        let read = link.read(scratch, |bytes| {
-            frames_given = true;
-            take(LinkEvent::Frame { link: LinkId(id), bytes });
-        });
+        let read = link.read(scratch, |bytes| take(LinkEvent::Frame { link: LinkId(id), bytes }));
         let closing = link.stage == Stage::Closing;
-        if frames_given && self.silent.remove(&id).is_some() {
-            self.set_deadline(id, None);
-        }
         match read {
             Read::Nothing => {}
-            Read::Bytes { bytes, .. } => *budget_bytes = budget_bytes.saturating_sub(bytes),
+            Read::Bytes { bytes, frames } => {
+                *budget_bytes = budget_bytes.saturating_sub(bytes);
+                if frames > 0 && self.silent.remove(&id).is_some() {
+                    self.set_deadline(id, None);
+                }
+            }
             Read::End { .. } if closing => self.finish(id, LinkCause::ClosedHere, take),
             Read::End { cause } => self.finish(id, cause, take),
         }
