@@ -18,6 +18,8 @@ pub(crate) struct Lane {
     tags: Option<LaneTags>,
     /// What the peer said before this end was connected.
     early: Option<(End, Early)>,
+    /// It has been up, so that there is something to end.
+    pub was_up: bool,
     /// The peer's accesses have ended: by its word, or by its death.
     pub peer_has_stopped: bool,
     pub attachments: Vec<Attachment>,
@@ -79,6 +81,7 @@ impl Lane {
             remote: None,
             tags: None,
             early: None,
+            was_up: false,
             peer_has_stopped: false,
             attachments: Vec::new(),
             wire: Wire::new(),
@@ -152,6 +155,7 @@ impl World {
             State::Connecting if lane.remote == Some(from) => {
                 if lane.tags.is_some_and(|tags| tags.theirs == tag) {
                     lane.state = State::Up;
+                    lane.was_up = true;
                     self.push_event(end.port, Event::Up { lane: end.lane });
                     self.watch_partition(end, from);
                 } else {

@@ -224,9 +224,7 @@ impl World {
         let port = &self.ports[end.port as usize];
         let lane = port.lanes.get(end.lane.0 as usize);
         port.life == Life::Alive
-            && lane.is_some_and(|lane| {
-                lane.remote == Some(from) && matches!(lane.state, State::Up | State::Closing { .. })
-            })
+            && lane.is_some_and(|lane| lane.remote == Some(from) && lane.was_up && lane.state != State::Down)
     }
 
     /// Takes back what has not left: the memory of `end` is not looked at any more. What follows a message that was
