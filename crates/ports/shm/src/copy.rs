@@ -17,6 +17,7 @@
 mod cached;
 mod claims;
 mod futex;
+#[cfg(target_arch = "x86_64")]
 mod streamed;
 mod threads;
 #[cfg(target_arch = "x86_64")]
