@@ -267,8 +267,7 @@ fn an_impossible_ring_is_refused() {
         let mut victim = Victim::open();
         victim.connect(Address { socket: [0; 16], cookie: [0; 16] });
         let rogue = Rogue::unannounced(&victim.address);
-        let greeting =
-            Greeting { immediates, ..rogue.greeting([0; 16], victim.address.cookie, THEIRS) };
+        let greeting = Greeting { immediates, ..rogue.greeting([0; 16], victim.address.cookie, THEIRS) };
         rogue.say_with(&Message::Hello(greeting), &[rogue.bell.as_fd()]);
         assert_eq!(victim.wait_down(), Victim::misbehaviour("asked for an impossible ring"));
     }
@@ -362,8 +361,7 @@ fn the_rings_may_hold_anything() {
 fn bad_packets_end_the_lane() {
     let shared = memory(4096);
     let fd = || shared.fd().expect("shared memory");
-    let region =
-        |number, bytes, place| (Message::Region { number, bytes, place }, place == Place::Shared);
+    let region = |number, bytes, place| (Message::Region { number, bytes, place }, place == Place::Shared);
     let cases = [
         (vec![(Message::Announced, false)], "announced itself twice"),
         (vec![region(1, 4096, Place::Shared), region(1, 4096, Place::Shared)], "announced a region twice"),
@@ -403,10 +401,7 @@ fn announcements_are_limited() {
         }
     }
     rogue.close(&mut victim);
-    assert_eq!(
-        victim.wait_down(),
-        Victim::misbehaviour("announced more regions than a port can have")
-    );
+    assert_eq!(victim.wait_down(), Victim::misbehaviour("announced more regions than a port can have"));
 }
 
 #[test]
@@ -458,7 +453,8 @@ fn private_memory_has_to_be_where_the_peer_says() {
     let mut victim = Victim::open();
     victim.connect(Address { socket: [0; 16], cookie: [0; 16] });
     let mut rogue = Rogue::unannounced(&victim.address);
-    let greeting = Greeting { port_address: address, ..rogue.greeting([0; 16], victim.address.cookie, THEIRS) };
+    let greeting =
+        Greeting { port_address: address, ..rogue.greeting([0; 16], victim.address.cookie, THEIRS) };
     rogue.say_with(&Message::Hello(greeting), &[rogue.bell.as_fd()]);
     rogue.welcome(&mut victim);
     rogue.say(&Message::Announced);
@@ -491,9 +487,6 @@ fn immediates_sent_before_the_close_are_heard() {
     rogue.say(&Message::Closed);
     assert_eq!(victim.wait_down(), DownCause::ClosedByPeer);
     let lane = victim.lane;
-    assert_eq!(
-        victim.events[1..3],
-        [Event::Arrived { lane, imm: 11 }, Event::Arrived { lane, imm: 22 }]
-    );
+    assert_eq!(victim.events[1..3], [Event::Arrived { lane, imm: 11 }, Event::Arrived { lane, imm: 22 }]);
     assert_eq!(rogue.hear(&mut victim).0, Message::Closed);
 }

@@ -66,7 +66,8 @@ pub struct ShmOptions {
     /// How many threads share a large copy, the caller of `post` among them; at least one. Each costs a core while it
     /// copies.
     pub copy_threads: usize,
-    /// How many lanes may be open at a time.
+    /// How many lanes may be open at a time. Each takes four file descriptors, and one more for each region that its
+    /// peer has registered.
     pub max_lanes: usize,
     /// How many regions may be registered at a time; at most 4096.
     pub max_regions: usize,
@@ -497,7 +498,7 @@ impl ShmPort {
 
 impl Drop for ShmPort {
     fn drop(&mut self) {
-        // In a forked child there are no copy threads, and waiting for their end would take for ever.
+        // In a forked child there are no copy threads, and what waiting for their end does there is undefined.
         if self.owner != std::process::id()
             && let Ok(none) = CopyThreads::start(self.copier.copier(), 0)
         {

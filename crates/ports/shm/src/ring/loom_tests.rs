@@ -57,17 +57,22 @@ fn bytes_are_readable_when_the_immediate_is_seen() {
 }
 
 #[test]
-fn a_slot_is_written_again_only_after_it_was_read() {
+fn what_was_read_may_be_written_again_once_it_is_released() {
     loom::model(|| {
-        let (mut writer, mut reader, _backing) = ends(1);
+        let (mut writer, mut reader, backing) = ends(1);
         assert_eq!(writer.has_room(), Ok(true));
         writer.push(1);
+        let bytes = backing.clone();
         let sender = thread::spawn(move || {
             if writer.has_room() == Ok(true) {
+                // SAFETY: loom checks that the reader's access is ordered before this one.
+                bytes.bytes.with_mut(|bytes| unsafe { *bytes = 7 });
                 writer.push(2);
             }
         });
         assert_eq!(reader.pop(), Ok(Some(1)));
+        // SAFETY: loom checks that the writer's access is ordered after this one.
+        assert_eq!(backing.bytes.with(|bytes| unsafe { *bytes }), 0);
         reader.release();
         assert!(matches!(reader.pop(), Ok(None | Some(2))));
         sender.join().expect("the sender has sent");
