@@ -100,8 +100,9 @@ mod tests {
         let node = NodeId::new("n").unwrap();
         assert_eq!(history.standing(&node, A), Standing::New);
         history.left(&node, A);
-        history.left(&node, A);
         assert_eq!(history.standing(&node, A), Standing::Latest);
+        history.left(&node, B);
+        // One that comes back and leaves again takes no second place.
         history.left(&node, B);
         assert_eq!(history.standing(&node, A), Standing::Superseded);
         assert_eq!(history.standing(&node, B), Standing::Latest);

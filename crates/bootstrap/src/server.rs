@@ -12,7 +12,7 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
@@ -259,10 +259,9 @@ fn run(
     };
     runtime.block_on(async {
         let address = config.listen;
-        let bound = TcpListener::bind(address).await;
-        let bound = bound.and_then(|listener| listener.local_addr().map(|address| (listener, address)));
-        match bound {
-            Ok((listener, address)) => {
+        let bound = listen(address);
+        match bound.and_then(|listener| Ok((listener.local_addr()?, listener))) {
+            Ok((address, listener)) => {
                 let _ = report.send(Ok(address));
                 tracing::info!(%address, "the bootstrap server listens");
                 let served = serve(listener, config, async { drop(stopped.await) }).await;
@@ -272,6 +271,16 @@ fn run(
             Err(source) => drop(report.send(Err(StartError::Listen { address, source }))),
         }
     });
+}
+
+/// Listens with a long queue: all workers of a deployment start in the same moment, and a connection that finds
+/// the queue full tries again after a second.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // A server that starts again takes its port back from connections that are not quite over.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(ACCEPT_QUEUE)
 }
 
 async fn connection(
@@ -302,4 +311,6 @@ pub const DEFAULT_PORT: u16 = 8997;
 
 /// hyper panics on a smaller buffer; a head is held to its own limit, whichever the buffer has.
 const HYPER_BUFFER_BYTES_MIN: usize = 8192;
+/// The kernel shortens this to its own limit.
+const ACCEPT_QUEUE: u32 = 4096;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

@@ -229,11 +229,32 @@ fn oversized_requests_are_cut() {
     // Heads.
     let long = format!("GET /health HTTP/1.1\r\nHost: t\r\nx: {}\r\n\r\n", "y".repeat(20_000));
     assert_eq!(ask(address, &long).status, 431);
-    let many = format!("GET /health HTTP/1.1\r\nHost: t\r\n{}\r\n", "a: b\r\n".repeat(100));
+    let many = format!("GET /health HTTP/1.1\r\nHost: t\r\n{}\r\n", "a: b\r\n".repeat(64));
     assert_eq!(ask(address, &many).status, 431);
     let url = format!("GET /{} HTTP/1.1\r\nHost: t\r\n\r\n", "u".repeat(70_000));
     assert!(matches!(ask(address, &url).status, 414 | 431));
     assert_eq!(ask(address, &send("GET", "/health", "")).status, 200);
+    let small = Server::start(ServerConfig { head_bytes: 1_000, head_lines: 2, ..anywhere() }).unwrap();
+    let two_lines = |bytes| format!("GET /health HTTP/1.1\r\nHost: t\r\nx: {}\r\n\r\n", "y".repeat(bytes));
+    assert_eq!(ask(small.address(), &two_lines(900)).status, 200);
+    assert_eq!(ask(small.address(), &two_lines(1_000)).status, 431);
+}
+
+#[test]
+fn connections_beyond_the_limit_wait_for_a_place() {
+    let server = Server::start(ServerConfig { connections: 2, waits: 1, ..anywhere() }).unwrap();
+    let mut open: Vec<TcpStream> = (0..2).map(|_| connect(server.address())).collect();
+    for stream in &mut open {
+        stream.write_all(send("GET", "/health", "").as_bytes()).unwrap();
+        assert_eq!(answer(stream).status, 200);
+    }
+    let mut third = connect(server.address());
+    third.write_all(send("GET", "/health", "").as_bytes()).unwrap();
+    third.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    assert_eq!(third.peek(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    open.pop();
+    third.set_read_timeout(Some(SOON)).unwrap();
+    assert_eq!(answer(&mut third).status, 200);
 }
 
 #[test]
@@ -371,6 +392,21 @@ fn a_stopping_server_answers_what_waits_and_leaves_the_rest() {
     assert!(TcpStream::connect(address).is_err(), "nobody listens");
     let again = Server::start(ServerConfig { listen: address, ..anywhere() }).unwrap();
     assert_eq!(ask(again.address(), &send("GET", "/health", "")).status, 200);
+}
+
+#[test]
+fn idle_connections_do_not_hold_up_a_stopping_server() {
+    let server = Server::start(ServerConfig { drain_time: Duration::from_secs(60), ..anywhere() }).unwrap();
+    let fresh = connect(server.address());
+    let mut used = connect(server.address());
+    used.write_all(send("GET", "/health", "").as_bytes()).unwrap();
+    assert_eq!(answer(&mut used).status, 200);
+    let began = Instant::now();
+    server.shutdown();
+    assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
+    for mut stream in [fresh, used] {
+        assert_eq!(until_closed(&mut stream), b"");
+    }
 }
 
 #[test]
