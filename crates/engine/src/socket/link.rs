@@ -170,3 +170,22 @@ fn broken(call: &'static str, errno: Errno) -> LinkCause {
         _ => LinkCause::Broken { call, errno: errno.raw_os_error() },
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use rustix::net::{AddressFamily, SocketType};
+
+    use super::*;
+
+    #[test]
+    fn a_socket_connected_to_itself_has_found_nobody() {
+        let stream = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&stream, &std::net::SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let here = rustix::net::getsockname(&stream).unwrap();
+        rustix::net::connect(&stream, &here).unwrap();
+        let options = SocketOptions::new(std::net::SocketAddr::from(([127, 0, 0, 1], 0)));
+        let link = Link::new(stream, Stage::Connecting, &options);
+        let errno = Errno::CONNREFUSED.raw_os_error();
+        assert_eq!(link.answer(), Answer::Failed { cause: LinkCause::Broken { call: "connect", errno } });
+    }
+}
