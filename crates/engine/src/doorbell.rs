@@ -5,7 +5,7 @@
 //! consistent fence between the two halves on each side makes it impossible that both miss the other.
 //!
 //! The proof is a model check of every interleaving:
-//! `RUSTFLAGS="--cfg loom" cargo test --release -p crossdock-engine --lib doorbell`
+//! `RUSTFLAGS="--cfg loom" cargo test --release -p crossdock-engine --lib loom`
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::AtomicU64 as PlainU64;
@@ -246,7 +246,7 @@ mod tests {
 }
 
 #[cfg(all(test, loom))]
-mod model {
+mod loom_tests {
     use loom::sync::atomic::AtomicUsize;
     use loom::sync::{Arc, Condvar, Mutex};
     use loom::thread;
