@@ -282,3 +282,7 @@ impl fmt::Display for SessionEnd {
         }
     }
 }
+
+impl std::error::Error for SessionEnd {}
+
+impl std::error::Error for End {}

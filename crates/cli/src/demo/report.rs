@@ -1,0 +1,220 @@
+//! What the demo shows: progress while it runs, a table at the end.
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use super::talk::Ended;
+use crate::table::Table;
+
+/// One port's part of the demo.
+pub struct Scene {
+    port: &'static str,
+    /// As many as were to be handed over.
+    pub requests: usize,
+    limit_gb_per_s: f64,
+    delivered: usize,
+    pages: u64,
+    /// Delivered bytes.
+    pub bytes: u64,
+    /// When each delivered hand-over began and ended.
+    spans_ns: Vec<(u64, u64)>,
+    /// Ends other than delivery, by side and reason.
+    others: BTreeMap<String, usize>,
+    stale: u64,
+    /// What did not come home.
+    pub leaks: u64,
+    /// What went wrong, in words.
+    pub troubles: Vec<String>,
+    cut_short: bool,
+}
+
+impl Scene {
+    pub fn new(port: &'static str, requests: usize, limit_gb_per_s: f64) -> Self {
+        Self {
+            port,
+            requests,
+            limit_gb_per_s,
+            delivered: 0,
+            pages: 0,
+            bytes: 0,
+            spans_ns: Vec::new(),
+            others: BTreeMap::new(),
+            stale: 0,
+            leaks: 0,
+            troubles: Vec::new(),
+            cut_short: false,
+        }
+    }
+
+    /// No more requests than these are begun, for want of time.
+    pub fn cut_short(&mut self, begun: usize) {
+        self.requests = begun;
+        self.cut_short = true;
+    }
+
+    pub fn decode_ended(&mut self, ended: Ended) {
+        if !ended.delivered {
+            return self.other("decode", &ended.how);
+        }
+        self.delivered += 1;
+        self.pages += ended.pages;
+        self.bytes += ended.bytes;
+        self.spans_ns.push((ended.begin_ns, ended.end_ns));
+        if !ended.right {
+            self.troubles.push(format!("{}: room {} arrived with wrong bytes", self.port, ended.room));
+        }
+    }
+
+    pub fn prefill_ended(&mut self, ended: Ended) {
+        if !ended.delivered {
+            self.other("prefill", &ended.how);
+        }
+    }
+
+    fn other(&mut self, side: &str, how: &str) {
+        *self.others.entry(format!("{side}: {how}")).or_default() += 1;
+    }
+
+    pub fn bye(&mut self, name: &str, pages: u64, rooms: u64, grants: u64, stale: u64) {
+        self.leaks += pages + rooms + grants;
+        self.stale += stale;
+        if pages + rooms + grants > 0 {
+            let what = format!("{pages} pages, {rooms} rooms and {grants} grants did not come home");
+            self.troubles.push(format!("{}, {name}: {what}", self.port));
+        }
+    }
+
+    /// Rooms that have ended on the decode side.
+    pub fn ended(&self) -> usize {
+        self.delivered
+            + self.others.iter().filter(|(how, _)| how.starts_with("decode")).map(|(_, n)| n).sum::<usize>()
+    }
+
+    pub fn is_whole(&self) -> bool {
+        self.troubles.is_empty() && self.delivered == self.requests
+    }
+
+    /// Time in which at least one hand-over was under way.
+    fn busy_s(&self) -> f64 {
+        let mut spans = self.spans_ns.clone();
+        spans.sort_unstable();
+        let mut busy_ns = 0;
+        let mut covered_ns = 0;
+        for (begin, end) in spans {
+            let begin = begin.max(covered_ns);
+            if end > begin {
+                busy_ns += end - begin;
+                covered_ns = end;
+            }
+        }
+        busy_ns as f64 / 1e9
+    }
+
+    fn percentile_ms(&self, share: f64) -> f64 {
+        let mut took: Vec<u64> =
+            self.spans_ns.iter().map(|(begin, end)| end.saturating_sub(*begin)).collect();
+        took.sort_unstable();
+        let at = (share * took.len().saturating_sub(1) as f64).round() as usize;
+        took.get(at).map_or(0.0, |&ns| ns as f64 / 1e6)
+    }
+}
+
+/// The table at the end.
+pub fn table(scenes: &[Scene]) -> String {
+    let mut table = Table::new(&[
+        "port",
+        "requests",
+        "delivered",
+        "pages",
+        "GB",
+        "GB/s",
+        "p50 ms",
+        "p99 ms",
+        "limit GB/s",
+        "share",
+    ]);
+    for scene in scenes {
+        let gb = scene.bytes as f64 / 1e9;
+        let rate = if scene.spans_ns.is_empty() { 0.0 } else { gb / scene.busy_s() };
+        let share = if scene.limit_gb_per_s > 0.0 { rate / scene.limit_gb_per_s } else { 0.0 };
+        table.row(vec![
+            scene.port.to_owned(),
+            scene.requests.to_string(),
+            scene.delivered.to_string(),
+            scene.pages.to_string(),
+            format!("{gb:.2}"),
+            format!("{rate:.2}"),
+            format!("{:.2}", scene.percentile_ms(0.5)),
+            format!("{:.2}", scene.percentile_ms(0.99)),
+            format!("{:.2}", scene.limit_gb_per_s),
+            format!("{:.0} %", share * 100.0),
+        ]);
+    }
+    let mut text = table.to_string();
+    text.push_str(
+        "\nA page: 64 tokens in 61 layers. GB/s: while hand-overs were under way, with filling and checking of other requests\n\
+         beside them. Limit: one thread's scattered copy (shm), one plain stream (tcp), measured alone before the scene.\n",
+    );
+    for scene in scenes {
+        if scene.cut_short {
+            text.push_str(&format!(
+                "{}: cut short at {} requests for want of time\n",
+                scene.port, scene.requests
+            ));
+        }
+        for (how, times) in &scene.others {
+            text.push_str(&format!("{}: {times} × {how}\n", scene.port));
+        }
+        if scene.stale > 0 {
+            text.push_str(&format!("{}: {} late immediates were not counted\n", scene.port, scene.stale));
+        }
+    }
+    text
+}
+
+/// One line that changes while a scene runs; a line now and then where nobody watches a terminal.
+pub struct Progress {
+    port: &'static str,
+    requests: usize,
+    begin: Instant,
+    shown: Instant,
+    every: Duration,
+}
+
+impl Progress {
+    pub fn new(port: &'static str, requests: usize) -> Self {
+        let every = match std::io::stderr().is_terminal() {
+            true => Duration::from_millis(100),
+            false => Duration::from_secs(2),
+        };
+        let now = Instant::now();
+        Self { port, requests, begin: now, shown: now, every }
+    }
+
+    pub fn show(&mut self, ended: usize, bytes: u64) {
+        if self.shown.elapsed() < self.every {
+            return;
+        }
+        self.shown = Instant::now();
+        let line = format!(
+            "{}: {ended} of {} requests, {:.2} GB, {:.0} s",
+            self.port,
+            self.requests,
+            bytes as f64 / 1e9,
+            self.begin.elapsed().as_secs_f64()
+        );
+        let mut out = std::io::stderr();
+        let _ = match out.is_terminal() {
+            true => write!(out, "\r{line}   "),
+            false => writeln!(out, "{line}"),
+        };
+    }
+
+    pub fn end(&self) {
+        let mut out = std::io::stderr();
+        if out.is_terminal() {
+            let _ = write!(out, "\r{:60}\r", "");
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! What the demo's parent and its workers say to each other, one JSON object a line.
+
+use serde::{Deserialize, Serialize};
+
+/// From the parent.
+#[derive(Serialize, Deserialize, Debug)]
+#[serde(rename_all = "snake_case")]
+pub enum Tell {
+    /// Hand this request over.
+    Go { room: u64, tokens: u32 },
+    /// End what is open, then leave.
+    End,
+}
+
+/// From a worker.
+#[derive(Serialize, Deserialize, Debug)]
+#[serde(rename_all = "snake_case")]
+pub enum Said {
+    /// The worker is registered, and has found its peer if it looks for one.
+    Ready { address: String },
+    /// A room has ended on this side.
+    Ended(Ended),
+    /// What the worker still holds at its end; each should be 0, stale immediates apart.
+    Bye { pages: u64, rooms: u64, grants: u64, stale: u64 },
+}
+
+/// How a room ended on one side.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Ended {
+    pub room: u64,
+    pub delivered: bool,
+    /// In words, with peer and reason.
+    pub how: String,
+    pub pages: u64,
+    pub bytes: u64,
+    /// When the prefill side began to send and when the decode side had it all, on the host's monotonic clock.
+    pub begin_ns: u64,
+    pub end_ns: u64,
+    /// Whether every byte was what it should be.
+    pub right: bool,
+}

@@ -1,0 +1,252 @@
+//! The demo's workers: a prefill process and a decode process.
+
+use std::error::Error;
+use std::io::{BufRead, Write};
+use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use crossdock::{
+    CacheLayout, Config, Handle, Memory, Node, PagePool, PageSet, Peer, PortConfig, ReceiveRequest,
+    SendRequest, ShmOptions, now_ns,
+};
+use crossdock_bootstrap::{
+    Address, Client, ClientConfig, Incarnation, Labels, NodeId, Query, Rank, Registration, Role,
+};
+
+use super::content::Content;
+use super::talk::{Ended, Said, Tell};
+use super::{PAGE_TOKENS, PortName};
+
+#[derive(Args)]
+pub struct WorkerOptions {
+    #[arg(long)]
+    role: RoleName,
+    #[arg(long)]
+    port: PortName,
+    #[arg(long)]
+    registry: String,
+    #[arg(long)]
+    pages: u32,
+    #[arg(long)]
+    deadline_s: u64,
+    #[arg(long)]
+    in_flight: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum RoleName {
+    Prefill,
+    Decode,
+}
+
+/// What each of the worker's threads works with.
+#[derive(Clone)]
+struct Bench {
+    handle: Handle,
+    layout: CacheLayout,
+    memory: Memory,
+    pool: PagePool,
+    peer: Option<Peer>,
+    deadline: Duration,
+}
+
+pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
+    let layout = CacheLayout::deepseek_r1(PAGE_TOKENS, options.pages)?;
+    let (memory, pool) = crossdock::allocate(&layout)?;
+    let name = match options.role {
+        RoleName::Prefill => "prefill-0",
+        RoleName::Decode => "decode-0",
+    };
+    let mut config = Config::new(name, layout.clone(), memory.clone());
+    config.ports = vec![match options.port {
+        PortName::Shm => PortConfig::Shm(ShmOptions::default()),
+        PortName::Tcp => PortConfig::Tcp(None),
+    }];
+    let node = Node::open(config)?;
+    let client = Client::new(ClientConfig::to(&options.registry))?;
+    let role = match options.role {
+        RoleName::Prefill => Role::Prefill,
+        RoleName::Decode => Role::Decode,
+    };
+    let registration = Registration::start(
+        client.clone(),
+        crossdock_bootstrap::Worker {
+            node: NodeId::new(name)?,
+            incarnation: Incarnation::new(node.identity().incarnation),
+            role,
+            rank: Rank::new(0, 1)?,
+            address: Address::new(node.address().parse()?)?,
+            ttl_ms: 3_000,
+            labels: Labels::none().with("port", options.port.name())?,
+        },
+    )?;
+    registration.wait(Duration::from_secs(10))?;
+    let peer = match options.role {
+        RoleName::Prefill => None,
+        RoleName::Decode => {
+            let query = Query::all().role(Role::Prefill).label("port", options.port.name())?;
+            let found = client.wait_for(&query, 1, Duration::from_secs(20))?;
+            let address = found[0].worker.address.socket().to_string();
+            let (peer, mut up) = node.handle().connect(address)?;
+            up.wait_until(Instant::now() + Duration::from_secs(20))??;
+            Some(peer)
+        }
+    };
+    say(&Said::Ready { address: node.address().to_owned() });
+    let bench = Bench {
+        handle: node.handle().clone(),
+        layout,
+        memory: memory[0].clone(),
+        pool: pool.clone(),
+        peer,
+        deadline: Duration::from_secs(options.deadline_s),
+    };
+    serve(options, &bench)?;
+    say(&farewell(&bench));
+    drop(node);
+    // The registry may be gone by now; what it still lists ends with its time to live.
+    let _ = registration.deregister();
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Works on what the parent tells, on as many threads as requests are under way, until it tells the end or is gone.
+fn serve(options: &WorkerOptions, bench: &Bench) -> Result<(), Box<dyn Error>> {
+    let (orders, taken) = sync_channel::<(u64, u32)>(4096);
+    let taken = Arc::new(Mutex::new(taken));
+    let role = options.role;
+    let threads = (0..options.in_flight)
+        .map(|_| {
+            let (bench, taken) = (bench.clone(), taken.clone());
+            std::thread::Builder::new().name("request".into()).spawn(move || {
+                while let Some((room, tokens)) = next(&taken) {
+                    let ended = match role {
+                        RoleName::Prefill => bench.prefill(room, tokens),
+                        RoleName::Decode => bench.decode(room, tokens),
+                    };
+                    say(&Said::Ended(ended.unwrap_or_else(|error| failed(room, &error.to_string()))));
+                }
+            })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    for line in std::io::stdin().lock().lines() {
+        match serde_json::from_str(&line?) {
+            Ok(Tell::Go { room, tokens }) => orders.send((room, tokens))?,
+            Ok(Tell::End) => break,
+            Err(error) => return Err(format!("the parent cannot be understood: {error}").into()),
+        }
+    }
+    drop(orders);
+    for thread in threads {
+        thread.join().map_err(|_| "a request's thread panicked")?;
+    }
+    Ok(())
+}
+
+fn next(orders: &Mutex<Receiver<(u64, u32)>>) -> Option<(u64, u32)> {
+    orders.lock().ok()?.recv().ok()
+}
+
+impl Bench {
+    fn prefill(&self, room: u64, tokens: u32) -> Result<Ended, Box<dyn Error>> {
+        let until = Instant::now() + self.deadline;
+        let pages = self.take(tokens, until)?;
+        let ids = pages.ids().to_vec();
+        let content = Content { layout: &self.layout, memory: &self.memory, room, tokens };
+        self.layout.layers().for_each(|layer| content.fill(layer, &ids));
+        let begin_ns = now_ns();
+        let pages = pages.share();
+        let deadline = until.saturating_duration_since(Instant::now());
+        let mut sending = self.handle.open(SendRequest { room, use_count: 0, tokens, pages, deadline })?;
+        sending.send_layers(self.layout.layers())?;
+        sending.finish(begin_ns.to_le_bytes().to_vec())?;
+        let ended = sending.end.wait_until(until + GRACE)?;
+        Ok(Ended {
+            room,
+            delivered: ended.is_delivered(),
+            how: ended.to_string(),
+            pages: ids.len() as u64,
+            bytes: u64::from(tokens) * self.layout.token_bytes() * self.layout.layers().len() as u64,
+            begin_ns,
+            end_ns: now_ns(),
+            right: true,
+        })
+    }
+
+    fn decode(&self, room: u64, tokens: u32) -> Result<Ended, Box<dyn Error>> {
+        let until = Instant::now() + self.deadline;
+        let pages = self.take(tokens, until)?;
+        let ids = pages.ids().to_vec();
+        let deadline = until.saturating_duration_since(Instant::now());
+        let peer = self.peer.ok_or("a prefill worker does not decode")?;
+        let request = ReceiveRequest { peer, room, use_count: 0, tokens, skip_tokens: 0, pages, deadline };
+        let mut receiving = self.handle.receive(request)?;
+        let received = receiving.end.wait_until(until + GRACE)?;
+        let end_ns = now_ns();
+        let delivered = received.ended.is_delivered();
+        let mut right = true;
+        let mut begin_ns = end_ns;
+        if delivered {
+            let home = receiving.pages.wait_until(Instant::now() + GRACE)?;
+            let content = Content { layout: &self.layout, memory: &self.memory, room, tokens };
+            right = self.layout.layers().all(|layer| content.is_right(layer, home.ids()));
+            begin_ns = received.aux.try_into().map_or(end_ns, u64::from_le_bytes);
+        }
+        Ok(Ended {
+            room,
+            delivered,
+            how: received.ended.to_string(),
+            pages: ids.len() as u64,
+            bytes: u64::from(tokens) * self.layout.token_bytes() * self.layout.layers().len() as u64,
+            begin_ns,
+            end_ns,
+            right,
+        })
+    }
+
+    /// Takes pages, waiting for other requests to give some back.
+    fn take(&self, tokens: u32, until: Instant) -> Result<PageSet, Box<dyn Error>> {
+        let pages = self.layout.pages_for(tokens);
+        loop {
+            match self.pool.take(pages) {
+                Ok(set) => return Ok(set),
+                Err(error) if Instant::now() >= until => return Err(error.into()),
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+}
+
+/// How much longer than a room's deadline its end may take to be told.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// What is still held, once what is on its way home has had the time to come.
+fn farewell(bench: &Bench) -> Said {
+    let until = Instant::now() + GRACE;
+    loop {
+        let pool = bench.pool.stats();
+        let pages = u64::from(pool.pages - pool.free);
+        let stats = bench.handle.stats().ok().and_then(|mut told| told.wait_until(until).ok());
+        let (rooms, grants, stale) = stats.map_or((0, 0, 0), |stats| {
+            (stats.rooms as u64, stats.grants as u64, stats.counters.stale_arrivals)
+        });
+        if pages + rooms + grants == 0 || Instant::now() >= until {
+            return Said::Bye { pages, rooms, grants, stale };
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn failed(room: u64, how: &str) -> Ended {
+    let how = how.to_owned();
+    Ended { room, delivered: false, how, pages: 0, bytes: 0, begin_ns: 0, end_ns: 0, right: true }
+}
+
+fn say(what: &Said) {
+    if let Ok(line) = serde_json::to_string(what) {
+        // A parent that is gone ends this process by the end of its input.
+        let _ = writeln!(std::io::stdout(), "{line}");
+    }
+}

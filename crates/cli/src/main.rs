@@ -1,0 +1,54 @@
+//! The crossdock program.
+#![forbid(unsafe_code)]
+
+mod bootstrap;
+mod demo;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "crossdock", version, about = "Moves KV-cache pages from prefill to decode workers")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Hands requests from a prefill process to a decode process, checks every byte, and shows a table
+    Demo(demo::Options),
+    /// Runs the registry that tells where the workers are
+    Bootstrap(bootstrap::Options),
+    /// One of the demo's processes; started by `demo`
+    #[command(hide = true)]
+    DemoWorker(demo::WorkerOptions),
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("CROSSDOCK_LOG").unwrap_or_else(|_| "error".into()),
+        )
+        .init();
+    let done = match Cli::parse().command {
+        Command::Demo(options) => demo::run(&options),
+        Command::Bootstrap(options) => bootstrap::run(&options),
+        Command::DemoWorker(options) => demo::work(&options),
+    };
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("crossdock: {error}");
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                eprintln!("  because: {error}");
+                cause = error.source();
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
