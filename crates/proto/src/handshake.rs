@@ -11,12 +11,13 @@
 
 use std::collections::BTreeSet;
 
+use crate::action::{Action, PulsePlan};
 use crate::auth::{Side, same};
 use crate::config::Rail;
 use crate::end::{SessionEnd, Who};
 use crate::lanes::{Slot, SlotState};
 use crate::message::{About, Identity, MAX_LANES, Message, RailOffer, Refusal, VERSION_MAX, VERSION_MIN};
-use crate::proto::{Action, LinkId, Proto, PulsePlan, SessionId, TargetId, Timer};
+use crate::proto::{LinkId, Proto, SessionId, TargetId, Timer};
 use crate::session::{Phase, Session};
 use crate::targets::TargetState;
 

@@ -2,9 +2,10 @@
 
 use crossdock_transport::{DownCause, Error, LaneAddress};
 
+use crate::action::Action;
 use crate::end::SessionEnd;
 use crate::message::Message;
-use crate::proto::{Action, Proto, SessionId};
+use crate::proto::{Proto, SessionId};
 use crate::session::Phase;
 
 pub(crate) struct Slot {

@@ -8,22 +8,29 @@
 //! any more**, and every room ends exactly once on each running side.
 #![forbid(unsafe_code)]
 
+mod action;
 mod auth;
 mod config;
 mod end;
+mod fetching;
 mod fingerprint;
 mod grants;
 mod handshake;
 mod lanes;
 mod message;
+mod notice;
+mod parked;
 mod proto;
-mod pull;
-mod push;
+mod receiving;
 mod room;
+mod rooms;
+mod sending;
+mod serving;
 mod session;
 mod targets;
 mod wire;
 
+pub use action::{Action, PulsePlan};
 pub use auth::Auth;
 pub use config::{Config, Rail, Region};
 pub use end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
@@ -32,8 +39,7 @@ pub use message::{
     About, CancelWhy, Identity, MAX_LANES, Message, RailOffer, Refusal, RegionOffer, Released, RoomName,
     RoomOnWire, VERSION_MAX, VERSION_MIN,
 };
-pub use proto::{
-    Action, Counters, LinkId, Notice, PeerName, Proto, PulsePlan, RoomId, SessionId, Start, TargetId,
-};
+pub use notice::{Notice, Start};
+pub use proto::{Counters, LinkId, PeerName, Proto, RoomId, SessionId, TargetId};
 pub use room::{Buffers, Fetch, Receive, RoomBuffer, RoomError, Send, Serve};
 pub use wire::DecodeError;

@@ -5,12 +5,14 @@ use std::sync::Arc;
 
 use crossdock_transport::{DownCause, Error, GrantId, LaneAddress};
 
+use crate::action::Action;
 use crate::auth::{SessionKey, Side};
 use crate::end::{End, SessionEnd, Stage, Who};
 use crate::handshake::Link;
 use crate::lanes::{Slot, SlotState};
 use crate::message::{CancelWhy, Identity, Message, Refusal, RegionOffer, Released};
-use crate::proto::{Action, LinkId, Notice, Proto, RoomId, SessionId, TargetId, Timer};
+use crate::notice::Notice;
+use crate::proto::{LinkId, Proto, RoomId, SessionId, TargetId, Timer};
 use crate::room::{Moving, Role, RoleKind};
 use crate::targets::TargetState;
 

@@ -1,9 +1,11 @@
 //! Targets: addresses that are dialed, and dialed again when the session is lost.
 
+use crate::action::Action;
 use crate::end::{End, RoomRefusal, SessionEnd, Who};
 use crate::handshake::Link;
 use crate::message::{Identity, Refusal};
-use crate::proto::{Action, LinkId, Notice, PeerName, Proto, SessionId, TargetId, Timer};
+use crate::notice::Notice;
+use crate::proto::{LinkId, PeerName, Proto, SessionId, TargetId, Timer};
 
 /// An address that is dialed.
 pub(crate) struct Target {

@@ -1,0 +1,99 @@
+//! What the protocol tells its user.
+
+use std::sync::Arc;
+
+use crossdock_memory::PageSet;
+use crossdock_transport::{Direction, GrantId};
+
+use crate::end::{End, SessionEnd};
+use crate::message::Identity;
+use crate::proto::{RoomId, SessionId, TargetId};
+
+/// What the user of the protocol hears.
+#[derive(Debug)]
+pub enum Notice {
+    /// Rooms with this peer can move now.
+    SessionUp {
+        /// Which session.
+        session: SessionId,
+        /// The target that was dialed, if this side dialed.
+        target: Option<TargetId>,
+        /// Who.
+        peer: Identity,
+        /// The peer's name for people.
+        name: Arc<str>,
+        /// The transport of its lanes.
+        port: &'static str,
+        /// What the peer says about its cache.
+        app: Arc<[u8]>,
+    },
+    /// A session ended, or never came about.
+    SessionDown {
+        /// Which session; `None` if it ended before it had a number.
+        session: Option<SessionId>,
+        /// The target that was dialed, if this side dialed.
+        target: Option<TargetId>,
+        /// Why.
+        cause: SessionEnd,
+    },
+    /// Begin to move a room's bytes, from the first one, also if some have been moved before.
+    Start(Start),
+    /// A peer wants to read a room's pages. Answer with [`Proto::offer`], or end the room.
+    Wanted {
+        /// Which room.
+        room: RoomId,
+        /// From which session's peer.
+        session: SessionId,
+        /// What the reader told.
+        params: Vec<u8>,
+    },
+    /// Forget how far a room has come; it has ended, or starts again later.
+    Stop {
+        /// Which room.
+        room: RoomId,
+    },
+    /// All bytes of a room are here. Answer with [`Proto::accept`] or [`Proto::reject`].
+    Landed {
+        /// Which room.
+        room: RoomId,
+        /// What the other side sent with the end (push) or the beginning (pull).
+        aux: Vec<u8>,
+    },
+    /// The room has ended on this side. Said once.
+    Ended {
+        /// Which room.
+        room: RoomId,
+        /// How.
+        end: End,
+        /// The peer's name, if there was one.
+        peer: Option<Arc<str>>,
+        /// The transport between the two.
+        port: Option<&'static str>,
+    },
+    /// The decode side's pages are free of every writer. Said once, with or after [`Notice::Ended`].
+    Home {
+        /// Which room.
+        room: RoomId,
+        /// The pages.
+        pages: PageSet,
+    },
+}
+
+/// What it takes to move a room's bytes.
+#[derive(Clone, Debug)]
+pub struct Start {
+    /// Which room.
+    pub room: RoomId,
+    /// With which session.
+    pub session: SessionId,
+    /// Write to the peer or read from it.
+    pub direction: Direction,
+    /// Under which grant.
+    pub grant: GrantId,
+    /// How often the room was started before.
+    pub attempt: u32,
+    /// The peer's pages.
+    pub remote_pages: Arc<[u32]>,
+    /// What the peer told with them.
+    pub params: Arc<[u8]>,
+}

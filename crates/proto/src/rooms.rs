@@ -1,0 +1,218 @@
+//! What all four ends of rooms have in common: how they begin, end, and give back what they held.
+
+use std::sync::Arc;
+
+use crossdock_transport::{Access, Fence, GrantId};
+
+use crate::action::Action;
+use crate::end::{End, Failure, Stage, Who};
+use crate::grants::Given;
+use crate::message::{CancelWhy, Message, Released, RoomOnWire};
+use crate::notice::Notice;
+use crate::proto::{Proto, RoomId, SessionId, Timer};
+use crate::room::{Moving, RoleKind, Room, RoomError};
+
+impl Proto {
+    /// Adds a room and arms its deadline.
+    pub(crate) fn add_room(&mut self, room: Room) -> Result<RoomId, RoomError> {
+        self.next_room += 1;
+        let id = RoomId(self.next_room);
+        self.arm(room.deadline_ns, Timer::Room(id));
+        self.rooms.insert(id, room);
+        Ok(id)
+    }
+
+    pub(crate) fn has_room_for_more(&self) -> Result<(), RoomError> {
+        match self.rooms.len() < self.config.max_rooms as usize {
+            true => Ok(()),
+            false => Err(RoomError::Limit { limit: self.config.max_rooms }),
+        }
+    }
+
+    pub(crate) fn move_deadline(&mut self, room: RoomId, deadline_ns: u64) {
+        if let Some(r) = self.rooms.get_mut(&room) {
+            let before = std::mem::replace(&mut r.deadline_ns, deadline_ns);
+            self.disarm(before, Timer::Room(room));
+            self.arm(deadline_ns, Timer::Room(room));
+        }
+    }
+
+    /// What is left of a room's time, for the peer.
+    pub(crate) fn duration_ns(&self, room: &Room) -> u64 {
+        room.deadline_ns.saturating_sub(self.now_ns)
+    }
+
+    pub(crate) fn room_overdue(&mut self, room: RoomId) {
+        let Some(r) = self.rooms.get(&room) else { return };
+        let end = End::Expired { by: Who::Here, stage: r.stage };
+        self.end_room(room, end, Some(CancelWhy::Expired));
+    }
+
+    /// Ends a room on this side, once. `why` is told to the peer; `None` where the peer knows.
+    pub(crate) fn end_room(&mut self, id: RoomId, end: End, why: Option<CancelWhy>) {
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        if room.end.is_some() {
+            return;
+        }
+        room.end = Some(end.clone());
+        let (name, kind, session, deadline) = (room.name, room.role.kind(), room.session, room.deadline_ns);
+        let must_stop = room.moving == Moving::Yes;
+        if must_stop {
+            room.moving = Moving::Stopping;
+        }
+        self.disarm(deadline, Timer::Room(id));
+        match end {
+            End::Delivered => self.counters.delivered += 1,
+            _ => self.counters.undelivered += 1,
+        }
+        self.waiting.remove(&id);
+        match session {
+            Some(session) => {
+                self.bound.remove(&(session, kind, name));
+            }
+            None => {
+                self.open.remove(&(kind, name));
+            }
+        }
+        if !kind.is_decode() {
+            self.remember_ended(kind, name, why.unwrap_or(CancelWhy::Cancelled));
+        }
+        if must_stop {
+            self.act(Action::StopTransfer { room: id });
+        }
+        self.tell(Notice::Stop { room: id });
+        if let (Some(session), Some(why)) = (session, why) {
+            let room = RoomOnWire { name, from_decode: kind.is_decode() };
+            self.send(session, &Message::Cancel { room, why });
+        }
+        let with = session.and_then(|session| self.sessions.get(&session));
+        let (peer, port) = (with.map(|s| s.name.clone()), with.map(|s| s.port));
+        self.tell(Notice::Ended { room: id, end, peer, port });
+        match kind {
+            RoleKind::Receiving => self.receiving_ended(id),
+            RoleKind::Sending => self.sending_ended(id),
+            RoleKind::Fetching => self.fetching_ended(id),
+            RoleKind::Serving => self.serving_ended(id),
+        }
+    }
+
+    /// Revokes the grants of an ended room that are still alive at the ports.
+    pub(crate) fn revoke_all(&mut self, grants: &[GrantId]) {
+        for &grant in grants {
+            if let Some(given) = self.grants.find(grant)
+                && given.fence.is_none()
+            {
+                let session = given.session;
+                self.act(Action::Revoke { session, grant });
+            }
+        }
+    }
+
+    /// Whether no access can land any more under a grant.
+    pub(crate) fn is_quiet(&self, given: &Given) -> bool {
+        let Some(session) = self.sessions.get(&given.session) else {
+            return true;
+        };
+        if given.released.is_some_and(|mask| session.down_mask() & mask == mask & session.slot_mask()) {
+            return true;
+        }
+        match (given.access, given.fence) {
+            (_, None) => false,
+            (Access::Write, Some(Fence::Now)) => true,
+            (_, Some(Fence::Never)) => session.is_proven_dead(),
+            (_, Some(Fence::WhenDown)) | (Access::Read, Some(Fence::Now)) => session.all_down(),
+        }
+    }
+
+    /// Whether no immediate can come any more under a grant.
+    pub(crate) fn is_index_free(&self, given: &Given) -> bool {
+        let Some(session) = self.sessions.get(&given.session) else {
+            return true;
+        };
+        let released =
+            given.released.is_some_and(|mask| session.down_mask() & mask == mask & session.slot_mask());
+        given.fence.is_some() && (released || session.all_down())
+    }
+
+    /// Frees the indices of a room's quiescent grants; true if none is left.
+    pub(crate) fn free_quiescent(&mut self, grants: &mut Vec<GrantId>) -> bool {
+        grants.retain(|&grant| {
+            let Some(given) = self.grants.find(grant).copied() else {
+                return false;
+            };
+            let free = self.is_index_free(&given);
+            if free {
+                self.grants.free(grant);
+                if let Some(session) = self.sessions.get_mut(&given.session) {
+                    session.grants -= 1;
+                }
+            }
+            !free
+        });
+        grants.is_empty()
+    }
+
+    pub(crate) fn give(&mut self, room: RoomId, session: SessionId, access: Access) -> Option<GrantId> {
+        let grant = self.grants.give(room, session, access)?;
+        if let Some(session) = self.sessions.get_mut(&session) {
+            session.grants += 1;
+        }
+        Some(grant)
+    }
+
+    /// Looks again at an ended (or landing) room after something about its grants, lanes or ops has changed.
+    pub(crate) fn settle(&mut self, id: RoomId) {
+        let Some(kind) = self.rooms.get(&id).map(|room| room.role.kind()) else { return };
+        match kind {
+            RoleKind::Receiving => self.settle_receiving(id),
+            RoleKind::Sending => self.settle_sending(id),
+            RoleKind::Fetching => self.settle_fetching(id),
+            RoleKind::Serving => self.settle_serving(id),
+        }
+    }
+
+    /// Drops a room that is over in every respect.
+    pub(crate) fn drop_room(&mut self, id: RoomId) {
+        if let Some(room) = self.rooms.remove(&id)
+            && let Some(session) = room.session
+        {
+            if let Some(s) = self.sessions.get_mut(&session) {
+                s.rooms.remove(&id);
+            }
+            self.reap(session);
+        }
+    }
+
+    pub(crate) fn room_end_from(why: CancelWhy, stage: Stage) -> End {
+        let by = Who::Peer;
+        match why {
+            CancelWhy::Cancelled => End::Cancelled { by },
+            CancelWhy::Expired => End::Expired { by, stage },
+            CancelWhy::Busy => End::Refused { by, why: crate::RoomRefusal::Busy },
+            CancelWhy::Mismatch => End::Refused { by, why: crate::RoomRefusal::Mismatch },
+            CancelWhy::Failed => End::Failed { by, stage, cause: Failure::AtPeer },
+            CancelWhy::Corrupt => End::Failed { by, stage: Stage::Verify, cause: Failure::Checksum },
+        }
+    }
+
+    pub(crate) fn release(
+        &mut self,
+        session: SessionId,
+        grants: &[GrantId],
+        down_lanes: u16,
+        delivered: bool,
+    ) {
+        if !grants.is_empty() {
+            let released = grants.iter().map(|&grant| Released { grant, down_lanes }).collect();
+            self.send(session, &Message::Release { released, delivered });
+        }
+    }
+
+    pub(crate) fn peer_name_of(&self, id: RoomId) -> Arc<str> {
+        let session = self.rooms.get(&id).and_then(|room| room.session);
+        match session.and_then(|session| self.sessions.get(&session)) {
+            Some(session) => session.name.clone(),
+            None => "no peer".into(),
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! The prefill end of a push: see [`receiving`](crate::receiving).
+
+use std::sync::Arc;
+
+use crossdock_transport::{Access, Direction, GrantId};
+
+use crate::action::Action;
+use crate::end::{End, SessionEnd, Stage};
+use crate::message::{Message, RoomName};
+use crate::notice::{Notice, Start};
+use crate::proto::{Parked, Proto, RoomId, SessionId};
+use crate::room::{Moving, Role, RoleKind, Room, RoomError, Send, Sending};
+
+impl Proto {
+    /// Opens the prefill end of a push: waits for the decode side's grant, which may be here already.
+    pub fn send_room(&mut self, now_ns: u64, send: Send) -> Result<RoomId, RoomError> {
+        self.now_ns = now_ns;
+        self.check_prefill(send.room, RoleKind::Sending)?;
+        let id = self.add_room(Room {
+            name: send.room,
+            peer: None,
+            session: None,
+            deadline_ns: send.deadline_ns,
+            end: None,
+            stage: Stage::Grant,
+            moving: Moving::No,
+            role: Role::Sending(Sending {
+                pages: Some(send.pages),
+                attempt: 0,
+                grant: None,
+                owed: Vec::new(),
+                needs_regrant: false,
+                regrant: None,
+                remote_pages: Arc::new([]),
+                params: Arc::new([]),
+                down_lanes: 0,
+            }),
+        })?;
+        self.open.insert((RoleKind::Sending, send.room), id);
+        self.take_parked(RoleKind::Sending, send.room);
+        Ok(id)
+    }
+
+    /// All ops of a sending room's attempt have been posted, with this many immediates on each lane.
+    pub fn finish(&mut self, now_ns: u64, room: RoomId, arrivals: &[u32], aux: Vec<u8>) {
+        self.now_ns = now_ns;
+        let Some(r) = self.rooms.get_mut(&room) else { return };
+        let (Role::Sending(s), None, Some(session)) = (&r.role, &r.end, r.session) else { return };
+        // What was posted on a lane that went down is sent again under the next attempt; that one is finished.
+        if s.needs_regrant || s.regrant.is_some() || r.stage != Stage::Transfer {
+            return;
+        }
+        r.stage = Stage::Confirm;
+        let message = Message::Finish { room: r.name, attempt: s.attempt, arrivals: arrivals.to_vec(), aux };
+        self.send(session, &message);
+    }
+
+    /// A decode side grants us its pages (push), or a prefill side offers us its own (pull).
+    pub(crate) fn on_grant(&mut self, session: SessionId, message: Message) {
+        let Message::Grant { room: name, access, attempt, grant, duration_ns, params, pages } = message
+        else {
+            return;
+        };
+        if access == Access::Read {
+            return self.on_offer(session, name, grant, params, pages);
+        }
+        let Some(id) = self.open.remove(&(RoleKind::Sending, name)) else {
+            let message = Message::Grant { room: name, access, attempt, grant, duration_ns, params, pages };
+            return self.park(RoleKind::Sending, name, session, message);
+        };
+        // The writer stops earlier than the granter by the largest round trip, so that it does not start what
+        // the granter's clock will not let it end.
+        let rtt_ns = self.sessions.get(&session).map_or(0, |s| s.rtt_max_ns).min(duration_ns / 4);
+        let latest_ns = self.now_ns.saturating_add(duration_ns - rtt_ns);
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let deadline_ns = room.deadline_ns.min(latest_ns);
+        room.session = Some(session);
+        let Role::Sending(s) = &mut room.role else { return };
+        s.attempt = attempt;
+        s.remote_pages = pages.into();
+        s.params = params.into();
+        self.bound.insert((session, RoleKind::Sending, name), id);
+        if let Some(s) = self.sessions.get_mut(&session) {
+            s.rooms.insert(id);
+        }
+        self.move_deadline(id, deadline_ns);
+        self.start_sending(id, grant);
+    }
+
+    fn start_sending(&mut self, id: RoomId, grant: GrantId) {
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let (Role::Sending(s), Some(session)) = (&mut room.role, room.session) else { return };
+        s.grant = Some(grant);
+        s.needs_regrant = false;
+        room.stage = Stage::Transfer;
+        room.moving = Moving::Yes;
+        let start = Start {
+            room: id,
+            session,
+            direction: Direction::Write,
+            grant,
+            attempt: s.attempt,
+            remote_pages: s.remote_pages.clone(),
+            params: s.params.clone(),
+        };
+        self.tell(Notice::Start(start));
+    }
+
+    pub(crate) fn on_delivered(&mut self, session: SessionId, name: RoomName) {
+        if let Some(&id) = self.bound.get(&(session, RoleKind::Sending, name)) {
+            // What arrived and was counted has left: whatever the ports here still have to say of it changes
+            // nothing for the receiver.
+            if let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) {
+                s.grant = None;
+            }
+            self.end_room(id, End::Delivered, None);
+        }
+    }
+
+    pub(crate) fn on_regrant(&mut self, session: SessionId, name: RoomName, attempt: u32, grant: GrantId) {
+        let Some(&id) = self.bound.get(&(session, RoleKind::Sending, name)) else {
+            let parked = self.parked.get_mut(&(RoleKind::Sending, name, session));
+            if let Some(Parked { message: Message::Grant { attempt: a, grant: g, .. }, .. }) = parked {
+                let old = std::mem::replace(g, grant);
+                *a = attempt;
+                return self.release(session, &[old], 0, false);
+            }
+            return self.release(session, &[grant], 0, false);
+        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let Role::Sending(s) = &mut room.role else { return };
+        if attempt <= s.attempt {
+            return self
+                .end_session(session, SessionEnd::Misbehaved { what: "granted an earlier attempt again" });
+        }
+        if let Some((_, skipped)) = s.regrant.replace((attempt, grant)) {
+            s.owed.push(skipped);
+        }
+        room.stage = Stage::Transfer;
+        self.stop_sending(id);
+    }
+
+    /// Notes that what this room has posted may be lost with a lane.
+    pub(crate) fn prefill_lost_lane(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let (Role::Sending(s), None) = (&mut room.role, &room.end) else { return };
+        if s.grant.is_some() {
+            s.needs_regrant = true;
+            room.stage = Stage::Transfer;
+            self.stop_sending(id);
+        }
+    }
+
+    /// Stops an attempt, to begin the next when its last op has ended.
+    fn stop_sending(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        match room.moving {
+            Moving::Yes => {
+                room.moving = Moving::Stopping;
+                self.act(Action::StopTransfer { room: id });
+                self.tell(Notice::Stop { room: id });
+            }
+            Moving::Stopping => {}
+            Moving::No => self.sending_drained(id),
+        }
+    }
+
+    /// No op of the room is at a port.
+    pub(crate) fn sending_drained(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let (Role::Sending(s), Some(session)) = (&mut room.role, room.session) else { return };
+        if room.end.is_some() {
+            return self.settle_sending(id);
+        }
+        let Some((attempt, grant)) = s.regrant.take() else { return };
+        s.owed.extend(s.grant.take());
+        s.attempt = attempt;
+        let (owed, down_lanes) = (std::mem::take(&mut s.owed), std::mem::take(&mut s.down_lanes));
+        self.release(session, &owed, down_lanes, false);
+        self.start_sending(id, grant);
+    }
+
+    pub(crate) fn sending_ended(&mut self, id: RoomId) {
+        let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) else { return };
+        s.owed.extend(s.grant);
+        s.owed.extend(s.regrant.take().map(|(_, grant)| grant));
+        self.settle_sending(id);
+    }
+
+    /// Gives back what an ended room still holds, once nothing of it is on its way.
+    pub(crate) fn settle_sending(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        if room.end.is_none() || room.moving != Moving::No {
+            return;
+        }
+        let Role::Sending(s) = &mut room.role else { return };
+        // Only now is the source memory no longer read.
+        s.pages = None;
+        let (owed, down_lanes) = (std::mem::take(&mut s.owed), s.down_lanes);
+        if let Some(session) = room.session {
+            self.release(session, &owed, down_lanes, false);
+        }
+        self.drop_room(id);
+        self.answer_held();
+    }
+}

@@ -1,0 +1,135 @@
+//! The prefill end of a pull: see [`fetching`](crate::fetching).
+
+use crossdock_transport::Access;
+
+use crate::action::Action;
+use crate::end::{End, RoomRefusal, Stage, Who};
+use crate::message::{CancelWhy, Message, RoomName};
+use crate::notice::Notice;
+use crate::proto::{Proto, RoomId, SessionId};
+use crate::room::{Moving, Role, RoleKind, Room, RoomError, Serve, Serving};
+
+impl Proto {
+    /// Opens the prefill end of a pull: waits for the decode side's want, which may be here already.
+    pub fn serve(&mut self, now_ns: u64, serve: Serve) -> Result<RoomId, RoomError> {
+        self.now_ns = now_ns;
+        self.check_prefill(serve.room, RoleKind::Serving)?;
+        let id = self.add_room(Room {
+            name: serve.room,
+            peer: None,
+            session: None,
+            deadline_ns: serve.deadline_ns,
+            end: None,
+            stage: Stage::Grant,
+            moving: Moving::No,
+            role: Role::Serving(Serving { pages: Some(serve.pages), buffers: serve.buffers, grant: None }),
+        })?;
+        self.open.insert((RoleKind::Serving, serve.room), id);
+        self.take_parked(RoleKind::Serving, serve.room);
+        Ok(id)
+    }
+
+    pub(crate) fn on_want(&mut self, session: SessionId, name: RoomName, duration_ns: u64, params: Vec<u8>) {
+        let Some(id) = self.open.remove(&(RoleKind::Serving, name)) else {
+            let message = Message::Want { room: name, duration_ns, params };
+            return self.park(RoleKind::Serving, name, session, message);
+        };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        room.session = Some(session);
+        self.bound.insert((session, RoleKind::Serving, name), id);
+        if let Some(s) = self.sessions.get_mut(&session) {
+            s.rooms.insert(id);
+        }
+        self.tell(Notice::Wanted { room: id, session, params });
+    }
+
+    /// Answers [`Notice::Wanted`]: the peer may read the room's pages, and hears `params` with them.
+    pub fn offer(&mut self, now_ns: u64, id: RoomId, params: Vec<u8>) {
+        self.now_ns = now_ns;
+        let Some(room) = self.rooms.get(&id) else { return };
+        let (Role::Serving(Serving { grant: None, .. }), None, Some(session)) =
+            (&room.role, &room.end, room.session)
+        else {
+            return;
+        };
+        let Some(grant) = self.give(id, session, Access::Read) else {
+            let end = End::Refused { by: Who::Here, why: RoomRefusal::Busy };
+            return self.end_room(id, end, Some(CancelWhy::Busy));
+        };
+        if let Some(room) = self.rooms.get_mut(&id) {
+            room.stage = Stage::Transfer;
+            if let Role::Serving(s) = &mut room.role {
+                s.grant = Some(grant);
+            }
+        }
+        self.act(Action::Grant { session, grant, room: id });
+        let Some(room) = self.rooms.get(&id) else { return };
+        let Role::Serving(s) = &room.role else { return };
+        let message = Message::Grant {
+            room: room.name,
+            access: Access::Read,
+            attempt: 0,
+            grant,
+            duration_ns: self.duration_ns(room),
+            params,
+            pages: s.pages.as_ref().map(|pages| pages.ids().to_vec()).unwrap_or_default(),
+        };
+        self.send(session, &message);
+    }
+
+    /// The reader has given our pages back.
+    pub(crate) fn served(&mut self, id: RoomId, delivered: bool) {
+        let end = match delivered {
+            true => End::Delivered,
+            false => End::Cancelled { by: Who::Peer },
+        };
+        self.end_room(id, end, None);
+    }
+
+    pub(crate) fn serving_ended(&mut self, id: RoomId) {
+        self.settle_serving(id);
+    }
+
+    /// Unlike a writer's grant, a reader's is revoked only when it cannot be in use: a read that finds its grant
+    /// gone could not be told from a hostile one.
+    pub(crate) fn settle_serving(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get(&id) else { return };
+        let Role::Serving(s) = &room.role else { return };
+        if room.end.is_none() {
+            return;
+        }
+        if let Some(grant) = s.grant {
+            let Some(given) = self.grants.find(grant).copied() else {
+                return self.drop_serving(id);
+            };
+            let unused = match self.sessions.get(&given.session) {
+                None => true,
+                Some(session) => {
+                    let mask = given.released.map(|mask| mask & session.slot_mask());
+                    session.all_down() || mask.is_some_and(|mask| session.down_mask() & mask == mask)
+                }
+            };
+            if !unused {
+                return;
+            }
+            if given.fence.is_none() {
+                // Answered by `revoked`, which settles again.
+                let session = given.session;
+                return self.act(Action::Revoke { session, grant });
+            }
+            let mut grants = vec![grant];
+            if !self.free_quiescent(&mut grants) {
+                return;
+            }
+        }
+        self.drop_serving(id);
+    }
+
+    fn drop_serving(&mut self, id: RoomId) {
+        if let Some(Room { role: Role::Serving(s), .. }) = self.rooms.get_mut(&id) {
+            s.pages = None;
+            s.grant = None;
+        }
+        self.drop_room(id);
+    }
+}
