@@ -92,6 +92,11 @@ impl Fabric {
         self.world.lock().fingerprint
     }
 
+    /// How many events of the network have happened so far.
+    pub fn happened(&self) -> u64 {
+        self.world.lock().happened
+    }
+
     /// Kills the process of a node: its ports and streams are no more. Drop what the process owned, and do not poll
     /// for it any more. Proof of the death comes only where there is one.
     pub fn kill(&self, node: NodeId) {

@@ -257,10 +257,13 @@ impl World {
     }
 
     fn copy(&mut self, from: &Memory, from_offset: u64, to: &Memory, to_offset: u64, bytes: u64) {
-        self.scratch.resize(bytes as usize, 0);
-        from.read(from_offset as usize, &mut self.scratch)
-            .expect("the op's range was checked when it was posted");
-        put(to, to_offset, &self.scratch);
+        let bytes = bytes as usize;
+        if self.scratch.len() < bytes {
+            self.scratch.resize(bytes, 0);
+        }
+        let through = &mut self.scratch[..bytes];
+        from.read(from_offset as usize, through).expect("the op's range was checked when it was posted");
+        put(to, to_offset, through);
     }
 
     #[expect(

@@ -13,7 +13,8 @@ use crate::options::{FabricOptions, SimPortOptions};
 use crate::random::{Rng, mix};
 use crate::wire::{End, Kind, Messages};
 
-/// A machine with one process on it.
+/// A process, with the devices that work for it. Ports of which memory is mapped take any two nodes for neighbours on
+/// one host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub u32);
 
@@ -39,6 +40,8 @@ pub(crate) struct World {
     pub net: Net,
     /// A number that depends on everything that has happened.
     pub fingerprint: u64,
+    /// How many events have happened.
+    pub happened: u64,
 }
 
 /// One node.
@@ -102,6 +105,7 @@ impl World {
             scratch: Vec::new(),
             net: Net::default(),
             fingerprint: 0,
+            happened: 0,
         };
         world.begin_chaos();
         world
@@ -123,6 +127,7 @@ impl World {
     }
 
     fn happen(&mut self, due: Due) {
+        self.happened += 1;
         if let Some(node) = self.whose(&due) {
             match self.nodes[node.0 as usize].state {
                 NodeState::Running => {}

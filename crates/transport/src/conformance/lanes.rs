@@ -147,10 +147,13 @@ pub fn wrong_tags_never_come_up(rig: &mut dyn Rig) {
         tags[wrong_at].theirs[31] ^= 1;
         stage.port(0).connect(at_0, &address_1, &tags[0]).expect("a fresh lane connects");
         stage.port(1).connect(at_1, &address_0, &tags[1]).expect("a fresh lane connects");
+        stage.wait("the end that was shown a wrong tag to be down", |s| {
+            let log = s.log(wrong_at, lanes[wrong_at]);
+            assert!(!log.up, "a lane came up that was shown a wrong tag");
+            log.down.is_some()
+        });
+        assert_eq!(stage.log(wrong_at, lanes[wrong_at]).down, Some(DownCause::NotAuthentic));
         both_down(&mut stage, lanes);
-        let log = stage.log(wrong_at, lanes[wrong_at]);
-        assert_eq!(log.down, Some(DownCause::NotAuthentic));
-        assert!(!log.up, "a lane came up that was shown a wrong tag");
     }
     let lanes = stage.connect([0, 1]);
     assert!(stage.log(0, lanes[0]).up, "good tags after wrong ones");

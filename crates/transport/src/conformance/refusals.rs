@@ -186,7 +186,7 @@ pub fn regions_in_use_stay(rig: &mut dyn Rig) {
     let in_use = Err(Error::RegionInUse { by: "a grant" });
     let granted = stage.region(0, 4096);
     stage.grant_all(0, &granted, GrantId::new(10, 0), 1, Access::Write);
-    assert_eq!(stage.port(0).deregister(granted.local), in_use);
+    assert_eq!(stage.port(0).deregister(granted.local), in_use, "a granted region");
     stage.port(0).revoke(GrantId::new(10, 0));
     assert_eq!(stage.port(0).deregister(granted.local), Ok(()));
     assert_eq!(
