@@ -8,8 +8,8 @@ use crossdock_memory::{AllocateOptions, Memory};
 use crossdock_sim::{Fabric, FabricOptions, NodeId, Semantics, SimPort, SimPortOptions};
 use crossdock_transport::conformance::{CASES, Rig};
 use crossdock_transport::{
-    Attached, DownCause, Event, Events, Fence, Grant, GrantId, LaneAddress, LaneId, LaneTags, LocalId, Op,
-    PeerId, Port, PortInfo, Posted, RemoteKey, Result, Shape,
+    Attached, DownCause, Error, Event, Events, Fence, Grant, GrantId, LaneAddress, LaneId, LaneTags, LocalId,
+    Op, PeerId, Port, PortInfo, Posted, RemoteKey, Result, Shape,
 };
 
 /// What a faulty port does.
@@ -118,7 +118,7 @@ impl Port for Faulty {
 
     fn deregister(&mut self, region: LocalId) -> Result<()> {
         match self.port.deregister(region) {
-            Err(_) if self.fault == Fault::ForgetsThatRegionsAreInUse => Ok(()),
+            Err(Error::RegionInUse { .. }) if self.fault == Fault::ForgetsThatRegionsAreInUse => Ok(()),
             answer => answer,
         }
     }
