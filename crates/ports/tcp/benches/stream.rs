@@ -1,6 +1,6 @@
 //! Scattered pages through the port and through a bare socket, in turns, on the loopback device.
 //!
-//! `cargo bench -p crossdock-tcp [-- --rounds N --megabytes N --congestion NAME --pages BYTES,..]`
+//! `cargo bench -p crossdock-tcp [-- --rounds N --megabytes N --congestion NAME --pages BYTES,.. --calls]`
 //!
 //! The bare socket moves the same pages with `writev` and `readv` from one thread to another, without frames, grants
 //! or checks: what the medium costs. Printed are the medians of both, their ratio, and CPU seconds of both threads
@@ -43,6 +43,7 @@ struct Asked {
     bytes: usize,
     congestion: Option<String>,
     pages: Vec<usize>,
+    calls: bool,
 }
 
 impl Asked {
@@ -52,6 +53,7 @@ impl Asked {
             bytes: 256_000_000,
             congestion: None,
             pages: vec![1152, 4096, 16384, 65536, 1 << 20],
+            calls: false,
         };
         let mut arguments = std::env::args().skip(1);
         while let Some(name) = arguments.next() {
@@ -63,9 +65,13 @@ impl Asked {
                 }
                 "--congestion" => asked.congestion = Some(value()),
                 "--pages" => {
-                    asked.pages =
-                        value().split(',').map(|page| page.parse().expect("a page length")).collect();
+                    asked.pages = value()
+                        .split(',')
+                        .filter(|page| !page.is_empty())
+                        .map(|page| page.parse().expect("a page length"))
+                        .collect();
                 }
+                "--calls" => asked.calls = true,
                 // Cargo passes it to every benchmark.
                 "--bench" => {}
                 other => panic!("unknown option {other}"),
@@ -142,14 +148,25 @@ fn stream(asked: &Asked, page_bytes: usize) {
         }
     }
     let gb = work.bytes() as f64 * asked.rounds as f64 / 1e9;
+    // Neighbours disturb the rounds; the two of one round are disturbed alike.
+    let ratio = median(rates[0].iter().zip(&rates[1]).map(|(port, bare)| port / bare).collect());
     let [port_rate, bare_rate] = rates.map(median);
     println!(
         "{page_bytes:>9} {port_rate:>10.3} {bare_rate:>10.3} {:>6.3} {:>12.3} {:>12.3} {:>6.3}",
-        port_rate / bare_rate,
+        ratio,
         cpu[0] / gb,
         cpu[1] / gb,
         cpu[0] / cpu[1]
     );
+    if asked.calls {
+        let (writer, reader) = (port.writer.port.counters(), port.reader.port.counters());
+        let per_mb = |calls: u64, bytes: u64| calls as f64 / (bytes as f64 / 1e6);
+        println!(
+            "          {:.2} sendmsg and {:.2} readv a megabyte",
+            per_mb(writer.send_calls, writer.bytes_sent),
+            per_mb(reader.receive_calls, reader.bytes_received)
+        );
+    }
 }
 
 fn ping_pong(asked: &Asked) {
@@ -159,7 +176,7 @@ fn ping_pong(asked: &Asked) {
     let mut both = [Vec::new(), Vec::new()];
     for _ in 0..asked.rounds {
         both[0].extend(port.ping_pong(&work));
-        both[1].extend(bare.ping_pong());
+        both[1].extend(bare.ping_pong(&work));
     }
     let [port_us, bare_us] = both.map(median);
     println!(
@@ -392,11 +409,11 @@ impl BarePair {
         })
     }
 
-    fn ping_pong(&mut self) -> Vec<f64> {
+    fn ping_pong(&mut self, work: &Work) -> Vec<f64> {
         let Self { writer, reader } = self;
         writer.set_nonblocking(true).expect("non-blocking");
         reader.set_nonblocking(true).expect("non-blocking");
-        let take = |socket: &mut TcpStream, page: &mut [u8; 4096]| {
+        let take = |socket: &mut TcpStream, page: &mut [u8]| {
             let mut have = 0;
             while have < page.len() {
                 match socket.read(&mut page[have..]) {
@@ -405,20 +422,22 @@ impl BarePair {
                 }
             }
         };
+        let source = Bytes::of(&work.source);
+        let target = Bytes::of(&work.target);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let mut page = [0; 4096];
-                for _ in 0..TRIPS {
-                    take(reader, &mut page);
-                    reader.write_all(&page).expect("write");
+                for trip in 0..TRIPS {
+                    let page = target.piece(work.to[trip % 256] as usize * 4096, 4096);
+                    take(reader, page);
+                    reader.write_all(page).expect("write");
                 }
             });
-            let mut page = [0; 4096];
             let mut trips = Vec::new();
-            for _ in 0..TRIPS {
+            for trip in 0..TRIPS {
                 let begin = Instant::now();
-                writer.write_all(&page).expect("write");
-                take(writer, &mut page);
+                let page = source.piece(work.from[trip % 256] as usize * 4096, 4096);
+                writer.write_all(page).expect("write");
+                take(writer, page);
                 trips.push(begin.elapsed().as_secs_f64() * 1e6);
             }
             trips
