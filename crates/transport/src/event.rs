@@ -27,7 +27,8 @@ pub enum Event {
         imm: u32,
     },
     /// The lane has ended, and **touches this process's memory no more**: neither by writes of the peer nor by
-    /// reads or writes posted here. Said exactly once for each lane; nothing is said of that lane afterwards.
+    /// reads or writes posted here. (But for memory of which `revoke` answers [`Fence::Never`](crate::Fence::Never),
+    /// when the peer took no part in the end.) Said exactly once for each lane; nothing is said of it afterwards.
     Down {
         /// Which lane.
         lane: LaneId,

@@ -28,8 +28,8 @@ pub trait Port: Send {
     /// Makes one end of a connection to `peer`. The address goes to the other end.
     fn open_lane(&mut self, peer: PeerId) -> Result<(LaneId, LaneAddress)>;
 
-    /// Connects an open lane to the other end. Answered by [`Event::Up`] or [`Event::Down`]; until then
-    /// posting is an error. The tags prove to each end that the other is who the handshake said.
+    /// Connects an open lane to the other end. Answered by [`Up`](crate::Event::Up) or
+    /// [`Down`](crate::Event::Down); until then posting is an error. The tags prove to each end that the other is who the handshake said.
     fn connect(&mut self, lane: LaneId, remote: &LaneAddress, tags: &LaneTags) -> Result<()>;
 
     /// Makes a peer's region usable as the remote end of ops on `lane`, which must be up.
@@ -45,7 +45,8 @@ pub trait Port: Send {
     /// Revoking an unknown grant is [`Fence::Now`]: nothing can land under it.
     fn revoke(&mut self, grant: GrantId) -> Fence;
 
-    /// Begins to close a lane. Answered by exactly one [`Event::Down`], now or when the peer's part is proven.
+    /// Begins to close a lane. Answered by exactly one [`Down`](crate::Event::Down), now or when the peer's part is
+    /// proven.
     /// Closing a lane twice, or one that is unknown, does nothing.
     fn close(&mut self, lane: LaneId);
 
@@ -228,7 +229,8 @@ pub enum Fence {
     Now,
     /// When every lane of that peer on this port is [`Down`](crate::Event::Down).
     WhenDown,
-    /// Not by anything that this port can see.
+    /// Not by anything that this port can see. A `Down` after a time-out proves nothing here either: the peer may be
+    /// stopped, and write when it continues.
     Never,
 }
 

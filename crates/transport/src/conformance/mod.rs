@@ -7,6 +7,10 @@
 //! one `Down`, nothing after it.
 //!
 //! Every wait ends within [`PATIENCE`], and says what it waited for.
+//!
+//! A peer that is stopped or killed needs a process of its own. [`ProcessChild::spawn`] runs the test binary again for
+//! that, with only the named test, which answers to [`requested_child`] with [`serve`] and does nothing when nobody
+//! requested it.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
