@@ -29,7 +29,8 @@ pub trait Port: Send {
     fn open_lane(&mut self, peer: PeerId) -> Result<(LaneId, LaneAddress)>;
 
     /// Connects an open lane to the other end. Answered by [`Up`](crate::Event::Up) or
-    /// [`Down`](crate::Event::Down); until then posting is an error. The tags prove to each end that the other is who the handshake said.
+    /// [`Down`](crate::Event::Down); until then posting is an error. The tags prove to each end that the other is
+    /// who the handshake said.
     fn connect(&mut self, lane: LaneId, remote: &LaneAddress, tags: &LaneTags) -> Result<()>;
 
     /// Makes a peer's region usable as the remote end of ops on `lane`, which must be up.
@@ -46,8 +47,7 @@ pub trait Port: Send {
     fn revoke(&mut self, grant: GrantId) -> Fence;
 
     /// Begins to close a lane. Answered by exactly one [`Down`](crate::Event::Down), now or when the peer's part is
-    /// proven.
-    /// Closing a lane twice, or one that is unknown, does nothing.
+    /// proven. Closing a lane twice, or one that is unknown, does nothing.
     fn close(&mut self, lane: LaneId);
 
     /// Hands ops to a lane, in order, and says how far it came. A short post is back-pressure, not an error: the
