@@ -376,6 +376,26 @@ mod tests {
         assert_eq!(connect(&[], deadline).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
+    #[test]
+    fn an_address_that_does_not_answer_leaves_time_for_the_next() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        let _entered = runtime.enter();
+        let full = tokio::net::TcpSocket::new_v4().unwrap();
+        full.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let full = full.listen(1).unwrap();
+        let live = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let addresses = [full.local_addr().unwrap(), live.local_addr().unwrap()];
+        // Nobody accepts here, and when the queue is full the kernel does not answer any more.
+        let short = Duration::from_millis(50);
+        let mut queue = Vec::new();
+        while let Ok(stream) = TcpStream::connect_timeout(&addresses[0], short) {
+            queue.push(stream);
+            assert!(queue.len() < 100, "a queue of one does not fill");
+        }
+        let stream = connect(&addresses, Deadline::after(short * 8)).unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), addresses[1]);
+    }
+
     proptest! {
         #[test]
         fn any_bytes_are_an_answer_or_a_fault(

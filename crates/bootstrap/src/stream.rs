@@ -78,3 +78,61 @@ impl<S: Write + Unpin> Write for TimedWrite<S> {
         self.bound(cx, written)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use super::*;
+
+    /// A socket that takes as many bytes as it has room for.
+    struct Socket {
+        room: usize,
+    }
+
+    impl Write for Socket {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            let taken = bytes.len().min(self.room);
+            self.room -= taken;
+            if taken == 0 { Poll::Pending } else { Poll::Ready(Ok(taken)) }
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[test]
+    fn the_time_runs_from_the_first_full_socket_to_the_flush() {
+        let limit = Duration::from_millis(20);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        runtime.block_on(async {
+            let mut stream = TimedWrite::new(Socket { room: 0 }, limit);
+            let once = async |stream: &mut TimedWrite<Socket>, room| {
+                stream.stream.room = room;
+                poll_fn(|cx| Poll::Ready(Pin::new(&mut *stream).poll_write(cx, b"bytes"))).await
+            };
+            // Two answers, each within its time.
+            for _ in 0..2 {
+                assert!(once(&mut stream, 0).await.is_pending());
+                assert!(matches!(once(&mut stream, 5).await, Poll::Ready(Ok(5))));
+                poll_fn(|cx| Pin::new(&mut stream).poll_flush(cx)).await.unwrap();
+                tokio::time::sleep(limit * 2).await;
+            }
+            // One answer that moves on now and then, and is not over in its time.
+            assert!(once(&mut stream, 0).await.is_pending());
+            assert!(matches!(once(&mut stream, 1).await, Poll::Ready(Ok(1))));
+            tokio::time::sleep(limit * 2).await;
+            let Poll::Ready(Err(late)) = once(&mut stream, 0).await else { panic!("it still waits") };
+            assert_eq!(late.kind(), io::ErrorKind::TimedOut);
+        });
+    }
+}

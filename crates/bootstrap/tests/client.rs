@@ -335,6 +335,28 @@ fn another_service_at_the_address_is_recognised() {
 }
 
 #[test]
+fn a_wait_does_not_storm_a_server_that_cannot_answer() {
+    let other = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = client(other.local_addr().unwrap());
+    let waiting = thread::spawn(move || client.wait_for(&Query::all(), 1, Duration::from_millis(400)));
+    other.set_nonblocking(true).unwrap();
+    let mut calls = 0;
+    while !waiting.is_finished() {
+        if let Ok((mut stream, _)) = other.accept() {
+            calls += 1;
+            stream.set_nonblocking(false).unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+            let _ = stream.write_all(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n");
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    let too_few = waiting.join().unwrap().unwrap_err();
+    assert!(too_few.to_string().contains("the last call failed"), "{too_few}");
+    // Pauses of at least 10, 20, 40, 80 and 160 ms.
+    assert!((1..=7).contains(&calls), "{calls} calls in 400 ms");
+}
+
+#[test]
 fn an_answer_larger_than_the_client_takes_is_refused() {
     let server = Server::start(anywhere()).unwrap();
     let address = server.address().to_string();

@@ -345,6 +345,16 @@ fn a_client_that_does_not_read_is_cut_off() {
 }
 
 #[test]
+fn a_wait_is_cut_to_the_longest_that_the_server_allows() {
+    let server =
+        Server::start(ServerConfig { longest_wait: Duration::from_millis(50), ..anywhere() }).unwrap();
+    let began = Instant::now();
+    let found = ask(server.address(), &send("GET", "/v1/workers?count=1&wait_ms=60000", ""));
+    assert_eq!((found.status, found.body), (200, json!({"workers": []})));
+    assert!(began.elapsed() >= Duration::from_millis(50) && began.elapsed() < SOON);
+}
+
+#[test]
 fn a_waiting_client_that_goes_away_leaves_its_place() {
     let server = Server::start(ServerConfig { waits: 1, ..anywhere() }).unwrap();
     let wait = |ms: u64| send("GET", &format!("/v1/workers?count=1&wait_ms={ms}"), "");
