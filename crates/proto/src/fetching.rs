@@ -14,7 +14,6 @@ use std::sync::Arc;
 
 use crossdock_transport::{Direction, GrantId};
 
-use crate::action::Action;
 use crate::end::{End, Stage};
 use crate::message::{Message, RoomName};
 use crate::notice::{Notice, Start};
@@ -40,6 +39,7 @@ impl Proto {
                 grant: None,
                 remote_pages: Arc::new([]),
                 offer: Arc::new([]),
+                attempt: 0,
                 again: false,
             }),
         })?;
@@ -96,13 +96,13 @@ impl Proto {
         let Some(grant) = f.grant else { return };
         f.again = false;
         room.stage = Stage::Transfer;
-        room.moving = Moving::Yes;
+        room.moving = Moving::Told { attempt: f.attempt };
         let start = Start {
             room: id,
             session,
             direction: Direction::Read,
             grant,
-            attempt: 0,
+            attempt: f.attempt,
             remote_pages: f.remote_pages.clone(),
             params: f.offer.clone(),
         };
@@ -114,15 +114,17 @@ impl Proto {
         let Some(room) = self.rooms.get_mut(&id) else { return };
         let (Role::Fetching(f), None, Moving::Yes) = (&mut room.role, &room.end, room.moving) else { return };
         f.again = true;
-        room.moving = Moving::Stopping;
-        self.act(Action::StopTransfer { room: id });
-        self.tell(Notice::Stop { room: id });
+        self.stop_moving(id);
     }
 
     pub(crate) fn fetching_drained(&mut self, id: RoomId, _down_lanes: u16) {
-        let Some(room) = self.rooms.get(&id) else { return };
-        match (&room.role, &room.end) {
-            (Role::Fetching(f), None) if f.again => self.start_fetching(id),
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        match (&mut room.role, &room.end) {
+            (Role::Fetching(f), None) if f.again => {
+                f.attempt += 1;
+                self.counters.further_attempts += 1;
+                self.start_fetching(id);
+            }
             _ => self.settle_fetching(id),
         }
     }

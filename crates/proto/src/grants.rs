@@ -25,10 +25,21 @@ pub(crate) struct Given {
     pub room: RoomId,
     pub session: SessionId,
     pub access: Access,
-    /// What the ports promised when the grant was revoked; `None` while it is alive.
-    pub fence: Option<Fence>,
+    pub revocation: Revocation,
     /// The peer gave it back; the lanes on which only our own `Down` is proof.
     pub released: Option<u16>,
+}
+
+/// How far the ports are with taking a grant back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Revocation {
+    /// They have not been asked to.
+    None,
+    /// They have been asked, once: a port that is asked again no longer knows the grant, and says that nothing can
+    /// land under it.
+    Asked,
+    /// They have, and this is the weakest of their promises.
+    Done(Fence),
 }
 
 impl Grants {
@@ -47,7 +58,7 @@ impl Grants {
             self.free.pop_front()?
         };
         let entry = &mut self.entries[index as usize];
-        entry.given = Some(Given { room, session, access, fence: None, released: None });
+        entry.given = Some(Given { room, session, access, revocation: Revocation::None, released: None });
         self.live += 1;
         Some(GrantId::new(index, entry.generation))
     }

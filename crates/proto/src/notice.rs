@@ -47,7 +47,7 @@ pub enum Notice {
         /// What the reader told.
         params: Vec<u8>,
     },
-    /// Forget how far a room has come; it has ended, or starts again later.
+    /// Forget how far a room has come since its start; it ends, or starts again later.
     Stop {
         /// Which room.
         room: RoomId,

@@ -9,7 +9,7 @@ use crate::action::Action;
 use crate::auth::mac;
 use crate::config::{Config, Region};
 use crate::end::{End, Failure, Stage, Who};
-use crate::grants::Grants;
+use crate::grants::{Grants, Revocation};
 use crate::handshake::Link;
 use crate::message::{CancelWhy, Identity, Message, RoomName};
 use crate::notice::Notice;
@@ -226,9 +226,20 @@ impl Proto {
         self.actions.pop_front()
     }
 
-    /// The next thing to tell the user.
+    /// The next thing to tell the user. To be asked when all actions have been carried out: what follows a
+    /// [`Notice::Start`] that was given here goes through [`Action::StopTransfer`].
     pub fn next_notice(&mut self) -> Option<Notice> {
-        self.notices.pop_front()
+        loop {
+            let notice = self.notices.pop_front()?;
+            let Notice::Start(start) = &notice else { return Some(notice) };
+            if let Some(room) = self.rooms.get_mut(&start.room)
+                && room.moving == (Moving::Told { attempt: start.attempt })
+            {
+                room.moving = Moving::Yes;
+                return Some(notice);
+            }
+            // Withdrawn before anybody heard of it.
+        }
     }
 
     /// When [`tick`](Proto::tick) has something to do, at the latest.
@@ -297,8 +308,10 @@ impl Proto {
     /// The ports have revoked a grant, and this is the weakest of their promises.
     pub fn revoked(&mut self, now_ns: u64, grant: GrantId, fence: Fence) {
         self.now_ns = now_ns;
-        if let Some(given) = self.grants.find_mut(grant) {
-            given.fence = Some(fence);
+        if let Some(given) = self.grants.find_mut(grant)
+            && given.revocation == Revocation::Asked
+        {
+            given.revocation = Revocation::Done(fence);
             let room = given.room;
             self.settle(room);
         }

@@ -20,6 +20,7 @@ use crossdock_transport::{Access, Fence, GrantId};
 
 use crate::action::Action;
 use crate::end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
+use crate::grants::Revocation;
 use crate::message::{CancelWhy, MAX_LANES, Message, RoomName};
 use crate::notice::Notice;
 use crate::proto::{PeerName, Proto, RoomId, SessionId};
@@ -290,7 +291,7 @@ impl Proto {
         let quiet = given().all(|given| self.is_quiet(given));
         let only_lanes = given()
             .filter(|given| !self.is_quiet(given))
-            .all(|given| matches!(given.fence, Some(Fence::WhenDown)) || given.released.is_some());
+            .all(|given| given.revocation == Revocation::Done(Fence::WhenDown) || given.released.is_some());
         let (now_ns, peer) = (self.now_ns, self.peer_name_of(id));
         let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else { return };
         if quiet {

@@ -135,6 +135,11 @@ pub(crate) struct Room {
 pub(crate) enum Moving {
     /// None are.
     No,
+    /// None are yet: the notice to start this attempt has not been taken, and can be withdrawn.
+    Told {
+        /// Which attempt.
+        attempt: u32,
+    },
     /// The engine posts them.
     Yes,
     /// The engine was told to stop, and will say when the last one has ended.
@@ -196,6 +201,7 @@ pub(crate) struct Fetching {
     pub grant: Option<GrantId>,
     pub remote_pages: Arc<[u32]>,
     pub offer: Arc<[u8]>,
+    pub attempt: u32,
     /// A lane went down in the middle: what it carried is read again.
     pub again: bool,
 }

@@ -6,7 +6,7 @@ use crossdock_transport::{Access, Fence, GrantId};
 
 use crate::action::Action;
 use crate::end::{End, Failure, Stage, Who};
-use crate::grants::Given;
+use crate::grants::{Given, Revocation};
 use crate::message::{CancelWhy, Message, Released, RoomOnWire};
 use crate::notice::Notice;
 use crate::proto::{Proto, RoomId, SessionId, Timer};
@@ -56,10 +56,6 @@ impl Proto {
         }
         room.end = Some(end.clone());
         let (name, kind, session, deadline) = (room.name, room.role.kind(), room.session, room.deadline_ns);
-        let must_stop = room.moving == Moving::Yes;
-        if must_stop {
-            room.moving = Moving::Stopping;
-        }
         self.disarm(deadline, Timer::Room(id));
         match end {
             End::Delivered => self.counters.delivered += 1,
@@ -77,10 +73,7 @@ impl Proto {
         if !kind.is_decode() {
             self.remember_ended(kind, name, why.unwrap_or(CancelWhy::Cancelled));
         }
-        if must_stop {
-            self.act(Action::StopTransfer { room: id });
-        }
-        self.tell(Notice::Stop { room: id });
+        self.stop_moving(id);
         if let (Some(session), Some(why)) = (session, why) {
             let room = RoomOnWire { name, from_decode: kind.is_decode() };
             self.send(session, &Message::Cancel { room, why });
@@ -96,12 +89,32 @@ impl Proto {
         }
     }
 
-    /// Revokes the grants of an ended room that are still alive at the ports.
+    /// Lets no more of a room be posted. True: the owner says when the last op has ended.
+    pub(crate) fn stop_moving(&mut self, id: RoomId) -> bool {
+        let Some(room) = self.rooms.get_mut(&id) else { return false };
+        match room.moving {
+            Moving::No => false,
+            Moving::Told { .. } => {
+                room.moving = Moving::No;
+                false
+            }
+            Moving::Stopping => true,
+            Moving::Yes => {
+                room.moving = Moving::Stopping;
+                self.act(Action::StopTransfer { room: id });
+                self.tell(Notice::Stop { room: id });
+                true
+            }
+        }
+    }
+
+    /// Asks the ports to take grants back, those that have not been asked yet.
     pub(crate) fn revoke_all(&mut self, grants: &[GrantId]) {
         for &grant in grants {
-            if let Some(given) = self.grants.find(grant)
-                && given.fence.is_none()
+            if let Some(given) = self.grants.find_mut(grant)
+                && given.revocation == Revocation::None
             {
+                given.revocation = Revocation::Asked;
                 let session = given.session;
                 self.act(Action::Revoke { session, grant });
             }
@@ -113,25 +126,24 @@ impl Proto {
         let Some(session) = self.sessions.get(&given.session) else {
             return true;
         };
-        if given.released.is_some_and(|mask| session.down_mask() & mask == mask & session.slot_mask()) {
+        if session.is_released(given) {
             return true;
         }
-        match (given.access, given.fence) {
-            (_, None) => false,
-            (Access::Write, Some(Fence::Now)) => true,
-            (_, Some(Fence::Never)) => session.is_proven_dead(),
-            (_, Some(Fence::WhenDown)) | (Access::Read, Some(Fence::Now)) => session.all_down(),
+        match (given.access, given.revocation) {
+            (_, Revocation::None | Revocation::Asked) => false,
+            (Access::Write, Revocation::Done(Fence::Now)) => true,
+            (Access::Write, Revocation::Done(Fence::Never)) => session.is_proven_dead(),
+            (Access::Write, Revocation::Done(Fence::WhenDown)) | (Access::Read, _) => session.all_down(),
         }
     }
 
-    /// Whether no immediate can come any more under a grant.
-    pub(crate) fn is_index_free(&self, given: &Given) -> bool {
+    /// Whether no access and no immediate can come any more under a grant.
+    fn is_index_free(&self, given: &Given) -> bool {
         let Some(session) = self.sessions.get(&given.session) else {
             return true;
         };
-        let released =
-            given.released.is_some_and(|mask| session.down_mask() & mask == mask & session.slot_mask());
-        given.fence.is_some() && (released || session.all_down())
+        let no_immediate = session.is_released(given) || session.all_down();
+        matches!(given.revocation, Revocation::Done(_)) && no_immediate && self.is_quiet(given)
     }
 
     /// Frees the indices of a room's quiescent grants; true if none is left.

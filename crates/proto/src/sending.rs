@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use crossdock_transport::{Access, Direction, GrantId};
 
-use crate::action::Action;
 use crate::end::{End, SessionEnd, Stage};
 use crate::message::{Message, RoomName};
 use crate::notice::{Notice, Start};
@@ -45,7 +44,7 @@ impl Proto {
     pub fn finish(&mut self, now_ns: u64, room: RoomId, arrivals: &[u32], aux: Vec<u8>) {
         self.now_ns = now_ns;
         let Some(r) = self.rooms.get_mut(&room) else { return };
-        let (Role::Sending(s), None, Some(session)) = (&r.role, &r.end, r.session) else { return };
+        let (Role::Sending(s), Moving::Yes, Some(session)) = (&r.role, r.moving, r.session) else { return };
         // What was posted on a lane that went down is sent again under the next attempt; that one is finished.
         if s.needs_regrant || s.regrant.is_some() || r.stage != Stage::Transfer {
             return;
@@ -93,7 +92,7 @@ impl Proto {
         s.grant = Some(grant);
         s.needs_regrant = false;
         room.stage = Stage::Transfer;
-        room.moving = Moving::Yes;
+        room.moving = Moving::Told { attempt: s.attempt };
         let start = Start {
             room: id,
             session,
@@ -153,15 +152,8 @@ impl Proto {
 
     /// Stops an attempt, to begin the next when its last op has ended.
     fn stop_sending(&mut self, id: RoomId) {
-        let Some(room) = self.rooms.get_mut(&id) else { return };
-        match room.moving {
-            Moving::Yes => {
-                room.moving = Moving::Stopping;
-                self.act(Action::StopTransfer { room: id });
-                self.tell(Notice::Stop { room: id });
-            }
-            Moving::Stopping => {}
-            Moving::No => self.sending_drained(id),
+        if !self.stop_moving(id) {
+            self.sending_drained(id);
         }
     }
 

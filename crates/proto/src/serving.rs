@@ -99,26 +99,16 @@ impl Proto {
             return;
         }
         if let Some(grant) = s.grant {
-            let Some(given) = self.grants.find(grant).copied() else {
-                return self.drop_serving(id);
-            };
-            let unused = match self.sessions.get(&given.session) {
-                None => true,
-                Some(session) => {
-                    let mask = given.released.map(|mask| mask & session.slot_mask());
-                    session.all_down() || mask.is_some_and(|mask| session.down_mask() & mask == mask)
-                }
-            };
+            let unused = self.grants.find(grant).is_none_or(|given| {
+                let session = self.sessions.get(&given.session);
+                session.is_none_or(|session| session.is_released(given) || session.all_down())
+            });
             if !unused {
                 return;
             }
-            if given.fence.is_none() {
-                // Answered by `revoked`, which settles again.
-                let session = given.session;
-                return self.act(Action::Revoke { session, grant });
-            }
-            let mut grants = vec![grant];
-            if !self.free_quiescent(&mut grants) {
+            // Answered by `revoked`, which settles again.
+            self.revoke_all(&[grant]);
+            if !self.free_quiescent(&mut vec![grant]) {
                 return;
             }
         }

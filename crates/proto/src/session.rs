@@ -8,6 +8,7 @@ use crossdock_transport::{DownCause, Error, GrantId, LaneAddress};
 use crate::action::Action;
 use crate::auth::{SessionKey, Side};
 use crate::end::{End, SessionEnd, Stage, Who};
+use crate::grants::Given;
 use crate::handshake::Link;
 use crate::lanes::{Slot, SlotState};
 use crate::message::{CancelWhy, Identity, Message, Refusal, RegionOffer, Released};
@@ -81,9 +82,16 @@ impl Session {
         self.down_mask() == self.slot_mask()
     }
 
-    /// Whether every lane ended with the proof that the peer's process has.
+    /// Whether the end of a lane has proven that the peer's process has ended, and no other lane is left.
     pub fn is_proven_dead(&self) -> bool {
-        self.slots.iter().all(|slot| matches!(slot.state, SlotState::Down(DownCause::PeerDied)))
+        let proves = |slot: &Slot| matches!(slot.state, SlotState::Down(DownCause::PeerDied));
+        self.all_down() && self.slots.iter().any(proves)
+    }
+
+    /// Whether the peer has given a grant of this session back, and the lanes of which it could not speak are down.
+    pub fn is_released(&self, given: &Given) -> bool {
+        let needed = given.released.map(|mask| mask & self.slot_mask());
+        needed.is_some_and(|mask| self.down_mask() & mask == mask)
     }
 
     pub fn has_up(&self) -> bool {
