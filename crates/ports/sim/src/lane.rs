@@ -177,8 +177,8 @@ impl World {
         let port = &mut self.ports[end.port as usize];
         let life = port.life;
         if life == Life::Killed {
-            // Nobody answers for the dead; on the same host their death can be proven.
-            return self.notice_death(from);
+            // Nobody answers for the dead; their peers hear of the death itself.
+            return;
         }
         let Some(lane) = port.lanes.get_mut(end.lane.0 as usize).filter(|_| life == Life::Alive) else {
             return self.peer_stopped(from);
