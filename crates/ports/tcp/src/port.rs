@@ -26,7 +26,6 @@ use crate::options::TcpOptions;
 use crate::send::{PostShare, Taken};
 use crate::slab::Slab;
 use crate::socket::{Sockets, Source, Timer, edges, os};
-use crate::vectored::FRAMES_MAX;
 
 /// A port over TCP. See the [crate's page](crate) for what it promises.
 pub struct TcpPort {
@@ -70,7 +69,8 @@ impl TcpPort {
                 numa_node: None,
                 bytes_per_second: options.bytes_per_second,
                 ordered: true,
-                immediates_in_flight: FRAMES_MAX as u32,
+                // Bounded by the kernel's buffers alone, and those are counted in bytes.
+                immediates_in_flight: u32::MAX,
             },
             sockets,
             connect_timeout: options.connect_timeout,

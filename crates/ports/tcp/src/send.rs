@@ -148,9 +148,6 @@ impl Connection {
         else {
             unreachable!("a span was taken for pages")
         };
-        if local_pages.len() != remote_pages.len() {
-            return Err(Error::BadOp { reason: "page lists of different lengths" });
-        }
         let memory = local_memory(domain, local)?;
         let attached = self.remote_region(remote)?;
         let here = Side {
@@ -175,8 +172,9 @@ impl Connection {
         };
         let scanned = resumed != Some(this);
         if scanned {
-            here.check(local_pages, piece_bytes)?;
-            there.check(remote_pages, piece_bytes)?;
+            let (local_end, remote_end) = op.extents()?;
+            within("local", local_end, here.region_bytes)?;
+            within("remote", remote_end, there.region_bytes)?;
         }
         if piece_bytes == 0 || local_pages.is_empty() {
             return Ok(self.take_empty(op, share, domain));

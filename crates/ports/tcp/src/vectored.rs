@@ -404,7 +404,7 @@ const PIECES: usize = 1024;
 /// Room for 819 notifications, or for the lists of a full ring of pieces with space to wrap around.
 const HEADS_BYTES: usize = 32 << 10;
 /// How many frames are queued at once.
-pub(crate) const FRAMES_MAX: usize = 512;
+const FRAMES_MAX: usize = 512;
 const DISCARD_BYTES_MAX: u64 = 1 << 20;
 
 #[cfg(test)]
