@@ -8,7 +8,7 @@ use rustix::io::Errno;
 
 use crate::domain::{Counters, Domain};
 use crate::frame::{Frame, Hello, misbehaved};
-use crate::receive::Inbox;
+use crate::receive::{Inbox, TURN_BYTES_MAX};
 use crate::requests::{REQUESTS_MAX, Requests};
 use crate::send::Continuation;
 use crate::vectored::{Gather, Payload, Sent, discard};
@@ -28,9 +28,10 @@ pub(crate) struct Connection {
     pub readable: bool,
     /// The socket may have room: told by epoll, taken back when a send came short.
     pub writable: bool,
-    /// The peer's side of the stream has ended, so that reads must go on until they find the end: no further edge
-    /// will tell of it.
-    pub hung_up: bool,
+    /// The end of the stream may be behind the bytes that wait, so that a read which came short does not mean that
+    /// there is nothing left to read: epoll told of the end, and will not again. True at the beginning, when an end
+    /// may have been told while the greeting was still awaited.
+    pub end_may_wait: bool,
     /// The last turn ended with work left, for want of room for events or because it had had its share.
     pub unfinished: bool,
 
@@ -94,7 +95,7 @@ impl Connection {
             announced: false,
             readable: true,
             writable: true,
-            hung_up: false,
+            end_may_wait: true,
             unfinished: false,
             gather: Gather::new(),
             continuation: None,
@@ -146,9 +147,10 @@ impl Connection {
             || (self.writable && !(self.gather.is_empty() && self.owed.is_empty()))
     }
 
-    /// Answers the peer's requests and sends what is queued, until the socket is full.
+    /// Answers the peer's requests and sends what is queued, until the socket is full or this turn had its share.
     pub(crate) fn transmit(&mut self, domain: &mut Domain) {
-        while self.send_failed.is_none() {
+        let begun = self.gather.sent();
+        while self.send_failed.is_none() && self.gather.sent() - begun < TURN_BYTES_MAX {
             self.queue_replies(domain.send_queue_bytes / 2);
             if self.gather.is_empty() || !self.writable {
                 return;

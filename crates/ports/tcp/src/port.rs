@@ -135,7 +135,7 @@ impl TcpPort {
         let ended = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
         if let State::Up(connection) | State::Closing { connection, .. } = &mut lane.state {
             connection.readable |= flags.intersects(EventFlags::IN | ended);
-            connection.hung_up |= flags.intersects(ended);
+            connection.end_may_wait |= flags.intersects(ended);
             connection.writable |= flags.contains(EventFlags::OUT);
         }
         Self::enqueue(&mut self.ready, lane);

@@ -104,16 +104,15 @@ impl Connection {
                 Ok(0) => return Err(DownCause::Broken { call: "readv", errno: 0 }),
                 Ok(bytes) => bytes,
                 Err(Errno::AGAIN) => {
-                    self.readable = false;
+                    (self.readable, self.end_may_wait) = (false, false);
                     return Ok(());
                 }
                 Err(Errno::INTR) => continue,
                 Err(code) => return Err(DownCause::Broken { call: "readv", errno: code.raw_os_error() }),
             };
             domain.counters.bytes_received += bytes as u64;
-            // A read that comes short has emptied the socket, and what comes next is a new edge for epoll. Only the
-            // end of the stream, when it was there already, is not.
-            if (bytes as u64) < asked && !self.hung_up {
+            // A read that comes short has emptied the socket, and what comes next is a new edge for epoll.
+            if (bytes as u64) < asked && !self.end_may_wait {
                 self.readable = false;
             }
             bytes_left = bytes_left.saturating_sub(bytes as u64);
@@ -332,5 +331,5 @@ const _: () = assert!(PROLOGUE_BYTES_MAX < BUFFER_BYTES);
 /// Up to this length of payload, copying it once more costs less than a call of its own.
 const SHORT_PAYLOAD_BYTES: u64 = 8 << 10;
 /// After so many bytes or calls it is another lane's turn.
-const TURN_BYTES_MAX: u64 = 4 << 20;
+pub(crate) const TURN_BYTES_MAX: u64 = 4 << 20;
 const TURN_CALLS_MAX: usize = 64;

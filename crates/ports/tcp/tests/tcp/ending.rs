@@ -422,3 +422,20 @@ fn a_port_with_many_lanes_serves_them_all() {
         assert_eq!(of_lane.len(), 3);
     }
 }
+
+#[test]
+fn an_end_that_comes_with_the_greeting_is_found() {
+    let (listener, at) = listener();
+    let mut end = End::open(TcpOptions::default(), 4096);
+    let (_, cookie) = parse(&end.address);
+    end.port.connect(end.lane, &at, &tags()).unwrap();
+    let (mut socket, _) = listener.accept().unwrap();
+    end.poll();
+    socket.write_all(&hello(&LISTENS, &cookie, &TAG_A)).unwrap();
+    socket.write_all(&Head::notify(3).bytes()).unwrap();
+    drop(socket);
+    std::thread::sleep(Duration::from_millis(20));
+    let cause = until_down(&mut end);
+    assert!(matches!(cause, DownCause::Broken { .. }), "{cause:?}");
+    assert_eq!(end.arrived(), [3]);
+}
