@@ -483,7 +483,7 @@ fn any_mutation() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(8) })]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(32) })]
     /// Each case is one server and some dozens of connections.
     #[test]
     fn no_bytes_bring_the_server_down(
