@@ -14,8 +14,7 @@ use crate::link::{Link, Received, Sent};
 use crate::message::{Greeting, Message};
 use crate::peer::{Peer, Unfit};
 use crate::port::ShmPort;
-use crate::process_memory::PeerProcess;
-use crate::remote::{Leash, RemoteRegions};
+use crate::remote::Leash;
 use crate::ring::{self, Place};
 use crate::watch::Ready;
 
@@ -120,8 +119,16 @@ impl ShmPort {
             self.watch.remove(&peer);
             return self.give_up(id, broken("sendmsg", errno));
         }
-        let (to_dialer, from_dialer) = (rings.to_dialer(&memory), rings.to_accepter(&memory));
-        self.join(id, leash, peer, bell, pact, theirs, (to_dialer, from_dialer));
+        let introduction = Introduction {
+            leash,
+            peer,
+            bell,
+            greeting: theirs,
+            outbound: rings.to_dialer(&memory),
+            inbound: rings.to_accepter(&memory),
+            deadline: pact.deadline,
+        };
+        self.join(id, introduction);
     }
 
     /// Hears a lane's peer.
@@ -176,34 +183,22 @@ impl ShmPort {
             Err(error) => return self.give_up(id, no_memory("mmap", &error)),
         };
         if let Stage::Greeting(_, leash, peer) = std::mem::replace(&mut lane.stage, Stage::Open) {
-            let (to_accepter, from_accepter) = (rings.to_accepter(&memory), rings.to_dialer(&memory));
-            self.join(id, leash, peer, bell, pact, theirs, (to_accepter, from_accepter));
+            let introduction = Introduction {
+                leash,
+                peer,
+                bell,
+                greeting: theirs,
+                outbound: rings.to_accepter(&memory),
+                inbound: rings.to_dialer(&memory),
+                deadline: pact.deadline,
+            };
+            self.join(id, introduction);
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn join(
-        &mut self,
-        id: u32,
-        leash: Leash,
-        peer: Peer,
-        bell: Doorbell,
-        pact: Pact,
-        theirs: Greeting,
-        (outbound, inbound): (Place<Memory>, Place<Memory>),
-    ) {
-        let remote = RemoteRegions::new(theirs.port, theirs.port_address, PeerProcess::new(peer.pid()));
-        let introduction = Introduction {
-            leash,
-            peer,
-            bell,
-            writer: ring::Writer::new(outbound),
-            reader: ring::Reader::new(inbound),
-            remote,
-            deadline: pact.deadline,
-            max_dones: self.options.immediates_per_lane as usize,
-        };
-        let mut joined = Box::new(Joined::new(introduction, &self.regions));
+    fn join(&mut self, id: u32, introduction: Introduction) {
+        let max_dones = self.options.immediates_per_lane as usize;
+        let mut joined = Box::new(Joined::new(introduction, &self.regions, max_dones));
         joined.flush(&self.regions);
         if let Some(lane) = self.lanes.get_mut(id) {
             lane.stage = Stage::Joined(joined);

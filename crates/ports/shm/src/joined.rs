@@ -5,17 +5,18 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossdock_memory::MemoryKind;
+use crossdock_memory::{Memory, MemoryKind};
 use crossdock_transport::{DownCause, Event, Events, LaneId, Token};
 
 use crate::counters::ShmCounters;
 use crate::doorbell::Doorbell;
 use crate::link::{Link, Received, Sent};
-use crate::message::{Message, Place};
+use crate::message::{Greeting, Message, Place};
 use crate::numbered::Numbered;
 use crate::peer::Peer;
 use crate::port::Region;
 use crate::posting::Rest;
+use crate::process_memory::PeerProcess;
 use crate::remote::{Leash, RemoteRegions};
 use crate::ring;
 use crate::watch::Watch;
@@ -28,8 +29,8 @@ pub(crate) struct Joined {
     pub(crate) peer: Peer,
     /// The peer's.
     pub(crate) bell: Doorbell,
-    pub(crate) writer: ring::Writer<crossdock_memory::Memory>,
-    reader: ring::Reader<crossdock_memory::Memory>,
+    pub(crate) writer: ring::Writer<Memory>,
+    reader: ring::Reader<Memory>,
     /// The reader met nonsense, and is not asked again.
     reader_is_corrupt: bool,
     pub(crate) phase: Phase,
@@ -89,32 +90,34 @@ struct Heard {
     silent: bool,
 }
 
-/// What both ends agreed on.
+/// What two ends know that have met.
 pub(crate) struct Introduction {
     pub(crate) leash: Leash,
     pub(crate) peer: Peer,
+    /// The peer's.
     pub(crate) bell: Doorbell,
-    pub(crate) writer: ring::Writer<crossdock_memory::Memory>,
-    pub(crate) reader: ring::Reader<crossdock_memory::Memory>,
-    pub(crate) remote: RemoteRegions,
+    /// What the peer said of itself.
+    pub(crate) greeting: Greeting,
+    pub(crate) outbound: ring::Place<Memory>,
+    pub(crate) inbound: ring::Place<Memory>,
+    /// When the lane has to be up.
     pub(crate) deadline: Instant,
-    /// How many ends of ops may wait to be polled.
-    pub(crate) max_dones: usize,
 }
 
 impl Joined {
-    /// Begins to tell the peer of all regions.
-    pub(crate) fn new(introduction: Introduction, regions: &Numbered<Region>) -> Self {
-        let Introduction { leash, peer, bell, writer, reader, remote, deadline, max_dones } = introduction;
+    /// Has the peer to be told of all regions first. So many ends of ops may wait to be polled.
+    pub(crate) fn new(introduction: Introduction, regions: &Numbered<Region>, max_dones: usize) -> Self {
+        let Introduction { leash, peer, bell, greeting, outbound, inbound, deadline } = introduction;
         let mut outbox: VecDeque<_> = regions.iter().map(|(number, _)| Outgoing::Region(number)).collect();
         outbox.push_back(Outgoing::Announced);
+        let process = PeerProcess::new(peer.pid());
         Self {
-            remote,
+            remote: RemoteRegions::new(greeting.port, greeting.port_address, process),
             leash: Arc::new(leash),
             peer,
             bell,
-            writer,
-            reader,
+            writer: ring::Writer::new(outbound),
+            reader: ring::Reader::new(inbound),
             reader_is_corrupt: false,
             phase: Phase::Announcing { deadline },
             outbox,
