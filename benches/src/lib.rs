@@ -1,1 +1,13 @@
-//! kvbench and micro-benchmarks
+//! What the benchmark programs share: scattered pages, their content, samples, and the bare means to move bytes that
+//! everything is compared with.
+
+pub mod bare;
+mod content;
+mod memory;
+mod numbers;
+mod random;
+
+pub use content::{Content, Wrong};
+pub use memory::anonymous;
+pub use numbers::{Sample, cpu_seconds};
+pub use random::scattered;

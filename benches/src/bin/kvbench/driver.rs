@@ -1,0 +1,123 @@
+//! Waiting for a node: asleep while its own thread makes progress, or making the progress.
+
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use crossdock::{Handle, Node, Turn};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::error::Error;
+
+/// A node and who drives it.
+pub struct Driver {
+    node: Node,
+    /// Progress is ours to make.
+    is_caller: bool,
+}
+
+impl Driver {
+    pub fn new(mut node: Node) -> Self {
+        let is_caller = node.worker().is_some();
+        Self { node, is_caller }
+    }
+
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    pub fn handle(&self) -> &Handle {
+        self.node.handle()
+    }
+
+    /// Waits until tickets of this node have what `look` looks for. With a progress thread it sleeps until the node
+    /// has told somebody something.
+    pub fn until<T>(
+        &mut self,
+        what: &'static str,
+        limit: Duration,
+        mut look: impl FnMut() -> Result<Option<T>, Error>,
+    ) -> Result<T, Error> {
+        if self.is_caller {
+            return self.keep_trying(what, limit, look);
+        }
+        let events = self.node.handle().event_fd();
+        let deadline = Instant::now() + limit;
+        loop {
+            events.clear();
+            if let Some(found) = look()? {
+                return Ok(found);
+            }
+            let mut found = Ok(None);
+            events.arm(|| {
+                found = look();
+                !matches!(found, Ok(None))
+            });
+            if let Some(found) = found? {
+                return Ok(found);
+            }
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return Err(Error::TimedOut { what, limit });
+            };
+            let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            // A signal only makes it look once more.
+            let _ = poll(&mut [PollFd::new(&events.as_fd(), PollFlags::IN)], Some(&left));
+        }
+    }
+
+    /// Looks again and again, for what the node does not tell of.
+    pub fn keep_trying<T>(
+        &mut self,
+        what: &'static str,
+        limit: Duration,
+        mut look: impl FnMut() -> Result<Option<T>, Error>,
+    ) -> Result<T, Error> {
+        let begin = Instant::now();
+        let mut active = begin;
+        loop {
+            if let Some(found) = look()? {
+                return Ok(found);
+            }
+            if self.is_caller && self.node.progress() == Turn::Active {
+                active = Instant::now();
+                continue;
+            }
+            let now = Instant::now();
+            if now.duration_since(begin) > limit {
+                return Err(Error::TimedOut { what, limit });
+            }
+            if now.duration_since(active) < SPIN {
+                std::hint::spin_loop();
+            } else if self.is_caller {
+                self.node.park(NAP)?;
+            } else {
+                std::thread::sleep(NAP);
+            }
+        }
+    }
+
+    /// Lets the node do what it still has to.
+    pub fn settle(&mut self, time: Duration) -> Result<(), Error> {
+        if !self.is_caller {
+            std::thread::sleep(time);
+            return Ok(());
+        }
+        let end = Instant::now() + time;
+        self.keep_trying("settling", time * 100, || Ok((Instant::now() >= end).then_some(())))
+    }
+
+    /// Makes progress once, where it is ours to make. Costs a caller that spins nothing else.
+    #[inline]
+    pub fn spin(&mut self) {
+        if self.is_caller {
+            self.node.progress();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// As a progress thread does.
+const SPIN: Duration = Duration::from_micros(50);
+
+/// How long what cannot wake us may wait.
+const NAP: Duration = Duration::from_micros(300);

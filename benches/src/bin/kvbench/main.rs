@@ -1,0 +1,54 @@
+//! Moves scattered KV pages between two processes through the whole library, and compares with the best means known.
+#![forbid(unsafe_code)]
+
+mod driver;
+mod error;
+mod initiator;
+mod latency;
+mod options;
+mod process;
+mod report;
+mod setup;
+mod talk;
+mod target;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use error::Error;
+use options::Options;
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("CROSSDOCK_LOG").unwrap_or_else(|_| "error".into()),
+        )
+        .init();
+    match run(&Options::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kvbench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<(), Error> {
+    if options.burn {
+        process::burn();
+    }
+    if let Some(address) = options.listen {
+        return target::listen(address, options.child);
+    }
+    let report = initiator::run(options)?;
+    match options.json {
+        true => println!("{}", report.json()),
+        false => print!("{}", report.table()),
+    }
+    match report.wrong_pages() {
+        0 => Ok(()),
+        pages => Err(Error::WrongBytes { pages }),
+    }
+}

@@ -1,0 +1,130 @@
+//! What the command line says.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+/// Measures how fast scattered KV pages move between two processes.
+///
+/// Without --listen and --connect it starts its own peer process. Both pools are permuted at random for every pass;
+/// rooms are opened before the clock starts, which then runs from the first send until the last room is known here to
+/// be delivered. The best bare means for the medium (the floor) and a plain scattered memcpy take turns with it on the
+/// same page lists. With --pages 1 --in-flight 1, the time of one page is measured instead of a rate.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "kvbench", version)]
+pub struct Options {
+    /// The transport
+    #[arg(long, value_enum, default_value_t = PortName::Shm)]
+    pub port: PortName,
+    /// What the pools are: shared can be mapped by the peer, private cannot
+    #[arg(long, value_enum, default_value_t = MemoryName::Shared)]
+    pub memory: MemoryName,
+    /// Who moves: the side that has the pages (write, a push) or the side that wants them (read, a pull)
+    #[arg(long, value_enum, default_value_t = OpName::Write)]
+    pub op: OpName,
+    /// The length of a page
+    #[arg(long, default_value_t = 65_536, value_parser = clap::value_parser!(u64).range(1..))]
+    pub page_bytes: u64,
+    /// Pages of a room [default: as many as make up the payload, at most 131072]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub pages: Option<u32>,
+    /// Rooms that move at once
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub in_flight: u32,
+    /// How long the timed passes of a repeat take at least; a pass is one payload
+    #[arg(long, default_value_t = 0.0)]
+    pub seconds: f64,
+    /// How often everything is measured; medians are reported
+    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
+    pub repeats: u32,
+    /// Check every word at the destination, outside the timed part
+    #[arg(long)]
+    pub verify: bool,
+    /// Threads that copy, the progress thread among them (shm)
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub copy_threads: u32,
+    /// The cache of a model instead of plain pages: deepseek-r1
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Tokens of a page, with --model
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub page_tokens: u32,
+    /// Tensor parallelism of the prefill side
+    #[arg(long, default_value_t = 1)]
+    pub prefill_tp: u32,
+    /// Tensor parallelism of the decode side
+    #[arg(long, default_value_t = 1)]
+    pub decode_tp: u32,
+    /// Requests whose lengths are the lengths of the rooms, with --model; arrival times are not replayed
+    #[arg(long)]
+    pub trace: Option<PathBuf>,
+    /// Shortens the requests of a trace [default: so that all of them come to 4 GB]
+    #[arg(long)]
+    pub scale: Option<f64>,
+    /// Who calls the progress loop
+    #[arg(long, value_enum, default_value_t = ProgressName::Thread)]
+    pub progress: ProgressName,
+    /// Data connections between the two nodes
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
+    pub lanes: u8,
+    /// The congestion control of tcp connections [default: the host's]
+    #[arg(long)]
+    pub congestion: Option<String>,
+    /// The length of each pool
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
+    pub pool_mib: u64,
+    /// What a pass moves
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
+    pub payload_mib: u64,
+    /// Measure each repeat a second time beside so many processes that do nothing but use a core
+    #[arg(long, default_value_t = 0)]
+    pub hog: u32,
+    /// Wait here for kvbench on another host, and be its peer
+    #[arg(long, conflicts_with = "connect")]
+    pub listen: Option<SocketAddr>,
+    /// Use the kvbench that listens there as the peer
+    #[arg(long)]
+    pub connect: Option<SocketAddr>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub json: bool,
+    /// Serve one benchmark, then end
+    #[arg(long, hide = true)]
+    pub child: bool,
+    /// Do nothing but use a core
+    #[arg(long, hide = true)]
+    pub burn: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PortName {
+    Shm,
+    Tcp,
+    Verbs,
+    Cuda,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MemoryName {
+    Shared,
+    Private,
+    Cuda,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OpName {
+    Write,
+    Read,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProgressName {
+    Thread,
+    Caller,
+}

@@ -1,0 +1,233 @@
+//! What came out, for programs and for people.
+
+use crossdock_benches::Sample;
+use serde::Serialize;
+
+use crate::options::{MemoryName, OpName, Options, PortName, ProgressName};
+use crate::setup::Setup;
+
+/// What one way of moving the pages came to, a value a repeat.
+pub struct Means {
+    name: &'static str,
+    gb_per_s: Sample,
+    cpu_here_s_per_gb: Sample,
+    cpu_there_s_per_gb: Sample,
+}
+
+impl Means {
+    pub fn new(name: &'static str) -> Self {
+        let (gb_per_s, cpu_here_s_per_gb, cpu_there_s_per_gb) = Default::default();
+        Self { name, gb_per_s, cpu_here_s_per_gb, cpu_there_s_per_gb }
+    }
+
+    pub fn add(&mut self, bytes: u64, seconds: f64, cpu_here_s: f64, cpu_there_s: f64) {
+        let gb = bytes as f64 / 1e9;
+        self.gb_per_s.push(gb / seconds);
+        self.cpu_here_s_per_gb.push(cpu_here_s / gb);
+        self.cpu_there_s_per_gb.push(cpu_there_s / gb);
+    }
+
+    fn cpu_s_per_gb(&self) -> f64 {
+        self.cpu_here_s_per_gb.median() + self.cpu_there_s_per_gb.median()
+    }
+}
+
+/// The whole of a run.
+pub struct Report {
+    line: Line,
+    ways: Vec<Means>,
+    hogged: Sample,
+    verify: bool,
+    pub room_us: Sample,
+    pub bare_us: Sample,
+    pub wrong_pages: u64,
+    pub rooms_a_pass: usize,
+}
+
+/// The line for programs. The first keys, up to `verified`, keep their names and meaning.
+#[derive(Clone, Serialize)]
+struct Line {
+    bench: &'static str,
+    port: PortName,
+    memory: MemoryName,
+    op: OpName,
+    page_bytes: u64,
+    /// Of a room.
+    pages: u32,
+    gb_per_s: f64,
+    gb_per_s_min: f64,
+    gb_per_s_max: f64,
+    p50_us: f64,
+    p99_us: f64,
+    copy_threads: u32,
+    cpu_s_per_gb: f64,
+    floor_gb_per_s: f64,
+    memcpy_gb_per_s: f64,
+    efficiency: f64,
+    verified: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scale: Option<f64>,
+    /// The median of the repeats' own ratios to the floor, which a busy machine disturbs less than `efficiency`.
+    efficiency_paired: f64,
+    floor: &'static str,
+    floor_cpu_s_per_gb: f64,
+    cpu_s_per_gb_initiator: f64,
+    cpu_s_per_gb_target: f64,
+    /// Paired ratios to every way that took turns.
+    ratios: std::collections::BTreeMap<&'static str, f64>,
+    /// Half of a round trip over a bare connection, where single pages are timed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bare_tcp_p50_us: Option<f64>,
+    /// The median beside the processes of `--hog`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hogged_gb_per_s: Option<f64>,
+    rooms: usize,
+    in_flight: u32,
+    lanes: u8,
+    progress: ProgressName,
+    repeats: u32,
+    /// From opening a node to the end of its first handshake.
+    open_ms: f64,
+}
+
+impl Report {
+    pub fn new(options: &Options, setup: &Setup, open_ms: f64, scale: Option<f64>) -> Self {
+        let line = Line {
+            bench: "kv",
+            port: setup.port,
+            memory: setup.memory,
+            op: setup.op,
+            page_bytes: setup.page_bytes(),
+            pages: options.pages.unwrap_or(0),
+            gb_per_s: 0.0,
+            gb_per_s_min: 0.0,
+            gb_per_s_max: 0.0,
+            p50_us: 0.0,
+            p99_us: 0.0,
+            copy_threads: setup.copy_threads,
+            cpu_s_per_gb: 0.0,
+            floor_gb_per_s: 0.0,
+            memcpy_gb_per_s: 0.0,
+            efficiency: 0.0,
+            verified: false,
+            scale,
+            efficiency_paired: 0.0,
+            floor: "",
+            floor_cpu_s_per_gb: 0.0,
+            cpu_s_per_gb_initiator: 0.0,
+            cpu_s_per_gb_target: 0.0,
+            ratios: Default::default(),
+            bare_tcp_p50_us: None,
+            hogged_gb_per_s: None,
+            rooms: 0,
+            in_flight: options.in_flight,
+            lanes: setup.lanes,
+            progress: setup.progress,
+            repeats: options.repeats,
+            open_ms,
+        };
+        Self {
+            line,
+            ways: Vec::new(),
+            hogged: Sample::default(),
+            verify: options.verify,
+            room_us: Sample::default(),
+            bare_us: Sample::default(),
+            wrong_pages: 0,
+            rooms_a_pass: 0,
+        }
+    }
+
+    /// Ours first, memcpy second, then whatever may be the floor.
+    pub fn take(&mut self, ways: Vec<Means>, hogged: Sample) {
+        (self.ways, self.hogged) = (ways, hogged);
+    }
+
+    pub fn wrong_pages(&self) -> u64 {
+        self.wrong_pages
+    }
+
+    fn line(&self) -> Line {
+        let mut line = self.line.clone();
+        let Some((ours, others)) = self.ways.split_first() else { return line };
+        // Whatever is best is the floor, the plain memcpy too where bytes only have to be copied.
+        let floor = match self.line.port {
+            PortName::Shm if self.line.memory == MemoryName::Shared && self.bare_us.values().is_empty() => {
+                others
+            }
+            _ => &others[1..],
+        };
+        let floor = floor.iter().max_by(|a, b| a.gb_per_s.median().total_cmp(&b.gb_per_s.median()));
+        let Some(floor) = floor else { return line };
+        line.gb_per_s = ours.gb_per_s.median();
+        line.gb_per_s_min = ours.gb_per_s.min();
+        line.gb_per_s_max = ours.gb_per_s.max();
+        line.p50_us = self.room_us.median();
+        line.p99_us = self.room_us.quantile(0.99);
+        line.cpu_s_per_gb = ours.cpu_s_per_gb();
+        line.floor_gb_per_s = floor.gb_per_s.median();
+        line.memcpy_gb_per_s = others[0].gb_per_s.median();
+        line.efficiency = line.gb_per_s / line.floor_gb_per_s;
+        line.verified = self.verify && self.wrong_pages == 0;
+        line.efficiency_paired = ours.gb_per_s.median_ratio(&floor.gb_per_s);
+        line.floor = floor.name;
+        line.floor_cpu_s_per_gb = floor.cpu_s_per_gb();
+        line.cpu_s_per_gb_initiator = ours.cpu_here_s_per_gb.median();
+        line.cpu_s_per_gb_target = ours.cpu_there_s_per_gb.median();
+        line.ratios =
+            others.iter().map(|other| (other.name, ours.gb_per_s.median_ratio(&other.gb_per_s))).collect();
+        line.bare_tcp_p50_us = (!self.bare_us.values().is_empty()).then(|| self.bare_us.median());
+        line.hogged_gb_per_s = (!self.hogged.values().is_empty()).then(|| self.hogged.median());
+        line.rooms = self.rooms_a_pass;
+        line
+    }
+
+    pub fn json(&self) -> String {
+        serde_json::to_string(&self.line()).expect("numbers and names")
+    }
+
+    pub fn table(&self) -> String {
+        let line = self.line();
+        let mut out = format!(
+            "{:?} {:?} {:?}, pages of {} bytes, {} rooms a pass, {} in flight, {} copy thread(s), {} lane(s), opened in {:.1} ms\n",
+            line.port,
+            line.memory,
+            line.op,
+            line.page_bytes,
+            line.rooms,
+            line.in_flight,
+            line.copy_threads,
+            line.lanes,
+            line.open_ms
+        );
+        out += &format!(
+            "{:<26} {:>8} {:>8} {:>8} {:>10} {:>10} {:>8}\n",
+            "", "GB/s", "least", "most", "CPU s/GB", "of which there", "ours is"
+        );
+        for way in &self.ways {
+            out += &format!(
+                "{:<26} {:>8.2} {:>8.2} {:>8.2} {:>10.3} {:>14.3} {:>7.2} x\n",
+                way.name,
+                way.gb_per_s.median(),
+                way.gb_per_s.min(),
+                way.gb_per_s.max(),
+                way.cpu_s_per_gb(),
+                way.cpu_there_s_per_gb.median(),
+                self.ways[0].gb_per_s.median_ratio(&way.gb_per_s),
+            );
+        }
+        out += &format!("a room: p50 {:.2} us, p99 {:.2} us", line.p50_us, line.p99_us);
+        if let Some(bare) = line.bare_tcp_p50_us {
+            out += &format!("; half of a bare tcp round trip: {bare:.2} us");
+        }
+        if let Some(hogged) = line.hogged_gb_per_s {
+            out += &format!("; beside hogs {hogged:.2} GB/s");
+        }
+        out += match (self.verify, self.wrong_pages) {
+            (false, _) => "; not verified\n",
+            (true, 0) => "; every word verified\n",
+            (true, _) => "; WRONG BYTES\n",
+        };
+        out
+    }
+}

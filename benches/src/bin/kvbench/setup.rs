@@ -1,0 +1,233 @@
+//! What both processes agree on, and one process's pool and node.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use crossdock::{
+    CacheKind, CacheLayout, Config, Dtype, LayoutOptions, Memory, Node, PagePool, PageSet, Placement,
+    PoolError, PortConfig, Progress, ShmOptions, TcpOptions,
+};
+use crossdock_benches::bare::Pages;
+use crossdock_benches::{Content, anonymous, scattered};
+use serde::{Deserialize, Serialize};
+
+use crate::driver::Driver;
+use crate::error::Error;
+use crate::options::{MemoryName, OpName, Options, PortName, ProgressName};
+use crate::talk::Pass;
+
+/// What both processes agree on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Setup {
+    pub port: PortName,
+    pub memory: MemoryName,
+    pub op: OpName,
+    pub progress: ProgressName,
+    pub copy_threads: u32,
+    pub lanes: u8,
+    pub congestion: Option<String>,
+    pub token_bytes: u64,
+    pub page_tokens: u32,
+    pub layers: u32,
+    pub pool_pages: u32,
+}
+
+impl Setup {
+    pub fn new(options: &Options) -> Result<Self, Error> {
+        let not_built = |what| Err(Error::NotBuilt { what });
+        match (options.port, options.memory) {
+            (PortName::Verbs, _) => return not_built("the verbs port"),
+            (PortName::Cuda, _) => return not_built("the cuda port"),
+            (_, MemoryName::Cuda) => return not_built("GPU memory"),
+            _ => {}
+        }
+        if (options.prefill_tp, options.decode_tp) != (1, 1) {
+            return Err(Error::TensorParallel);
+        }
+        let (token_bytes, page_tokens, layers) = match options.model.as_deref() {
+            None => {
+                // A page is one token where it can be; a layout limits how long a token is.
+                let unit = options.page_bytes.div_ceil(CacheLayout::MAX_TOKEN_BYTES);
+                if !options.page_bytes.is_multiple_of(unit) || unit > CacheLayout::MAX_PAGE_TOKENS.into() {
+                    let page_bytes = options.page_bytes;
+                    return Err(Error::PageBytes { page_bytes, unit: CacheLayout::MAX_TOKEN_BYTES });
+                }
+                (options.page_bytes / unit, unit as u32, 1)
+            }
+            Some("deepseek-r1") => {
+                let layout = CacheLayout::deepseek_r1(options.page_tokens, 1)?;
+                (layout.token_bytes(), options.page_tokens, layout.layers().len() as u32)
+            }
+            Some("llama-3-70b") => return not_built("a cache of keys and values by heads (llama-3-70b)"),
+            Some(name) if std::path::Path::new(name).exists() => {
+                return not_built("reading a model from a file");
+            }
+            Some(name) => return Err(Error::UnknownModel { name: name.into() }),
+        };
+        let page_bytes = token_bytes * u64::from(page_tokens) * u64::from(layers);
+        Ok(Self {
+            port: options.port,
+            memory: options.memory,
+            op: options.op,
+            progress: options.progress,
+            copy_threads: options.copy_threads,
+            lanes: options.lanes,
+            congestion: options.congestion.clone(),
+            token_bytes,
+            page_tokens,
+            layers,
+            pool_pages: u32::try_from((options.pool_mib << 20) / page_bytes).unwrap_or(u32::MAX),
+        })
+    }
+
+    pub fn page_bytes(&self) -> u64 {
+        self.token_bytes * u64::from(self.page_tokens)
+    }
+
+    /// Of a page, in all layers.
+    pub fn slot_bytes(&self) -> u64 {
+        self.page_bytes() * u64::from(self.layers)
+    }
+
+    pub fn layout(&self) -> Result<CacheLayout, Error> {
+        Ok(CacheLayout::new(LayoutOptions {
+            model: "kvbench".into(),
+            model_layers: self.layers,
+            layers: 0..self.layers,
+            kind: CacheKind::Mla { latent_bytes: self.token_bytes as u32, rope_bytes: 0 },
+            dtype: Dtype::Int8,
+            page_tokens: self.page_tokens,
+            pages: self.pool_pages,
+            placement: Placement::LayerMajor { region: 0 },
+        })?)
+    }
+
+    pub fn content(&self, seed: u64) -> Content {
+        Content {
+            salt: seed.wrapping_mul(0xD134_2543_DE82_EF95) | 1,
+            page_bytes: self.page_bytes() as usize,
+            layer_pages: self.pool_pages,
+            layers: self.layers,
+        }
+    }
+
+    /// The source's and the destination's pages of a pass.
+    pub fn lists(&self, pass: &Pass) -> Lists {
+        let list = |seed| scattered(self.pool_pages, pass.pages(), seed);
+        Lists { from: list(2 * pass.seed), to: list(2 * pass.seed + 1) }
+    }
+
+    pub fn pages<'a>(&self, lists: &'a Lists) -> Pages<'a> {
+        Pages {
+            from: &lists.from,
+            to: &lists.to,
+            page_bytes: self.page_bytes() as usize,
+            layer_pages: self.pool_pages,
+            layers: self.layers,
+        }
+    }
+
+    pub fn tokens(&self, pages: u32) -> u32 {
+        pages * self.page_tokens
+    }
+}
+
+/// Scattered pages of one pass.
+pub struct Lists {
+    pub from: Vec<u32>,
+    pub to: Vec<u32>,
+}
+
+/// One process's pool and node.
+pub struct Side {
+    pub setup: Setup,
+    pub memory: Memory,
+    pub pool: PagePool,
+    pub driver: Driver,
+}
+
+/// The pool of a side.
+pub fn allocate(setup: &Setup) -> Result<Memory, Error> {
+    let bytes = setup.layout()?.bytes_needed(0) as usize;
+    match setup.memory {
+        MemoryName::Private => anonymous(bytes).map_err(Error::io("allocating private memory")),
+        MemoryName::Shared | MemoryName::Cuda => {
+            let options = crossdock::AllocateOptions { prefault: true, ..Default::default() };
+            Ok(Memory::allocate(bytes, &options)?)
+        }
+    }
+}
+
+impl Side {
+    pub fn open(name: &str, setup: Setup, memory: Memory, ip: IpAddr) -> Result<Self, Error> {
+        let layout = setup.layout()?;
+        let pool = PagePool::external(layout.pages());
+        let mut config = Config::new(name, layout, vec![memory.clone()]);
+        config.bind = SocketAddr::new(ip, 0);
+        config.lanes_per_rail = setup.lanes;
+        config.progress = match setup.progress {
+            ProgressName::Caller => Progress::Caller,
+            ProgressName::Thread => config.progress,
+        };
+        config.ports = vec![match setup.port {
+            PortName::Shm => PortConfig::Shm(ShmOptions {
+                copy_threads: setup.copy_threads as usize,
+                allow_ptrace: setup.memory == MemoryName::Private,
+                ..ShmOptions::default()
+            }),
+            PortName::Tcp => PortConfig::Tcp(Some(TcpOptions {
+                bind: config.bind,
+                congestion: setup.congestion.clone(),
+                ..TcpOptions::default()
+            })),
+            PortName::Verbs | PortName::Cuda => return Err(Error::NotBuilt { what: "the port" }),
+        }];
+        let driver = Driver::new(Node::open(config)?);
+        Ok(Self { setup, memory, pool, driver })
+    }
+
+    /// Takes pages for a room. Those of the pass before may still be on their way home.
+    pub fn adopt(&mut self, pages: &[u32]) -> Result<PageSet, Error> {
+        let pool = self.pool.clone();
+        self.driver.keep_trying("waiting for the pages of the last pass", WAIT, || match pool.adopt(pages) {
+            Ok(pages) => Ok(Some(pages)),
+            Err(PoolError::PageInUse { .. } | PoolError::PageInQuarantine { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        })
+    }
+}
+
+/// For anything that the peer or the node does.
+pub const WAIT: Duration = Duration::from_secs(60);
+
+/// Splits a pass's pages into those of its rooms.
+pub fn rooms<'a>(pass: &Pass, list: &'a [u32]) -> impl Iterator<Item = (u64, &'a [u32])> + use<'a> {
+    let mut at = 0;
+    let first = pass.first_room;
+    let lengths = pass.rooms.clone();
+    lengths.into_iter().zip(first..).map(move |(pages, room)| {
+        let range = at..at + pages as usize;
+        at = range.end;
+        (room, &list[range])
+    })
+}
+
+/// Now, and what has been used until now.
+pub struct Clock {
+    pub begin: Instant,
+    cpu_s: f64,
+}
+
+impl Clock {
+    pub fn start() -> Self {
+        Self { cpu_s: crossdock_benches::cpu_seconds(), begin: Instant::now() }
+    }
+
+    pub fn seconds(&self) -> f64 {
+        self.begin.elapsed().as_secs_f64()
+    }
+
+    pub fn cpu_s(&self) -> f64 {
+        crossdock_benches::cpu_seconds() - self.cpu_s
+    }
+}

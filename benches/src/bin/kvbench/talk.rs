@@ -1,0 +1,131 @@
+//! What the two processes of a benchmark say to each other beside the library: one JSON object a line.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+use crate::setup::Setup;
+
+/// From the initiator.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ask {
+    Setup(Box<Setup>),
+    /// The initiator's node is up; this is its number.
+    Meet {
+        node: u64,
+    },
+    /// Write the source pages of a pass.
+    Fill(Pass),
+    /// Open the rooms of a pass.
+    Open(Pass),
+    /// The clock runs: wait until they have ended.
+    Go,
+    /// Compare the pages of a pass with what they should hold.
+    Check(Pass),
+    /// Move the pages of a pass over bare connections.
+    Stream(Pass),
+    /// Answer single pages, as many as the pass has.
+    Bounce(Pass),
+    /// Answer so many single pages over a bare connection.
+    BareBounce {
+        trips: u32,
+    },
+}
+
+/// From the target.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    Ready(Box<Ready>),
+    Done { cpu_s: f64 },
+    Checked { wrong_pages: u64 },
+    Failed { why: String },
+}
+
+/// The target is set up.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Ready {
+    /// What its node listens on.
+    pub address: String,
+    /// Its node's number.
+    pub node: u64,
+    /// Where bare connections are taken.
+    pub stream_port: u16,
+    /// Its process, and its pool in it: a descriptor, where it has one, and an address.
+    pub process: i32,
+    pub descriptor: Option<i32>,
+    pub base: u64,
+}
+
+/// One pass over fresh pages. Both processes make the same lists of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Pass {
+    /// Where the permutations come from; also the salt of the content.
+    pub seed: u64,
+    /// The number of the first room; the others follow.
+    pub first_room: u64,
+    /// Pages of each room.
+    pub rooms: Vec<u32>,
+}
+
+impl Pass {
+    pub fn pages(&self) -> u32 {
+        self.rooms.iter().sum()
+    }
+}
+
+/// The connection on which they talk. A thread reads, so that the other end can be waited for with a deadline, or
+/// looked for between two turns of a progress loop.
+pub struct Talk<M> {
+    stream: TcpStream,
+    heard: Receiver<M>,
+}
+
+impl<M: DeserializeOwned + Send + 'static> Talk<M> {
+    pub fn new(stream: TcpStream) -> std::io::Result<Self> {
+        stream.set_nodelay(true)?;
+        let reader = BufReader::new(stream.try_clone()?);
+        let (tell, heard) = channel();
+        std::thread::Builder::new().name("talk".into()).spawn(move || {
+            for line in reader.lines() {
+                let Ok(message) = line.map_err(drop).and_then(|l| serde_json::from_str(&l).map_err(drop))
+                else {
+                    return;
+                };
+                if tell.send(message).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(Self { stream, heard })
+    }
+
+    pub fn say(&mut self, what: &impl Serialize) -> Result<(), Error> {
+        let mut line =
+            serde_json::to_vec(what).map_err(|error| Error::Unexpected { said: error.to_string() })?;
+        line.push(b'\n');
+        self.stream.write_all(&line).map_err(|_| Error::PeerGone)
+    }
+
+    /// What the other end has said, if anything.
+    pub fn hear(&self) -> Result<Option<M>, Error> {
+        match self.heard.try_recv() {
+            Ok(message) => Ok(Some(message)),
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Err(Error::PeerGone),
+        }
+    }
+
+    pub fn local_ip(&self) -> std::io::Result<std::net::IpAddr> {
+        self.stream.local_addr().map(|address| address.ip())
+    }
+
+    pub fn peer_ip(&self) -> std::io::Result<std::net::IpAddr> {
+        self.stream.peer_addr().map(|address| address.ip())
+    }
+}

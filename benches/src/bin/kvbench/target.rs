@@ -1,0 +1,233 @@
+//! The process at the other end: does what the initiator asks.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Instant;
+
+use crossdock::{Ended, PageSet, Peer, ReceiveRequest, Received, Receiving, ServeRequest, Serving};
+use crossdock_benches::bare::{self, End};
+
+use crate::error::Error;
+use crate::latency;
+use crate::options::OpName;
+use crate::setup::{Clock, Setup, Side, WAIT, allocate, rooms};
+use crate::talk::{Answer, Ask, Pass, Ready, Talk};
+
+/// Takes initiators, one after the other; a child takes one.
+pub fn listen(address: SocketAddr, child: bool) -> Result<(), Error> {
+    let listener = TcpListener::bind(address).map_err(Error::io("listening"))?;
+    println!("{}", listener.local_addr().map_err(Error::io("listening"))?);
+    loop {
+        let (stream, from) = listener.accept().map_err(Error::io("accepting"))?;
+        let mut talk = Talk::new(stream).map_err(Error::io("talking"))?;
+        match serve(&mut talk) {
+            // How every benchmark ends.
+            Err(Error::PeerGone) => {}
+            Err(error) => {
+                eprintln!("kvbench, peer of {from}: {error}");
+                // If the initiator is gone it has its own reason.
+                let _ = talk.say(&Answer::Failed { why: error.to_string() });
+            }
+            Ok(()) => {}
+        }
+        if child {
+            return Ok(());
+        }
+    }
+}
+
+fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
+    let began = Instant::now();
+    let setup = loop {
+        match talk.hear()? {
+            Some(Ask::Setup(setup)) => break *setup,
+            Some(other) => return Err(Error::Unexpected { said: format!("{other:?}") }),
+            None if began.elapsed() > WAIT => {
+                return Err(Error::TimedOut { what: "waiting for the setup", limit: WAIT });
+            }
+            None => std::thread::sleep(std::time::Duration::from_millis(1)),
+        }
+    };
+    let mut target = Target::open(setup, talk)?;
+    loop {
+        let answer =
+            match target.side.driver.keep_trying("waiting for the initiator", IDLE, || talk.hear())? {
+                Ask::Setup(_) => return Err(Error::Unexpected { said: "a second setup".into() }),
+                Ask::Meet { node } => {
+                    target.peer = Peer::node(node);
+                    continue;
+                }
+                Ask::Fill(pass) => {
+                    let setup = &target.side.setup;
+                    setup.content(pass.seed).write(&target.side.memory, &setup.lists(&pass).from);
+                    Answer::Done { cpu_s: 0.0 }
+                }
+                Ask::Open(pass) => {
+                    target.open_rooms(&pass)?;
+                    Answer::Done { cpu_s: 0.0 }
+                }
+                Ask::Go => Answer::Done { cpu_s: target.wait_for_rooms()? },
+                Ask::Check(pass) => {
+                    let setup = &target.side.setup;
+                    let lists = setup.lists(&pass);
+                    let wrong = setup.content(pass.seed).check(&target.side.memory, &lists.from, &lists.to);
+                    Answer::Checked { wrong_pages: wrong.pages }
+                }
+                Ask::Stream(pass) => Answer::Done { cpu_s: target.stream(&pass)? },
+                Ask::Bounce(pass) => {
+                    latency::bounce(&mut target.side, target.peer, &pass, || {
+                        talk.say(&Answer::Done { cpu_s: 0.0 })
+                    })?;
+                    Answer::Done { cpu_s: 0.0 }
+                }
+                Ask::BareBounce { trips } => {
+                    target.connect(1)?;
+                    latency::bare_bounce(&mut target.connections[0], &target.side.setup, trips)?;
+                    Answer::Done { cpu_s: 0.0 }
+                }
+            };
+        talk.say(&answer)?;
+    }
+}
+
+struct Target {
+    side: Side,
+    peer: Peer,
+    listener: TcpListener,
+    connections: Vec<TcpStream>,
+    open: Vec<Open>,
+}
+
+enum Open {
+    Receiving(u64, Receiving, Option<Received>),
+    Serving(u64, Serving),
+}
+
+impl Target {
+    fn open(setup: Setup, talk: &mut Talk<Ask>) -> Result<Self, Error> {
+        let memory = allocate(&setup)?;
+        let ip = talk.local_ip().map_err(Error::io("talking"))?;
+        let listener = TcpListener::bind((ip, 0)).map_err(Error::io("listening"))?;
+        if let Some(name) = &setup.congestion {
+            rustix::net::sockopt::set_tcp_congestion(&listener, name)
+                .map_err(|errno| Error::Io { what: "TCP_CONGESTION", error: errno.into() })?;
+        }
+        let side = Side::open("kvbench-target", setup, memory, ip)?;
+        let ready = Ready {
+            address: side.driver.node().address().to_owned(),
+            node: side.driver.node().identity().node,
+            stream_port: listener.local_addr().map_err(Error::io("listening"))?.port(),
+            process: std::process::id() as i32,
+            descriptor: side.memory.fd().map(|fd| fd.as_fd().as_raw_fd()),
+            base: side.memory.base().expose_provenance() as u64,
+        };
+        talk.say(&Answer::Ready(Box::new(ready)))?;
+        let peer = Peer::node(0);
+        Ok(Self { side, peer, listener, connections: Vec::new(), open: Vec::new() })
+    }
+
+    fn open_rooms(&mut self, pass: &Pass) -> Result<(), Error> {
+        let lists = self.side.setup.lists(pass);
+        let op = self.side.setup.op;
+        let list = match op {
+            OpName::Write => &lists.to,
+            OpName::Read => &lists.from,
+        };
+        for (room, pages) in rooms(pass, list) {
+            let tokens = self.side.setup.tokens(pages.len() as u32);
+            let pages = self.side.adopt(pages)?;
+            let handle = self.side.driver.handle();
+            self.open.push(match op {
+                OpName::Write => {
+                    let receiving = handle.receive(ReceiveRequest {
+                        peer: self.peer,
+                        room,
+                        use_count: 0,
+                        tokens,
+                        skip_tokens: 0,
+                        pages,
+                        deadline: WAIT,
+                    })?;
+                    Open::Receiving(room, receiving, None)
+                }
+                OpName::Read => {
+                    let pages = pages.share();
+                    let aux = Vec::new();
+                    let request = ServeRequest { room, use_count: 0, tokens, pages, aux, deadline: WAIT };
+                    Open::Serving(room, handle.serve(request)?)
+                }
+            });
+        }
+        self.side.driver.settle(SETTLE)
+    }
+
+    /// Waits for all rooms, and says what it has cost.
+    fn wait_for_rooms(&mut self) -> Result<f64, Error> {
+        let clock = Clock::start();
+        let open = &mut self.open;
+        self.side.driver.until("waiting for the rooms of a pass", WAIT, || {
+            while let Some(last) = open.last_mut() {
+                if !has_ended(last)? {
+                    return Ok(None);
+                }
+                open.pop();
+            }
+            Ok(Some(()))
+        })?;
+        Ok(clock.cpu_s())
+    }
+
+    /// Takes the bare connections, as many as the initiator has dialed.
+    fn connect(&mut self, count: usize) -> Result<(), Error> {
+        while self.connections.len() < count {
+            let (stream, _) = self.listener.accept().map_err(Error::io("accepting a bare connection"))?;
+            stream.set_nodelay(true).map_err(Error::io("TCP_NODELAY"))?;
+            self.connections.push(stream);
+        }
+        Ok(())
+    }
+
+    fn stream(&mut self, pass: &Pass) -> Result<f64, Error> {
+        let lists = self.side.setup.lists(pass);
+        let count = usize::from(self.side.setup.lanes);
+        self.connect(count)?;
+        let clock = Clock::start();
+        let (setup, memory) = (&self.side.setup, &self.side.memory);
+        let end = if setup.op == OpName::Read { End::Sends } else { End::Receives };
+        bare::stream(&self.connections[..count], memory, setup.pages(&lists), end)
+            .map_err(Error::io("moving pages over bare connections"))?;
+        Ok(clock.cpu_s())
+    }
+}
+
+fn has_ended(open: &mut Open) -> Result<bool, Error> {
+    match open {
+        Open::Receiving(room, receiving, received) => {
+            if received.is_none() {
+                *received = receiving.end.poll()?;
+            }
+            let Some(received) = received else { return Ok(false) };
+            delivered(*room, &received.ended)?;
+            let home: Option<PageSet> = receiving.pages.poll()?;
+            Ok(home.is_some())
+        }
+        Open::Serving(room, serving) => match serving.end.poll()? {
+            Some(ended) => delivered(*room, &ended).map(|()| true),
+            None => Ok(false),
+        },
+    }
+}
+
+/// Anything but a delivery ends the benchmark.
+pub fn delivered(room: u64, ended: &Ended) -> Result<(), Error> {
+    match ended.is_delivered() {
+        true => Ok(()),
+        false => Err(Error::Room { room, ended: ended.clone() }),
+    }
+}
+
+/// How long an initiator may think.
+const IDLE: std::time::Duration = std::time::Duration::from_secs(3600);
+
+/// Enough for the grants of all rooms to be with the other side.
+pub const SETTLE: std::time::Duration = std::time::Duration::from_millis(10);

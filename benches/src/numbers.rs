@@ -1,0 +1,75 @@
+//! Samples, and what a process has used.
+
+/// Values of one kind, measured one after the other.
+#[derive(Clone, Debug, Default)]
+pub struct Sample(Vec<f64>);
+
+impl Sample {
+    /// Adds a value.
+    pub fn push(&mut self, value: f64) {
+        self.0.push(value);
+    }
+
+    /// The values, in the order in which they came.
+    pub fn values(&self) -> &[f64] {
+        &self.0
+    }
+
+    /// The middle one; 0 of none.
+    pub fn median(&self) -> f64 {
+        self.quantile(0.5)
+    }
+
+    /// The value that this share of the values does not exceed; 0 of none.
+    pub fn quantile(&self, share: f64) -> f64 {
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        match sorted.len() {
+            0 => 0.0,
+            count => sorted[((count - 1) as f64 * share).round() as usize],
+        }
+    }
+
+    /// The smallest; 0 of none.
+    pub fn min(&self) -> f64 {
+        self.quantile(0.0)
+    }
+
+    /// The largest; 0 of none.
+    pub fn max(&self) -> f64 {
+        self.quantile(1.0)
+    }
+
+    /// The median of the ratios of values that were measured next to each other: what a busy machine disturbs least.
+    pub fn median_ratio(&self, to: &Sample) -> f64 {
+        Sample(self.0.iter().zip(&to.0).map(|(one, other)| one / other).collect()).median()
+    }
+}
+
+impl Extend<f64> for Sample {
+    fn extend<T: IntoIterator<Item = f64>>(&mut self, values: T) {
+        self.0.extend(values);
+    }
+}
+
+/// Seconds that all threads of this process have run, in the program and in the kernel.
+pub fn cpu_seconds() -> f64 {
+    let ticks = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    ticks.tv_sec as f64 + ticks.tv_nsec as f64 * 1e-9
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles_of_a_sample() {
+        let mut sample = Sample::default();
+        assert_eq!(sample.median(), 0.0);
+        sample.extend([3.0, 1.0, 2.0]);
+        assert_eq!((sample.min(), sample.median(), sample.max()), (1.0, 2.0, 3.0));
+        let mut half = Sample::default();
+        half.extend([6.0, 4.0, 2.0]);
+        assert_eq!(sample.median_ratio(&half), 0.5);
+    }
+}
