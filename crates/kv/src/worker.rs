@@ -517,7 +517,7 @@ impl Worker {
                     Some(Kind::Serving { .. }) | None => {}
                 };
             }
-            Notice::Wanted { room, params, .. } => self.wanted(now, room, &params),
+            Notice::Wanted { room, session, params } => self.wanted(now, room, session, &params),
             Notice::Landed { room, aux } => self.landed(now, room, &aux),
             Notice::Ended { room, end, peer, port } => self.ended(room, Ended { end, peer, port }),
             Notice::Home { room, pages } => {
@@ -569,18 +569,19 @@ impl Worker {
     }
 
     /// A reader asks for a room that is served here.
-    fn wanted(&mut self, now: u64, id: RoomId, params: &[u8]) {
+    fn wanted(&mut self, now: u64, id: RoomId, session: SessionId, params: &[u8]) {
         let Some(Room { kind: Kind::Serving { tokens, pages, aux, .. }, .. }) = self.rooms.get(&id) else {
             return;
         };
-        let Some(ask) = Ask::decode(params).filter(|ask| ask.tokens == *tokens) else {
+        let ask = Ask::decode(params).filter(|ask| ask.tokens == *tokens);
+        let (Some(ask), Some(Some(cache))) = (ask, self.caches.get(&session)) else {
             return self.engine.proto().mismatch(now, id);
         };
         let table = PageTable::new(&self.layout, pages);
+        // Of what the reader will read: the layers that both hold, and the tokens that it lacks.
+        let layers = overlap(&self.layout.layers(), &cache.layers());
         let sums = match ask.checksums {
-            true => {
-                Checksums::compute(&self.memory, &table, self.layout.layers(), ask.skip_tokens..ask.tokens)
-            }
+            true => Checksums::compute(&self.memory, &table, layers, ask.skip_tokens..ask.tokens),
             false => return self.offer(now, id, *tokens, aux.clone(), Vec::new()),
         };
         match sums {

@@ -214,6 +214,7 @@ impl SessionEnd {
                 Refusal::NoRail { .. } => "open a port of one kind on both sides that can reach the other",
                 Refusal::Busy => "raise the peer's limit of sessions, or try again later",
                 Refusal::Duplicate => "nothing to do: the existing session is used",
+                Refusal::SameNode => "give each node a number of its own, and do not dial this node itself",
             },
             SessionEnd::Misbehaved { .. } => "the peer runs other or broken software",
             SessionEnd::Port(_) => "look at the port's error",

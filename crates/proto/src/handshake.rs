@@ -19,7 +19,6 @@ use crate::lanes::{Slot, SlotState};
 use crate::message::{About, Identity, MAX_LANES, Message, RailOffer, Refusal, VERSION_MAX, VERSION_MIN};
 use crate::proto::{LinkId, Proto, SessionId, TargetId, Timer};
 use crate::session::{Phase, Session};
-use crate::targets::TargetState;
 
 /// A control stream, by how far its handshake has come.
 pub(crate) enum Link {
@@ -52,7 +51,10 @@ impl Proto {
     /// A peer has dialed us.
     pub fn link_accepted(&mut self, now_ns: u64, link: LinkId) {
         self.now_ns = now_ns;
-        self.add_link(link, Link::AwaitHello);
+        match self.is_shut {
+            false => self.add_link(link, Link::AwaitHello),
+            true => self.close_link(link),
+        }
     }
 
     /// A control stream has ended.
@@ -84,10 +86,10 @@ impl Proto {
                 self.on_hello(link, from, (version_min, version_max), about, bytes);
             }
             (Some(Link::AwaitWelcome { .. }), Message::Welcome { version, about, proof }) => {
-                self.on_welcome(link, from, version, about, proof);
+                self.on_welcome(link, from, (version, about, proof), bytes);
             }
             (Some(Link::AwaitWelcome { .. }), Message::Refuse { refusal }) => {
-                self.on_refuse(link, refusal);
+                self.on_refuse(link, from, refusal);
             }
             (Some(Link::AwaitProve { .. }), Message::Prove { proof }) => self.on_prove(link, from, proof),
             (Some(Link::AwaitProve { .. }), Message::Refuse { .. } | Message::Goodbye) => {
@@ -120,10 +122,10 @@ impl Proto {
             };
             return self.refuse(link, refusal);
         }
-        if let Err(refusal) = self.fits(&about, Side::Acceptor) {
+        if let Err(refusal) = self.fits(peer, &about, Side::Acceptor) {
             return self.refuse(link, refusal);
         }
-        if self.sessions.len() >= self.config.max_sessions as usize {
+        if !self.has_room_for_session(peer) {
             return self.refuse(link, Refusal::Busy);
         }
         let version = versions.1.min(VERSION_MAX);
@@ -137,10 +139,18 @@ impl Proto {
             .insert(link, Link::AwaitProve { peer, about: Box::new(about), hello: hello.to_vec(), welcome });
     }
 
-    fn on_welcome(&mut self, link: LinkId, peer: Identity, version: u16, about: About, proof: [u8; 32]) {
+    fn on_welcome(
+        &mut self,
+        link: LinkId,
+        peer: Identity,
+        (version, about, proof): (u16, About, [u8; 32]),
+        bytes: &[u8],
+    ) {
         let Some(Link::AwaitWelcome { target, hello }) = self.links.remove(&link) else { return };
-        let mut welcome = Vec::new();
-        Message::Welcome { version, about: about.clone(), proof: [0; 32] }.encode(peer, &mut welcome);
+        // The proof is over the frame as it came, but for the proof itself, which is its end.
+        let mut welcome = bytes.to_vec();
+        let proof_at = welcome.len() - proof.len();
+        welcome[proof_at..].fill(0);
         let refusal = if !(VERSION_MIN..=VERSION_MAX).contains(&version) {
             Some(Refusal::Version {
                 here_min: VERSION_MIN,
@@ -148,31 +158,39 @@ impl Proto {
                 there_min: version,
                 there_max: version,
             })
-        } else if let Err(refusal) = self.fits(&about, Side::Dialer) {
+        } else if let Err(refusal) = self.fits(peer, &about, Side::Dialer) {
             Some(refusal)
         } else if !same(&proof, &self.config.auth.proof(Side::Acceptor, &[&hello, &welcome])) {
             Some(Refusal::NotAuthentic)
-        } else if self.is_duplicate(peer) {
+        } else if self.session_with(peer).is_some() {
             Some(Refusal::Duplicate)
+        } else if !self.has_room_for_session(peer) {
+            Some(Refusal::Busy)
         } else {
             None
         };
         if let Some(refusal) = refusal {
-            self.links.insert(link, Link::Closing);
             self.refuse(link, refusal.clone());
             if refusal == Refusal::Duplicate {
                 return self.adopt(target, peer);
             }
             return self.target_failed(target, SessionEnd::Refused { by: Who::Here, refusal });
         }
+        if let Some(&earlier) = self.by_node.get(&peer.node) {
+            self.end_session(earlier, SessionEnd::Restarted);
+        }
         let proof = self.config.auth.proof(Side::Dialer, &[&hello, &welcome]);
         self.send_link(link, &Message::Prove { proof });
-        self.begin_session(link, Side::Dialer, peer, about, Some(target), &[&hello, &welcome]);
+        let session = self.begin_session(link, Side::Dialer, peer, about, &[&hello, &welcome]);
+        self.target_found(target, peer, session);
     }
 
-    fn on_refuse(&mut self, link: LinkId, refusal: Refusal) {
+    fn on_refuse(&mut self, link: LinkId, peer: Identity, refusal: Refusal) {
         let Some(Link::AwaitWelcome { target, .. }) = self.links.remove(&link) else { return };
         self.close_link(link);
+        if refusal == Refusal::Duplicate {
+            return self.adopt(target, peer);
+        }
         let refusal = refusal.seen_from_there();
         self.target_failed(target, SessionEnd::Refused { by: Who::Peer, refusal });
     }
@@ -180,20 +198,57 @@ impl Proto {
     fn on_prove(&mut self, link: LinkId, from: Identity, proof: [u8; 32]) {
         let Some(Link::AwaitProve { peer, about, hello, welcome }) = self.links.remove(&link) else { return };
         if from != peer || !same(&proof, &self.config.auth.proof(Side::Dialer, &[&hello, &welcome])) {
-            self.links.insert(link, Link::Closing);
             return self.refuse(link, Refusal::NotAuthentic);
         }
         // Only now, when it has proven who it is, may a newcomer end what was there before.
-        if let Some(&old) = self.by_node.get(&peer.node) {
-            let same_life = self.sessions.get(&old).is_some_and(|s| s.peer == peer);
-            let cause = if same_life { SessionEnd::StreamEnded } else { SessionEnd::Restarted };
-            self.end_session(old, cause);
+        if let Some(session) = self.session_with(peer) {
+            let dialed_both_ways = self.sessions.get(&session).is_some_and(Session::is_proposed);
+            // Both sides decide so: of two dials that cross, the one of the lower number is kept.
+            if dialed_both_ways && self.config.identity.node < peer.node {
+                return self.refuse(link, Refusal::Duplicate);
+            }
+            let cause = match dialed_both_ways {
+                true => SessionEnd::Refused { by: Who::Here, refusal: Refusal::Duplicate },
+                // It has lost the session, and has found out before this side.
+                false => SessionEnd::StreamEnded,
+            };
+            self.end_session(session, cause);
+        } else if let Some(&earlier) = self.by_node.get(&peer.node) {
+            self.end_session(earlier, SessionEnd::Restarted);
+        } else if !self.has_room_for_session(peer) {
+            return self.refuse(link, Refusal::Busy);
         }
-        self.begin_session(link, Side::Acceptor, peer, *about, None, &[&hello, &welcome]);
+        let session = self.begin_session(link, Side::Acceptor, peer, *about, &[&hello, &welcome]);
+        self.adopt_pausing(peer, session);
+        self.refuse_older_dials(peer);
+    }
+
+    /// Once there is a session with a peer, dials of that peer's that were answered before are left from the time
+    /// when both sides dialed. A dial that comes later says that the peer has lost the session.
+    pub(crate) fn refuse_older_dials(&mut self, peer: Identity) {
+        let is_older = |link: &Link| matches!(link, Link::AwaitProve { peer: of, .. } if *of == peer);
+        let older: Vec<LinkId> =
+            self.links.iter().filter(|(_, link)| is_older(link)).map(|(id, _)| *id).collect();
+        older.into_iter().for_each(|link| self.refuse(link, Refusal::Duplicate));
+    }
+
+    /// The session with this same life of a peer.
+    fn session_with(&self, peer: Identity) -> Option<SessionId> {
+        let session = *self.by_node.get(&peer.node)?;
+        self.sessions.get(&session).filter(|s| s.peer == peer).map(|_| session)
+    }
+
+    /// Whether one more session is within the limit. One with a peer that is back takes the place of its last.
+    fn has_room_for_session(&self, peer: Identity) -> bool {
+        let replaced = usize::from(self.by_node.contains_key(&peer.node));
+        self.sessions.len() - replaced < self.config.max_sessions as usize
     }
 
     /// Whether what a peer says of itself fits this node.
-    fn fits(&self, about: &About, us: Side) -> Result<(), Refusal> {
+    fn fits(&self, peer: Identity, about: &About, us: Side) -> Result<(), Refusal> {
+        if peer.node == self.config.identity.node {
+            return Err(Refusal::SameNode);
+        }
         if about.auth != self.config.auth.is_on() {
             return Err(Refusal::AuthMismatch);
         }
@@ -241,30 +296,14 @@ impl Proto {
         }
     }
 
-    /// Whether the dial that found this peer is one too many: there is a session already, or the peer dials us
-    /// too and its dial wins, because its number is lower.
-    fn is_duplicate(&self, peer: Identity) -> bool {
-        let exists = self
-            .by_node
-            .get(&peer.node)
-            .and_then(|session| self.sessions.get(session))
-            .is_some_and(|session| session.peer == peer);
-        let dials_us = self
-            .links
-            .values()
-            .any(|link| matches!(link, Link::AwaitProve { peer: other, .. } if *other == peer));
-        exists || (dials_us && peer.node < self.config.identity.node)
-    }
-
     fn begin_session(
         &mut self,
         link: LinkId,
         side: Side,
         peer: Identity,
         about: About,
-        target: Option<TargetId>,
         transcript: &[&[u8]],
-    ) {
+    ) -> SessionId {
         let id = self.new_session_id();
         let pairs = self.pair_rails(&about, side);
         let key = self.config.auth.session_key(transcript);
@@ -281,7 +320,7 @@ impl Proto {
                 lost_there: false,
             })
             .collect();
-        let tick = self.now_ns + self.config.heartbeat_ns;
+        let tick = self.next_session_tick(self.now_ns, true);
         self.sessions.insert(
             id,
             Session {
@@ -290,7 +329,6 @@ impl Proto {
                 peer,
                 name: about.name.into(),
                 port,
-                target,
                 key,
                 phase: Phase::SettingUp { ready_sent: false, ready_received: false },
                 slots,
@@ -308,12 +346,6 @@ impl Proto {
         self.arm(tick, Timer::Session(id));
         self.links.insert(link, Link::Bound(id));
         self.by_node.insert(peer.node, id);
-        if let Some(t) = target.and_then(|target| self.targets.get_mut(&target)) {
-            if matches!(t.state, TargetState::Closed) {
-                return self.end_session(id, SessionEnd::ClosedHere);
-            }
-            t.state = TargetState::Session(id);
-        }
         let plan = PulsePlan {
             peer_address: about.pulse_address,
             interval_ns: about.heartbeat_ns.max(1_000_000),
@@ -324,6 +356,7 @@ impl Proto {
         for (slot, (rail, _)) in pairs.into_iter().enumerate() {
             self.act(Action::OpenLane { session: id, slot: slot as u8, rail });
         }
+        id
     }
 
     /// A handshake that takes too long.
@@ -341,7 +374,8 @@ impl Proto {
 
     pub(crate) fn add_link(&mut self, link: LinkId, state: Link) {
         self.links.insert(link, state);
-        self.arm(self.now_ns + self.config.handshake_timeout_ns, Timer::Link(link));
+        let at_ns = self.now_ns.saturating_add(self.config.handshake_timeout_ns);
+        self.arm(at_ns, Timer::Link(link));
     }
 
     fn refuse(&mut self, link: LinkId, refusal: Refusal) {

@@ -149,6 +149,9 @@ pub enum Refusal {
     /// The two are connected already.
     #[error("a session between the two exists already")]
     Duplicate,
+    /// Both say that they are the same node: a node has dialed itself, or two were given one number.
+    #[error("the peer has this node's own number")]
+    SameNode,
 }
 
 /// A control message.
@@ -525,6 +528,7 @@ fn put_refusal(w: &mut Writer<'_>, refusal: &Refusal) {
         }
         Refusal::Busy => w.u8(6),
         Refusal::Duplicate => w.u8(7),
+        Refusal::SameNode => w.u8(8),
     }
 }
 
@@ -550,6 +554,7 @@ fn take_refusal(r: &mut Reader<'_>) -> Result<Refusal, DecodeError> {
         5 => Refusal::NoRail { here: r.text("here")?, there: r.text("there")? },
         6 => Refusal::Busy,
         7 => Refusal::Duplicate,
+        8 => Refusal::SameNode,
         value => {
             return Err(DecodeError::BadValue { field: "refusal", value: value.into() });
         }

@@ -12,11 +12,12 @@ use crate::proto::{RoomId, SessionId, TargetId};
 /// What the user of the protocol hears.
 #[derive(Debug)]
 pub enum Notice {
-    /// Rooms with this peer can move now.
+    /// Rooms with this peer can move now. Said once for each target that holds the session, which may be later than
+    /// the first time; once without a target if none does.
     SessionUp {
         /// Which session.
         session: SessionId,
-        /// The target that was dialed, if this side dialed.
+        /// The target that holds it.
         target: Option<TargetId>,
         /// Who.
         peer: Identity,
@@ -27,11 +28,12 @@ pub enum Notice {
         /// What the peer says about its cache.
         app: Arc<[u8]>,
     },
-    /// A session ended, or never came about.
+    /// A session ended, or never came about. Said once for each target that held it or waited for it; once without a
+    /// target if none did.
     SessionDown {
-        /// Which session; `None` if it ended before it had a number.
+        /// Which session; `None` if it ended before it had a number, or lasts without this target.
         session: Option<SessionId>,
-        /// The target that was dialed, if this side dialed.
+        /// The target.
         target: Option<TargetId>,
         /// Why.
         cause: SessionEnd,

@@ -36,6 +36,25 @@ impl Proto {
         }
     }
 
+    /// Forgets a request that has expired here (`why` is told to the decode side) or that the decode side has given
+    /// up. A grant that came with it goes back: nothing was ever written under it, and only this side can say so.
+    pub(crate) fn unpark(
+        &mut self,
+        kind: RoleKind,
+        name: RoomName,
+        session: SessionId,
+        why: Option<CancelWhy>,
+    ) {
+        let Some(parked) = self.parked.remove(&(kind, name, session)) else { return };
+        self.disarm(parked.expires_ns, Timer::Parked(kind, name, session));
+        if let Some(why) = why {
+            self.send(session, &Message::Cancel { room: RoomOnWire { name, from_decode: false }, why });
+        }
+        if let Message::Grant { grant, .. } = parked.message {
+            self.release(session, &[grant], 0, false);
+        }
+    }
+
     /// Keeps a request for a room that is not open here yet, or says why not.
     pub(crate) fn park(&mut self, kind: RoleKind, name: RoomName, session: SessionId, message: Message) {
         let (Message::Grant { duration_ns, .. } | Message::Want { duration_ns, .. }) = message else {

@@ -34,7 +34,7 @@ pub struct TargetId(pub u32);
 pub struct RoomId(pub u64);
 
 /// How a user names a peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PeerName {
     /// Whoever answers at a dialed address.
     Target(TargetId),
@@ -83,7 +83,7 @@ pub struct Proto {
     /// Ends that know their session, until they have ended.
     pub(crate) bound: BTreeMap<(SessionId, RoleKind, RoomName), RoomId>,
     /// Decode ends that wait for their session.
-    pub(crate) waiting: BTreeSet<RoomId>,
+    pub(crate) waiting: BTreeMap<(PeerName, RoleKind, RoomName), RoomId>,
     /// What decode sides asked for before the room was opened here.
     pub(crate) parked: BTreeMap<(RoleKind, RoomName, SessionId), Parked>,
     /// Prefill ends that ended lately: a decode side that asks for one hears so at once.
@@ -91,6 +91,8 @@ pub struct Proto {
     pub(crate) ended_names: BTreeMap<(RoleKind, RoomName), CancelWhy>,
     pub(crate) grants: Grants,
     pub(crate) counters: Counters,
+    /// Shut down.
+    pub(crate) is_shut: bool,
     /// Receiving rooms that have counted something since their user last looked.
     pub(crate) grown: VecDeque<RoomId>,
     timers: BTreeSet<(u64, Timer)>,
@@ -131,11 +133,12 @@ impl Proto {
             rooms: BTreeMap::new(),
             open: BTreeMap::new(),
             bound: BTreeMap::new(),
-            waiting: BTreeSet::new(),
+            waiting: BTreeMap::new(),
             parked: BTreeMap::new(),
             ended: VecDeque::new(),
             ended_names: BTreeMap::new(),
             counters: Counters::default(),
+            is_shut: false,
             grown: VecDeque::with_capacity(1024),
             timers: BTreeSet::new(),
             actions: VecDeque::new(),
@@ -264,7 +267,7 @@ impl Proto {
                     if let Some(parked) = self.parked.get(&(kind, name, session))
                         && parked.expires_ns <= now_ns
                     {
-                        self.parked.remove(&(kind, name, session));
+                        self.unpark(kind, name, session, Some(CancelWhy::Expired));
                     }
                 }
             }

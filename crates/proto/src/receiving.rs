@@ -25,7 +25,6 @@ use crate::message::{CancelWhy, MAX_LANES, Message, RoomName};
 use crate::notice::Notice;
 use crate::proto::{PeerName, Proto, RoomId, SessionId};
 use crate::room::{Finish, Moving, Receive, Receiving, Role, RoleKind, Room, RoomError};
-use crate::targets::TargetState;
 
 impl Proto {
     /// Opens the decode end of a push: the peer may write these pages until the room ends.
@@ -97,12 +96,7 @@ impl Proto {
             return Err(RoomError::UnknownPeer);
         }
         let open = self.session_of(peer).is_some_and(|s| self.bound.contains_key(&(s, kind, name)));
-        let waits = self
-            .waiting
-            .iter()
-            .filter_map(|id| self.rooms.get(id))
-            .any(|room| room.peer == Some(peer) && room.name == name && room.role.kind() == kind);
-        match open || waits {
+        match open || self.waiting.contains_key(&(peer, kind, name)) {
             true => Err(RoomError::Duplicate { room: name }),
             false => Ok(()),
         }
@@ -115,7 +109,9 @@ impl Proto {
             None => match self.why_never(peer) {
                 Some(end) => self.end_room(id, end, None),
                 None => {
-                    self.waiting.insert(id);
+                    if let Some(room) = self.rooms.get(&id) {
+                        self.waiting.insert((peer, room.role.kind(), room.name), id);
+                    }
                 }
             },
         }
@@ -123,25 +119,41 @@ impl Proto {
 
     /// Why there will be no session with a peer, if that is known.
     fn why_never(&self, peer: PeerName) -> Option<End> {
+        if self.is_shut {
+            return Some(End::PeerLost { cause: SessionEnd::ClosedHere });
+        }
         let PeerName::Target(target) = peer else {
             return None;
         };
-        match &self.targets.get(&target)?.state {
-            TargetState::Refused(by, refusal) => {
-                Some(End::Refused { by: *by, why: RoomRefusal::Handshake(refusal.clone()) })
-            }
-            TargetState::Closed => Some(End::PeerLost { cause: SessionEnd::ClosedHere }),
-            _ => None,
+        let (by, refusal) = self.targets.get(&target)?.refusal()?;
+        Some(End::Refused { by, why: RoomRefusal::Handshake(refusal) })
+    }
+
+    /// The decode ends that wait for a session with a peer that is named so.
+    pub(crate) fn waiting_for(&self, peer: PeerName) -> Vec<RoomId> {
+        let first = RoomName { room: 0, use_count: 0 };
+        let last = RoomName { room: u64::MAX, use_count: u32::MAX };
+        let named = (peer, RoleKind::Receiving, first)..=(peer, RoleKind::Serving, last);
+        self.waiting.range(named).map(|(_, room)| *room).collect()
+    }
+
+    pub(crate) fn stop_waiting(&mut self, id: RoomId) {
+        if let Some(room) = self.rooms.get(&id)
+            && let Some(peer) = room.peer
+        {
+            self.waiting.remove(&(peer, room.role.kind(), room.name));
         }
     }
 
     pub(crate) fn bind_decode(&mut self, id: RoomId, session: SessionId) {
-        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let Some(room) = self.rooms.get(&id) else { return };
         let (name, kind) = (room.name, room.role.kind());
         if self.bound.contains_key(&(session, kind, name)) {
             let end = End::Refused { by: Who::Here, why: RoomRefusal::Duplicate };
             return self.end_room(id, end, None);
         }
+        self.stop_waiting(id);
+        let Some(room) = self.rooms.get_mut(&id) else { return };
         room.session = Some(session);
         room.stage = Stage::Grant;
         self.bound.insert((session, kind, name), id);

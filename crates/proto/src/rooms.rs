@@ -61,11 +61,11 @@ impl Proto {
             End::Delivered => self.counters.delivered += 1,
             _ => self.counters.undelivered += 1,
         }
-        self.waiting.remove(&id);
         match session {
             Some(session) => {
                 self.bound.remove(&(session, kind, name));
             }
+            None if kind.is_decode() => self.stop_waiting(id),
             None => {
                 self.open.remove(&(kind, name));
             }

@@ -11,11 +11,10 @@ use crate::end::{End, SessionEnd, Stage, Who};
 use crate::grants::Given;
 use crate::handshake::Link;
 use crate::lanes::{Slot, SlotState};
-use crate::message::{CancelWhy, Identity, Message, Refusal, RegionOffer, Released};
+use crate::message::{CancelWhy, Identity, Message, RegionOffer, Released};
 use crate::notice::Notice;
-use crate::proto::{LinkId, Proto, RoomId, SessionId, TargetId, Timer};
+use crate::proto::{LinkId, PeerName, Proto, RoomId, SessionId, TargetId, Timer};
 use crate::room::{Moving, Role, RoleKind};
-use crate::targets::TargetState;
 
 /// One session.
 pub(crate) struct Session {
@@ -26,7 +25,6 @@ pub(crate) struct Session {
     pub name: Arc<str>,
     /// The transport of its lanes.
     pub port: &'static str,
-    pub target: Option<TargetId>,
     pub key: SessionKey,
     pub phase: Phase,
     pub slots: Vec<Slot>,
@@ -62,6 +60,11 @@ pub(crate) struct PeerSetup {
 impl Session {
     pub fn is_live(&self) -> bool {
         self.phase == Phase::Live
+    }
+
+    /// Whether we have dialed the peer and do not know yet that it has taken the session up.
+    pub fn is_proposed(&self) -> bool {
+        self.side == Side::Dialer && self.peer_setup.is_none()
     }
 
     pub fn is_over(&self) -> bool {
@@ -104,12 +107,12 @@ impl Session {
 }
 
 impl Proto {
-    /// Ends every session; nothing is dialed any more.
+    /// Ends every session and every room; nothing is dialed, accepted or opened any more.
     pub fn shut_down(&mut self, now_ns: u64) {
         self.now_ns = now_ns;
-        for target in self.targets.values_mut() {
-            target.state = TargetState::Closed;
-        }
+        self.is_shut = true;
+        let targets: Vec<TargetId> = self.targets.keys().copied().collect();
+        targets.into_iter().for_each(|target| self.forget_target(target));
         let links: Vec<LinkId> = self.links.keys().copied().collect();
         for link in links {
             match self.links.get(&link) {
@@ -120,6 +123,10 @@ impl Proto {
                 Some(Link::Closing) | None => {}
                 Some(_) => self.close_link(link),
             }
+        }
+        let rooms: Vec<RoomId> = self.rooms.keys().copied().collect();
+        for room in rooms {
+            self.end_room(room, End::PeerLost { cause: SessionEnd::ClosedHere }, None);
         }
     }
 
@@ -191,9 +198,11 @@ impl Proto {
         }
         s.peer_setup = Some(PeerSetup { regions, app: app.into() });
         s.held = held;
+        let peer = s.peer;
         for ((_, address), slot) in lanes.into_iter().zip(&mut s.slots) {
             slot.theirs = Some(address);
         }
+        self.refuse_older_dials(peer);
         self.connect_lanes(session);
         self.answer_held();
     }
@@ -201,23 +210,36 @@ impl Proto {
     fn become_live(&mut self, session: SessionId) {
         let Some(s) = self.sessions.get_mut(&session) else { return };
         let Phase::SettingUp { ready_sent: true, ready_received: true } = s.phase else { return };
-        let Some(setup) = &s.peer_setup else { return };
         s.phase = Phase::Live;
-        let notice = Notice::SessionUp {
-            session,
-            target: s.target,
-            peer: s.peer,
-            name: s.name.clone(),
-            port: s.port,
-            app: setup.app.clone(),
-        };
-        let target = s.target;
         self.counters.sessions += 1;
-        if let Some(t) = target.and_then(|target| self.targets.get_mut(&target)) {
-            t.backoff_ns = self.config.redial_min_ns;
+        let targets = self.targets_of(session);
+        if targets.is_empty() {
+            self.tell_up(session, None);
         }
-        self.tell(notice);
+        for target in targets {
+            self.target_is_up(target);
+            self.tell_up(session, Some(target));
+        }
         self.bind_waiting(session);
+    }
+
+    pub(crate) fn tell_up(&mut self, session: SessionId, target: Option<TargetId>) {
+        let Some(s) = self.sessions.get(&session) else { return };
+        let Some(setup) = &s.peer_setup else { return };
+        let (peer, name, port, app) = (s.peer, s.name.clone(), s.port, setup.app.clone());
+        self.tell(Notice::SessionUp { session, target, peer, name, port, app });
+    }
+
+    /// Lets decode ends that waited for this session begin.
+    pub(crate) fn bind_waiting(&mut self, session: SessionId) {
+        let Some(s) = self.sessions.get(&session).filter(|s| s.is_live()) else { return };
+        let node = PeerName::Node(s.peer.node);
+        let targets = self.targets_of(session);
+        for peer in targets.into_iter().map(PeerName::Target).chain([node]) {
+            for room in self.waiting_for(peer) {
+                self.bind_decode(room, session);
+            }
+        }
     }
 
     // --- messages of a session -------------------------------------------------------------------------------
@@ -239,10 +261,7 @@ impl Proto {
             }
             Message::Goodbye => self.end_session(session, SessionEnd::ClosedByPeer),
             Message::Restart => self.end_session(session, SessionEnd::Restarted),
-            Message::Refuse { refusal: Refusal::Duplicate } => {
-                self.end_session(session, SessionEnd::Refused { by: Who::Peer, refusal: Refusal::Duplicate });
-            }
-            Message::Refuse { refusal } => {
+            Message::Refuse { refusal } if s.is_proposed() => {
                 let refusal = refusal.seen_from_there();
                 self.end_session(session, SessionEnd::Refused { by: Who::Peer, refusal });
             }
@@ -262,8 +281,12 @@ impl Proto {
             }
             Message::Delivered { room } => self.on_delivered(session, room),
             Message::Cancel { room, why } => self.on_cancel(session, room.name, room.from_decode, why),
-            Message::Hello { .. } | Message::Welcome { .. } | Message::Prove { .. } => {
-                self.end_session(session, SessionEnd::Misbehaved { what: "began a second handshake" });
+            Message::Hello { .. }
+            | Message::Welcome { .. }
+            | Message::Prove { .. }
+            | Message::Refuse { .. } => {
+                let what = "went back to a handshake that is done";
+                self.end_session(session, SessionEnd::Misbehaved { what });
             }
         }
     }
@@ -274,7 +297,7 @@ impl Proto {
             false => [RoleKind::Receiving, RoleKind::Fetching],
         };
         for kind in kinds {
-            self.parked.remove(&(kind, name, session));
+            self.unpark(kind, name, session, None);
             if let Some(&room) = self.bound.get(&(session, kind, name)) {
                 let stage = self.rooms.get(&room).map_or(Stage::Grant, |r| r.stage);
                 self.end_room(room, Proto::room_end_from(why, stage), None);
@@ -307,7 +330,7 @@ impl Proto {
             return;
         }
         s.phase = Phase::Over;
-        let (link, target, peer, slots) = (s.link.take(), s.target, s.peer, s.slots.len() as u8);
+        let (link, peer, slots) = (s.link.take(), s.peer, s.slots.len() as u8);
         let tick = s.next_tick_ns;
         self.disarm(tick, Timer::Session(session));
         if self.by_node.get(&peer.node) == Some(&session) {
@@ -327,9 +350,17 @@ impl Proto {
             self.end_room(room, End::PeerLost { cause: cause.clone() }, None);
         }
         self.parked.retain(|(_, _, of), _| *of != session);
-        self.tell(Notice::SessionDown { session: Some(session), target, cause: cause.clone() });
-        if let Some(target) = target {
-            self.target_lost(target, cause);
+        let targets = self.targets_of(session);
+        if targets.is_empty() {
+            self.tell(Notice::SessionDown { session: Some(session), target: None, cause: cause.clone() });
+        }
+        for target in targets {
+            self.tell(Notice::SessionDown {
+                session: Some(session),
+                target: Some(target),
+                cause: cause.clone(),
+            });
+            self.target_lost(target, &cause);
         }
         for room in self.rooms_of(session) {
             self.settle(room);
@@ -396,19 +427,30 @@ impl Proto {
         }
         let silent_ns = s.silent_ns;
         let age_ns = now.saturating_sub(s.began_ns);
-        let limit_ns = self.config.heartbeat_ns * u64::from(self.config.heartbeats_missed);
+        let limit_ns = self.config.heartbeat_ns.saturating_mul(self.config.heartbeats_missed.into());
         if matches!(s.phase, Phase::SettingUp { .. }) && age_ns >= self.config.handshake_timeout_ns {
             return self.end_session(session, SessionEnd::HandshakeTimedOut);
         }
         if silent_ns > limit_ns && age_ns > self.config.warm_up_grace_ns {
             return self.end_session(session, SessionEnd::Silent { for_ns: silent_ns });
         }
-        s.next_tick_ns = now + self.config.heartbeat_ns;
-        let next = s.next_tick_ns;
-        let live = s.is_live();
+        let (began_ns, is_live) = (s.began_ns, s.is_live());
+        let next = self.next_session_tick(began_ns, !is_live);
+        if let Some(s) = self.sessions.get_mut(&session) {
+            s.next_tick_ns = next;
+        }
         self.arm(next, Timer::Session(session));
-        if live {
+        if is_live {
             self.send(session, &Message::Ping { stamp: now });
+        }
+    }
+
+    /// When a session is looked after next: at each heartbeat, and at the deadline of its handshake.
+    pub(crate) fn next_session_tick(&self, began_ns: u64, is_setting_up: bool) -> u64 {
+        let beat_ns = self.now_ns.saturating_add(self.config.heartbeat_ns.max(SHORTEST_TICK_NS));
+        match is_setting_up {
+            true => beat_ns.min(began_ns.saturating_add(self.config.handshake_timeout_ns)),
+            false => beat_ns,
         }
     }
 
@@ -416,3 +458,6 @@ impl Proto {
         self.sessions.get(&session).map(|s| s.rooms.iter().copied().collect()).unwrap_or_default()
     }
 }
+
+/// Heartbeats are never looked after more often than this.
+const SHORTEST_TICK_NS: u64 = 1_000_000;

@@ -1,4 +1,7 @@
 //! Targets: addresses that are dialed, and dialed again when the session is lost.
+//!
+//! A target holds a session with whoever answers at its address; several targets may hold the same one, and so may
+//! a target whose peer was faster to dial this node.
 
 use crate::action::Action;
 use crate::end::{End, RoomRefusal, SessionEnd, Who};
@@ -9,25 +12,36 @@ use crate::proto::{LinkId, PeerName, Proto, SessionId, TargetId, Timer};
 
 /// An address that is dialed.
 pub(crate) struct Target {
-    pub address: String,
-    pub state: TargetState,
-    pub backoff_ns: u64,
+    address: String,
+    state: TargetState,
+    backoff_ns: u64,
+    /// Who answered last.
+    peer: Option<Identity>,
 }
 
-pub(crate) enum TargetState {
-    /// Dialed again when its timer fires.
-    Pausing,
+enum TargetState {
     Dialing,
+    /// Dialed again when its timer fires.
+    Pausing {
+        until_ns: u64,
+    },
     Session(SessionId),
     /// Refused for good; not dialed again.
     Refused(Who, Refusal),
-    Closed,
 }
 
 impl Target {
     pub fn session(&self) -> Option<SessionId> {
         match self.state {
             TargetState::Session(session) => Some(session),
+            _ => None,
+        }
+    }
+
+    /// Why there will never be a session.
+    pub fn refusal(&self) -> Option<(Who, Refusal)> {
+        match &self.state {
+            TargetState::Refused(by, refusal) => Some((*by, refusal.clone())),
             _ => None,
         }
     }
@@ -38,112 +52,162 @@ impl Proto {
     pub fn connect(&mut self, now_ns: u64, address: impl Into<String>) -> TargetId {
         self.now_ns = now_ns;
         let target = self.new_target_id();
-        let address = address.into();
-        self.targets.insert(
-            target,
-            Target {
-                address: address.clone(),
-                state: TargetState::Dialing,
-                backoff_ns: self.config.redial_min_ns,
-            },
-        );
-        self.act(Action::Dial { target, address });
+        if self.is_shut {
+            return target;
+        }
+        let (address, backoff_ns) = (address.into(), self.config.redial_min_ns);
+        let dial = address.clone();
+        self.targets.insert(target, Target { address, state: TargetState::Dialing, backoff_ns, peer: None });
+        self.act(Action::Dial { target, address: dial });
         target
     }
 
-    /// Ends the session with a target, if there is one, and dials it no more.
+    /// Dials a target no more. Its session ends, unless another target holds it too; rooms that wait for it end.
     pub fn disconnect(&mut self, now_ns: u64, target: TargetId) {
         self.now_ns = now_ns;
-        let Some(t) = self.targets.get_mut(&target) else { return };
+        let Some(t) = self.targets.get(&target) else { return };
         let session = t.session();
-        t.state = TargetState::Closed;
-        if let Some(session) = session {
-            self.end_session(session, SessionEnd::ClosedHere);
+        self.forget_target(target);
+        let cause = SessionEnd::ClosedHere;
+        self.tell(Notice::SessionDown { session: None, target: Some(target), cause: cause.clone() });
+        if let Some(session) = session
+            && self.targets_of(session).is_empty()
+        {
+            self.end_session(session, cause);
         }
+    }
+
+    /// Drops a target, and what waits for it.
+    pub(crate) fn forget_target(&mut self, target: TargetId) {
+        self.stop_pause(target);
+        self.targets.remove(&target);
+        let dials = |link: &Link| match link {
+            Link::Dialing { target: of } | Link::AwaitWelcome { target: of, .. } => *of == target,
+            _ => false,
+        };
+        let links: Vec<LinkId> =
+            self.links.iter().filter(|(_, link)| dials(link)).map(|(id, _)| *id).collect();
+        links.into_iter().for_each(|link| self.close_link(link));
+        self.end_waiting(target, &End::PeerLost { cause: SessionEnd::ClosedHere });
     }
 
     /// The network has taken a dial; `None`: it could not.
     pub fn dialed(&mut self, now_ns: u64, target: TargetId, link: Option<LinkId>) {
         self.now_ns = now_ns;
         match link {
-            Some(link) => self.add_link(link, Link::Dialing { target }),
+            Some(link) if self.targets.contains_key(&target) => {
+                self.add_link(link, Link::Dialing { target });
+            }
+            // Nobody wants it any more.
+            Some(link) => self.close_link(link),
             None => self.target_failed(target, SessionEnd::Unreachable),
         }
     }
 
-    /// A target turned out to be a peer with whom there is (or will soon be) a session that the peer began.
+    /// The targets that hold a session.
+    pub(crate) fn targets_of(&self, session: SessionId) -> Vec<TargetId> {
+        let holds = |(id, target): (&TargetId, &Target)| (target.session() == Some(session)).then_some(*id);
+        self.targets.iter().filter_map(holds).collect()
+    }
+
+    /// Gives a target the session that its dial has begun.
+    pub(crate) fn target_found(&mut self, target: TargetId, peer: Identity, session: SessionId) {
+        self.stop_pause(target);
+        if let Some(t) = self.targets.get_mut(&target) {
+            t.state = TargetState::Session(session);
+            t.peer = Some(peer);
+        }
+    }
+
+    /// A target turned out to be a peer with whom there is a session already, or will be when the peer's own dial
+    /// comes through.
     pub(crate) fn adopt(&mut self, target: TargetId, peer: Identity) {
         let session = self.by_node.get(&peer.node).copied();
-        let Some(t) = self.targets.get_mut(&target) else { return };
-        match session.filter(|_| !matches!(t.state, TargetState::Closed)) {
+        let same_life = |session: &SessionId| self.sessions.get(session).is_some_and(|s| s.peer == peer);
+        match session.filter(same_life) {
             Some(session) => {
-                t.state = TargetState::Session(session);
-                if let Some(s) = self.sessions.get_mut(&session) {
-                    s.target.get_or_insert(target);
+                self.target_found(target, peer, session);
+                if self.is_live(session) {
+                    self.tell_up(session, Some(target));
+                    self.bind_waiting(session);
                 }
-                self.bind_waiting(session);
             }
-            // The peer's dial is still on its way: look again soon.
-            None => self.pause_target(target),
+            None => {
+                if let Some(t) = self.targets.get_mut(&target) {
+                    t.peer = Some(peer);
+                    self.pause_target(target);
+                }
+            }
         }
+    }
+
+    /// Lets targets whose peer has dialed this node hold the session, instead of dialing once more.
+    pub(crate) fn adopt_pausing(&mut self, peer: Identity, session: SessionId) {
+        let is_of = |target: &Target| {
+            target.peer == Some(peer) && matches!(target.state, TargetState::Pausing { .. })
+        };
+        let found: Vec<TargetId> =
+            self.targets.iter().filter(|(_, target)| is_of(target)).map(|(id, _)| *id).collect();
+        found.into_iter().for_each(|target| self.target_found(target, peer, session));
     }
 
     /// Dials a target whose pause is over.
     pub(crate) fn redial(&mut self, target: TargetId) {
         let Some(t) = self.targets.get_mut(&target) else { return };
-        if matches!(t.state, TargetState::Pausing) {
-            t.state = TargetState::Dialing;
-            let address = t.address.clone();
-            self.act(Action::Dial { target, address });
-        }
+        t.state = TargetState::Dialing;
+        let address = t.address.clone();
+        self.act(Action::Dial { target, address });
     }
 
     /// A dial came to nothing.
     pub(crate) fn target_failed(&mut self, target: TargetId, cause: SessionEnd) {
-        self.tell(Notice::SessionDown { session: None, target: Some(target), cause: cause.clone() });
-        self.target_lost(target, cause);
+        if self.targets.contains_key(&target) {
+            self.tell(Notice::SessionDown { session: None, target: Some(target), cause: cause.clone() });
+            self.target_lost(target, &cause);
+        }
     }
 
-    pub(crate) fn target_lost(&mut self, target: TargetId, cause: SessionEnd) {
-        let Some(t) = self.targets.get_mut(&target) else { return };
-        if matches!(t.state, TargetState::Closed) {
-            return;
-        }
-        if let SessionEnd::Refused { by, refusal } = &cause
-            && !cause.is_retryable()
-        {
-            // Dialing again cannot help: whoever waits for this peer hears at once.
-            t.state = TargetState::Refused(*by, refusal.clone());
-            for room in self.waiting.clone() {
-                if self.rooms.get(&room).and_then(|r| r.peer) == Some(PeerName::Target(target)) {
-                    let why = RoomRefusal::Handshake(refusal.clone());
-                    self.end_room(room, End::Refused { by: *by, why }, None);
+    /// A target has no session any more.
+    pub(crate) fn target_lost(&mut self, target: TargetId, cause: &SessionEnd) {
+        match cause {
+            SessionEnd::Refused { by, refusal } if !cause.is_retryable() => {
+                // Dialing again cannot help: whoever waits for this peer hears at once.
+                if let Some(t) = self.targets.get_mut(&target) {
+                    t.state = TargetState::Refused(*by, refusal.clone());
                 }
+                let why = RoomRefusal::Handshake(refusal.clone());
+                self.end_waiting(target, &End::Refused { by: *by, why });
             }
-            return;
+            _ => self.pause_target(target),
         }
-        self.pause_target(target);
+    }
+
+    /// A session with this target is up: the next pause begins small again.
+    pub(crate) fn target_is_up(&mut self, target: TargetId) {
+        let backoff_ns = self.config.redial_min_ns;
+        if let Some(t) = self.targets.get_mut(&target) {
+            t.backoff_ns = backoff_ns;
+        }
     }
 
     fn pause_target(&mut self, target: TargetId) {
         let Some(t) = self.targets.get_mut(&target) else { return };
-        t.state = TargetState::Pausing;
-        let at = self.now_ns + t.backoff_ns;
-        t.backoff_ns = (t.backoff_ns * 2).min(self.config.redial_max_ns);
-        self.arm(at, Timer::Target(target));
+        let until_ns = self.now_ns.saturating_add(t.backoff_ns);
+        t.state = TargetState::Pausing { until_ns };
+        t.backoff_ns = t.backoff_ns.saturating_mul(2).min(self.config.redial_max_ns);
+        self.arm(until_ns, Timer::Target(target));
     }
 
-    /// Lets decode ends that waited for this session begin.
-    pub(crate) fn bind_waiting(&mut self, session: SessionId) {
-        if !self.is_live(session) {
-            return;
+    fn stop_pause(&mut self, target: TargetId) {
+        if let Some(Target { state: TargetState::Pausing { until_ns }, .. }) = self.targets.get(&target) {
+            let until_ns = *until_ns;
+            self.disarm(until_ns, Timer::Target(target));
         }
-        for room in self.waiting.clone() {
-            let peer = self.rooms.get(&room).and_then(|r| r.peer);
-            if peer.and_then(|peer| self.session_of(peer)) == Some(session) {
-                self.waiting.remove(&room);
-                self.bind_decode(room, session);
-            }
+    }
+
+    fn end_waiting(&mut self, target: TargetId, end: &End) {
+        for room in self.waiting_for(PeerName::Target(target)) {
+            self.end_room(room, end.clone(), None);
         }
     }
 }
