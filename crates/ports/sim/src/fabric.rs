@@ -125,6 +125,11 @@ impl Fabric {
         world.nodes[node.0 as usize].state == NodeState::Running
     }
 
+    /// Whether something waits to be taken at a port or a stream of a node's process, which would wake its loop.
+    pub fn has_news(&self, node: NodeId) -> bool {
+        self.world.lock().has_news(node)
+    }
+
     /// Lets nothing pass between two nodes any more, but for memory that is mapped on one host.
     pub fn partition(&self, one: NodeId, other: NodeId) {
         self.world.lock().begin_partition(one, other);

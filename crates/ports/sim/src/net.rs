@@ -462,6 +462,11 @@ impl World {
         Some((node(one.endpoint?), node(other.endpoint?)))
     }
 
+    /// Whether something has happened to a stream of a node that has not been taken.
+    pub fn has_stream_events(&self, node: NodeId) -> bool {
+        self.net.endpoints.iter().any(|endpoint| endpoint.node == node && !endpoint.events.is_empty())
+    }
+
     fn take_events(&mut self, endpoint: u32, into: &mut VecDeque<StreamEvent>) {
         let events = std::mem::take(&mut self.net.endpoints[endpoint as usize].events);
         for event in events {

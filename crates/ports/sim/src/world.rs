@@ -266,6 +266,11 @@ impl World {
         self.ports[port as usize].regions.get(region.0 as usize)?.as_ref()
     }
 
+    pub fn has_news(&self, node: NodeId) -> bool {
+        let at_port = |port: &PortState| port.node == node && !port.events.is_empty();
+        self.ports.iter().any(at_port) || self.has_stream_events(node)
+    }
+
     pub fn push_event(&mut self, port: u32, event: Event) {
         let port = &mut self.ports[port as usize];
         if port.life == Life::Alive {
