@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use crossdock_memory::{AllocateOptions, Memory};
+use crossdock_shm::process_memory::PeerProcess;
 use crossdock_shm::{ShmOptions, ShmPort};
 use crossdock_transport::{
     Arm, Direction, DownCause, Event, Events, GrantId, LaneAddress, LaneId, LaneTags, LocalId, Op, PeerId,
@@ -129,6 +130,17 @@ pub fn private(bytes: usize) -> Memory {
     let leaked = Box::leak(vec![0u8; bytes].into_boxed_slice());
     // SAFETY: the bytes are leaked, so they stay mapped, and no reference to them is kept.
     unsafe { Memory::from_raw(leaked.as_mut_ptr(), bytes) }.expect("memory of some bytes")
+}
+
+/// Whether this system lets a process into another one's memory; says so if not.
+pub fn private_memory_can_be_reached() -> bool {
+    match PeerProcess::new(rustix::process::getpid()).probe() {
+        Ok(()) => true,
+        Err(why) => {
+            eprintln!("skipped: {why}");
+            false
+        }
+    }
 }
 
 pub fn write(local: LocalId, remote: RemoteId, bytes: u64) -> Op<'static> {
