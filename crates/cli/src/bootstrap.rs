@@ -22,6 +22,9 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
+    if options.until_stdin_ends {
+        crate::demo::end_with_parent()?;
+    }
     let mut config = ServerConfig::on(options.listen);
     config.token = options.token.as_deref().map(Token::new).transpose()?;
     let server = Server::start(config)?;

@@ -1,4 +1,5 @@
-//! The demo's processes, which never outlive it: they end when their standard input does.
+//! The demo's processes, which never outlive it: they end when their standard input does, and those that are stopped
+//! and cannot see that are killed by the kernel.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{self, ChildStdin, ChildStdout, Command, Stdio};
@@ -112,6 +113,12 @@ impl Drop for Child {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Lets the kernel kill this process when its parent dies: one that is stopped would otherwise stay behind.
+pub fn end_with_parent() -> std::io::Result<()> {
+    use rustix::process::{Signal, set_parent_process_death_signal};
+    Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
 }
 
 /// How a process that has closed its output ended. Does not reap it: that is left to its owner.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use super::talk::Ended;
+use super::talk::{Bye, Ended};
 use crate::table::Table;
 
 /// One port's part of the demo.
@@ -25,7 +25,7 @@ pub struct Scene {
     /// What did not come home.
     pub leaks: u64,
     /// What went wrong, in words.
-    pub troubles: Vec<String>,
+    troubles: Vec<String>,
     cut_short: bool,
 }
 
@@ -62,7 +62,7 @@ impl Scene {
         self.bytes += ended.bytes;
         self.spans_ns.push((ended.begin_ns, ended.end_ns));
         if !ended.right {
-            self.troubles.push(format!("{}: room {} arrived with wrong bytes", self.port, ended.room));
+            self.trouble(format!("room {} arrived with wrong bytes", ended.room));
         }
     }
 
@@ -76,13 +76,27 @@ impl Scene {
         *self.others.entry(format!("{side}: {how}")).or_default() += 1;
     }
 
-    pub fn bye(&mut self, name: &str, pages: u64, rooms: u64, grants: u64, stale: u64) {
+    pub fn bye(&mut self, name: &str, bye: &Bye) {
+        let Bye { pages, rooms, grants, quarantined, held_by, stale } = bye;
         self.leaks += pages + rooms + grants;
         self.stale += stale;
         if pages + rooms + grants > 0 {
             let what = format!("{pages} pages, {rooms} rooms and {grants} grants did not come home");
-            self.troubles.push(format!("{}, {name}: {what}", self.port));
+            self.trouble(format!("the {name} process: {what}"));
         }
+        if *quarantined > 0 {
+            let what = format!("{quarantined} pages in quarantine: {held_by}, neither gone nor heard of");
+            self.trouble(format!("the {name} process: {what}, could still write them"));
+        }
+    }
+
+    /// Something went wrong: no more rooms are begun.
+    pub fn trouble(&mut self, what: String) {
+        self.troubles.push(format!("{}: {what}", self.port));
+    }
+
+    pub fn troubles(&self) -> &[String] {
+        &self.troubles
     }
 
     /// Rooms that have ended on the decode side.
@@ -92,7 +106,7 @@ impl Scene {
     }
 
     pub fn is_whole(&self) -> bool {
-        self.troubles.is_empty() && self.delivered == self.requests
+        self.troubles.is_empty() && self.requests > 0 && self.delivered == self.requests
     }
 
     /// Time in which at least one hand-over was under way.
@@ -186,7 +200,7 @@ impl Progress {
     pub fn new(port: &'static str, requests: usize) -> Self {
         let every = match std::io::stderr().is_terminal() {
             true => Duration::from_millis(100),
-            false => Duration::from_secs(2),
+            false => Duration::from_secs(10),
         };
         let now = Instant::now();
         Self { port, requests, begin: now, shown: now, every }

@@ -17,11 +17,11 @@ pub enum Tell {
 #[serde(rename_all = "snake_case")]
 pub enum Said {
     /// The worker is registered, and has found its peer if it looks for one.
-    Ready { address: String },
+    Ready,
     /// A room has ended on this side.
     Ended(Ended),
-    /// What the worker still holds at its end; each should be 0, stale immediates apart.
-    Bye { pages: u64, rooms: u64, grants: u64, stale: u64 },
+    /// What the worker still holds at its end.
+    Bye(Bye),
 }
 
 /// How a room ended on one side.
@@ -38,4 +38,20 @@ pub struct Ended {
     pub end_ns: u64,
     /// Whether every byte was what it should be.
     pub right: bool,
+}
+
+/// What a worker holds when all of its rooms have ended.
+#[derive(Serialize, Deserialize, Debug, Default)]
+pub struct Bye {
+    /// Pages that nobody accounts for; should be 0.
+    pub pages: u64,
+    /// Rooms and grants that are neither over nor held up by a quarantine; should be 0.
+    pub rooms: u64,
+    pub grants: u64,
+    /// Pages that a peer which is stopped or cut off can still write, and who that is. They come home when it
+    /// continues or dies.
+    pub quarantined: u64,
+    pub held_by: String,
+    /// Immediates that came too late to be counted.
+    pub stale: u64,
 }

@@ -17,7 +17,7 @@ use crossdock_bootstrap::{
 };
 
 use super::content::Content;
-use super::talk::{Ended, Said, Tell};
+use super::talk::{Bye, Ended, Said, Tell};
 use super::{PAGE_TOKENS, PortName};
 
 #[derive(Args)]
@@ -54,6 +54,7 @@ struct Bench {
 }
 
 pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
+    super::end_with_parent()?;
     let layout = CacheLayout::deepseek_r1(PAGE_TOKENS, options.pages)?;
     let (memory, pool) = crossdock::allocate(&layout)?;
     let name = match options.role {
@@ -66,7 +67,10 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
         PortName::Tcp => PortConfig::Tcp(None),
     }];
     let node = Node::open(config)?;
-    let client = Client::new(ClientConfig::to(&options.registry))?;
+    let mut registry = ClientConfig::to(&options.registry);
+    // A registry that is stopped must not keep a worker that wants to leave.
+    registry.call_time = Duration::from_secs(2);
+    let client = Client::new(registry)?;
     let role = match options.role {
         RoleName::Prefill => Role::Prefill,
         RoleName::Decode => Role::Decode,
@@ -95,7 +99,7 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
             Some(peer)
         }
     };
-    say(&Said::Ready { address: node.address().to_owned() });
+    say(&Said::Ready);
     let bench = Bench {
         handle: node.handle().clone(),
         layout,
@@ -105,7 +109,7 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
         deadline: Duration::from_secs(options.deadline_s),
     };
     serve(options, &bench)?;
-    say(&farewell(&bench));
+    say(&Said::Bye(farewell(&bench)));
     drop(node);
     // The registry may be gone by now; what it still lists ends with its time to live.
     let _ = registration.deregister();
@@ -189,7 +193,7 @@ impl Bench {
         let mut right = true;
         let mut begin_ns = end_ns;
         if delivered {
-            let home = receiving.pages.wait_until(Instant::now() + GRACE)?;
+            let home = receiving.pages.wait_until(until + GRACE)?;
             let content = Content { layout: &self.layout, memory: &self.memory, room, tokens };
             right = self.layout.layers().all(|layer| content.is_right(layer, home.ids()));
             begin_ns = received.aux.try_into().map_or(end_ns, u64::from_le_bytes);
@@ -219,21 +223,32 @@ impl Bench {
     }
 }
 
-/// How much longer than a room's deadline its end may take to be told.
-const GRACE: Duration = Duration::from_secs(5);
+/// How much longer than a room's deadline its end may take to be told on a machine that has too much to do.
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// What is still held, once what is on its way home has had the time to come.
-fn farewell(bench: &Bench) -> Said {
+fn farewell(bench: &Bench) -> Bye {
     let until = Instant::now() + GRACE;
     loop {
         let pool = bench.pool.stats();
-        let pages = u64::from(pool.pages - pool.free);
-        let stats = bench.handle.stats().ok().and_then(|mut told| told.wait_until(until).ok());
-        let (rooms, grants, stale) = stats.map_or((0, 0, 0), |stats| {
-            (stats.rooms as u64, stats.grants as u64, stats.counters.stale_arrivals)
-        });
-        if pages + rooms + grants == 0 || Instant::now() >= until {
-            return Said::Bye { pages, rooms, grants, stale };
+        let quarantine = bench.pool.quarantine(now_ns());
+        let asked = Instant::now() + GRACE;
+        let Some(stats) = bench.handle.stats().ok().and_then(|mut told| told.wait_until(asked).ok()) else {
+            // A progress loop that does not answer holds everything.
+            return Bye { pages: u64::from(pool.pages), ..Bye::default() };
+        };
+        let held = !quarantine.is_empty();
+        let bye = Bye {
+            pages: u64::from(pool.pages - pool.free - pool.quarantined),
+            // The room and the grant of a quarantined page stay as long as the page does.
+            rooms: if held { 0 } else { stats.rooms as u64 },
+            grants: if held { 0 } else { stats.grants as u64 },
+            quarantined: u64::from(pool.quarantined),
+            held_by: quarantine.first().map(|entry| entry.peer.to_string()).unwrap_or_default(),
+            stale: stats.counters.stale_arrivals,
+        };
+        if bye.pages + bye.rooms + bye.grants + bye.quarantined == 0 || Instant::now() >= until {
+            return bye;
         }
         std::thread::sleep(Duration::from_millis(5));
     }

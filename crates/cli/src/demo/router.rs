@@ -1,0 +1,263 @@
+//! The router's part of a scene: gives rooms to both workers, hears how each side ended them, and says what is missing.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+
+use crossdock::trace::Request;
+
+use super::process::{Child, Heard};
+use super::report::{Progress, Scene};
+use super::talk::{Ended, Said, Tell};
+use super::worker::GRACE;
+use super::{Options, PortName, limit};
+
+/// One scene: all requests over one port.
+pub struct Router {
+    port: PortName,
+    workers: [Worker; 2],
+    heard: Receiver<(usize, Heard)>,
+    /// The rooms that one of the workers has not ended.
+    open: BTreeMap<u64, Room>,
+    /// How many rooms have begun.
+    begun: usize,
+    in_flight: usize,
+    /// How long both workers together may be silent about a room.
+    patience: Duration,
+    /// When no more rooms are begun.
+    until: Instant,
+    each_room: bool,
+    limit_gb_per_s: f64,
+}
+
+struct Worker {
+    child: Child,
+    standing: Standing,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    Starting,
+    Serving,
+    /// It has not said for too long how a room ended.
+    Mute,
+    Gone,
+}
+
+struct Room {
+    begin: Instant,
+    /// Which workers have not ended it.
+    open_at: [bool; 2],
+}
+
+const PREFILL: usize = 0;
+/// How long the workers may take to find each other.
+const MEETING: Duration = Duration::from_secs(30);
+
+impl Router {
+    /// Starts the workers of a scene.
+    pub fn start(
+        options: &Options,
+        port: PortName,
+        pages: u32,
+        registry: &str,
+        until: Instant,
+    ) -> std::io::Result<Self> {
+        let limit_gb_per_s = limit::measure(port, options.pool_mib << 20);
+        let (events, heard) = mpsc::channel();
+        let start = |at: usize, role: &str| -> std::io::Result<Worker> {
+            let mut child = Child::start(
+                role,
+                &[
+                    "demo-worker",
+                    "--role",
+                    role,
+                    "--port",
+                    port.name(),
+                    "--registry",
+                    registry,
+                    "--pages",
+                    &pages.to_string(),
+                    "--deadline-s",
+                    &options.deadline_s.to_string(),
+                    "--in-flight",
+                    &options.in_flight.to_string(),
+                ],
+            )?;
+            child.listen(at, events.clone())?;
+            Ok(Worker { child, standing: Standing::Starting })
+        };
+        let workers = [start(PREFILL, "prefill")?, start(1, "decode")?];
+        println!(
+            "\nscene {}: prefill is process {}, decode is process {}",
+            port.name(),
+            workers[0].child.id(),
+            workers[1].child.id()
+        );
+        Ok(Self {
+            port,
+            workers,
+            heard,
+            open: BTreeMap::new(),
+            begun: 0,
+            in_flight: options.in_flight as usize,
+            // Each worker ends every room by its deadline, and says so by the end of the grace.
+            patience: Duration::from_secs(options.deadline_s) + GRACE + Duration::from_secs(3),
+            until,
+            each_room: options.each_room,
+            limit_gb_per_s,
+        })
+    }
+
+    /// Hands all requests over, or as many as the time allows, and lets the workers leave.
+    pub fn play(mut self, requests: &[Request]) -> Scene {
+        let mut scene = Scene::new(self.port.name(), requests.len(), self.limit_gb_per_s);
+        self.meet(&mut scene);
+        if scene.troubles().is_empty() {
+            self.hand_over(&mut scene, requests);
+        }
+        self.part(&mut scene);
+        scene
+    }
+
+    /// Waits until both workers serve.
+    fn meet(&mut self, scene: &mut Scene) {
+        let begin = Instant::now();
+        let until = self.until.min(begin + MEETING);
+        while scene.troubles().is_empty() && self.is_any(Standing::Starting) {
+            if !self.hear(scene, until) && Instant::now() >= until {
+                let seconds = begin.elapsed().as_secs();
+                for Worker { child, .. } in self.workers.iter().filter(|w| w.standing == Standing::Starting) {
+                    let (role, id) = (child.name(), child.id());
+                    scene.trouble(format!("the {role} process ({id}) was not ready after {seconds} s"));
+                }
+            }
+        }
+    }
+
+    fn hand_over(&mut self, scene: &mut Scene, requests: &[Request]) {
+        let mut progress = Progress::new(self.port.name(), requests.len());
+        loop {
+            if self.begun < scene.requests && scene.troubles().is_empty() && Instant::now() >= self.until {
+                scene.cut_short(self.begun);
+            }
+            while self.open.len() < self.in_flight
+                && self.begun < scene.requests
+                && scene.troubles().is_empty()
+            {
+                self.begin(requests[self.begun].input_tokens);
+            }
+            if self.open.is_empty() {
+                break;
+            }
+            self.hear(scene, Instant::now() + Duration::from_millis(100));
+            self.find_mute(scene);
+            progress.show(scene.ended(), scene.bytes);
+        }
+        progress.end();
+    }
+
+    fn begin(&mut self, tokens: u32) {
+        self.begun += 1;
+        let room = self.begun as u64;
+        if self.each_room {
+            println!("{}: room {room} begins, {tokens} tokens", self.port.name());
+        }
+        // A worker that cannot be told has ended; its end is heard later.
+        self.workers.iter_mut().for_each(|worker| worker.child.tell(&Tell::Go { room, tokens }));
+        self.open.insert(room, Room { begin: Instant::now(), open_at: [true; 2] });
+    }
+
+    /// The survivors say what they still hold, and leave.
+    fn part(&mut self, scene: &mut Scene) {
+        self.workers.iter_mut().for_each(|worker| worker.child.tell(&Tell::End));
+        let until = Instant::now() + self.patience;
+        while self.is_any(Standing::Serving) {
+            if !self.hear(scene, until) && Instant::now() >= until {
+                for Worker { child, standing } in &mut self.workers {
+                    if *standing == Standing::Serving {
+                        *standing = Standing::Mute;
+                        let (role, id) = (child.name(), child.id());
+                        scene.trouble(format!("the {role} process ({id}) did not end and was killed"));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Hears one thing from a worker; false if there was nothing to be heard by then.
+    fn hear(&mut self, scene: &mut Scene, until: Instant) -> bool {
+        let Ok((at, heard)) = self.heard.recv_timeout(until.saturating_duration_since(Instant::now())) else {
+            return false;
+        };
+        match heard {
+            Heard::Said(Said::Ready) => self.workers[at].standing = Standing::Serving,
+            Heard::Said(Said::Ended(ended)) => self.ended(scene, at, ended),
+            Heard::Said(Said::Bye(bye)) => scene.bye(self.workers[at].child.name(), &bye),
+            Heard::Gone { how } => {
+                let Worker { child, standing } = &mut self.workers[at];
+                if how != "exit status: 0" || !self.open.is_empty() || *standing == Standing::Starting {
+                    let (role, id) = (child.name(), child.id());
+                    scene.trouble(format!("the {role} process ({id}) ended early: {how}"));
+                }
+                *standing = Standing::Gone;
+                self.forget(at);
+            }
+        }
+        true
+    }
+
+    fn ended(&mut self, scene: &mut Scene, at: usize, ended: Ended) {
+        let Worker { child, standing } = &self.workers[at];
+        let room = ended.room;
+        if self.each_room {
+            println!("{}: room {room}, {}: {}", self.port.name(), child.name(), ended.how);
+        }
+        match self.open.get_mut(&room) {
+            Some(Room { open_at, .. }) if open_at[at] => {
+                open_at[at] = false;
+                self.open.retain(|_, room| room.open_at.contains(&true));
+            }
+            // A process that was stopped and continues tells of rooms that have been given up.
+            _ if *standing == Standing::Mute => {}
+            _ => {
+                scene.trouble(format!("the {} process ended room {room} more than once", child.name()));
+            }
+        }
+        match at {
+            PREFILL => scene.prefill_ended(ended),
+            _ => scene.decode_ended(ended),
+        }
+    }
+
+    /// Gives up workers that have not said for too long how a room ended: rooms end by their deadlines, so they are
+    /// stopped, or hang.
+    fn find_mute(&mut self, scene: &mut Scene) {
+        let Some((&room, Room { begin, open_at })) = self.open.first_key_value() else { return };
+        if begin.elapsed() <= self.patience {
+            return;
+        }
+        let late = *open_at;
+        for (at, _) in late.iter().enumerate().filter(|(_, late)| **late) {
+            let Worker { child, standing } = &mut self.workers[at];
+            *standing = Standing::Mute;
+            let (role, id, waited) = (child.name(), child.id(), self.patience.as_secs());
+            scene.trouble(format!(
+                "the {role} process ({id}) does not answer (stopped?): not a word about room {room} in {waited} s"
+            ));
+            self.forget(at);
+        }
+    }
+
+    /// Waits for this worker's rooms no longer.
+    fn forget(&mut self, at: usize) {
+        self.open.retain(|_, room| {
+            room.open_at[at] = false;
+            room.open_at.contains(&true)
+        });
+    }
+
+    fn is_any(&self, standing: Standing) -> bool {
+        self.workers.iter().any(|worker| worker.standing == standing)
+    }
+}

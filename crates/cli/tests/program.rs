@@ -1,0 +1,85 @@
+//! The program as a user calls it: what it prints, and what it says when it is called wrongly.
+
+mod demo;
+
+use std::net::TcpListener;
+use std::process::Command;
+use std::time::Duration;
+
+use demo::{CROSSDOCK, Demo, TraceFile};
+
+#[test]
+fn a_demo_over_both_ports_shows_a_table() {
+    let ended = Demo::start(&["--requests", "3", "--pool-mib", "64"]).end(Duration::from_secs(90));
+    assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
+    for port in ["shm", "tcp"] {
+        let row = ended.text.lines().find(|line| line.starts_with(&format!("{port}  ")));
+        let cells: Vec<&str> = row.expect("a row for each port").split_whitespace().collect();
+        assert_eq!(cells[1..3], ["3", "3"], "{}", ended.text);
+    }
+    assert!(ended.text.contains("leaks: 0 "), "{}", ended.text);
+    assert!(!ended.text.contains("! "), "{}", ended.text);
+}
+
+#[test]
+fn a_trace_is_replayed() {
+    let trace = TraceFile::new(
+        "good",
+        r#"{"timestamp": 0, "input_length": 900, "output_length": 5, "hash_ids": [0, 1]}
+{"timestamp": 10, "input_length": 64, "output_length": 5, "hash_ids": [0]}
+"#,
+    );
+    let ended =
+        Demo::start(&["--trace", trace.path(), "--ports", "tcp", "--pool-mib", "64", "--scale", "0.5"])
+            .end(Duration::from_secs(60));
+    assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
+    let row = ended.text.lines().find(|line| line.starts_with("tcp  ")).expect("a row");
+    assert_eq!(row.split_whitespace().collect::<Vec<_>>()[1..3], ["2", "2"], "{}", ended.text);
+}
+
+#[test]
+fn wrong_calls_are_explained() {
+    let bad =
+        TraceFile::new("bad", "{\"timestamp\": 0, \"input_length\": 9, \"output_length\": 5}\n{\"no\": 1}\n");
+    let empty = TraceFile::new("empty", "\n");
+    let long = TraceFile::new("long", "{\"timestamp\": 0, \"input_length\": 9000, \"output_length\": 5}\n");
+    for (arguments, words) in [
+        (vec!["demo", "--requests", "0"], vec!["--requests 0", "nothing to hand over"]),
+        (vec!["demo", "--in-flight", "0"], vec!["--in-flight", "1..=64"]),
+        (vec!["demo", "--scale", "0"], vec!["--scale 0", "more than 0"]),
+        (vec!["demo", "--scale", "nan"], vec!["--scale NaN", "more than 0"]),
+        (vec!["demo", "--pool-mib", "1"], vec!["--pool-mib 1", "two pages take 9 MiB"]),
+        (vec!["demo", "--pool-mib", "0"], vec!["--pool-mib", "1..=1048576"]),
+        (vec!["demo", "--ports", "verbs"], vec!["--ports", "shm, tcp"]),
+        (vec!["demo", "--trace", "/nowhere"], vec!["cannot open /nowhere", "No such file"]),
+        (vec!["demo", "--trace", bad.path()], vec![bad.path(), "line 2"]),
+        (vec!["demo", "--trace", empty.path()], vec!["no request"]),
+        (
+            vec!["demo", "--trace", long.path(), "--scale", "1", "--pool-mib", "64"],
+            vec!["9000 tokens", "--scale", "--pool-mib"],
+        ),
+        (vec!["bootstrap", "--listen", "here"], vec!["--listen", "socket address"]),
+        (vec!["bootstrap", "--listen", "127.0.0.1:0", "--token", ""], vec!["token"]),
+    ] {
+        let (success, text) = call(&arguments);
+        assert!(!success, "{arguments:?} is accepted: {text}");
+        for word in words {
+            assert!(text.contains(word), "{arguments:?} does not say '{word}': {text}");
+        }
+    }
+}
+
+#[test]
+fn a_registry_says_that_its_address_is_taken() {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    let address = taken.local_addr().expect("it is bound").to_string();
+    let (success, text) = call(&["bootstrap", "--listen", &address]);
+    assert!(!success, "{text}");
+    assert!(text.contains(&address) && text.contains("in use"), "{text}");
+}
+
+/// What a call that ends by itself says.
+fn call(arguments: &[&str]) -> (bool, String) {
+    let output = Command::new(CROSSDOCK).args(arguments).output().expect("the program starts");
+    (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
