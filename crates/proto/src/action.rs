@@ -8,7 +8,7 @@ use crate::proto::{LinkId, RoomId, SessionId, TargetId};
 /// What the owner of the protocol is asked to do, in this order.
 #[derive(Clone, Debug)]
 pub enum Action {
-    /// Dial; answer with [`Proto::dialed`].
+    /// Dial; answer with [`Proto::dialed`](crate::Proto::dialed).
     Dial {
         /// For which target.
         target: TargetId,
@@ -39,7 +39,7 @@ pub enum Action {
         /// With whose session.
         session: SessionId,
     },
-    /// Open a lane; answer with [`Proto::lane_opened`].
+    /// Open a lane; answer with [`Proto::lane_opened`](crate::Proto::lane_opened).
     OpenLane {
         /// For which session.
         session: SessionId,
@@ -48,7 +48,7 @@ pub enum Action {
         /// On which rail of this node.
         rail: u8,
     },
-    /// Connect an open lane; answered by [`Proto::lane_up`] or [`Proto::lane_down`].
+    /// Connect an open lane; answered by [`Proto::lane_up`](crate::Proto::lane_up) or [`Proto::lane_down`](crate::Proto::lane_down).
     ConnectLane {
         /// Of which session.
         session: SessionId,
@@ -59,14 +59,14 @@ pub enum Action {
         /// What the ends show each other.
         tags: LaneTags,
     },
-    /// Close a lane; answered by [`Proto::lane_down`].
+    /// Close a lane; answered by [`Proto::lane_down`](crate::Proto::lane_down).
     CloseLane {
         /// Of which session.
         session: SessionId,
         /// Which lane.
         slot: u8,
     },
-    /// Attach the peer's regions on every lane that is up; answer with [`Proto::attached`].
+    /// Attach the peer's regions on every lane that is up; answer with [`Proto::attached`](crate::Proto::attached).
     Attach {
         /// Of which session.
         session: SessionId,
@@ -75,8 +75,8 @@ pub enum Action {
         /// For each lane: the peer's rail at its other end.
         peer_rails: Vec<u8>,
     },
-    /// Grant a room's pages ([`Proto::granted`]) on every rail of the session; a refusal is told with
-    /// [`Proto::room_failed`].
+    /// Grant a room's pages ([`Proto::granted`](crate::Proto::granted)) on every rail of the session; a refusal is told with
+    /// [`Proto::room_failed`](crate::Proto::room_failed).
     Grant {
         /// To which session's peer.
         session: SessionId,
@@ -85,14 +85,14 @@ pub enum Action {
         /// Which room's pages.
         room: RoomId,
     },
-    /// Revoke a grant on every rail; answer with [`Proto::revoked`].
+    /// Revoke a grant on every rail; answer with [`Proto::revoked`](crate::Proto::revoked).
     Revoke {
         /// Of which session.
         session: SessionId,
         /// Which grant.
         grant: GrantId,
     },
-    /// Post no more for a room; answer with [`Proto::drained`] when its last op has ended.
+    /// Post no more for a room; answer with [`Proto::drained`](crate::Proto::drained) when its last op has ended.
     StopTransfer {
         /// Which room.
         room: RoomId,

@@ -15,10 +15,10 @@ use std::sync::Arc;
 use crossdock_transport::{Direction, GrantId};
 
 use crate::end::{End, Stage};
-use crate::message::{Message, RoomName};
+use crate::message::{Message, RoleKind, RoomName};
 use crate::notice::{Notice, Start};
 use crate::proto::{Proto, RoomId, SessionId};
-use crate::room::{Fetch, Fetching, Moving, Role, RoleKind, Room, RoomError};
+use crate::room::{Fetch, Fetching, Moving, Role, Room, RoomError};
 
 impl Proto {
     /// Opens the decode end of a pull.
@@ -42,7 +42,7 @@ impl Proto {
                 attempt: 0,
                 again: false,
             }),
-        })?;
+        });
         self.begin_decode(id, fetch.peer);
         Ok(id)
     }
@@ -74,7 +74,7 @@ impl Proto {
         params: Vec<u8>,
         pages: Vec<u32>,
     ) {
-        let id = self.bound.get(&(session, RoleKind::Fetching, name)).copied();
+        let id = self.bound.get(&(RoleKind::Fetching, name, session)).copied();
         let Some(Room { role: Role::Fetching(f), .. }) = id.and_then(|id| self.rooms.get_mut(&id)) else {
             // The room has ended here since it was asked for.
             return self.release(session, &[grant], 0, false);

@@ -36,8 +36,8 @@ pub use config::{Config, Rail, Region};
 pub use end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
 pub use fingerprint::{Difference, Fingerprint};
 pub use message::{
-    About, CancelWhy, Identity, MAX_LANES, Message, RailOffer, Refusal, RegionOffer, Released, RoomName,
-    RoomOnWire, VERSION_MAX, VERSION_MIN,
+    About, CancelWhy, Identity, MAX_LANES, Message, RailOffer, Refusal, RegionOffer, Released, RoleKind,
+    RoomName, VERSION_MAX, VERSION_MIN,
 };
 pub use notice::{Notice, Start};
 pub use proto::{Counters, LinkId, PeerName, Proto, RoomId, SessionId, TargetId};

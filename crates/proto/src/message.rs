@@ -75,13 +75,34 @@ pub struct RoomName {
     pub use_count: u32,
 }
 
-/// A room in a message; the decode side is one of the two ends of the control stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RoomOnWire {
-    /// Which room.
-    pub name: RoomName,
-    /// Whether the sender of the message is the room's decode side.
-    pub from_decode: bool,
+/// Which of the four ends of a room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RoleKind {
+    /// The decode side of a push.
+    Receiving,
+    /// The prefill side of a push.
+    Sending,
+    /// The decode side of a pull.
+    Fetching,
+    /// The prefill side of a pull.
+    Serving,
+}
+
+impl RoleKind {
+    /// Whether this end is the decode side, whose incarnation is part of the room's name.
+    pub fn is_decode(self) -> bool {
+        matches!(self, RoleKind::Receiving | RoleKind::Fetching)
+    }
+
+    /// The end on the other side.
+    pub fn other(self) -> Self {
+        match self {
+            RoleKind::Receiving => RoleKind::Sending,
+            RoleKind::Sending => RoleKind::Receiving,
+            RoleKind::Fetching => RoleKind::Serving,
+            RoleKind::Serving => RoleKind::Fetching,
+        }
+    }
 }
 
 /// Why a side ends a room early.
@@ -221,7 +242,8 @@ pub enum Message {
         room: RoomName,
     },
     Cancel {
-        room: RoomOnWire,
+        room: RoomName,
+        from: RoleKind,
         why: CancelWhy,
     },
     Release {
@@ -300,9 +322,9 @@ impl Message {
                 w.bytes(aux);
             }
             Message::Delivered { room } => put_room(&mut w, *room),
-            Message::Cancel { room, why } => {
-                put_room(&mut w, room.name);
-                w.u8(room.from_decode as u8);
+            Message::Cancel { room, from, why } => {
+                put_room(&mut w, *room);
+                w.u8(*from as u8);
                 w.u8(*why as u8);
             }
             Message::Release { released, delivered } => {
@@ -395,10 +417,9 @@ impl Message {
                 aux: r.bytes("aux")?,
             },
             16 => Message::Delivered { room: take_room(&mut r)? },
-            17 => Message::Cancel {
-                room: RoomOnWire { name: take_room(&mut r)?, from_decode: r.flag("from_decode")? },
-                why: take_why(&mut r)?,
-            },
+            17 => {
+                Message::Cancel { room: take_room(&mut r)?, from: take_role(&mut r)?, why: take_why(&mut r)? }
+            }
             18 => Message::Release {
                 delivered: r.flag("delivered")?,
                 released: r.list(6, "released", |r| {
@@ -452,6 +473,15 @@ fn take_grant(r: &mut Reader<'_>) -> Result<GrantId, DecodeError> {
         return Err(DecodeError::BadValue { field: "grant", value: bits.into() });
     }
     Ok(GrantId::from_bits(bits))
+}
+
+fn take_role(r: &mut Reader<'_>) -> Result<RoleKind, DecodeError> {
+    use RoleKind::*;
+    let value = r.u8("role")?;
+    [Receiving, Sending, Fetching, Serving]
+        .into_iter()
+        .find(|role| *role as u8 == value)
+        .ok_or(DecodeError::BadValue { field: "role", value: value.into() })
 }
 
 fn take_why(r: &mut Reader<'_>) -> Result<CancelWhy, DecodeError> {

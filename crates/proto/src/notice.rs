@@ -40,7 +40,7 @@ pub enum Notice {
     },
     /// Begin to move a room's bytes, from the first one, also if some have been moved before.
     Start(Start),
-    /// A peer wants to read a room's pages. Answer with [`Proto::offer`], or end the room.
+    /// A peer wants to read a room's pages. Answer with [`Proto::offer`](crate::Proto::offer), or end the room.
     Wanted {
         /// Which room.
         room: RoomId,
@@ -54,7 +54,7 @@ pub enum Notice {
         /// Which room.
         room: RoomId,
     },
-    /// All bytes of a room are here. Answer with [`Proto::accept`] or [`Proto::reject`].
+    /// All bytes of a room are here. Answer with [`Proto::accept`](crate::Proto::accept) or [`Proto::reject`](crate::Proto::reject).
     Landed {
         /// Which room.
         room: RoomId,

@@ -1,91 +1,164 @@
-//! What decode sides ask for before the room is open here, and what is remembered of rooms that have ended.
+//! Prefill ends before and after their time: what decode sides ask for before the room is open here, and what is
+//! remembered of rooms that have ended.
 
-use crate::message::{CancelWhy, Message, RoomName, RoomOnWire};
-use crate::proto::{Parked, Proto, SessionId, Timer};
-use crate::room::{RoleKind, RoomError};
+use crate::end::{End, Failure, RoomRefusal, SessionEnd};
+use crate::message::{CancelWhy, Identity, Message, RoleKind, RoomName};
+use crate::proto::{Proto, RoomId, SessionId, Timer};
+use crate::room::{Room, RoomError};
+
+/// A grant or a want for a room that is not open here yet.
+pub(crate) struct Parked {
+    pub message: Message,
+    pub expires_ns: u64,
+}
+
+/// Whose asking is parked: the end that is missing here, the room, and the session that asks.
+pub(crate) type ParkedKey = (RoleKind, RoomName, SessionId);
+
+/// What is remembered of a prefill end: a decode side that asks for it hears so at once.
+pub(crate) struct Ended {
+    why: CancelWhy,
+    /// The decode side that the room belonged to. Its name does not speak for that of another, or of another life:
+    /// those may still be about to be opened.
+    of: Option<Identity>,
+    serial: u64,
+}
 
 impl Proto {
-    pub(crate) fn check_prefill(&mut self, name: RoomName, kind: RoleKind) -> Result<(), RoomError> {
+    /// Opens a prefill end: it waits for the decode side's asking, which may be here already.
+    pub(crate) fn open_prefill(&mut self, room: Room) -> Result<RoomId, RoomError> {
+        let (kind, name) = (room.role.kind(), room.name);
         self.has_room_for_more()?;
-        let bound = self.bound.keys().any(|&(_, k, n)| k == kind && n == name);
-        if bound || self.open.contains_key(&(kind, name)) {
+        if self.open.contains_key(&(kind, name)) || self.bound.range(of_any_session(kind, name)).count() > 0 {
             return Err(RoomError::Duplicate { room: name });
         }
-        // Opened again on purpose: what is remembered of its earlier end no longer holds.
-        if self.ended_names.remove(&(kind, name)).is_some() {
-            self.ended.retain(|ended| *ended != (kind, name));
+        let id = self.add_room(room);
+        if self.is_shut {
+            self.end_room(id, End::PeerLost { cause: SessionEnd::ClosedHere }, None);
+            return Ok(id);
         }
-        Ok(())
+        // Opened again on purpose: what is remembered of its earlier end no longer holds.
+        self.ended_names.remove(&(kind, name));
+        self.open.insert((kind, name), id);
+        self.take_parked(kind, name);
+        Ok(id)
     }
 
     /// Lets a prefill end that was just opened meet a request that came before it.
-    pub(crate) fn take_parked(&mut self, kind: RoleKind, name: RoomName) {
-        let key = self.parked.keys().find(|(k, n, _)| *k == kind && *n == name).copied();
+    fn take_parked(&mut self, kind: RoleKind, name: RoomName) {
+        let key = self.parked.range(of_any_session(kind, name)).map(|(key, _)| *key).next();
         let Some(key) = key else { return };
-        let Some(parked) = self.parked.remove(&key) else { return };
-        self.disarm(parked.expires_ns, Timer::Parked(key.0, key.1, key.2));
-        let left_ns = parked.expires_ns.saturating_sub(self.now_ns);
+        let Some(parked) = self.unpark(key) else { return };
+        let duration_ns = parked.expires_ns.saturating_sub(self.now_ns);
         match parked.message {
             Message::Grant { room, access, attempt, grant, params, pages, .. } => {
-                let message =
-                    Message::Grant { room, access, attempt, grant, duration_ns: left_ns, params, pages };
+                let message = Message::Grant { room, access, attempt, grant, duration_ns, params, pages };
                 self.on_grant(key.2, message);
             }
-            Message::Want { room, params, .. } => self.on_want(key.2, room, left_ns, params),
+            Message::Want { room, params, .. } => self.on_want(key.2, room, duration_ns, params),
             _ => {}
         }
     }
 
-    /// Forgets a request that has expired here (`why` is told to the decode side) or that the decode side has given
-    /// up. A grant that came with it goes back: nothing was ever written under it, and only this side can say so.
-    pub(crate) fn unpark(
-        &mut self,
-        kind: RoleKind,
-        name: RoomName,
-        session: SessionId,
-        why: Option<CancelWhy>,
-    ) {
-        let Some(parked) = self.parked.remove(&(kind, name, session)) else { return };
-        self.disarm(parked.expires_ns, Timer::Parked(kind, name, session));
-        if let Some(why) = why {
-            self.send(session, &Message::Cancel { room: RoomOnWire { name, from_decode: false }, why });
-        }
-        if let Message::Grant { grant, .. } = parked.message {
-            self.release(session, &[grant], 0, false);
-        }
-    }
-
     /// Keeps a request for a room that is not open here yet, or says why not.
-    pub(crate) fn park(&mut self, kind: RoleKind, name: RoomName, session: SessionId, message: Message) {
+    pub(crate) fn park(&mut self, key: ParkedKey, message: Message) {
         let (Message::Grant { duration_ns, .. } | Message::Want { duration_ns, .. }) = message else {
             return;
         };
-        let refusal = match self.ended_names.get(&(kind, name)) {
-            Some(&why) => Some(why),
-            None if self.parked.len() >= self.config.max_parked as usize => Some(CancelWhy::Busy),
-            None => None,
-        };
-        if let Some(why) = refusal {
-            let room = RoomOnWire { name, from_decode: false };
-            self.send(session, &Message::Cancel { room, why });
-            if let Message::Grant { grant, .. } = message {
-                self.release(session, &[grant], 0, false);
+        let (kind, name, session) = key;
+        if self.bound.contains_key(&key) || self.parked.contains_key(&key) {
+            let what = "asked for a room a second time";
+            return self.end_session(session, SessionEnd::Misbehaved { what });
+        }
+        let peer = self.sessions.get(&session).map(|s| s.peer);
+        match self.ended_names.get(&(kind, name)) {
+            Some(ended) if ended.of.is_none() || ended.of == peer => {
+                let why = ended.why;
+                return self.turn_away(key, &message, why);
             }
-            return;
+            _ if self.parked.len() >= self.config.max_parked as usize => {
+                return self.turn_away(key, &message, CancelWhy::Busy);
+            }
+            _ => {}
         }
         let expires_ns = self.now_ns.saturating_add(duration_ns);
         self.arm(expires_ns, Timer::Parked(kind, name, session));
-        self.parked.insert((kind, name, session), Parked { message, expires_ns });
+        self.parked.insert(key, Parked { message, expires_ns });
     }
 
-    pub(crate) fn remember_ended(&mut self, kind: RoleKind, name: RoomName, why: CancelWhy) {
-        if self.ended_names.insert((kind, name), why).is_none() {
-            self.ended.push_back((kind, name));
+    /// Forgets a request. Whoever does gives back what was granted with it.
+    pub(crate) fn unpark(&mut self, key: ParkedKey) -> Option<Parked> {
+        let parked = self.parked.remove(&key)?;
+        self.disarm(parked.expires_ns, Timer::Parked(key.0, key.1, key.2));
+        Some(parked)
+    }
+
+    /// The decode side has given a request up.
+    pub(crate) fn parked_cancelled(&mut self, key: ParkedKey) {
+        if let Some(parked) = self.unpark(key) {
+            self.give_back(key.2, &parked.message);
         }
+    }
+
+    /// The time of a request is over, and its room was never opened here.
+    pub(crate) fn parked_overdue(&mut self, key: ParkedKey) {
+        if let Some(parked) = self.unpark(key) {
+            self.turn_away(key, &parked.message, CancelWhy::Expired);
+        }
+    }
+
+    /// Forgets what a session's peer has asked for; with the session its grants are over, too.
+    pub(crate) fn unpark_all_of(&mut self, session: SessionId) {
+        let keys: Vec<ParkedKey> = self.parked.keys().filter(|(_, _, of)| *of == session).copied().collect();
+        keys.into_iter().for_each(|key| drop(self.unpark(key)));
+    }
+
+    fn turn_away(&mut self, (from, room, session): ParkedKey, message: &Message, why: CancelWhy) {
+        self.send(session, &Message::Cancel { room, from, why });
+        self.give_back(session, message);
+    }
+
+    /// Nothing was ever written under a grant that was only parked.
+    fn give_back(&mut self, session: SessionId, message: &Message) {
+        if let Message::Grant { grant, .. } = message {
+            self.release(session, &[*grant], 0, false);
+        }
+    }
+
+    pub(crate) fn remember_ended(
+        &mut self,
+        kind: RoleKind,
+        name: RoomName,
+        of: Option<SessionId>,
+        end: &End,
+    ) {
+        let of = of.and_then(|session| self.sessions.get(&session)).map(|s| s.peer);
+        self.ended_serial += 1;
+        let serial = self.ended_serial;
+        self.ended_names.insert((kind, name), Ended { why: why(end), of, serial });
+        self.ended.push_back((serial, kind, name));
         while self.ended.len() > self.config.max_parked as usize {
-            if let Some(oldest) = self.ended.pop_front() {
-                self.ended_names.remove(&oldest);
+            let Some((serial, kind, name)) = self.ended.pop_front() else { break };
+            if self.ended_names.get(&(kind, name)).is_some_and(|ended| ended.serial == serial) {
+                self.ended_names.remove(&(kind, name));
             }
         }
+    }
+}
+
+/// All sessions in which an end of this name may be.
+fn of_any_session(kind: RoleKind, name: RoomName) -> std::ops::RangeInclusive<ParkedKey> {
+    (kind, name, SessionId(0))..=(kind, name, SessionId(u32::MAX))
+}
+
+/// How a peer that asks for a room later is told of its end.
+fn why(end: &End) -> CancelWhy {
+    match end {
+        End::Delivered | End::Cancelled { .. } => CancelWhy::Cancelled,
+        End::Expired { .. } => CancelWhy::Expired,
+        End::Refused { why: RoomRefusal::Busy, .. } => CancelWhy::Busy,
+        End::Refused { .. } => CancelWhy::Mismatch,
+        End::Failed { cause: Failure::Checksum, .. } => CancelWhy::Corrupt,
+        End::Failed { .. } | End::PeerLost { .. } => CancelWhy::Failed,
     }
 }

@@ -11,9 +11,10 @@ use crate::config::{Config, Region};
 use crate::end::{End, Failure, Stage, Who};
 use crate::grants::{Grants, Revocation};
 use crate::handshake::Link;
-use crate::message::{CancelWhy, Identity, Message, RoomName};
+use crate::message::{CancelWhy, Identity, Message, RoleKind, RoomName};
 use crate::notice::Notice;
-use crate::room::{Buffers, Moving, Role, RoleKind, Room};
+use crate::parked::{Ended, Parked, ParkedKey};
+use crate::room::{Buffers, Moving, Role, Room};
 use crate::session::Session;
 use crate::targets::Target;
 
@@ -81,14 +82,16 @@ pub struct Proto {
     /// Prefill ends that no decode side has asked for yet.
     pub(crate) open: BTreeMap<(RoleKind, RoomName), RoomId>,
     /// Ends that know their session, until they have ended.
-    pub(crate) bound: BTreeMap<(SessionId, RoleKind, RoomName), RoomId>,
+    pub(crate) bound: BTreeMap<(RoleKind, RoomName, SessionId), RoomId>,
     /// Decode ends that wait for their session.
     pub(crate) waiting: BTreeMap<(PeerName, RoleKind, RoomName), RoomId>,
     /// What decode sides asked for before the room was opened here.
-    pub(crate) parked: BTreeMap<(RoleKind, RoomName, SessionId), Parked>,
+    pub(crate) parked: BTreeMap<ParkedKey, Parked>,
     /// Prefill ends that ended lately: a decode side that asks for one hears so at once.
-    pub(crate) ended: VecDeque<(RoleKind, RoomName)>,
-    pub(crate) ended_names: BTreeMap<(RoleKind, RoomName), CancelWhy>,
+    pub(crate) ended_names: BTreeMap<(RoleKind, RoomName), Ended>,
+    /// The same in the order of their ends, by serial.
+    pub(crate) ended: VecDeque<(u64, RoleKind, RoomName)>,
+    pub(crate) ended_serial: u64,
     pub(crate) grants: Grants,
     pub(crate) counters: Counters,
     /// Shut down.
@@ -102,11 +105,6 @@ pub struct Proto {
     next_session: u32,
     next_target: u32,
     pub(crate) next_room: u64,
-}
-
-pub(crate) struct Parked {
-    pub message: Message,
-    pub expires_ns: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -137,6 +135,7 @@ impl Proto {
             parked: BTreeMap::new(),
             ended: VecDeque::new(),
             ended_names: BTreeMap::new(),
+            ended_serial: 0,
             counters: Counters::default(),
             is_shut: false,
             grown: VecDeque::with_capacity(1024),
@@ -263,13 +262,7 @@ impl Proto {
                 Timer::Target(target) => self.redial(target),
                 Timer::Session(session) => self.session_tick(session),
                 Timer::Room(room) => self.room_overdue(room),
-                Timer::Parked(kind, name, session) => {
-                    if let Some(parked) = self.parked.get(&(kind, name, session))
-                        && parked.expires_ns <= now_ns
-                    {
-                        self.unpark(kind, name, session, Some(CancelWhy::Expired));
-                    }
-                }
+                Timer::Parked(kind, name, session) => self.parked_overdue((kind, name, session)),
             }
         }
     }

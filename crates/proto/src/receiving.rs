@@ -21,10 +21,10 @@ use crossdock_transport::{Access, Fence, GrantId};
 use crate::action::Action;
 use crate::end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
 use crate::grants::Revocation;
-use crate::message::{CancelWhy, MAX_LANES, Message, RoomName};
+use crate::message::{CancelWhy, MAX_LANES, Message, RoleKind, RoomName};
 use crate::notice::Notice;
 use crate::proto::{PeerName, Proto, RoomId, SessionId};
-use crate::room::{Finish, Moving, Receive, Receiving, Role, RoleKind, Room, RoomError};
+use crate::room::{Finish, Moving, Receive, Receiving, Role, Room, RoomError};
 
 impl Proto {
     /// Opens the decode end of a push: the peer may write these pages until the room ends.
@@ -50,7 +50,7 @@ impl Proto {
                 has_grown: false,
                 finish: None,
             }),
-        })?;
+        });
         self.begin_decode(id, receive.peer);
         Ok(id)
     }
@@ -95,7 +95,7 @@ impl Proto {
         {
             return Err(RoomError::UnknownPeer);
         }
-        let open = self.session_of(peer).is_some_and(|s| self.bound.contains_key(&(s, kind, name)));
+        let open = self.session_of(peer).is_some_and(|s| self.bound.contains_key(&(kind, name, s)));
         match open || self.waiting.contains_key(&(peer, kind, name)) {
             true => Err(RoomError::Duplicate { room: name }),
             false => Ok(()),
@@ -148,7 +148,7 @@ impl Proto {
     pub(crate) fn bind_decode(&mut self, id: RoomId, session: SessionId) {
         let Some(room) = self.rooms.get(&id) else { return };
         let (name, kind) = (room.name, room.role.kind());
-        if self.bound.contains_key(&(session, kind, name)) {
+        if self.bound.contains_key(&(kind, name, session)) {
             let end = End::Refused { by: Who::Here, why: RoomRefusal::Duplicate };
             return self.end_room(id, end, None);
         }
@@ -156,7 +156,7 @@ impl Proto {
         let Some(room) = self.rooms.get_mut(&id) else { return };
         room.session = Some(session);
         room.stage = Stage::Grant;
-        self.bound.insert((session, kind, name), id);
+        self.bound.insert((kind, name, session), id);
         if let Some(s) = self.sessions.get_mut(&session) {
             s.rooms.insert(id);
         }
@@ -219,7 +219,7 @@ impl Proto {
         arrivals: &[u32],
         aux: Vec<u8>,
     ) {
-        let Some(&id) = self.bound.get(&(session, RoleKind::Receiving, name)) else { return };
+        let Some(&id) = self.bound.get(&(RoleKind::Receiving, name, session)) else { return };
         if arrivals.len() > MAX_LANES {
             let what = "finished with more lanes than there are";
             return self.end_session(session, SessionEnd::Misbehaved { what });

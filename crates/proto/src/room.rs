@@ -6,7 +6,7 @@ use crossdock_memory::{GrantedPages, PageLayout, PageRef, PageSet};
 use crossdock_transport::{Access, GrantId};
 
 use crate::end::{End, Stage};
-use crate::message::{MAX_LANES, RoomName};
+use crate::message::{MAX_LANES, RoleKind, RoomName};
 use crate::proto::{PeerName, SessionId};
 
 /// One buffer of the pages in a room, by the number of its announced region.
@@ -96,22 +96,14 @@ pub enum RoomError {
     /// No such target.
     #[error("unknown peer")]
     UnknownPeer,
-}
-
-/// Which of the four ends of a room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum RoleKind {
-    Receiving,
-    Sending,
-    Fetching,
-    Serving,
-}
-
-impl RoleKind {
-    /// Whether this end is the decode side, whose incarnation is part of the room's name.
-    pub fn is_decode(self) -> bool {
-        matches!(self, RoleKind::Receiving | RoleKind::Fetching)
-    }
+    /// The pages' list and the parameters are more than a control message takes.
+    #[error("{bytes} bytes to be told to the peer, where {limit} fit")]
+    TooLong {
+        /// How many there are.
+        bytes: usize,
+        /// How many fit.
+        limit: usize,
+    },
 }
 
 /// One end of a room.

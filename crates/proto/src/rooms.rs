@@ -7,19 +7,19 @@ use crossdock_transport::{Access, Fence, GrantId};
 use crate::action::Action;
 use crate::end::{End, Failure, Stage, Who};
 use crate::grants::{Given, Revocation};
-use crate::message::{CancelWhy, Message, Released, RoomOnWire};
+use crate::message::{CancelWhy, Message, Released, RoleKind};
 use crate::notice::Notice;
 use crate::proto::{Proto, RoomId, SessionId, Timer};
-use crate::room::{Moving, RoleKind, Room, RoomError};
+use crate::room::{Moving, Room, RoomError};
 
 impl Proto {
     /// Adds a room and arms its deadline.
-    pub(crate) fn add_room(&mut self, room: Room) -> Result<RoomId, RoomError> {
+    pub(crate) fn add_room(&mut self, room: Room) -> RoomId {
         self.next_room += 1;
         let id = RoomId(self.next_room);
         self.arm(room.deadline_ns, Timer::Room(id));
         self.rooms.insert(id, room);
-        Ok(id)
+        id
     }
 
     pub(crate) fn has_room_for_more(&self) -> Result<(), RoomError> {
@@ -57,13 +57,13 @@ impl Proto {
         room.end = Some(end.clone());
         let (name, kind, session, deadline) = (room.name, room.role.kind(), room.session, room.deadline_ns);
         self.disarm(deadline, Timer::Room(id));
-        match end {
+        match &end {
             End::Delivered => self.counters.delivered += 1,
             _ => self.counters.undelivered += 1,
         }
         match session {
             Some(session) => {
-                self.bound.remove(&(session, kind, name));
+                self.bound.remove(&(kind, name, session));
             }
             None if kind.is_decode() => self.stop_waiting(id),
             None => {
@@ -71,12 +71,11 @@ impl Proto {
             }
         }
         if !kind.is_decode() {
-            self.remember_ended(kind, name, why.unwrap_or(CancelWhy::Cancelled));
+            self.remember_ended(kind, name, session, &end);
         }
         self.stop_moving(id);
         if let (Some(session), Some(why)) = (session, why) {
-            let room = RoomOnWire { name, from_decode: kind.is_decode() };
-            self.send(session, &Message::Cancel { room, why });
+            self.send(session, &Message::Cancel { room: name, from: kind, why });
         }
         let with = session.and_then(|session| self.sessions.get(&session));
         let (peer, port) = (with.map(|s| s.name.clone()), with.map(|s| s.port));

@@ -5,17 +5,17 @@ use std::sync::Arc;
 use crossdock_transport::{Access, Direction, GrantId};
 
 use crate::end::{End, SessionEnd, Stage};
-use crate::message::{Message, RoomName};
+use crate::message::{Message, RoleKind, RoomName};
 use crate::notice::{Notice, Start};
-use crate::proto::{Parked, Proto, RoomId, SessionId};
-use crate::room::{Moving, Role, RoleKind, Room, RoomError, Send, Sending};
+use crate::parked::Parked;
+use crate::proto::{Proto, RoomId, SessionId};
+use crate::room::{Moving, Role, Room, RoomError, Send, Sending};
 
 impl Proto {
     /// Opens the prefill end of a push: waits for the decode side's grant, which may be here already.
     pub fn send_room(&mut self, now_ns: u64, send: Send) -> Result<RoomId, RoomError> {
         self.now_ns = now_ns;
-        self.check_prefill(send.room, RoleKind::Sending)?;
-        let id = self.add_room(Room {
+        self.open_prefill(Room {
             name: send.room,
             peer: None,
             session: None,
@@ -34,10 +34,7 @@ impl Proto {
                 params: Arc::new([]),
                 down_lanes: 0,
             }),
-        })?;
-        self.open.insert((RoleKind::Sending, send.room), id);
-        self.take_parked(RoleKind::Sending, send.room);
-        Ok(id)
+        })
     }
 
     /// All ops of a sending room's attempt have been posted, with this many immediates on each lane.
@@ -65,7 +62,7 @@ impl Proto {
         }
         let Some(id) = self.open.remove(&(RoleKind::Sending, name)) else {
             let message = Message::Grant { room: name, access, attempt, grant, duration_ns, params, pages };
-            return self.park(RoleKind::Sending, name, session, message);
+            return self.park((RoleKind::Sending, name, session), message);
         };
         // The writer stops earlier than the granter by the largest round trip, so that it does not start what
         // the granter's clock will not let it end.
@@ -78,7 +75,7 @@ impl Proto {
         s.attempt = attempt;
         s.remote_pages = pages.into();
         s.params = params.into();
-        self.bound.insert((session, RoleKind::Sending, name), id);
+        self.bound.insert((RoleKind::Sending, name, session), id);
         if let Some(s) = self.sessions.get_mut(&session) {
             s.rooms.insert(id);
         }
@@ -106,7 +103,7 @@ impl Proto {
     }
 
     pub(crate) fn on_delivered(&mut self, session: SessionId, name: RoomName) {
-        if let Some(&id) = self.bound.get(&(session, RoleKind::Sending, name)) {
+        if let Some(&id) = self.bound.get(&(RoleKind::Sending, name, session)) {
             // What arrived and was counted has left: whatever the ports here still have to say of it changes
             // nothing for the receiver.
             if let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) {
@@ -117,7 +114,7 @@ impl Proto {
     }
 
     pub(crate) fn on_regrant(&mut self, session: SessionId, name: RoomName, attempt: u32, grant: GrantId) {
-        let Some(&id) = self.bound.get(&(session, RoleKind::Sending, name)) else {
+        let Some(&id) = self.bound.get(&(RoleKind::Sending, name, session)) else {
             let parked = self.parked.get_mut(&(RoleKind::Sending, name, session));
             if let Some(Parked { message: Message::Grant { attempt: a, grant: g, .. }, .. }) = parked {
                 let old = std::mem::replace(g, grant);

@@ -4,17 +4,16 @@ use crossdock_transport::Access;
 
 use crate::action::Action;
 use crate::end::{End, RoomRefusal, Stage, Who};
-use crate::message::{CancelWhy, Message, RoomName};
+use crate::message::{CancelWhy, Message, RoleKind, RoomName};
 use crate::notice::Notice;
 use crate::proto::{Proto, RoomId, SessionId};
-use crate::room::{Moving, Role, RoleKind, Room, RoomError, Serve, Serving};
+use crate::room::{Moving, Role, Room, RoomError, Serve, Serving};
 
 impl Proto {
     /// Opens the prefill end of a pull: waits for the decode side's want, which may be here already.
     pub fn serve(&mut self, now_ns: u64, serve: Serve) -> Result<RoomId, RoomError> {
         self.now_ns = now_ns;
-        self.check_prefill(serve.room, RoleKind::Serving)?;
-        let id = self.add_room(Room {
+        self.open_prefill(Room {
             name: serve.room,
             peer: None,
             session: None,
@@ -23,20 +22,17 @@ impl Proto {
             stage: Stage::Grant,
             moving: Moving::No,
             role: Role::Serving(Serving { pages: Some(serve.pages), buffers: serve.buffers, grant: None }),
-        })?;
-        self.open.insert((RoleKind::Serving, serve.room), id);
-        self.take_parked(RoleKind::Serving, serve.room);
-        Ok(id)
+        })
     }
 
     pub(crate) fn on_want(&mut self, session: SessionId, name: RoomName, duration_ns: u64, params: Vec<u8>) {
         let Some(id) = self.open.remove(&(RoleKind::Serving, name)) else {
             let message = Message::Want { room: name, duration_ns, params };
-            return self.park(RoleKind::Serving, name, session, message);
+            return self.park((RoleKind::Serving, name, session), message);
         };
         let Some(room) = self.rooms.get_mut(&id) else { return };
         room.session = Some(session);
-        self.bound.insert((session, RoleKind::Serving, name), id);
+        self.bound.insert((RoleKind::Serving, name, session), id);
         if let Some(s) = self.sessions.get_mut(&session) {
             s.rooms.insert(id);
         }

@@ -11,10 +11,10 @@ use crate::end::{End, SessionEnd, Stage, Who};
 use crate::grants::Given;
 use crate::handshake::Link;
 use crate::lanes::{Slot, SlotState};
-use crate::message::{CancelWhy, Identity, Message, RegionOffer, Released};
+use crate::message::{CancelWhy, Identity, Message, RegionOffer, Released, RoleKind, RoomName};
 use crate::notice::Notice;
 use crate::proto::{LinkId, PeerName, Proto, RoomId, SessionId, TargetId, Timer};
-use crate::room::{Moving, Role, RoleKind};
+use crate::room::{Moving, Role};
 
 /// One session.
 pub(crate) struct Session {
@@ -280,7 +280,7 @@ impl Proto {
                 self.on_finish(session, room, attempt, &arrivals, aux);
             }
             Message::Delivered { room } => self.on_delivered(session, room),
-            Message::Cancel { room, why } => self.on_cancel(session, room.name, room.from_decode, why),
+            Message::Cancel { room, from, why } => self.on_cancel(session, room, from.other(), why),
             Message::Hello { .. }
             | Message::Welcome { .. }
             | Message::Prove { .. }
@@ -291,17 +291,11 @@ impl Proto {
         }
     }
 
-    fn on_cancel(&mut self, session: SessionId, name: crate::RoomName, from_decode: bool, why: CancelWhy) {
-        let kinds = match from_decode {
-            true => [RoleKind::Sending, RoleKind::Serving],
-            false => [RoleKind::Receiving, RoleKind::Fetching],
-        };
-        for kind in kinds {
-            self.unpark(kind, name, session, None);
-            if let Some(&room) = self.bound.get(&(session, kind, name)) {
-                let stage = self.rooms.get(&room).map_or(Stage::Grant, |r| r.stage);
-                self.end_room(room, Proto::room_end_from(why, stage), None);
-            }
+    fn on_cancel(&mut self, session: SessionId, name: RoomName, kind: RoleKind, why: CancelWhy) {
+        self.parked_cancelled((kind, name, session));
+        if let Some(&room) = self.bound.get(&(kind, name, session)) {
+            let stage = self.rooms.get(&room).map_or(Stage::Grant, |r| r.stage);
+            self.end_room(room, Proto::room_end_from(why, stage), None);
         }
     }
 
@@ -349,7 +343,7 @@ impl Proto {
         for room in self.rooms_of(session) {
             self.end_room(room, End::PeerLost { cause: cause.clone() }, None);
         }
-        self.parked.retain(|(_, _, of), _| *of != session);
+        self.unpark_all_of(session);
         let targets = self.targets_of(session);
         if targets.is_empty() {
             self.tell(Notice::SessionDown { session: Some(session), target: None, cause: cause.clone() });

@@ -4,4 +4,5 @@
 mod handshake;
 mod pages;
 mod push;
+mod targets;
 mod world;

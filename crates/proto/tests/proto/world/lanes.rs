@@ -227,6 +227,10 @@ impl World {
             self.lanes.ends.remove(&key);
             if let Some(other) = other {
                 self.end_lane(other, cause);
+                // A node that starts again numbers its sessions anew.
+                if let Some(end) = self.lanes.ends.get_mut(&other) {
+                    end.other = None;
+                }
             }
         }
     }

@@ -20,6 +20,7 @@ use crossdock_transport::{DownCause, RemoteKey};
 pub use lanes::LaneKey;
 use lanes::Lanes;
 pub use node::{Landing, Node};
+pub use streams::RAW;
 use streams::Streams;
 
 /// The prefill node of a pair.

@@ -15,13 +15,15 @@ pub struct Streams {
 pub struct Stream {
     pub ends: [End; 2],
     pub is_held: [bool; 2],
+    /// What was said to the test.
+    heard: Vec<(Identity, Message)>,
     towards: [VecDeque<(u64, u64, Event)>; 2],
 }
 
 pub enum End {
     Node(usize, LinkId),
     /// The test itself speaks.
-    Raw(Vec<(Identity, Message)>),
+    Raw,
     /// Nobody any more.
     Closed,
 }
@@ -66,6 +68,12 @@ impl Streams {
     }
 }
 
+impl Stream {
+    fn new(ends: [End; 2]) -> Self {
+        Self { ends, is_held: [false; 2], heard: Vec::new(), towards: Default::default() }
+    }
+}
+
 impl World {
     pub fn dial(&mut self, node: usize, to: &str) -> Option<LinkId> {
         let stream = self.streams.all.len();
@@ -74,12 +82,12 @@ impl World {
                 End::Node(other, self.nodes[other].add_link(stream, 1))
             }
             Some(_) => return None,
-            None if to == RAW => End::Raw(Vec::new()),
+            None if to == RAW => End::Raw,
             None => return None,
         };
         let link = self.nodes[node].add_link(stream, 0);
         let ends = [End::Node(node, link), other];
-        self.streams.all.push(Stream { ends, is_held: [false; 2], towards: Default::default() });
+        self.streams.all.push(Stream::new(ends));
         self.put(stream, 0, Event::Opened);
         self.put(stream, 1, Event::Accepted);
         Some(link)
@@ -89,8 +97,8 @@ impl World {
     pub fn raw_dial(&mut self, node: usize) -> usize {
         let stream = self.streams.all.len();
         let link = self.nodes[node].add_link(stream, 1);
-        let ends = [End::Raw(Vec::new()), End::Node(node, link)];
-        self.streams.all.push(Stream { ends, is_held: [false; 2], towards: Default::default() });
+        let ends = [End::Raw, End::Node(node, link)];
+        self.streams.all.push(Stream::new(ends));
         self.put(stream, 1, Event::Accepted);
         stream
     }
@@ -109,11 +117,7 @@ impl World {
 
     /// What the node at the other end has said since the test last asked.
     pub fn raw_heard(&mut self, stream: usize) -> Vec<(Identity, Message)> {
-        let heard = self.streams.all[stream].ends.iter_mut().find_map(|end| match end {
-            End::Raw(heard) => Some(std::mem::take(heard)),
-            _ => None,
-        });
-        heard.expect("a stream of the test's own")
+        std::mem::take(&mut self.streams.all[stream].heard)
     }
 
     /// Whether the node at the other end of a stream of the test's has hung up.
@@ -185,13 +189,14 @@ impl World {
 
     pub fn deliver_stream(&mut self, stream: usize, end: usize) {
         let Some((_, _, event)) = self.streams.all[stream].towards[end].pop_front() else { return };
-        match (&mut self.streams.all[stream].ends[end], event) {
-            (End::Raw(heard), Event::Frame(frame)) => {
-                heard.push(Message::decode(&frame).expect("what a node sends can be read"));
+        match (&self.streams.all[stream].ends[end], event) {
+            (End::Raw, Event::Frame(frame)) => {
+                let message = Message::decode(&frame).expect("what a node sends can be read");
+                self.streams.all[stream].heard.push(message);
             }
-            (End::Raw(_), Event::Closed) => self.streams.all[stream].ends[end] = End::Closed,
-            (End::Raw(_), _) | (End::Closed, _) => {}
-            (&mut End::Node(node, link), event) => match event {
+            (End::Raw, Event::Closed) => self.streams.all[stream].ends[end] = End::Closed,
+            (End::Raw, _) | (End::Closed, _) => {}
+            (&End::Node(node, link), event) => match event {
                 Event::Opened => self.call(node, |proto, now| proto.link_opened(now, link)),
                 Event::Accepted => self.call(node, |proto, now| proto.link_accepted(now, link)),
                 Event::Frame(frame) => self.call(node, |proto, now| proto.frame(now, link, &frame)),
