@@ -114,6 +114,8 @@ struct Entry {
     sorted: Box<[(u32, u32)]>,
     /// Where in `pages` the last access was.
     cursor: usize,
+    /// Where in `buffers` it was.
+    buffer: usize,
 }
 
 impl GrantTable {
@@ -155,6 +157,7 @@ impl GrantTable {
             pages: grant.pages.into(),
             sorted,
             cursor: 0,
+            buffer: 0,
         });
         self.live += 1;
         Ok(())
@@ -189,8 +192,9 @@ impl GrantTable {
 
     /// Whether `peer` may do this to `bytes` bytes at `offset` of `region` under grant `id`.
     ///
-    /// Constant time when the peer comes in the order of the grant's pages, logarithmic otherwise. An access of
-    /// several pages at once is allowed where the buffer has no padding between them.
+    /// Constant time when the peer comes in the order of the grant's pages, buffer by buffer; otherwise logarithmic in
+    /// the pages, and linear in the buffers where they interleave. An access of several pages at once is allowed
+    /// where the buffer has no padding between them.
     pub fn check(
         &mut self,
         id: GrantId,
@@ -210,12 +214,7 @@ impl GrantTable {
         if entry.access != access {
             return Err(Refusal::Forbidden { what: "the grant does not allow this direction" });
         }
-        let after = entry.buffers.partition_point(|b| (b.region, b.layout.offset) <= (region, offset));
-        let buffer = match after.checked_sub(1).map(|at| entry.buffers[at]) {
-            Some(buffer) if buffer.region == region => buffer,
-            _ => return Err(Refusal::Forbidden { what: "the grant does not cover this region" }),
-        };
-        let Some((first, last)) = buffer.layout.locate(offset, bytes) else {
+        let Some((first, last)) = entry.locate(region, offset, bytes)? else {
             return Err(Refusal::Forbidden { what: "the access leaves the granted buffer's pages" });
         };
         if (first..=last).all(|page| entry.covers(page)) {
@@ -227,6 +226,33 @@ impl GrantTable {
 }
 
 impl Entry {
+    /// The first and the last page of an access. Where buffers lie one behind the other, it is in the last one that
+    /// begins before it; where they interleave, because a page holds all layers, it may be in any, and a peer that
+    /// comes layer by layer is found in the one where it was.
+    fn locate(
+        &mut self,
+        region: LocalId,
+        offset: u64,
+        bytes: u64,
+    ) -> std::result::Result<Option<(u32, u32)>, Refusal> {
+        let after = self.buffers.partition_point(|b| (b.region, b.layout.offset) <= (region, offset));
+        let of_region = |buffer: &&GrantedBuffer| buffer.region == region;
+        let nearest = after.checked_sub(1).filter(|&at| of_region(&&self.buffers[at]));
+        let Some(nearest) = nearest else {
+            return Err(Refusal::Forbidden { what: "the grant does not cover this region" });
+        };
+        for at in [nearest, self.buffer.min(nearest)].into_iter().chain((0..nearest).rev()) {
+            let buffer = &self.buffers[at];
+            if of_region(&buffer)
+                && let Some(pages) = buffer.layout.locate(offset, bytes)
+            {
+                self.buffer = at;
+                return Ok(Some(pages));
+            }
+        }
+        Ok(None)
+    }
+
     /// Whether the page is granted. A peer goes through the pages in the order of the grant, once a buffer: the
     /// page is then the last one again, the next one or the first one, and nothing is searched.
     fn covers(&mut self, page: u32) -> bool {
@@ -242,6 +268,35 @@ impl Entry {
                 true
             }
             Err(_) => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where a page holds all layers, their buffers interleave.
+    #[test]
+    fn finds_the_buffer_among_interleaved_ones() {
+        let (layers, page_bytes, pages) = (3, 8, 4);
+        let buffers: Vec<GrantedBuffer> = (0..layers)
+            .map(|layer| GrantedBuffer {
+                region: LocalId(0),
+                layout: PageLayout { offset: layer * 10, stride_bytes: 30, page_bytes, pages },
+            })
+            .collect();
+        let (id, peer) = (GrantId::new(0, 0), PeerId(1));
+        let grant = Grant { id, peer, access: Access::Write, buffers: &buffers, pages: &[1, 3] };
+        let mut table = GrantTable::new();
+        table.insert(&grant, |_| Some(200)).unwrap();
+        for offset in 0..200 {
+            for bytes in 1..12 {
+                let (page, in_page) = (offset / 30, offset % 10);
+                let granted = [1, 3].contains(&page) && in_page + bytes <= page_bytes;
+                let found = table.check(id, peer, Access::Write, LocalId(0), offset, bytes);
+                assert_eq!(found.is_ok(), granted, "{offset} + {bytes}: {found:?}");
+            }
         }
     }
 }
