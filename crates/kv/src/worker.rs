@@ -143,7 +143,7 @@ struct Run {
     ask: Ask,
     cache: Arc<CacheLayout>,
     remote_pages: Arc<[u32]>,
-    /// The plan of the tokens of the current item.
+    /// The plan of the tokens of the item that was posted last.
     plan: Option<Plan>,
     /// Which item is next, and how far it has been posted.
     at: usize,
@@ -722,10 +722,6 @@ impl Worker {
                 Pumped::Nothing => {
                     run.at += 1;
                     run.cursor = None;
-                    // The next item may be of other tokens.
-                    if items.get(run.at).is_some_and(|next| next.tokens != item.tokens) {
-                        run.plan = None;
-                    }
                 }
                 other => return other,
             }
@@ -781,8 +777,9 @@ fn post_item(
         return Pumped::Nothing;
     }
     let plan = match run.plan.take() {
-        Some(plan) => plan,
-        None => {
+        // The item before may have been of other tokens.
+        Some(plan) if plan.tokens() == tokens => plan,
+        _ => {
             let remote_first = match run.direction {
                 // The decode side lists pages from the first one that it lacks; the prefill side all of them.
                 Direction::Write => run.ask.skip_tokens / run.cache.page_tokens(),

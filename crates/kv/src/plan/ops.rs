@@ -108,7 +108,8 @@ impl<'a> Ops<'a> {
         batch.len()
     }
 
-    /// Where posting goes on after a port took `posted` of what [`fill`](Ops::fill) gave from the cursor on.
+    /// Where posting goes on after a port took `posted` of what [`fill`](Ops::fill) gave from the cursor on. An op
+    /// of which all bytes were taken is done, even if the port had no room for the immediate that the caller set on it.
     ///
     /// # Panics
     /// If `posted` says more than there is.
@@ -117,11 +118,15 @@ impl<'a> Ops<'a> {
             assert!(!self.is_done(cursor), "a port took more ops than it was given");
             cursor = self.after(cursor);
         }
-        cursor.within += posted.within;
-        assert!(
-            posted.within == 0 || cursor.within < self.parts(cursor),
-            "a port took a whole op, and said that it took a part"
-        );
+        if posted.within > 0 {
+            cursor.within += posted.within;
+            let parts = self.parts(cursor);
+            assert!(cursor.within <= parts, "a port took more of an op than there is");
+            // All of its bytes, but not what the caller had set on it.
+            if cursor.within == parts {
+                cursor = self.after(cursor);
+            }
+        }
         cursor
     }
 
