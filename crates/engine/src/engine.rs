@@ -905,14 +905,18 @@ fn stripe(ops: &[Op<'_>], most_bytes: u64) -> Stripe {
             bytes <= most_bytes
         })
         .count();
-    let part = match ops.first() {
-        Some(first) if whole == 0 => match first.shape {
-            Shape::Span { .. } => Some(most_bytes),
-            Shape::Pages { piece_bytes, .. } => Some((most_bytes / piece_bytes.max(1)).max(1)),
-        },
-        _ => None,
+    let Some(first) = ops.first().filter(|_| whole == 0) else { return Stripe { whole, part: None } };
+    let (part, parts) = match first.shape {
+        Shape::Span { bytes, .. } => (most_bytes.max(1), bytes),
+        Shape::Pages { piece_bytes, local_pages, .. } => {
+            ((most_bytes / piece_bytes.max(1)).max(1), local_pages.len() as u64)
+        }
     };
-    Stripe { whole, part }
+    // A single piece is not cut, however long it is.
+    match part < parts {
+        true => Stripe { whole, part: Some(part) },
+        false => Stripe { whole: 1, part: None },
+    }
 }
 
 /// The first bytes of a span, or the first pieces of a paged op.
