@@ -14,7 +14,7 @@ use crate::address::{self, Key};
 use crate::lane::{Attachment, Lane, State};
 use crate::options::Semantics;
 use crate::wire::End;
-use crate::world::{NodeId, PortId, Region, World};
+use crate::world::{Life, NodeId, PortId, Region, World};
 
 /// A port of a [`Fabric`](crate::Fabric). Dropping it closes its lanes, as the end of a process does in good order.
 pub struct SimPort {
@@ -117,6 +117,10 @@ impl Port for SimPort {
         let Key { port, region, bytes } = address::read_key(key)?;
         if world.lane(end).remote.is_none_or(|remote| remote.port != port) {
             return Err(Error::BadKey { reason: "of another port than the one at the other end" });
+        }
+        // From a process that is no more nothing comes, until the lane says so.
+        if world.port_at(port).life != Life::Alive {
+            return Err(Error::NotYet);
         }
         let memory = world.region(port, region).map(|region| region.memory.clone());
         let memory = memory.ok_or(Error::UnknownRegion { side: "remote", region: region.0 })?;
