@@ -6,12 +6,12 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use clap::Args;
-use crossdock_bootstrap::{Server, ServerConfig, Token};
+use crossdock_bootstrap::{DEFAULT_PORT, Server, ServerConfig, Token};
 
 #[derive(Args)]
 pub struct Options {
     /// Where to listen; port 0 takes a free one
-    #[arg(long, default_value = "127.0.0.1:8998")]
+    #[arg(long, default_value_t = SocketAddr::from(([127, 0, 0, 1], DEFAULT_PORT)))]
     listen: SocketAddr,
     /// What callers must present as a bearer token; without it everyone who reaches the address is let in
     #[arg(long, env = "CROSSDOCK_BOOTSTRAP_TOKEN", hide_env_values = true)]
