@@ -1,0 +1,64 @@
+//! What the harness knows of a process's pages, beside what the library's own pool says: which room each page was
+//! given to, and which grants were given for it since.
+
+use crossdock_kv::CacheLayout;
+use crossdock_transport::{GrantId, LocalId};
+
+/// The pages of one process.
+pub struct Ledger {
+    layout: CacheLayout,
+    pages: Vec<Page>,
+}
+
+#[derive(Clone, Default)]
+pub struct Page {
+    pub holder: Holder,
+    /// For which a peer may write the page, or could since it left home.
+    pub grants: Vec<GrantId>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Holder {
+    /// The process's own.
+    #[default]
+    Home,
+    /// A room's source.
+    Source(usize),
+    /// A room's destination.
+    Destination(usize),
+}
+
+impl Ledger {
+    pub fn new(layout: CacheLayout) -> Self {
+        let pages = vec![Page::default(); layout.pages() as usize];
+        Self { layout, pages }
+    }
+
+    /// The pages that are home, in order.
+    pub fn home(&self) -> Vec<u32> {
+        let pages = (0..).zip(&self.pages);
+        pages.filter(|(_, page)| page.holder == Holder::Home).map(|(at, _)| at).collect()
+    }
+
+    pub fn give(&mut self, pages: &[u32], holder: Holder) {
+        for &page in pages {
+            self.pages[page as usize] = Page { holder, grants: Vec::new() };
+        }
+    }
+
+    pub fn note_grant(&mut self, pages: &[u32], grant: GrantId) {
+        for &page in pages {
+            self.pages[page as usize].grants.push(grant);
+        }
+    }
+
+    /// The pages that some bytes of a region lie in; `None` if some lie in none.
+    pub fn touched(&self, region: LocalId, offset: u64, bytes: u64) -> Option<impl Iterator<Item = &Page>> {
+        let mut layers = self
+            .layout
+            .layers()
+            .filter(|&layer| self.layout.buffer(layer).is_some_and(|buffer| buffer.region == region.0));
+        let (first, last) = layers.find_map(|layer| self.layout.page_layout(layer)?.locate(offset, bytes))?;
+        Some(self.pages[first as usize..=last as usize].iter())
+    }
+}

@@ -1,0 +1,178 @@
+//! One node: a process at a time, put together as the facade does it, but over the fabric.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crossdock_engine::{Engine, Ticket};
+use crossdock_kv::{CacheLayout, Handle, Peer, PeerUp, Worker, WorkerOptions};
+use crossdock_memory::{AllocateOptions, Memory, PagePool};
+use crossdock_proto::{Config, Fingerprint, Identity, Proto, Rail, SessionEnd};
+use crossdock_sim::{Fabric, NodeId, PortId};
+use crossdock_transport::Port;
+use parking_lot::Mutex;
+
+use crate::chance::mix;
+use crate::faults::Fault;
+use crate::ledger::Ledger;
+use crate::network::{SimNetwork, Wire};
+use crate::port::{Watch, WatchedPort};
+use crate::scenario::{MS, Scenario, US};
+
+/// A node over all its lives.
+pub struct Node {
+    /// Counts its processes.
+    pub life: u64,
+    pub process: Option<Process>,
+    /// Its loop makes no turn before.
+    pub held_until_ns: u64,
+    /// The sides of rooms that its process has opened and that are not settled.
+    pub sides: Vec<(usize, Part)>,
+}
+
+/// Which side of a room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Decode,
+    Prefill,
+}
+
+/// One life of a node.
+pub struct Process {
+    pub worker: Worker,
+    pub handle: Handle,
+    pub layout: CacheLayout,
+    pub memory: Vec<Memory>,
+    pub pool: PagePool,
+    pub wire: Arc<Mutex<Wire>>,
+    pub watch: Arc<Mutex<Watch>>,
+    pub ports: Vec<PortId>,
+    /// Those that it dials.
+    pub peers: BTreeMap<usize, Peer>,
+    pub ups: Vec<Ticket<Result<PeerUp, SessionEnd>>>,
+    /// When its loop has something to do.
+    pub wake_ns: u64,
+    /// How often the arrivals of a room have fallen.
+    pub falls: u64,
+    pub turns: u64,
+}
+
+impl Process {
+    pub fn begin(fabric: &Fabric, scenario: &Scenario, node: usize, life: u64) -> Self {
+        let plan = &scenario.nodes[node];
+        let layout = plan.layout.clone();
+        let keeps_past = scenario.faults.contains(&Fault::Echo);
+        let net = fabric.net(NodeId(node as u32), &plan.address);
+        let wire = Arc::new(Mutex::new(Wire::new(net, keeps_past)));
+        let watch = Arc::new(Mutex::new(Watch::new(Ledger::new(layout.clone()))));
+        let mut ids = Vec::new();
+        let ports: Vec<Box<dyn Port>> = scenario
+            .rails
+            .iter()
+            .map(|options| {
+                let port = fabric.port(NodeId(node as u32), options.clone());
+                ids.push(port.id());
+                Box::new(WatchedPort::new(port, watch.clone())) as Box<dyn Port>
+            })
+            .collect();
+        let config = config(scenario, node, life, &ports);
+        let network = Box::new(SimNetwork::new(wire.clone(), plan.address.clone()));
+        let engine = Engine::new(Proto::new(config), network, ports, scenario.engine.clone());
+        let regions = layout.buffers().iter().map(|buffer| buffer.region + 1).max().unwrap_or(0);
+        let allocate = |region| {
+            let bytes = layout.bytes_needed(region) as usize;
+            Memory::allocate(bytes, &AllocateOptions::default()).expect("a little memory")
+        };
+        let memory: Vec<Memory> = (0..regions).map(allocate).collect();
+        let options = WorkerOptions {
+            layout: layout.clone(),
+            memory: memory.clone(),
+            verify: plan.verify,
+            max_commands: scenario.max_commands,
+        };
+        let (worker, handle) = Worker::new(engine, options).expect("a worker");
+        let mut process = Self {
+            worker,
+            handle,
+            pool: PagePool::external(layout.pages()),
+            layout,
+            memory,
+            wire,
+            watch,
+            ports: ids,
+            peers: BTreeMap::new(),
+            ups: Vec::new(),
+            wake_ns: fabric.now_ns(),
+            falls: 0,
+            turns: 0,
+        };
+        for &peer in &plan.dials {
+            let address = scenario.nodes[peer].address.as_str();
+            let (name, up) = process.handle.connect(address).expect("room for a command");
+            process.peers.insert(peer, name);
+            process.ups.push(up);
+        }
+        process
+    }
+
+    /// Where a token of a page lies.
+    pub fn place(&self, layer: u32, page: u32, token_in_page: u32) -> (&Memory, usize) {
+        let buffer = self.layout.buffer(layer).expect("a layer of this node");
+        let page = self.layout.page_layout(layer).and_then(|at| at.page_offset(page)).expect("a page");
+        let offset = page + u64::from(token_in_page) * self.layout.token_bytes();
+        (&self.memory[buffer.region as usize], offset as usize)
+    }
+
+    pub fn write(&self, layer: u32, page: u32, token_in_page: u32, bytes: &[u8]) {
+        let (memory, offset) = self.place(layer, page, token_in_page);
+        memory.write(offset, bytes).expect("within the region");
+    }
+
+    pub fn read(&self, layer: u32, page: u32, token_in_page: u32, into: &mut [u8]) {
+        let (memory, offset) = self.place(layer, page, token_in_page);
+        memory.read(offset, into).expect("within the region");
+    }
+
+    /// Makes sure that nobody relies any more on what is in these pages.
+    pub fn poison(&self, pages: &[u32]) {
+        let page_bytes = vec![0xee; self.layout.page_bytes() as usize];
+        for layer in self.layout.layers() {
+            for &page in pages {
+                self.write(layer, page, 0, &page_bytes);
+            }
+        }
+    }
+}
+
+/// The number of a node, the same in all its lives.
+pub fn number(node: usize) -> u64 {
+    100 + node as u64
+}
+
+fn config(scenario: &Scenario, node: usize, life: u64, ports: &[Box<dyn Port>]) -> Config {
+    let plan = &scenario.nodes[node];
+    let chance = mix(scenario.seed ^ mix(number(node) << 32 | life));
+    let identity = Identity { node: number(node), incarnation: chance };
+    let mut config = Config::new(identity, plan.address.clone());
+    for (at, word) in config.entropy.chunks_exact_mut(8).enumerate() {
+        word.copy_from_slice(&mix(chance ^ at as u64).to_le_bytes());
+    }
+    config.auth = scenario.auth.clone();
+    config.fingerprint = Fingerprint::new(plan.layout.fingerprint());
+    let rail = |port: &Box<dyn Port>| {
+        let info = port.info();
+        Rail { kind: info.kind, reach: info.reach.clone(), bytes_per_second: info.bytes_per_second }
+    };
+    config.rails = ports.iter().map(rail).collect();
+    config.lanes_per_rail = scenario.lanes_per_rail;
+    plan.layout.encode(&mut config.app);
+    config.pulse_address = plan.address.clone();
+    config.heartbeat_ns = MS;
+    config.heartbeats_missed = scenario.heartbeats_missed;
+    config.handshake_timeout_ns = 8 * MS;
+    config.redial_min_ns = 100 * US;
+    config.redial_max_ns = 3 * MS;
+    config.max_rooms = scenario.max_rooms;
+    config.max_grants = scenario.max_grants;
+    config.max_parked = scenario.max_parked;
+    config
+}

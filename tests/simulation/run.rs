@@ -1,0 +1,130 @@
+//! One seed, or many on all cores, and what is said of a failure.
+
+use std::fmt;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use crate::report::Meetings;
+use crate::rules::{Rule, Violation};
+use crate::world::{Outcome, World};
+
+/// One seed, from beginning to end.
+pub fn run(seed: u64) -> Result<Outcome, Violation> {
+    let mut world = World::new(seed, false);
+    finish(&mut world)
+}
+
+/// One seed again, with everything that happened.
+pub fn replay(seed: u64) {
+    let mut world = World::new(seed, true);
+    let outcome = finish(&mut world);
+    for line in world.take_log() {
+        println!("{line}");
+    }
+    match outcome {
+        Ok(outcome) => println!("seed {seed}: {} events, {:#018x}", outcome.events, outcome.fingerprint),
+        Err(violation) => panic!("seed {seed}: {violation}"),
+    }
+}
+
+fn finish(world: &mut World) -> Result<Outcome, Violation> {
+    catch_unwind(AssertUnwindSafe(|| world.run())).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("something");
+        Err(Violation { rule: Rule::Panics, what: text.to_owned() })
+    })
+}
+
+/// What many seeds have given.
+#[derive(Default)]
+pub struct Tally {
+    pub seeds: u64,
+    pub events: u64,
+    pub virtual_ns: u64,
+    pub took: Duration,
+    pub meetings: Meetings,
+}
+
+/// Runs seeds on every core until they or the time are over. Panics if some break a rule, and names a few of them.
+pub fn run_many(seeds: Range<u64>, time: Duration) -> Tally {
+    let began = Instant::now();
+    let next = AtomicU64::new(seeds.start);
+    let failures = Mutex::new(Vec::new());
+    let work = || {
+        let mut tally = Tally::default();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end || began.elapsed() > time || failures.lock().len() >= FAILURES_NAMED {
+                return tally;
+            }
+            match run(seed) {
+                Ok(outcome) => tally.count(&outcome),
+                Err(violation) => failures.lock().push((seed, violation)),
+            }
+        }
+    };
+    let mut tally = Tally::default();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        for worker in workers {
+            tally.add(&worker.join().expect("a run's panic is caught"));
+        }
+    });
+    let failures = failures.into_inner();
+    if let Some((first, _)) = failures.first() {
+        let lines: Vec<String> = failures.iter().map(|(seed, what)| format!("seed {seed}: {what}")).collect();
+        panic!(
+            "after {} seeds:\n{}\nreplay: CROSSDOCK_SEED={first} cargo test -p crossdock-tests --test simulation \
+             the_rules -- --nocapture",
+            tally.seeds,
+            lines.join("\n")
+        );
+    }
+    tally.took = began.elapsed();
+    tally
+}
+
+const FAILURES_NAMED: usize = 8;
+
+impl Tally {
+    fn count(&mut self, outcome: &Outcome) {
+        self.seeds += 1;
+        self.events += outcome.events;
+        self.virtual_ns += outcome.virtual_ns;
+        self.meetings.add(&outcome.meetings);
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.seeds += other.seeds;
+        self.events += other.events;
+        self.virtual_ns += other.virtual_ns;
+        self.meetings.add(&other.meetings);
+    }
+
+    /// More seeds, from `first` on, as far as the time goes.
+    pub fn and(mut self, first: u64, time: Duration) -> Self {
+        let more = run_many(first..u64::MAX, time);
+        self.add(&more);
+        self.took += more.took;
+        self
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{} seeds, {} events, {} ms of virtual time, in {} ms",
+            self.seeds,
+            self.events,
+            self.virtual_ns / 1_000_000,
+            self.took.as_millis()
+        )?;
+        write!(f, "{}", self.meetings)
+    }
+}

@@ -1,0 +1,207 @@
+//! What a seed chooses: how many nodes, over which ports, with which limits, in which weather.
+
+use std::num::NonZeroU32;
+
+use crossdock_engine::EngineOptions;
+use crossdock_kv::{CacheKind, CacheLayout, Dtype, LayerBuffer, LayoutOptions, Placement, Verify};
+use crossdock_proto::Auth;
+use crossdock_sim::{Between, FabricOptions, OneIn, Semantics, SimPortOptions};
+
+use crate::chance::Chance;
+use crate::faults::Fault;
+
+pub const US: u64 = 1_000;
+pub const MS: u64 = 1_000_000;
+
+/// One run's plan.
+pub struct Scenario {
+    pub seed: u64,
+    pub fabric: FabricOptions,
+    pub rails: Vec<SimPortOptions>,
+    pub lanes_per_rail: u8,
+    pub nodes: Vec<NodePlan>,
+    pub auth: Auth,
+    pub engine: EngineOptions,
+    pub max_grants: u32,
+    pub max_rooms: u32,
+    pub max_parked: u32,
+    pub max_commands: usize,
+    pub heartbeats_missed: u32,
+    /// How many rooms are opened, and how long after each other.
+    pub rooms: u32,
+    pub room_gap_ns: u64,
+    /// The faults that come, and how long after each other. None: fair weather.
+    pub faults: Vec<Fault>,
+    pub fault_gap_ns: u64,
+}
+
+/// What a node is, in all its lives.
+pub struct NodePlan {
+    pub address: String,
+    pub layout: CacheLayout,
+    pub verify: Verify,
+    pub prefills: bool,
+    pub decodes: bool,
+    /// Whom it dials.
+    pub dials: Vec<usize>,
+}
+
+impl Scenario {
+    pub fn new(seed: u64) -> Self {
+        let mut chance = Chance::new(seed);
+        let chance = &mut chance;
+        let between = |least_ns, most_ns| Between { least_ns, most_ns };
+        let fabric = FabricOptions {
+            delay: between(US, *chance.pick(&[3 * US, 20 * US, 60 * US])),
+            drain: between(0, *chance.pick(&[10 * US, 100 * US])),
+            death_notice: between(10 * US, MS),
+            silence_ns: chance.within(2 * MS..8 * MS),
+            connect_ns: 3 * MS,
+            partial_landing: OneIn(*chance.pick(&[0, 2, 4])),
+            short_post: OneIn(*chance.pick(&[0, 4, 16])),
+            short_poll: OneIn(*chance.pick(&[0, 2, 8])),
+            not_yet: OneIn(*chance.pick(&[0, 2, 4])),
+            datagram_loss: OneIn(*chance.pick(&[0, 20, 50])),
+            stream_frames: *chance.pick(&[4, 16, 256]),
+            note_landings: true,
+            ..FabricOptions::default()
+        };
+        let rails = rails(chance);
+        let nodes = nodes(chance);
+        let (faults, fault_gap_ns) = weather(chance);
+        let auth = match chance.one_in(4) {
+            true => Auth::PreSharedKey(b"a key that all nodes share".to_vec()),
+            false => Auth::Off,
+        };
+        Self {
+            seed,
+            fabric,
+            rails,
+            lanes_per_rail: chance.within(1..4) as u8,
+            nodes,
+            auth,
+            engine: EngineOptions {
+                events_per_poll: *chance.pick(&[2, 16, 256]),
+                stripe_bytes: *chance.pick(&[48, 256, 1 << 20]),
+                ..EngineOptions::default()
+            },
+            max_grants: *chance.pick(&[4, 8, 65_536]),
+            max_rooms: *chance.pick(&[8, 64]),
+            max_parked: *chance.pick(&[4, 64]),
+            max_commands: *chance.pick(&[4, 256]),
+            heartbeats_missed: chance.within(3..7) as u32,
+            rooms: chance.within(24..64) as u32,
+            room_gap_ns: *chance.pick(&[150 * US, 400 * US, 800 * US]),
+            faults,
+            fault_gap_ns,
+        }
+    }
+
+    pub fn is_fair(&self) -> bool {
+        self.faults.is_empty()
+    }
+
+    /// Whether some port is one where nobody can prove that a peer writes no more.
+    pub fn has_unproven_ports(&self) -> bool {
+        self.rails.iter().any(|rail| rail.semantics == Semantics::Fabric)
+    }
+
+    /// Two nodes have a session when either dials the other.
+    pub fn are_joined(&self, one: usize, other: usize) -> bool {
+        self.nodes[one].dials.contains(&other) || self.nodes[other].dials.contains(&one)
+    }
+}
+
+fn rails(chance: &mut Chance) -> Vec<SimPortOptions> {
+    let all = *chance.pick(&Semantics::ALL);
+    let count = if chance.one_in(3) { 2 } else { 1 };
+    let is_mixed = chance.one_in(3);
+    (0..count)
+        .map(|at| {
+            let semantics = if is_mixed { *chance.pick(&Semantics::ALL) } else { all };
+            SimPortOptions {
+                name: format!("rail-{at}"),
+                pieces_in_flight: *chance.pick(&[4, 32, 1024]),
+                immediates_in_flight: *chance.pick(&[1, 4, 256]),
+                bytes_per_second: *chance.pick(&[100_000_000, 25_000_000_000]),
+                ..SimPortOptions::new(semantics)
+            }
+        })
+        .collect()
+}
+
+fn nodes(chance: &mut Chance) -> Vec<NodePlan> {
+    let count = chance.within(3..5) as usize;
+    // Any two ranks have a layer in common, of whichever each lacks.
+    let model_layers = chance.within(3..5) as u32;
+    let are_mixed = chance.one_in(3);
+    let are_crossed = chance.one_in(3);
+    (0..count)
+        .map(|at| {
+            // Two prefill nodes and the others decode, or everybody does both.
+            let prefills = are_mixed || at < 2;
+            let decodes = are_mixed || at >= 2;
+            let dials = (0..count).filter(|&other| match are_mixed {
+                true => other < at || (are_crossed && other != at),
+                false => (decodes && other < 2) || (are_crossed && prefills && other >= 2),
+            });
+            NodePlan {
+                address: format!("node-{at}"),
+                dials: dials.collect(),
+                layout: layout(chance, model_layers),
+                verify: match chance.below(3) {
+                    0 => Verify::Off,
+                    1 => Verify::All,
+                    _ => Verify::OneIn(NonZeroU32::new(2).expect("two")),
+                },
+                prefills,
+                decodes,
+            }
+        })
+        .collect()
+}
+
+/// A small cache in one of the shapes that engines use. Some ranks lack the first or the last layer.
+fn layout(chance: &mut Chance, model_layers: u32) -> CacheLayout {
+    let layers = match chance.below(6) {
+        0 => 1..model_layers,
+        1 => 0..model_layers - 1,
+        _ => 0..model_layers,
+    };
+    let kind = CacheKind::Mla { latent_bytes: 8, rope_bytes: 4 };
+    let page_tokens = *chance.pick(&[2, 4, 8, 6]);
+    let pages = (160 / page_tokens).max(24);
+    let page_bytes = kind.token_bytes() * u64::from(page_tokens);
+    let placement = match chance.below(3) {
+        0 => Placement::LayerMajor { region: 0 },
+        1 => Placement::PageMajor { region: 0 },
+        // A region for every layer, with gaps between the pages.
+        _ => {
+            let buffer = |region| LayerBuffer { region, offset: 16, stride_bytes: page_bytes + 12 };
+            Placement::Buffers((0..layers.len() as u32).map(buffer).collect())
+        }
+    };
+    let model = "a small model".into();
+    let options = LayoutOptions {
+        model,
+        model_layers,
+        layers,
+        kind,
+        dtype: Dtype::Bf16,
+        page_tokens,
+        pages,
+        placement,
+    };
+    CacheLayout::new(options).expect("a layout that makes sense")
+}
+
+fn weather(chance: &mut Chance) -> (Vec<Fault>, u64) {
+    let gap_ns = *chance.pick(&[MS / 2, 2 * MS, 5 * MS]);
+    match chance.below(8) {
+        0 => (Vec::new(), gap_ns),
+        // One kind of fault, so that it is met in every state.
+        1..4 => (vec![*chance.pick(&Fault::ALL)], gap_ns),
+        4 => (vec![*chance.pick(&Fault::ALL), *chance.pick(&Fault::ALL)], gap_ns),
+        _ => (Fault::ALL.to_vec(), gap_ns),
+    }
+}
