@@ -25,6 +25,7 @@ mod connection;
 mod domain;
 mod frame;
 mod greeting;
+mod hot;
 mod lane;
 mod options;
 mod port;

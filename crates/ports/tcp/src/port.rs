@@ -21,6 +21,7 @@ use crate::connection::{AttachedRegion, Connection};
 use crate::domain::{Counters, Domain};
 use crate::frame::Hello;
 use crate::greeting::{Appointment, Caller, Dial};
+use crate::hot::Hot;
 use crate::lane::{After, Lane, State};
 use crate::options::TcpOptions;
 use crate::send::{PostShare, Taken};
@@ -42,6 +43,7 @@ pub struct TcpPort {
     lanes: Slab<Lane>,
     /// Lanes that want a turn, each once.
     ready: VecDeque<u32>,
+    hot: Hot,
     callers: Vec<Caller>,
     callers_numbered: u32,
     listener: OwnedFd,
@@ -86,6 +88,7 @@ impl TcpPort {
             },
             lanes: Slab::new(options.max_lanes),
             ready: VecDeque::with_capacity(options.max_lanes as usize),
+            hot: Hot::new(),
             callers: Vec::with_capacity(CALLERS_MAX),
             callers_numbered: 0,
             listener,
@@ -110,6 +113,15 @@ impl TcpPort {
         if !std::mem::replace(&mut lane.queued, true) {
             ready.push_back(lane.id.0);
         }
+    }
+
+    /// Gives a turn to the lane that is the likeliest to have something to read, if there is one.
+    fn try_hot_lane(&mut self) -> bool {
+        let Some(lane) = self.hot.guess().and_then(|id| self.lanes.get_mut(id)) else { return false };
+        let State::Up(connection) = &mut lane.state else { return false };
+        connection.readable = true;
+        Self::enqueue(&mut self.ready, lane);
+        true
     }
 
     /// Asks the kernel what has happened.
@@ -430,7 +442,9 @@ impl Port for TcpPort {
     }
 
     fn poll(&mut self, events: &mut Events) {
-        self.hear();
+        if !self.try_hot_lane() {
+            self.hear();
+        }
         for _ in 0..self.ready.len() {
             if events.is_full() {
                 return;
@@ -438,7 +452,10 @@ impl Port for TcpPort {
             let id = self.ready.pop_front().expect("one for each turn of the loop");
             let Some(lane) = self.lanes.get_mut(id) else { continue };
             lane.queued = false;
-            match lane.turn(&mut self.domain, events) {
+            let received_before = self.domain.counters.bytes_received;
+            let after = lane.turn(&mut self.domain, events);
+            self.hot.note(id, self.domain.counters.bytes_received > received_before);
+            match after {
                 After::Sleep => {}
                 After::Again => Self::enqueue(&mut self.ready, lane),
                 After::Remove => drop(self.lanes.remove(id)),
@@ -449,7 +466,11 @@ impl Port for TcpPort {
     fn arm(&mut self) -> Arm<'_> {
         // Room is told once: whether its owner has still something to post is not known here.
         let room_made = std::mem::take(&mut self.domain.room_made);
-        if self.ready.is_empty() && !room_made { Arm::Sleep(self.epoll.as_fd()) } else { Arm::Ready }
+        if !self.ready.is_empty() || room_made {
+            return Arm::Ready;
+        }
+        self.hot.ask_next();
+        Arm::Sleep(self.epoll.as_fd())
     }
 }
 
