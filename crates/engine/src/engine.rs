@@ -868,8 +868,12 @@ fn attach(rails: &mut [Rail], session: &mut SessionLanes, attaching: &mut Attach
                 Ok(attached) => {
                     attaching.found[slot].insert(offer.region, attached.id);
                 }
-                // The lane ends; its `Down` says the rest.
-                Err(Error::LaneDown { .. } | Error::LaneNotUp { .. }) => break,
+                // The lane ends; its `Down` says the rest. Until then nothing is posted on it, where the regions
+                // are not known.
+                Err(Error::LaneDown { .. } | Error::LaneNotUp { .. }) => {
+                    lane.state = LaneState::Down;
+                    break;
+                }
                 Err(error) => return Err(error),
             }
         }
