@@ -20,12 +20,10 @@ pub fn run(seed: u64) -> Result<Outcome, Violation> {
 
 /// One seed again, with everything that happened.
 pub fn replay(seed: u64) {
-    let mut world = World::new(seed, true);
-    let outcome = finish(&mut world);
-    for line in world.take_log() {
-        println!("{line}");
-    }
-    match outcome {
+    let printer = tracing_subscriber::fmt().with_max_level(tracing_subscriber::filter::LevelFilter::TRACE);
+    let printer = printer.without_time().with_ansi(false).with_target(false).with_test_writer().finish();
+    let _printed = tracing::subscriber::set_default(printer);
+    match finish(&mut World::new(seed, true)) {
         Ok(outcome) => println!("seed {seed}: {} events, {:#018x}", outcome.events, outcome.fingerprint),
         Err(violation) => panic!("seed {seed}: {violation}"),
     }

@@ -51,7 +51,7 @@ impl Scenario {
         let mut chance = Chance::new(seed);
         let chance = &mut chance;
         let between = |least_ns, most_ns| Between { least_ns, most_ns };
-        let fabric = FabricOptions {
+        let mut fabric = FabricOptions {
             delay: between(US, *chance.pick(&[3 * US, 20 * US, 60 * US])),
             drain: between(0, *chance.pick(&[10 * US, 100 * US])),
             death_notice: between(10 * US, MS),
@@ -69,6 +69,10 @@ impl Scenario {
         let rails = rails(chance);
         let nodes = nodes(chance);
         let (faults, fault_gap_ns) = weather(chance);
+        if faults.is_empty() {
+            // Several lost in a row look like a dead peer.
+            fabric.datagram_loss = OneIn(0);
+        }
         let auth = match chance.one_in(4) {
             true => Auth::PreSharedKey(b"a key that all nodes share".to_vec()),
             false => Auth::Off,

@@ -30,7 +30,7 @@ pub struct World {
     agenda: BTreeMap<(u64, u64), Event>,
     scheduled: u64,
     fingerprint: u64,
-    log: Option<Vec<String>>,
+    pub is_logged: bool,
 }
 
 /// What is going to happen outside the fabric.
@@ -83,7 +83,7 @@ impl World {
             agenda: BTreeMap::new(),
             scheduled: 0,
             fingerprint: 0,
-            log: is_logged.then(Vec::new),
+            is_logged,
             scenario,
         };
         for node in 0..world.nodes.len() {
@@ -189,6 +189,9 @@ impl World {
         self.start_deadlines(node);
         let Some(process) = &mut self.nodes[node].process else { return Ok(()) };
         process.turns += 1;
+        if self.is_logged {
+            println!("{:>9}.{:03} us  node {node}", now_ns / US, now_ns % US);
+        }
         let turn = process.worker.turn(now_ns);
         self.check_landings()?;
         self.fold(mix(now_ns << 8 | (node as u64) << 2 | turn as u64));
@@ -334,19 +337,10 @@ impl World {
         self.fingerprint = mix(self.fingerprint.rotate_left(7) ^ word);
     }
 
-    pub fn log(&mut self, what: impl FnOnce() -> String) {
-        let now_ns = self.now_ns;
-        if let Some(log) = &mut self.log {
-            log.push(format!("{:>9}.{:03} us  {}", now_ns / US, now_ns % US, what()));
+    pub fn log(&self, what: impl FnOnce() -> String) {
+        if self.is_logged {
+            println!("{:>9}.{:03} us  {}", self.now_ns / US, self.now_ns % US, what());
         }
-    }
-
-    pub fn is_logged(&self) -> bool {
-        self.log.is_some()
-    }
-
-    pub fn take_log(&mut self) -> Vec<String> {
-        self.log.take().unwrap_or_default()
     }
 }
 
