@@ -3,7 +3,7 @@
 //! Whatever happens to one process, the others end every room once and say why, no page is lost, and nothing hangs or
 //! stays behind. Every case is printed before it runs, and a failure shows it again with all that the demo said.
 //!
-//! `CROSSDOCK_FAULT_CASES=N` runs N cases in the place of one of each kind (`N=500` takes about half an hour), and
+//! `CROSSDOCK_FAULT_CASES=N` runs N cases in the place of one of each kind (`N=500` takes about twenty minutes), and
 //! `CROSSDOCK_FAULT_SEED=S` chooses other moments.
 
 mod demo;

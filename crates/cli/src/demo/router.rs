@@ -37,11 +37,21 @@ struct Worker {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Standing {
+    /// Started here; nothing has been heard of it.
+    Launched,
+    /// Looks for its peer.
     Starting,
     Serving,
     /// It has not said for too long how a room ended.
     Mute,
     Gone,
+}
+
+impl Worker {
+    /// Whether it does not serve yet.
+    fn is_early(&self) -> bool {
+        matches!(self.standing, Standing::Launched | Standing::Starting)
+    }
 }
 
 struct Room {
@@ -85,15 +95,9 @@ impl Router {
                 ],
             )?;
             child.listen(at, events.clone())?;
-            Ok(Worker { child, standing: Standing::Starting })
+            Ok(Worker { child, standing: Standing::Launched })
         };
         let workers = [start(PREFILL, "prefill")?, start(1, "decode")?];
-        println!(
-            "\nscene {}: prefill is process {}, decode is process {}",
-            port.name(),
-            workers[0].child.id(),
-            workers[1].child.id()
-        );
         Ok(Self {
             port,
             workers,
@@ -124,14 +128,25 @@ impl Router {
     fn meet(&mut self, scene: &mut Scene) {
         let begin = Instant::now();
         let until = self.until.min(begin + MEETING);
-        while scene.troubles().is_empty() && self.is_any(Standing::Starting) {
+        while scene.troubles().is_empty() && self.workers.iter().any(Worker::is_early) {
             if !self.hear(scene, until) && Instant::now() >= until {
                 let seconds = begin.elapsed().as_secs();
-                for Worker { child, .. } in self.workers.iter().filter(|w| w.standing == Standing::Starting) {
+                for Worker { child, .. } in self.workers.iter().filter(|worker| worker.is_early()) {
                     let (role, id) = (child.name(), child.id());
                     scene.trouble(format!("the {role} process ({id}) was not ready after {seconds} s"));
                 }
             }
+        }
+    }
+
+    /// Says which processes they are, once both can no longer be left behind.
+    fn introduce(&self) {
+        if !self.is_any(Standing::Launched) {
+            let [prefill, decode] = self.workers.each_ref().map(|worker| worker.child.id());
+            println!(
+                "\nscene {}: prefill is process {prefill}, decode is process {decode}",
+                self.port.name()
+            );
         }
     }
 
@@ -191,16 +206,20 @@ impl Router {
             return false;
         };
         match heard {
+            Heard::Said(Said::Started) => {
+                self.workers[at].standing = Standing::Starting;
+                self.introduce();
+            }
             Heard::Said(Said::Ready) => self.workers[at].standing = Standing::Serving,
             Heard::Said(Said::Ended(ended)) => self.ended(scene, at, ended),
             Heard::Said(Said::Bye(bye)) => scene.bye(self.workers[at].child.name(), &bye),
             Heard::Gone { how } => {
-                let Worker { child, standing } = &mut self.workers[at];
-                if how != "exit status: 0" || !self.open.is_empty() || *standing == Standing::Starting {
-                    let (role, id) = (child.name(), child.id());
+                let worker = &mut self.workers[at];
+                if how != "exit status: 0" || !self.open.is_empty() || worker.is_early() {
+                    let (role, id) = (worker.child.name(), worker.child.id());
                     scene.trouble(format!("the {role} process ({id}) ended early: {how}"));
                 }
-                *standing = Standing::Gone;
+                worker.standing = Standing::Gone;
                 self.forget(at);
             }
         }

@@ -16,6 +16,8 @@ pub enum Tell {
 #[derive(Serialize, Deserialize, Debug)]
 #[serde(rename_all = "snake_case")]
 pub enum Said {
+    /// The worker runs, and will not outlive its parent even if it is stopped from here on.
+    Started,
     /// The worker is registered, and has found its peer if it looks for one.
     Ready,
     /// A room has ended on this side.

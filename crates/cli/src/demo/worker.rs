@@ -55,6 +55,7 @@ struct Bench {
 
 pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
     super::end_with_parent()?;
+    say(&Said::Started);
     let layout = CacheLayout::deepseek_r1(PAGE_TOKENS, options.pages)?;
     let (memory, pool) = crossdock::allocate(&layout)?;
     let name = match options.role {
