@@ -31,6 +31,8 @@ pub struct Plan {
     /// No layer names a region from this number on.
     source_regions: u32,
     destination_regions: u32,
+    /// A bit for each page of the destination; all are 0 between two looks for duplicates.
+    seen: Vec<u64>,
 }
 
 /// What a [`Plan`] is made from.
@@ -57,7 +59,26 @@ impl Plan {
 
     /// Finds the pieces. Moves those layers that both workers hold.
     pub fn build(input: &PlanInput<'_>) -> Result<Self, PlanError> {
+        let mut plan = Self {
+            tokens: 0..0,
+            token_bytes: 0,
+            first_layer: 0,
+            layers: Vec::new(),
+            geometries: Vec::new(),
+            source_regions: 0,
+            destination_regions: 0,
+            seen: Vec::new(),
+        };
+        plan.renew(input)?;
+        Ok(plan)
+    }
+
+    /// Starts over with other tokens or pages, in the memory that the plan has: a chunk of a request for the whole of
+    /// which it was built before costs no allocation. After an error the plan is empty.
+    pub fn renew(&mut self, input: &PlanInput<'_>) -> Result<(), PlanError> {
         let (source, destination) = (&input.source, &input.destination);
+        self.tokens = 0..0;
+        self.layers.clear();
         if let Some(key) = source.layout.differs_in(destination.layout) {
             return Err(PlanError::Unbridgeable { key });
         }
@@ -66,42 +87,45 @@ impl Plan {
         }
         let source_pages = source.covering(&input.tokens).map_err(PlanError::Source)?;
         let destination_pages = destination.covering(&input.tokens).map_err(PlanError::Destination)?;
-        refuse_duplicates(destination_pages)?;
+        refuse_duplicates(destination_pages, &mut self.seen)?;
 
         let pairs = Pairs {
             source: source.walk(source_pages, &input.tokens),
             destination: destination.walk(destination_pages, &input.tokens),
             left: input.tokens.end - input.tokens.start,
         };
-        let mut geometries: Vec<Geometry> = Vec::new();
         let common = common_layers(input)?;
-        let mut layers = Vec::with_capacity(common.len());
+        let mut found = 0;
+        self.layers.reserve(common.len());
         for layer in common.clone() {
             let (Some(from), Some(to)) = (source.layout.buffer(layer), destination.layout.buffer(layer))
             else {
                 unreachable!("both layouts hold the common layers");
             };
             let strides = (from.stride_bytes, to.stride_bytes);
-            let known = geometries.iter().position(|geometry| geometry.strides() == strides);
+            let known = self.geometries[..found].iter().position(|geometry| geometry.strides() == strides);
             if known.is_none() {
-                if geometries.len() == Self::MAX_GEOMETRIES {
+                if found == Self::MAX_GEOMETRIES {
+                    self.layers.clear();
                     return Err(PlanError::TooManyGeometries { layer });
                 }
-                geometries.push(Geometry::new(input, &pairs, strides));
+                match self.geometries.get_mut(found) {
+                    Some(geometry) => geometry.renew(input, &pairs, strides),
+                    None => self.geometries.push(Geometry::new(input, &pairs, strides)),
+                }
+                found += 1;
             }
-            let geometry = known.unwrap_or(geometries.len() - 1);
-            layers.push(Layer { source: from, destination: to, geometry });
+            let geometry = known.unwrap_or(found - 1);
+            self.layers.push(Layer { source: from, destination: to, geometry });
         }
-        let regions = |region: fn(&Layer) -> u32| layers.iter().map(region).max().map_or(0, |max| max + 1);
-        Ok(Self {
-            tokens: input.tokens.clone(),
-            token_bytes: source.layout.token_bytes(),
-            first_layer: common.start,
-            source_regions: regions(|layer| layer.source.region),
-            destination_regions: regions(|layer| layer.destination.region),
-            layers,
-            geometries,
-        })
+        let regions =
+            |region: fn(&Layer) -> u32| self.layers.iter().map(region).max().map_or(0, |max| max + 1);
+        self.source_regions = regions(|layer| layer.source.region);
+        self.destination_regions = regions(|layer| layer.destination.region);
+        self.tokens = input.tokens.clone();
+        self.token_bytes = source.layout.token_bytes();
+        self.first_layer = common.start;
+        Ok(())
     }
 
     /// Which tokens move.
@@ -192,18 +216,31 @@ fn common_layers(input: &PlanInput<'_>) -> Result<Range<u32>, PlanError> {
     Ok(common)
 }
 
-/// A page that is listed twice would be written twice, and one of its two stretches of tokens lost.
-fn refuse_duplicates(pages: &[u32]) -> Result<(), PlanError> {
+/// A page that is listed twice would be written twice, and one of its two stretches of tokens lost. `seen` is all
+/// zeroes before and after.
+fn refuse_duplicates(pages: &[u32], seen: &mut Vec<u64>) -> Result<(), PlanError> {
     let words = pages.iter().max().map_or(0, |&last| last as usize / 64 + 1);
-    let mut seen = vec![0u64; words];
+    if seen.len() < words {
+        seen.resize(words, 0);
+    }
+    let mut again = None;
     for &page in pages {
         let (word, bit) = (&mut seen[page as usize / 64], 1 << (page % 64));
         if *word & bit != 0 {
-            return Err(PlanError::DuplicatePage { page });
+            again = Some(page);
+            break;
         }
         *word |= bit;
     }
-    Ok(())
+    // Of a chunk, only a few words are to be wiped.
+    match pages.len() < words {
+        true => pages.iter().for_each(|&page| seen[page as usize / 64] = 0),
+        false => seen[..words].fill(0),
+    }
+    match again {
+        Some(page) => Err(PlanError::DuplicatePage { page }),
+        None => Ok(()),
+    }
 }
 
 /// Why there is no plan.

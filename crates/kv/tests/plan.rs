@@ -63,6 +63,26 @@ proptest! {
     }
 
     #[test]
+    fn a_renewed_plan_is_as_good_as_a_new_one(before in cases(), case in cases(), start in 0f64..1.0) {
+        let mut plan = before.plan();
+        let tokens = case.tokens.clone();
+        let chunk = tokens.start + (f64::from(tokens.end - tokens.start) * start) as u32..tokens.end;
+        for tokens in [chunk, tokens] {
+            let case = Case { tokens, ..case.clone() };
+            plan.renew(&case.input()).unwrap();
+            let fresh = case.plan();
+            let route = case.route(Direction::Write);
+            let ops = |plan: &Plan| {
+                let ops = plan.ops(route, plan.layers()).unwrap();
+                let mut all = vec![Op::notify(0); ops.count()];
+                ops.fill(ops.start(), &mut all);
+                format!("{} {all:?}", plan.total_bytes())
+            };
+            prop_assert_eq!(ops(&plan), ops(&fresh));
+        }
+    }
+
+    #[test]
     fn there_are_no_more_ops_than_stretches_of_memory(case in cases()) {
         let plan = case.plan();
         for layer in plan.layers() {
@@ -162,6 +182,38 @@ fn a_pool_too_large_for_fine_indices_is_moved_by_pages() {
     };
     let found: Vec<_> = all_ops(&plan, 0..1).iter().map(starts).collect();
     assert_eq!(found, [(5, 129, vec![last, 3]), (5 + 64, 129, vec![last, 3])]);
+}
+
+#[test]
+fn runs_of_many_lengths_make_an_op_each() {
+    // Runs of 1, 2, 3, … pages, each somewhere else at the destination.
+    let runs = 50u32;
+    let layout = CacheLayout::deepseek_r1(1, 4 * runs * runs).unwrap();
+    let source: Vec<u32> = (0..runs * (runs + 1) / 2).collect();
+    let destination: Vec<u32> =
+        (0..runs).flat_map(|run| (0..=run).map(move |page| (runs - run) * 2 * runs + page)).collect();
+    let plan = plan(&layout, &source, &layout, &destination, 0..source.len() as u32);
+    assert_eq!(plan.ops_per_layer(0), runs as usize);
+    let ops = all_ops(&plan, 0..1);
+    let lengths: Vec<u64> = ops.iter().map(|op| op.bytes().unwrap() / 1152).collect();
+    assert_eq!(lengths, (1..=u64::from(runs)).collect::<Vec<_>>());
+}
+
+#[test]
+fn after_an_error_a_plan_is_empty_and_can_be_renewed() {
+    let layout = CacheLayout::deepseek_r1(16, 100).unwrap();
+    let input = |destination| PlanInput {
+        source: PageTable::new(&layout, &[1, 2, 3]),
+        destination: PageTable::new(&layout, destination),
+        tokens: 0..48,
+    };
+    let mut plan = Plan::build(&input(&[7, 8, 9])).unwrap();
+    for _ in 0..2 {
+        assert_eq!(plan.renew(&input(&[8, 70, 8])).unwrap_err(), PlanError::DuplicatePage { page: 8 });
+        assert_eq!((plan.tokens(), plan.layers().len(), plan.total_bytes()), (0..0, 0, 0));
+        plan.renew(&input(&[8, 70, 9])).unwrap();
+        assert_eq!(plan.pieces_per_layer(60), 3);
+    }
 }
 
 #[test]
@@ -351,13 +403,16 @@ impl Side {
 }
 
 impl Case {
-    fn plan(&self) -> Plan {
-        Plan::build(&PlanInput {
+    fn input(&self) -> PlanInput<'_> {
+        PlanInput {
             source: self.source.table(),
             destination: self.destination.table(),
             tokens: self.tokens.clone(),
-        })
-        .unwrap()
+        }
+    }
+
+    fn plan(&self) -> Plan {
+        Plan::build(&self.input()).unwrap()
     }
 
     fn route(&self, direction: Direction) -> Route<'static> {

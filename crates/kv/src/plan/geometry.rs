@@ -43,33 +43,74 @@ struct Place {
 }
 
 impl Geometry {
-    pub fn new(input: &PlanInput<'_>, pairs: &Pairs<'_>, (source, destination): (u64, u64)) -> Self {
-        let source = Grid::new(&input.source, &input.destination, input.tokens.start, source);
-        let destination = Grid::new(&input.destination, &input.source, input.tokens.start, destination);
-        let mut pieces = merge(pairs.clone(), &source, &destination);
-        // A stable sort keeps the order of the tokens in each group, which is the order in which the receiver's
-        // check expects the pages.
-        pieces.sort_by_key(Piece::group_key);
-        let mut groups: Vec<Group> = Vec::new();
-        let mut first = 0;
-        for alike in pieces.chunk_by(|one, next| one.group_key() == next.group_key()) {
-            let bytes = |tokens| u64::from(tokens) * source.token_bytes;
-            groups.push(Group {
-                first,
-                pieces: alike.len() as u32,
-                piece_bytes: bytes(alike[0].tokens),
-                source_offset: bytes(alike[0].source.rest_tokens),
-                destination_offset: bytes(alike[0].destination.rest_tokens),
-            });
-            first += alike.len() as u32;
+    pub fn new(input: &PlanInput<'_>, pairs: &Pairs<'_>, strides: (u64, u64)) -> Self {
+        let grids = Grid::pair(input, strides);
+        let mut geometry = Self {
+            source: grids.0,
+            destination: grids.1,
+            groups: Vec::with_capacity(2),
+            source_indices: Vec::with_capacity(pairs.at_most()),
+            destination_indices: Vec::with_capacity(pairs.at_most()),
+        };
+        geometry.find_pieces(pairs);
+        geometry
+    }
+
+    /// Starts over with other pieces, in the memory that is there.
+    pub fn renew(&mut self, input: &PlanInput<'_>, pairs: &Pairs<'_>, strides: (u64, u64)) {
+        (self.source, self.destination) = Grid::pair(input, strides);
+        self.groups.clear();
+        self.source_indices.clear();
+        self.destination_indices.clear();
+        self.find_pieces(pairs);
+    }
+
+    /// Finds how many pieces of each kind there are, and with that the place of each. Going through the pages twice
+    /// costs less than to note and to sort the pieces, and needs no memory.
+    fn find_pieces(&mut self, pairs: &Pairs<'_>) {
+        let (source, destination) = (self.source, self.destination);
+        let pieces = || Pieces::new(pairs.clone(), source, destination);
+        let mut kinds = Kinds::default();
+        if !pieces().all(|piece| kinds.count(piece.kind())) {
+            let mut all: Vec<Piece> = pieces().collect();
+            // A stable sort keeps the order of the tokens in each group, which is the order in which the receiver's
+            // check expects the pages.
+            all.sort_by_key(Piece::kind);
+            for alike in all.chunk_by(|one, next| one.kind() == next.kind()) {
+                self.push_group(alike[0].kind(), alike.len() as u32);
+                self.source_indices.extend(alike.iter().map(|piece| piece.source.index));
+                self.destination_indices.extend(alike.iter().map(|piece| piece.destination.index));
+            }
+            return;
         }
-        Self {
-            source,
-            destination,
-            groups,
-            source_indices: pieces.iter().map(|piece| piece.source.index).collect(),
-            destination_indices: pieces.iter().map(|piece| piece.destination.index).collect(),
+        kinds.sort();
+        let mut places = [0; KINDS_MAX];
+        for (place, &(kind, count)) in places.iter_mut().zip(kinds.known()) {
+            *place = self.push_group(kind, count) as usize;
         }
+        let all = self.groups.last().map_or(0, |last| (last.first + last.pieces) as usize);
+        self.source_indices.resize(all, 0);
+        self.destination_indices.resize(all, 0);
+        for piece in pieces() {
+            let place = &mut places[kinds.find(piece.kind()).expect("it was counted")];
+            self.source_indices[*place] = piece.source.index;
+            self.destination_indices[*place] = piece.destination.index;
+            *place += 1;
+        }
+    }
+
+    /// Adds a group behind the others, and says where its lists begin.
+    fn push_group(&mut self, kind: Kind, pieces: u32) -> u32 {
+        let first = self.groups.last().map_or(0, |last| last.first + last.pieces);
+        let bytes = |tokens| u64::from(tokens) * self.source.token_bytes;
+        self.groups.push(Group {
+            first,
+            pieces,
+            piece_bytes: bytes(kind.tokens),
+            source_offset: bytes(kind.source_rest_tokens),
+            destination_offset: bytes(kind.destination_rest_tokens),
+        });
+        first
     }
 
     /// The page strides of the layers that this serves.
@@ -98,28 +139,112 @@ impl Geometry {
     }
 }
 
+/// What pieces must have in common to share an op.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Kind {
+    tokens: u32,
+    source_rest_tokens: u32,
+    destination_rest_tokens: u32,
+}
+
 impl Piece {
-    fn group_key(&self) -> (u32, u32, u32) {
-        (self.tokens, self.source.rest_tokens, self.destination.rest_tokens)
+    #[inline]
+    fn kind(&self) -> Kind {
+        Kind {
+            tokens: self.tokens,
+            source_rest_tokens: self.source.rest_tokens,
+            destination_rest_tokens: self.destination.rest_tokens,
+        }
     }
 }
 
-/// Joins stretches that follow each other in memory on both sides.
-fn merge(pairs: Pairs<'_>, source: &Grid, destination: &Grid) -> Vec<Piece> {
-    let mut pieces: Vec<Piece> = Vec::with_capacity(pairs.at_most());
-    let mut expected = None;
-    for Pair { source: from, destination: to, tokens } in pairs {
-        let bytes = u64::from(tokens) * source.token_bytes;
-        let at = (source.byte(from), destination.byte(to));
-        match pieces.last_mut() {
-            Some(piece) if expected == Some(at) => piece.tokens += tokens,
-            _ => {
-                pieces.push(Piece { tokens, source: source.place(from), destination: destination.place(to) })
+/// The few kinds that the pieces of a request are of, and how often each occurs.
+#[derive(Default)]
+struct Kinds {
+    kinds: [(Kind, u32); KINDS_MAX],
+    len: usize,
+    /// Where the last one was found: the next is mostly the same.
+    last: usize,
+}
+
+/// Caches that are cut at page boundaries have two or three. More are sorted instead of searched.
+const KINDS_MAX: usize = 32;
+
+impl Kinds {
+    /// Counts one; false if there are too many kinds.
+    #[inline]
+    fn count(&mut self, kind: Kind) -> bool {
+        let at = match self.find(kind) {
+            Some(at) => at,
+            None if self.len == KINDS_MAX => return false,
+            None => {
+                self.kinds[self.len] = (kind, 0);
+                self.len += 1;
+                self.len - 1
+            }
+        };
+        self.kinds[at].1 += 1;
+        true
+    }
+
+    #[inline]
+    fn find(&mut self, kind: Kind) -> Option<usize> {
+        if self.len > 0 && self.kinds[self.last].0 == kind {
+            return Some(self.last);
+        }
+        self.last = self.known().iter().position(|(known, _)| *known == kind)?;
+        Some(self.last)
+    }
+
+    fn known(&self) -> &[(Kind, u32)] {
+        &self.kinds[..self.len]
+    }
+
+    fn sort(&mut self) {
+        self.kinds[..self.len].sort_unstable();
+        self.last = 0;
+    }
+}
+
+/// The stretches, those that follow each other in memory on both sides joined.
+struct Pieces<'a> {
+    pairs: Pairs<'a>,
+    source: Grid,
+    destination: Grid,
+    /// The piece that may still grow, and where the next stretch would have to begin.
+    open: Option<Piece>,
+    expected: (u64, u64),
+}
+
+impl<'a> Pieces<'a> {
+    fn new(pairs: Pairs<'a>, source: Grid, destination: Grid) -> Self {
+        Self { pairs, source, destination, open: None, expected: (0, 0) }
+    }
+}
+
+impl Iterator for Pieces<'_> {
+    type Item = Piece;
+
+    #[inline]
+    fn next(&mut self) -> Option<Piece> {
+        while let Some(Pair { source: from, destination: to, tokens }) = self.pairs.next() {
+            let at = (self.source.byte(from), self.destination.byte(to));
+            let bytes = u64::from(tokens) * self.source.token_bytes;
+            let joins = at == self.expected;
+            self.expected = (at.0 + bytes, at.1 + bytes);
+            match &mut self.open {
+                Some(piece) if joins => piece.tokens += tokens,
+                open => {
+                    let (source, destination) = (self.source.place(from), self.destination.place(to));
+                    let before = open.replace(Piece { tokens, source, destination });
+                    if before.is_some() {
+                        return before;
+                    }
+                }
             }
         }
-        expected = Some((at.0 + bytes, at.1 + bytes));
+        self.open.take()
     }
-    pieces
 }
 
 /// How one side says where a piece begins.
@@ -136,6 +261,12 @@ struct Grid {
 }
 
 impl Grid {
+    /// Of the source and of the destination, by their page strides.
+    fn pair(input: &PlanInput<'_>, (source, destination): (u64, u64)) -> (Self, Self) {
+        let (from, to, first_token) = (&input.source, &input.destination, input.tokens.start);
+        (Self::new(from, to, first_token, source), Self::new(to, from, first_token, destination))
+    }
+
     /// Indices count pages while every piece begins a page. Otherwise they count the largest unit that divides
     /// both the stride and the token, so that pieces that begin at different tokens of their pages still share
     /// an op; unless the pool is so large that such indices do not fit.
