@@ -851,6 +851,7 @@ fn refused(error: RoomError) -> End {
     let why = match error {
         RoomError::Duplicate { .. } => RoomRefusal::Duplicate,
         RoomError::UnknownPeer => return End::PeerLost { cause: SessionEnd::ClosedHere },
+        RoomError::TooLong { bytes, limit } => RoomRefusal::TooLong { bytes, limit },
         _ => RoomRefusal::Busy,
     };
     End::Refused { by: Who::Here, why }

@@ -8,7 +8,8 @@ use crossdock_transport::LaneTags;
 /// Whether peers must prove a shared key.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Auth {
-    /// Both sides prove that they know this key, by HMAC-SHA256 over the handshake.
+    /// Both sides prove that they know this key, by HMAC-SHA256 over the handshake. It is not empty, and should be
+    /// 32 random bytes.
     PreSharedKey(Vec<u8>),
     /// Anybody who can reach the control address may connect. To be asked for explicitly.
     Off,

@@ -11,7 +11,8 @@ use crate::message::Identity;
 pub struct Config {
     /// This node and this life of it.
     pub identity: Identity,
-    /// For people: in logs, errors and the peers' lists.
+    /// For people: in logs, errors and the peers' lists. With the fingerprint, the rails and the heartbeats' address it
+    /// makes the first frame that peers see, which is at most 64 KiB long.
     pub name: String,
     /// Random bytes, new at each start: the nonces of handshakes come from them.
     pub entropy: [u8; 32],
@@ -45,8 +46,10 @@ pub struct Config {
     pub max_rooms: u32,
     /// Grants at once.
     pub max_grants: u32,
-    /// Grants and wants of peers for rooms that are not open here yet.
+    /// Grants and wants of peers for rooms that are not open here yet; as many ended rooms are remembered.
     pub max_parked: u32,
+    /// The longest frame that the network takes, either way. Every node of a cluster takes the same.
+    pub max_frame_bytes: usize,
 }
 
 /// One opened port, as the handshake offers it.
@@ -95,6 +98,7 @@ impl Config {
             max_rooms: 65_536,
             max_grants: 65_536,
             max_parked: 65_536,
+            max_frame_bytes: 1 << 20,
         }
     }
 }

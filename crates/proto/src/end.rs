@@ -81,6 +81,13 @@ pub enum RoomRefusal {
     Mismatch,
     /// The room is open on this node already, in the same role.
     Duplicate,
+    /// The list of pages and what goes with it are more than a control message takes.
+    TooLong {
+        /// So many bytes there were.
+        bytes: usize,
+        /// So many fit.
+        limit: usize,
+    },
     /// The handshake with the peer was refused.
     Handshake(Refusal),
 }
@@ -95,6 +102,13 @@ pub enum Failure {
     Port(crossdock_transport::Error),
     /// The bytes that arrived are not those that were sent.
     Checksum,
+    /// What goes with the pages is more than a control message takes.
+    TooLong {
+        /// So many bytes there were.
+        bytes: usize,
+        /// So many fit.
+        limit: usize,
+    },
     /// The peer said only that it failed.
     AtPeer,
 }
@@ -149,7 +163,7 @@ impl End {
             End::Expired { .. } => true,
             End::PeerLost { cause } => cause.is_retryable(),
             End::Refused { why, .. } => matches!(why, RoomRefusal::Busy),
-            End::Failed { cause, .. } => !matches!(cause, Failure::Port(_)),
+            End::Failed { cause, .. } => !matches!(cause, Failure::Port(_) | Failure::TooLong { .. }),
         }
     }
 
@@ -179,6 +193,10 @@ impl End {
             }
             End::Failed { cause: Failure::Checksum, .. } => {
                 "the bytes changed on their way: suspect memory, the NIC, or a writer outside this library"
+            }
+            End::Refused { why: RoomRefusal::TooLong { .. }, .. }
+            | End::Failed { cause: Failure::TooLong { .. }, .. } => {
+                "use larger pages or shorter requests, or raise the limit of frames on all nodes"
             }
             End::Failed { .. } => "send the request again; look at the peer's log if it repeats",
         }
@@ -254,12 +272,21 @@ impl fmt::Display for End {
                 RoomRefusal::Busy => write!(f, "refused by {by}: no room for more"),
                 RoomRefusal::Mismatch => write!(f, "refused by {by}: the two sides' requests do not fit"),
                 RoomRefusal::Duplicate => write!(f, "refused by {by}: the room is open already"),
+                RoomRefusal::TooLong { bytes, limit } => {
+                    write!(f, "refused by {by}: {bytes} bytes to be told to the peer, where {limit} fit")
+                }
                 RoomRefusal::Handshake(refusal) => write!(f, "refused by {by} in the handshake: {refusal}"),
             },
             End::Failed { by, stage, cause } => match cause {
                 Failure::Lane(cause) => write!(f, "failed on {by} {stage}: {cause}"),
                 Failure::Port(error) => write!(f, "failed on {by} {stage}: {error}"),
                 Failure::Checksum => write!(f, "failed on {by} {stage}: checksum mismatch"),
+                Failure::TooLong { bytes, limit } => {
+                    write!(
+                        f,
+                        "failed on {by} {stage}: {bytes} bytes to be told to the peer, where {limit} fit"
+                    )
+                }
                 Failure::AtPeer => write!(f, "failed on {by} {stage}"),
             },
         }

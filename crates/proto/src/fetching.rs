@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use crossdock_transport::{Direction, GrantId};
 
-use crate::end::{End, Stage};
+use crate::end::{End, SessionEnd, Stage};
 use crate::message::{Message, RoleKind, RoomName};
 use crate::notice::{Notice, Start};
 use crate::proto::{Proto, RoomId, SessionId};
@@ -25,6 +25,7 @@ impl Proto {
     pub fn fetch(&mut self, now_ns: u64, fetch: Fetch) -> Result<RoomId, RoomError> {
         self.now_ns = now_ns;
         self.check_decode(fetch.peer, fetch.room, RoleKind::Fetching)?;
+        self.fits_a_frame(fetch.params.len())?;
         let id = self.add_room(Room {
             name: fetch.room,
             peer: Some(fetch.peer),
@@ -41,6 +42,7 @@ impl Proto {
                 offer: Arc::new([]),
                 attempt: 0,
                 again: false,
+                down_lanes: 0,
             }),
         });
         self.begin_decode(id, fetch.peer);
@@ -71,23 +73,24 @@ impl Proto {
         session: SessionId,
         name: RoomName,
         grant: GrantId,
+        duration_ns: u64,
         params: Vec<u8>,
         pages: Vec<u32>,
     ) {
-        let id = self.bound.get(&(RoleKind::Fetching, name, session)).copied();
-        let Some(Room { role: Role::Fetching(f), .. }) = id.and_then(|id| self.rooms.get_mut(&id)) else {
+        let Some(&id) = self.bound.get(&(RoleKind::Fetching, name, session)) else {
             // The room has ended here since it was asked for.
             return self.release(session, &[grant], 0, false);
         };
+        let Some(Room { role: Role::Fetching(f), .. }) = self.rooms.get_mut(&id) else { return };
         if f.grant.is_some() {
-            return self.release(session, &[grant], 0, false);
+            let what = "offered a room a second time";
+            return self.end_session(session, SessionEnd::Misbehaved { what });
         }
         f.grant = Some(grant);
         f.remote_pages = pages.into();
         f.offer = params.into();
-        if let Some(id) = id {
-            self.start_fetching(id);
-        }
+        self.limit_deadline(id, session, duration_ns);
+        self.start_fetching(id);
     }
 
     fn start_fetching(&mut self, id: RoomId) {
@@ -117,7 +120,7 @@ impl Proto {
         self.stop_moving(id);
     }
 
-    pub(crate) fn fetching_drained(&mut self, id: RoomId, _down_lanes: u16) {
+    pub(crate) fn fetching_drained(&mut self, id: RoomId) {
         let Some(room) = self.rooms.get_mut(&id) else { return };
         match (&mut room.role, &room.end) {
             (Role::Fetching(f), None) if f.again => {
@@ -142,14 +145,15 @@ impl Proto {
         let Role::Fetching(f) = &mut room.role else { return };
         // The reads that wrote these pages were our own, and each has ended.
         let pages = f.pages.take().map(|pages| pages.come_home());
-        let (grant, session) = (f.grant.take(), room.session);
+        let (grant, session, down_lanes) = (f.grant.take(), room.session, f.down_lanes);
         if let Some(pages) = pages {
             self.tell(Notice::Home { room: id, pages });
         }
         if let (Some(session), Some(grant)) = (session, grant) {
-            self.release(session, &[grant], 0, delivered);
+            // A read that ended with its lane here may still be under way at the source.
+            self.release(session, &[grant], down_lanes, delivered);
         }
         self.drop_room(id);
-        self.answer_held();
+        self.answer_held_by(id);
     }
 }

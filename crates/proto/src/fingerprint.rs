@@ -22,9 +22,19 @@ impl Fingerprint {
     pub const MAX_VALUES: usize = 64;
 
     /// Sorts the values by key; the last value of a repeated key counts.
+    ///
+    /// # Panics
+    /// If there are more than [`MAX_VALUES`](Self::MAX_VALUES): what is not compared could differ.
     pub fn new(values: impl IntoIterator<Item = (String, String)>) -> Self {
-        let map: std::collections::BTreeMap<_, _> = values.into_iter().take(Self::MAX_VALUES).collect();
+        let map: std::collections::BTreeMap<_, _> = values.into_iter().collect();
+        assert!(map.len() <= Self::MAX_VALUES, "a fingerprint of {} values", map.len());
         Self(map.into_iter().collect())
+    }
+
+    /// Takes a peer's values, which have but one form: sorted by key, each key once.
+    pub(crate) fn from_wire(values: Vec<(String, String)>) -> Option<Self> {
+        let is_sorted = values.is_sorted_by(|(a, _), (b, _)| a < b);
+        (is_sorted && values.len() <= Self::MAX_VALUES).then_some(Self(values))
     }
 
     /// The values, sorted by key.

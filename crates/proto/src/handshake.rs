@@ -9,7 +9,7 @@
 //!   Ready   ◀──────────────────────▶ Ready    lanes up, regions attached
 //! ```
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::action::{Action, PulsePlan};
 use crate::auth::{Side, same};
@@ -77,6 +77,11 @@ impl Proto {
     pub fn frame(&mut self, now_ns: u64, link: LinkId, bytes: &[u8]) {
         self.now_ns = now_ns;
         self.counters.messages_in += 1;
+        // Nothing long is kept or looked at before the peer has proven who it is.
+        let is_bound = matches!(self.links.get(&link), Some(Link::Bound(_)));
+        if !is_bound && bytes.len() > MAX_HANDSHAKE_BYTES {
+            return self.misbehaved(link, "sent a frame too long for a handshake");
+        }
         let (from, message) = match Message::decode(bytes) {
             Ok(decoded) => decoded,
             Err(_) => return self.misbehaved(link, "sent a frame that cannot be read"),
@@ -340,7 +345,7 @@ impl Proto {
                 rtt_max_ns: 0,
                 rooms: BTreeSet::new(),
                 grants: 0,
-                held: Vec::new(),
+                held: BTreeMap::new(),
             },
         );
         self.arm(tick, Timer::Session(id));
@@ -418,6 +423,9 @@ impl Proto {
         }
     }
 }
+
+/// The longest frame of a handshake.
+const MAX_HANDSHAKE_BYTES: usize = 64 << 10;
 
 fn offer(rail: &Rail) -> RailOffer {
     RailOffer { kind: rail.kind.into(), reach: rail.reach.clone(), bytes_per_second: rail.bytes_per_second }

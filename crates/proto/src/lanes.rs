@@ -54,6 +54,8 @@ impl Proto {
             Err(error) => {
                 entry.state = SlotState::Down(DownCause::ClosedHere);
                 self.end_session(session, SessionEnd::Port(error));
+                // The session may have ended with another lane's error.
+                self.reap(session);
             }
         }
     }
@@ -78,24 +80,20 @@ impl Proto {
             return;
         }
         entry.state = SlotState::Down(cause);
-        let (over, has_up, live) = (s.is_over(), s.has_up(), s.is_live());
-        if !over {
-            let waiting = s.slots.iter().any(|slot| !matches!(slot.state, SlotState::Down(_)));
-            if !has_up && !waiting {
-                self.end_session(session, SessionEnd::LanesLost { cause });
-            } else if !live {
-                self.attach_when_lanes_known(session);
-            } else if has_up {
-                self.lane_lost_here(session, slot);
-            } else {
-                self.end_session(session, SessionEnd::LanesLost { cause });
-            }
-        }
+        // First what this lane was waited for: bytes that are all here need not come again.
         for room in self.rooms_of(session) {
             self.settle(room);
         }
-        self.answer_held();
-        self.reap(session);
+        let Some(s) = self.sessions.get(&session) else { return };
+        if s.is_over() {
+            self.reap(session);
+        } else if s.all_down() || (s.is_live() && !s.has_up()) {
+            self.end_session(session, SessionEnd::LanesLost { cause });
+        } else if s.is_live() {
+            self.lane_lost_here(session, slot);
+        } else {
+            self.attach_when_lanes_known(session);
+        }
     }
 
     /// Connects once both sides' addresses are known.
@@ -140,7 +138,10 @@ impl Proto {
 
     pub(crate) fn lane_lost_there(&mut self, session: SessionId, slot: u8) {
         let Some(s) = self.sessions.get_mut(&session) else { return };
-        let Some(entry) = s.slots.get_mut(usize::from(slot)) else { return };
+        let Some(entry) = s.slots.get_mut(usize::from(slot)).filter(|entry| !entry.lost_there) else {
+            let what = "lost a lane that there is not, or that it had lost before";
+            return self.end_session(session, SessionEnd::Misbehaved { what });
+        };
         entry.lost_there = true;
         self.close_lane(session, slot);
         self.regrant_if_agreed(session, slot);

@@ -518,7 +518,12 @@ fn take_about(r: &mut Reader<'_>) -> Result<About, DecodeError> {
         name: r.text("name")?,
         nonce: r.array("nonce")?,
         auth: r.flag("auth")?,
-        fingerprint: Fingerprint::new(r.list(8, "fingerprint", |r| Ok((r.text("key")?, r.text("value")?)))?),
+        fingerprint: {
+            let values = r.list(8, "fingerprint", |r| Ok((r.text("key")?, r.text("value")?)))?;
+            let count = values.len() as u64;
+            Fingerprint::from_wire(values)
+                .ok_or(DecodeError::BadValue { field: "fingerprint", value: count })?
+        },
         rails: r.list(16, "rails", |r| {
             Ok(RailOffer {
                 kind: r.text("kind")?,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crossdock_transport::{Access, Error, Fence, GrantId};
 
 use crate::action::Action;
-use crate::auth::mac;
+use crate::auth::{Auth, mac};
 use crate::config::{Config, Region};
 use crate::end::{End, Failure, Stage, Who};
 use crate::grants::{Grants, Revocation};
@@ -94,6 +94,8 @@ pub struct Proto {
     pub(crate) ended_serial: u64,
     pub(crate) grants: Grants,
     pub(crate) counters: Counters,
+    /// Sessions whose peer waits to hear of grants of earlier ones.
+    pub(crate) asking: BTreeSet<SessionId>,
     /// Shut down.
     pub(crate) is_shut: bool,
     /// Receiving rooms that have counted something since their user last looked.
@@ -118,7 +120,11 @@ pub(crate) enum Timer {
 
 impl Proto {
     /// A node that knows nobody yet.
+    ///
+    /// # Panics
+    /// If the pre-shared key is empty: everybody knows that one.
     pub fn new(config: Config) -> Self {
+        assert!(config.auth != Auth::PreSharedKey(Vec::new()), "an empty pre-shared key");
         Self {
             grants: Grants::new(config.max_grants),
             config,
@@ -137,6 +143,7 @@ impl Proto {
             ended_names: BTreeMap::new(),
             ended_serial: 0,
             counters: Counters::default(),
+            asking: BTreeSet::new(),
             is_shut: false,
             grown: VecDeque::with_capacity(1024),
             timers: BTreeSet::new(),
@@ -282,6 +289,9 @@ impl Proto {
     /// The bytes of a landed room are not those that were sent.
     pub fn reject(&mut self, now_ns: u64, room: RoomId) {
         self.now_ns = now_ns;
+        if self.rooms.get(&room).is_none_or(|r| r.stage != Stage::Verify) {
+            return;
+        }
         let end = End::Failed { by: Who::Here, stage: Stage::Verify, cause: Failure::Checksum };
         self.end_room(room, end, Some(CancelWhy::Corrupt));
     }
@@ -324,7 +334,10 @@ impl Proto {
                 s.down_lanes |= down_lanes;
                 self.sending_drained(room);
             }
-            Role::Fetching(_) => self.fetching_drained(room, down_lanes),
+            Role::Fetching(f) => {
+                f.down_lanes |= down_lanes;
+                self.fetching_drained(room);
+            }
             Role::Receiving(_) | Role::Serving(_) => {}
         }
     }

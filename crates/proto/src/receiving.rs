@@ -25,12 +25,14 @@ use crate::message::{CancelWhy, MAX_LANES, Message, RoleKind, RoomName};
 use crate::notice::Notice;
 use crate::proto::{PeerName, Proto, RoomId, SessionId};
 use crate::room::{Finish, Moving, Receive, Receiving, Role, Room, RoomError};
+use crate::session::Session;
 
 impl Proto {
     /// Opens the decode end of a push: the peer may write these pages until the room ends.
     pub fn receive(&mut self, now_ns: u64, receive: Receive) -> Result<RoomId, RoomError> {
         self.now_ns = now_ns;
         self.check_decode(receive.peer, receive.room, RoleKind::Receiving)?;
+        self.fits_a_frame(receive.params.len() + 4 * receive.pages.len())?;
         let id = self.add_room(Room {
             name: receive.room,
             peer: Some(receive.peer),
@@ -70,7 +72,9 @@ impl Proto {
             (Role::Receiving(r), None) if r.grant == Some(grant) => {
                 self.counters.arrivals += 1;
                 r.arrivals[usize::from(slot) % MAX_LANES] += 1;
-                room.stage = Stage::Transfer;
+                if room.stage == Stage::Grant {
+                    room.stage = Stage::Transfer;
+                }
                 if !std::mem::replace(&mut r.has_grown, true) {
                     self.grown.push_back(id);
                 }
@@ -153,12 +157,9 @@ impl Proto {
             return self.end_room(id, end, None);
         }
         self.stop_waiting(id);
-        let Some(room) = self.rooms.get_mut(&id) else { return };
-        room.session = Some(session);
-        room.stage = Stage::Grant;
-        self.bound.insert((kind, name, session), id);
-        if let Some(s) = self.sessions.get_mut(&session) {
-            s.rooms.insert(id);
+        self.bind(id, session);
+        if let Some(room) = self.rooms.get_mut(&id) {
+            room.stage = Stage::Grant;
         }
         match kind {
             RoleKind::Receiving => self.grant_receiving(id, session, 0),
@@ -220,18 +221,27 @@ impl Proto {
         aux: Vec<u8>,
     ) {
         let Some(&id) = self.bound.get(&(RoleKind::Receiving, name, session)) else { return };
-        if arrivals.len() > MAX_LANES {
-            let what = "finished with more lanes than there are";
-            return self.end_session(session, SessionEnd::Misbehaved { what });
-        }
+        let lanes = self.sessions.get(&session).map_or(0, Session::lanes);
         let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else { return };
         // An earlier attempt's finish was on its way when the next one was agreed.
-        if attempt != r.attempt {
+        if attempt < r.attempt {
             return;
+        }
+        let wrong = if arrivals.len() > lanes {
+            Some("finished with more lanes than there are")
+        } else if attempt > r.attempt {
+            Some("finished an attempt that was not begun")
+        } else if r.finish.is_some() {
+            Some("finished an attempt twice")
+        } else {
+            None
+        };
+        if let Some(what) = wrong {
+            return self.end_session(session, SessionEnd::Misbehaved { what });
         }
         let mut expected = [0; MAX_LANES];
         expected[..arrivals.len()].copy_from_slice(arrivals);
-        r.finish = Some(Finish { attempt, arrivals: expected, aux });
+        r.finish = Some(Finish { arrivals: expected, aux });
         self.check_landed(id);
     }
 
@@ -240,12 +250,12 @@ impl Proto {
         let Some(room) = self.rooms.get(&id) else { return };
         let (Role::Receiving(r), None, Some(session)) = (&room.role, &room.end, room.session) else { return };
         let (Some(finish), Some(current)) = (&r.finish, r.grant) else { return };
-        if room.stage == Stage::Verify || finish.attempt != r.attempt {
-            return;
-        }
         if r.arrivals.iter().zip(&finish.arrivals).any(|(counted, expected)| counted > expected) {
             let what = "sent more immediates than it finished with";
             return self.end_session(session, SessionEnd::Misbehaved { what });
+        }
+        if room.stage == Stage::Verify {
+            return;
         }
         let earlier_quiet = r
             .grants

@@ -159,12 +159,11 @@ pub(crate) struct Receiving {
     pub arrivals: [u32; MAX_LANES],
     /// Stands in the list of rooms whose arrivals have grown.
     pub has_grown: bool,
-    /// What the sender says to expect, once it has finished.
+    /// What the sender says to expect of this attempt, once it has finished it.
     pub finish: Option<Finish>,
 }
 
 pub(crate) struct Finish {
-    pub attempt: u32,
     pub arrivals: [u32; MAX_LANES],
     pub aux: Vec<u8>,
 }
@@ -177,6 +176,8 @@ pub(crate) struct Sending {
     pub grant: Option<GrantId>,
     /// Grants to give back, once the ops under them have ended.
     pub owed: Vec<GrantId>,
+    /// The receiver has been told that this attempt is complete.
+    pub finished: bool,
     /// A lane that this attempt may have used went down: wait for the receiver to grant again.
     pub needs_regrant: bool,
     /// The receiver's new grant, to be used once the ops under the old one have ended.
@@ -196,6 +197,8 @@ pub(crate) struct Fetching {
     pub attempt: u32,
     /// A lane went down in the middle: what it carried is read again.
     pub again: bool,
+    /// Lanes on which a read ended by the lane's `Down`.
+    pub down_lanes: u16,
 }
 
 pub(crate) struct Serving {

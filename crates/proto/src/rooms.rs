@@ -29,7 +29,47 @@ impl Proto {
         }
     }
 
-    pub(crate) fn move_deadline(&mut self, room: RoomId, deadline_ns: u64) {
+    /// Refuses what no frame can carry: so many bytes beside the fixed fields of a message.
+    pub(crate) fn fits_a_frame(&self, bytes: usize) -> Result<(), RoomError> {
+        let limit = self.config.max_frame_bytes.saturating_sub(LONGEST_FIXED_BYTES);
+        match bytes <= limit {
+            true => Ok(()),
+            false => Err(RoomError::TooLong { bytes, limit }),
+        }
+    }
+
+    /// Ends a room whose user gives more to go with the pages than a frame can carry.
+    pub(crate) fn end_if_too_long(&mut self, id: RoomId, bytes: usize) -> bool {
+        let Err(RoomError::TooLong { bytes, limit }) = self.fits_a_frame(bytes) else { return false };
+        let stage = self.rooms.get(&id).map_or(Stage::Grant, |r| r.stage);
+        let end = End::Failed { by: Who::Here, stage, cause: Failure::TooLong { bytes, limit } };
+        self.end_room(id, end, Some(CancelWhy::Failed));
+        true
+    }
+
+    /// Makes a room one of a session's.
+    pub(crate) fn bind(&mut self, id: RoomId, session: SessionId) {
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        room.session = Some(session);
+        self.bound.insert((room.role.kind(), room.name, session), id);
+        if let Some(s) = self.sessions.get_mut(&session) {
+            s.rooms.insert(id);
+        }
+    }
+
+    /// Ends a room no later than the peer that has granted it something will, whose clock started earlier: by the
+    /// largest round trip that was measured, so that nothing is begun which the peer will not wait for.
+    pub(crate) fn limit_deadline(&mut self, id: RoomId, session: SessionId, duration_ns: u64) {
+        let rtt_ns = self.sessions.get(&session).map_or(0, |s| s.rtt_max_ns).min(duration_ns / 4);
+        let latest_ns = self.now_ns.saturating_add(duration_ns - rtt_ns);
+        if let Some(room) = self.rooms.get(&id)
+            && room.deadline_ns > latest_ns
+        {
+            self.move_deadline(id, latest_ns);
+        }
+    }
+
+    fn move_deadline(&mut self, room: RoomId, deadline_ns: u64) {
         if let Some(r) = self.rooms.get_mut(&room) {
             let before = std::mem::replace(&mut r.deadline_ns, deadline_ns);
             self.disarm(before, Timer::Room(room));
@@ -227,3 +267,6 @@ impl Proto {
         }
     }
 }
+
+/// The fields of any message about a room, without its lists, are not longer than this.
+const LONGEST_FIXED_BYTES: usize = 160;

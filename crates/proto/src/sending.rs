@@ -28,6 +28,7 @@ impl Proto {
                 attempt: 0,
                 grant: None,
                 owed: Vec::new(),
+                finished: false,
                 needs_regrant: false,
                 regrant: None,
                 remote_pages: Arc::new([]),
@@ -40,13 +41,19 @@ impl Proto {
     /// All ops of a sending room's attempt have been posted, with this many immediates on each lane.
     pub fn finish(&mut self, now_ns: u64, room: RoomId, arrivals: &[u32], aux: Vec<u8>) {
         self.now_ns = now_ns;
+        if self.end_if_too_long(room, aux.len()) {
+            return;
+        }
         let Some(r) = self.rooms.get_mut(&room) else { return };
-        let (Role::Sending(s), Moving::Yes, Some(session)) = (&r.role, r.moving, r.session) else { return };
+        let (Role::Sending(s), Moving::Yes, Some(session)) = (&mut r.role, r.moving, r.session) else {
+            return;
+        };
         // What was posted on a lane that went down is sent again under the next attempt; that one is finished.
         if s.needs_regrant || s.regrant.is_some() || r.stage != Stage::Transfer {
             return;
         }
         r.stage = Stage::Confirm;
+        s.finished = true;
         let message = Message::Finish { room: r.name, attempt: s.attempt, arrivals: arrivals.to_vec(), aux };
         self.send(session, &message);
     }
@@ -58,28 +65,18 @@ impl Proto {
             return;
         };
         if access == Access::Read {
-            return self.on_offer(session, name, grant, params, pages);
+            return self.on_offer(session, name, grant, duration_ns, params, pages);
         }
         let Some(id) = self.open.remove(&(RoleKind::Sending, name)) else {
             let message = Message::Grant { room: name, access, attempt, grant, duration_ns, params, pages };
             return self.park((RoleKind::Sending, name, session), message);
         };
-        // The writer stops earlier than the granter by the largest round trip, so that it does not start what
-        // the granter's clock will not let it end.
-        let rtt_ns = self.sessions.get(&session).map_or(0, |s| s.rtt_max_ns).min(duration_ns / 4);
-        let latest_ns = self.now_ns.saturating_add(duration_ns - rtt_ns);
-        let Some(room) = self.rooms.get_mut(&id) else { return };
-        let deadline_ns = room.deadline_ns.min(latest_ns);
-        room.session = Some(session);
-        let Role::Sending(s) = &mut room.role else { return };
+        let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) else { return };
         s.attempt = attempt;
         s.remote_pages = pages.into();
         s.params = params.into();
-        self.bound.insert((RoleKind::Sending, name, session), id);
-        if let Some(s) = self.sessions.get_mut(&session) {
-            s.rooms.insert(id);
-        }
-        self.move_deadline(id, deadline_ns);
+        self.bind(id, session);
+        self.limit_deadline(id, session, duration_ns);
         self.start_sending(id, grant);
     }
 
@@ -88,6 +85,7 @@ impl Proto {
         let (Role::Sending(s), Some(session)) = (&mut room.role, room.session) else { return };
         s.grant = Some(grant);
         s.needs_regrant = false;
+        s.finished = false;
         room.stage = Stage::Transfer;
         room.moving = Moving::Told { attempt: s.attempt };
         let start = Start {
@@ -103,14 +101,16 @@ impl Proto {
     }
 
     pub(crate) fn on_delivered(&mut self, session: SessionId, name: RoomName) {
-        if let Some(&id) = self.bound.get(&(RoleKind::Sending, name, session)) {
-            // What arrived and was counted has left: whatever the ports here still have to say of it changes
-            // nothing for the receiver.
-            if let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) {
-                s.grant = None;
-            }
-            self.end_room(id, End::Delivered, None);
+        let Some(&id) = self.bound.get(&(RoleKind::Sending, name, session)) else { return };
+        let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) else { return };
+        if !s.finished {
+            let what = "confirmed what was not finished";
+            return self.end_session(session, SessionEnd::Misbehaved { what });
         }
+        // What arrived and was counted has left: whatever the ports here still have to say of it changes nothing
+        // for the receiver.
+        s.grant = None;
+        self.end_room(id, End::Delivered, None);
     }
 
     pub(crate) fn on_regrant(&mut self, session: SessionId, name: RoomName, attempt: u32, grant: GrantId) {
@@ -190,6 +190,6 @@ impl Proto {
             self.release(session, &owed, down_lanes, false);
         }
         self.drop_room(id);
-        self.answer_held();
+        self.answer_held_by(id);
     }
 }

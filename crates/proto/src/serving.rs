@@ -13,6 +13,7 @@ impl Proto {
     /// Opens the prefill end of a pull: waits for the decode side's want, which may be here already.
     pub fn serve(&mut self, now_ns: u64, serve: Serve) -> Result<RoomId, RoomError> {
         self.now_ns = now_ns;
+        self.fits_a_frame(4 * serve.pages.len())?;
         self.open_prefill(Room {
             name: serve.room,
             peer: None,
@@ -30,12 +31,7 @@ impl Proto {
             let message = Message::Want { room: name, duration_ns, params };
             return self.park((RoleKind::Serving, name, session), message);
         };
-        let Some(room) = self.rooms.get_mut(&id) else { return };
-        room.session = Some(session);
-        self.bound.insert((RoleKind::Serving, name, session), id);
-        if let Some(s) = self.sessions.get_mut(&session) {
-            s.rooms.insert(id);
-        }
+        self.bind(id, session);
         self.tell(Notice::Wanted { room: id, session, params });
     }
 
@@ -43,11 +39,15 @@ impl Proto {
     pub fn offer(&mut self, now_ns: u64, id: RoomId, params: Vec<u8>) {
         self.now_ns = now_ns;
         let Some(room) = self.rooms.get(&id) else { return };
-        let (Role::Serving(Serving { grant: None, .. }), None, Some(session)) =
+        let (Role::Serving(Serving { grant: None, pages, .. }), None, Some(session)) =
             (&room.role, &room.end, room.session)
         else {
             return;
         };
+        let page_bytes = pages.as_ref().map_or(0, |pages| 4 * pages.len());
+        if self.end_if_too_long(id, params.len() + page_bytes) {
+            return;
+        }
         let Some(grant) = self.give(id, session, Access::Read) else {
             let end = End::Refused { by: Who::Here, why: RoomRefusal::Busy };
             return self.end_room(id, end, Some(CancelWhy::Busy));

@@ -1,6 +1,6 @@
 //! Sessions: what two nodes are to each other between the handshake and the last `Down` of their lanes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use crossdock_transport::{DownCause, Error, GrantId, LaneAddress};
@@ -40,9 +40,9 @@ pub(crate) struct Session {
     pub rooms: BTreeSet<RoomId>,
     /// Grants given to the peer whose index is not free.
     pub grants: usize,
-    /// Grants of earlier sessions that the peer still holds pages for; answered when our ops under them have
+    /// Grants of earlier sessions that the peer still holds pages for, by the room whose ops under them have not
     /// ended.
-    pub held: Vec<GrantId>,
+    pub held: BTreeMap<RoomId, Vec<GrantId>>,
 }
 
 #[derive(PartialEq)]
@@ -74,6 +74,11 @@ impl Session {
     /// The lanes that are down here.
     pub fn down_mask(&self) -> u16 {
         self.mask(|slot| matches!(slot.state, SlotState::Down(_)))
+    }
+
+    /// How many lanes there are, those that are down included.
+    pub fn lanes(&self) -> usize {
+        self.slots.len()
     }
 
     /// All lanes.
@@ -175,6 +180,7 @@ impl Proto {
                 given.session != session && self.sessions.get(&given.session).is_some_and(|s| s.peer == peer)
             })
             .map(|(grant, _)| grant)
+            .take(HELD_AT_ONCE)
             .collect();
         let app = self.config.app.clone();
         self.send(session, &Message::Setup { lanes, regions, app, held });
@@ -197,14 +203,13 @@ impl Proto {
                 .end_session(session, SessionEnd::Misbehaved { what: "sent a setup that does not fit" });
         }
         s.peer_setup = Some(PeerSetup { regions, app: app.into() });
-        s.held = held;
         let peer = s.peer;
         for ((_, address), slot) in lanes.into_iter().zip(&mut s.slots) {
             slot.theirs = Some(address);
         }
         self.refuse_older_dials(peer);
         self.connect_lanes(session);
-        self.answer_held();
+        self.answer_held(session, held);
     }
 
     fn become_live(&mut self, session: SessionId) {
@@ -359,7 +364,7 @@ impl Proto {
         for room in self.rooms_of(session) {
             self.settle(room);
         }
-        self.answer_held();
+        self.asking.remove(&session);
         self.reap(session);
     }
 
@@ -373,42 +378,53 @@ impl Proto {
         }
     }
 
-    /// Gives back grants of earlier sessions that the peer asked about, once no op under them is on its way.
-    pub(crate) fn answer_held(&mut self) {
-        let asking: Vec<SessionId> = self
-            .sessions
-            .iter()
-            .filter(|(_, s)| !s.held.is_empty() && !s.is_over())
-            .map(|(id, _)| *id)
-            .collect();
-        for session in asking {
-            let Some(s) = self.sessions.get_mut(&session) else {
+    /// The peer asks about grants of earlier sessions: those under which nothing is on its way go back at once, the
+    /// others when the room that uses them is over.
+    fn answer_held(&mut self, session: SessionId, held: Vec<GrantId>) {
+        let Some(peer) = self.sessions.get(&session).map(|s| s.peer) else { return };
+        let of_peer = |of: SessionId| of != session && self.sessions.get(&of).is_some_and(|s| s.peer == peer);
+        let mut in_use = BTreeMap::new();
+        for (&id, room) in &self.rooms {
+            if room.moving == Moving::No || !room.session.is_some_and(of_peer) {
                 continue;
-            };
-            let (peer, held) = (s.peer, std::mem::take(&mut s.held));
-            let busy = |grant: &GrantId| {
-                self.rooms.values().any(|room| {
-                    let earlier = room.session.is_some_and(|of| {
-                        of != session && self.sessions.get(&of).is_some_and(|s| s.peer == peer)
-                    });
-                    let holds = match &room.role {
-                        Role::Sending(s) => s.grant == Some(*grant) || s.owed.contains(grant),
-                        Role::Fetching(f) => f.grant == Some(*grant),
-                        Role::Receiving(_) | Role::Serving(_) => false,
-                    };
-                    earlier && holds && room.moving != Moving::No
-                })
-            };
-            let (wait, free): (Vec<_>, Vec<_>) = held.into_iter().partition(busy);
-            if !free.is_empty() {
-                // Ops under these ended with their session's lanes: only the peer's own `Down` is proof.
-                let released =
-                    free.into_iter().map(|grant| Released { grant, down_lanes: u16::MAX }).collect();
-                self.send(session, &Message::Release { released, delivered: false });
             }
-            if let Some(s) = self.sessions.get_mut(&session) {
-                s.held = wait;
+            match &room.role {
+                Role::Sending(s) => in_use.extend(s.owed.iter().copied().chain(s.grant).map(|g| (g, id))),
+                Role::Fetching(f) => in_use.extend(f.grant.map(|grant| (grant, id))),
+                Role::Receiving(_) | Role::Serving(_) => {}
             }
+        }
+        let mut free = Vec::new();
+        for grant in held {
+            match in_use.get(&grant) {
+                None => free.push(grant),
+                Some(&room) => {
+                    if let Some(s) = self.sessions.get_mut(&session) {
+                        s.held.entry(room).or_default().push(grant);
+                    }
+                    self.asking.insert(session);
+                }
+            }
+        }
+        self.release_held(session, &free);
+    }
+
+    /// Tells peers that wait for it that a room uses its grants no more.
+    pub(crate) fn answer_held_by(&mut self, room: RoomId) {
+        for session in self.asking.clone() {
+            let Some(s) = self.sessions.get_mut(&session) else { continue };
+            let free = s.held.remove(&room).unwrap_or_default();
+            if s.held.is_empty() {
+                self.asking.remove(&session);
+            }
+            self.release_held(session, &free);
+        }
+    }
+
+    /// Ops under these have ended with the lanes of their session: only the peer's own `Down` is proof.
+    fn release_held(&mut self, session: SessionId, grants: &[GrantId]) {
+        for grants in grants.chunks(RELEASED_AT_ONCE) {
+            self.release(session, grants, u16::MAX, false);
         }
     }
 
@@ -452,6 +468,12 @@ impl Proto {
         self.sessions.get(&session).map(|s| s.rooms.iter().copied().collect()).unwrap_or_default()
     }
 }
+
+/// Grants that one message gives back: the list stays far below the longest frame.
+const RELEASED_AT_ONCE: usize = 4096;
+
+/// Grants that a setup asks about. What is left is asked about in the setup of the session after it.
+const HELD_AT_ONCE: usize = 32_768;
 
 /// Heartbeats are never looked after more often than this.
 const SHORTEST_TICK_NS: u64 = 1_000_000;

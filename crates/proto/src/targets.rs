@@ -55,7 +55,7 @@ impl Proto {
         if self.is_shut {
             return target;
         }
-        let (address, backoff_ns) = (address.into(), self.config.redial_min_ns);
+        let (address, backoff_ns) = (address.into(), self.shortest_pause_ns());
         let dial = address.clone();
         self.targets.insert(target, Target { address, state: TargetState::Dialing, backoff_ns, peer: None });
         self.act(Action::Dial { target, address: dial });
@@ -184,17 +184,22 @@ impl Proto {
 
     /// A session with this target is up: the next pause begins small again.
     pub(crate) fn target_is_up(&mut self, target: TargetId) {
-        let backoff_ns = self.config.redial_min_ns;
+        let backoff_ns = self.shortest_pause_ns();
         if let Some(t) = self.targets.get_mut(&target) {
             t.backoff_ns = backoff_ns;
         }
     }
 
+    fn shortest_pause_ns(&self) -> u64 {
+        self.config.redial_min_ns.max(SHORTEST_PAUSE_NS)
+    }
+
     fn pause_target(&mut self, target: TargetId) {
+        let longest_ns = self.config.redial_max_ns.max(SHORTEST_PAUSE_NS);
         let Some(t) = self.targets.get_mut(&target) else { return };
         let until_ns = self.now_ns.saturating_add(t.backoff_ns);
         t.state = TargetState::Pausing { until_ns };
-        t.backoff_ns = t.backoff_ns.saturating_mul(2).min(self.config.redial_max_ns);
+        t.backoff_ns = t.backoff_ns.saturating_mul(2).min(longest_ns);
         self.arm(until_ns, Timer::Target(target));
     }
 
@@ -211,3 +216,6 @@ impl Proto {
         }
     }
 }
+
+/// However a node is configured, it does not dial more often than this.
+const SHORTEST_PAUSE_NS: u64 = 1_000_000;

@@ -1,8 +1,12 @@
 //! The protocol under every order of events, without I/O and without a clock.
 #![forbid(unsafe_code)]
 
+mod ends;
 mod handshake;
+mod lanes;
+mod limits;
 mod pages;
 mod push;
 mod targets;
+mod time;
 mod world;

@@ -220,6 +220,11 @@ impl World {
         self.lanes.ends.get_mut(&lane).expect("a lane").is_held = is_held;
     }
 
+    /// Lets everything that was held on lanes.
+    pub fn release_lanes(&mut self) {
+        self.lanes.ends.values_mut().for_each(|end| end.is_held = false);
+    }
+
     pub fn end_lanes_of(&mut self, node: usize, cause: DownCause) {
         let of = self.lanes.ends.iter().filter(|(key, _)| key.node == node);
         let ended: Vec<(LaneKey, Option<LaneKey>)> = of.map(|(key, end)| (*key, end.other)).collect();

@@ -119,11 +119,6 @@ impl Node {
         self.links.clear();
     }
 
-    /// Changes what this node will be told when it is started again.
-    pub fn reconfigure(&mut self, configure: impl Fn(&mut Config) + 'static) {
-        self.configure = Box::new(configure);
-    }
-
     pub fn runs(&self) -> bool {
         self.is_alive && !self.is_stopped
     }

@@ -1,0 +1,338 @@
+//! Lanes that go down while rooms move: both sides agree on the next attempt, and nothing is counted for what was lost.
+
+use crossdock_proto::{End, RoomId, SessionEnd};
+use crossdock_transport::{DownCause, Fence};
+
+use crate::world::{D, Landing, MS, P, S, World};
+
+const FENCES: [Fence; 3] = [Fence::Now, Fence::WhenDown, Fence::Never];
+
+fn begun(lanes: u8, fence: Fence) -> (World, RoomId, RoomId) {
+    let mut world = World::pair(lanes);
+    world.nodes[D].fence = fence;
+    let (receiving, sending) = (world.receive(D, P, 7), world.send(P, 7));
+    world.settle();
+    (world, receiving, sending)
+}
+
+fn delivered(world: &mut World, receiving: RoomId, sending: RoomId) {
+    world.settle();
+    assert_eq!(world.nodes[P].end(sending), Some(&End::Delivered));
+    assert_eq!(world.nodes[D].end(receiving), Some(&End::Delivered));
+    assert!(world.nodes[D].is_home(receiving));
+}
+
+#[test]
+fn what_was_lost_with_a_lane_is_sent_again_under_another_grant() {
+    for fence in FENCES {
+        // Nothing, some, or all of what was on its way on the lane has landed when it breaks.
+        for landing in 0..=3 {
+            let (mut world, receiving, sending) = begun(2, fence);
+            world.post(P, sending, 0, 3);
+            world.post(P, sending, 1, 2);
+            let lane = world.lane(D, P, 0);
+            world.break_lane(lane, landing, 0);
+            world.settle();
+            let starts = &world.nodes[P].rooms[&sending].starts;
+            assert_eq!((starts.len(), starts[1].attempt), (2, 1), "{fence:?}");
+            assert_ne!(starts[0].grant, starts[1].grant);
+            assert_eq!(starts[0].remote_pages, starts[1].remote_pages);
+            assert_eq!(world.nodes[D].proto.arrivals(receiving), Some(0), "the count begins again");
+            assert_eq!(world.lanes.up(P, starts[1].session), [1]);
+            world.move_all(P, sending, 4);
+            delivered(&mut world, receiving, sending);
+            world.finish();
+        }
+    }
+}
+
+/// The bytes of the earlier attempt may land at any time before the lane is down here: until then the room does not,
+/// even if the next attempt is complete.
+#[test]
+fn a_landing_waits_for_the_earlier_attempts_last_write() {
+    for fence in [Fence::WhenDown, Fence::Never] {
+        let (mut world, receiving, sending) = begun(3, fence);
+        world.post(P, sending, 0, 2);
+        world.post(P, sending, 1, 2);
+        let (one, two) = (world.lane(D, P, 0), world.lane(D, P, 1));
+        world.hold_lane(two, true);
+        // The sender finds both lanes broken; here only the first is, and the second may still bring something.
+        world.break_lane(one, 0, 0);
+        world.break_lane(two, 2, 0);
+        world.settle();
+        let start = world.nodes[P].start(sending).clone();
+        assert_eq!(start.attempt, 1);
+        world.move_all(P, sending, 1);
+        world.settle();
+        assert_eq!(
+            world.nodes[D].rooms[&receiving].landed, 0,
+            "the release spoke of a lane that is not down here"
+        );
+        world.hold_lane(two, false);
+        delivered(&mut world, receiving, sending);
+        assert_eq!(world.nodes[P].start(sending).attempt, 1, "bytes that are all here need not come again");
+        world.finish();
+    }
+}
+
+#[test]
+fn a_finish_of_an_earlier_attempt_is_not_taken_for_the_next() {
+    for fence in FENCES {
+        let (mut world, receiving, sending) = begun(2, fence);
+        let lane = world.lane(D, P, 0);
+        world.hold_lane(lane, true);
+        world.post(P, sending, 0, 3);
+        world.post(P, sending, 1, 1);
+        world.finish_room(P, sending);
+        world.settle();
+        // Finished, and then the lane breaks with what was on its way.
+        world.hold_lane(lane, false);
+        world.break_lane(lane, 1, 0);
+        world.settle();
+        assert_eq!(world.nodes[D].rooms[&receiving].landed, 0);
+        assert_eq!(world.nodes[P].start(sending).attempt, 1);
+        world.move_all(P, sending, 1);
+        delivered(&mut world, receiving, sending);
+        world.finish();
+    }
+}
+
+#[test]
+fn two_lanes_are_lost_one_after_the_other() {
+    for fence in FENCES {
+        let (mut world, receiving, sending) = begun(3, fence);
+        for (slot, attempt) in [(0, 1), (1, 2)] {
+            world.post(P, sending, slot, 3);
+            world.post(P, sending, 2, 1);
+            let lane = world.lane(D, P, slot);
+            world.break_lane(lane, 1, 0);
+            world.settle();
+            assert_eq!(world.nodes[P].start(sending).attempt, attempt);
+        }
+        world.move_all(P, sending, 2);
+        delivered(&mut world, receiving, sending);
+        world.finish();
+    }
+}
+
+/// The second is lost before the first regrant has arrived.
+#[test]
+fn two_lanes_are_lost_at_once() {
+    for fence in FENCES {
+        for late in [(P, D), (D, P)] {
+            let (mut world, receiving, sending) = begun(3, fence);
+            for slot in [0, 1, 2] {
+                world.post(P, sending, slot, 2);
+            }
+            world.hold(late.0, late.1, true);
+            let (one, two) = (world.lane(D, P, 0), world.lane(D, P, 1));
+            world.break_lane(one, 1, 0);
+            world.settle();
+            world.break_lane(two, 1, 0);
+            world.settle();
+            world.hold(late.0, late.1, false);
+            world.settle();
+            world.move_all(P, sending, 2);
+            delivered(&mut world, receiving, sending);
+            world.finish();
+        }
+    }
+}
+
+/// The sender has lost the lane before it has heard of the room; the receiver grants again for it all the same.
+#[test]
+fn a_grant_crosses_the_loss_of_a_lane() {
+    for fence in FENCES {
+        let mut world = World::pair(2);
+        world.nodes[D].fence = fence;
+        let sending = world.send(P, 7);
+        world.hold(D, P, true);
+        let receiving = world.receive(D, P, 7);
+        let lane = world.lane(P, D, 0);
+        world.break_lane(lane, 0, 0);
+        world.settle();
+        world.hold(D, P, false);
+        world.settle();
+        let starts = &world.nodes[P].rooms[&sending].starts;
+        assert_eq!(starts.last().unwrap().attempt, 1, "{starts:?}");
+        world.move_all(P, sending, 2);
+        delivered(&mut world, receiving, sending);
+        world.finish();
+    }
+}
+
+#[test]
+fn a_parked_grant_is_replaced_by_the_next_attempts() {
+    for fence in FENCES {
+        let mut world = World::pair(2);
+        world.nodes[D].fence = fence;
+        let receiving = world.receive(D, P, 7);
+        world.settle();
+        let lane = world.lane(D, P, 0);
+        world.break_lane(lane, 0, 0);
+        world.settle();
+        let sending = world.send(P, 7);
+        world.settle();
+        assert_eq!(world.nodes[P].start(sending).attempt, 1);
+        world.move_all(P, sending, 2);
+        delivered(&mut world, receiving, sending);
+        world.finish();
+    }
+}
+
+#[test]
+fn a_room_that_has_landed_is_not_sent_again() {
+    let (mut world, receiving, sending) = begun(2, Fence::WhenDown);
+    world.nodes[D].on_landed = Landing::Wait;
+    world.move_all(P, sending, 2);
+    world.settle();
+    let lane = world.lane(D, P, 0);
+    world.break_lane(lane, 0, 0);
+    world.settle();
+    assert_eq!(world.nodes[P].rooms[&sending].starts.len(), 1);
+    world.call(D, |proto, now| proto.accept(now, receiving));
+    delivered(&mut world, receiving, sending);
+    world.finish();
+}
+
+/// The peer says that it has lost a lane: the next attempt begins when this end is down, too.
+#[test]
+fn the_next_attempt_waits_for_both_ends_of_the_lane() {
+    for fence in [Fence::Now, Fence::WhenDown] {
+        let (mut world, receiving, sending) = begun(2, fence);
+        world.post(P, sending, 0, 1);
+        world.nodes[D].holds_downs = true;
+        let lane = world.lane(D, P, 0);
+        world.break_lane(lane, 1, 0);
+        world.settle();
+        assert_eq!(world.nodes[P].rooms[&sending].starts.len(), 1);
+        world.nodes[D].holds_downs = false;
+        world.let_all_down();
+        world.settle();
+        assert_eq!(world.nodes[P].rooms[&sending].starts.len(), 2);
+        world.move_all(P, sending, 1);
+        delivered(&mut world, receiving, sending);
+        world.finish();
+    }
+}
+
+#[test]
+fn the_last_lane_takes_the_session_with_it() {
+    let (mut world, receiving, sending) = begun(1, Fence::WhenDown);
+    world.post(P, sending, 0, 2);
+    let lane = world.lane(D, P, 0);
+    world.break_lane(lane, 1, 0);
+    world.settle();
+    let broken = DownCause::Broken { call: "recv", errno: 104 };
+    let ends = [world.nodes[D].end(receiving), world.nodes[P].end(sending)];
+    let by_lanes = End::PeerLost { cause: SessionEnd::LanesLost { cause: broken } };
+    assert!(ends.contains(&Some(&by_lanes)), "{ends:?}");
+    assert!(ends.iter().all(|end| matches!(end, Some(End::PeerLost { .. }))), "{ends:?}");
+    assert!(world.nodes[D].is_home(receiving), "its lanes are all down");
+    world.run_for(S);
+    assert!(world.session(D, P).is_some(), "and the peer is dialed again");
+    world.finish();
+}
+
+/// The lane of one end goes down while the session is set up; the rest of it works.
+#[test]
+fn a_lane_is_lost_before_the_session_is_ready() {
+    for node in [P, D] {
+        let mut world = World::unconnected(2);
+        world.connect(D, P);
+        while world.lanes.all_up().is_empty() {
+            let (at_ns, _, channel) = world.open_channels().into_iter().min().unwrap();
+            world.deliver(at_ns, channel);
+        }
+        let lane = world.lanes.all_up().into_iter().find(|lane| lane.node == node);
+        let lane = lane.unwrap_or_else(|| world.lanes.all_up()[0]);
+        world.break_lane(lane, 0, 0);
+        world.settle();
+        assert!(world.session(D, P).is_some());
+        let (receiving, sending) = (world.receive(D, P, 7), world.send(P, 7));
+        world.settle();
+        world.move_all(P, sending, 2);
+        delivered(&mut world, receiving, sending);
+        world.finish();
+    }
+}
+
+#[test]
+fn a_pull_reads_again_what_a_lane_has_lost() {
+    let mut world = World::pair(2);
+    let (fetching, serving) = (world.fetch(D, P, 7), world.serve(P, 7));
+    world.settle();
+    let lane = world.lane(P, D, 0);
+    world.hold_lane(lane, true);
+    world.post(D, fetching, 0, 2);
+    world.post(D, fetching, 1, 2);
+    world.settle();
+    world.break_lane(lane, 0, 0);
+    world.hold_lane(lane, false);
+    world.settle();
+    let starts = &world.nodes[D].rooms[&fetching].starts;
+    assert_eq!((starts.len(), starts[1].attempt, starts[1].grant), (2, 1, starts[0].grant));
+    world.move_all(D, fetching, 3);
+    world.settle();
+    assert_eq!(world.nodes[D].end(fetching), Some(&End::Delivered));
+    assert_eq!(world.nodes[P].end(serving), Some(&End::Delivered));
+    assert_eq!(world.nodes[D].proto.counters().further_attempts, 1);
+    world.finish();
+}
+
+/// A read that ended with its lane at the reader may still be under way at the source, whose end of the lane is up:
+/// the grant is not taken back before that is down.
+#[test]
+fn a_source_keeps_a_released_grant_until_the_lane_is_down_there_too() {
+    let mut world = World::pair(2);
+    let (fetching, serving) = (world.fetch(D, P, 7), world.serve(P, 7));
+    world.settle();
+    let (there, here) = (world.lane(P, D, 0), world.lane(D, P, 0));
+    world.hold_lane(there, true);
+    world.post(D, fetching, 0, 2);
+    // The source's end of the lane still has the reads before it.
+    world.break_lane(here, 0, 2);
+    world.settle();
+    world.move_all(D, fetching, 3);
+    world.settle();
+    assert_eq!(world.nodes[P].end(serving), Some(&End::Delivered));
+    assert_eq!(world.nodes[P].proto.grants_live(), 1, "the late reads are honest");
+    world.hold_lane(there, false);
+    world.settle();
+    assert_eq!(world.nodes[P].proto.grants_live(), 0);
+    world.finish();
+}
+
+/// Other rooms of the session, in the other direction and of the other kind, go through the same loss.
+#[test]
+fn all_rooms_of_a_session_go_on() {
+    let mut world = World::pair(3);
+    let pushes = [(D, P, 1), (P, D, 2)].map(|(d, p, n)| (p, world.receive(d, p, n), world.send(p, n)));
+    let pulls = [(D, P, 3), (P, D, 4)].map(|(d, p, n)| (d, world.fetch(d, p, n), world.serve(p, n)));
+    world.settle();
+    for (p, _, sending) in pushes {
+        world.post(p, sending, 1, 3);
+    }
+    for (d, fetching, _) in pulls {
+        world.post(d, fetching, 1, 3);
+    }
+    let lane = world.lane(D, P, 1);
+    world.break_lane(lane, 1, 1);
+    world.settle();
+    for (p, _, sending) in pushes {
+        world.move_all(p, sending, 2);
+    }
+    for (d, fetching, _) in pulls {
+        world.move_all(d, fetching, 2);
+    }
+    world.run_for(100 * MS);
+    for (p, receiving, sending) in pushes {
+        assert_eq!(world.nodes[p].end(sending), Some(&End::Delivered));
+        assert_eq!(world.nodes[1 - p].end(receiving), Some(&End::Delivered));
+    }
+    for (d, fetching, serving) in pulls {
+        assert_eq!(world.nodes[d].end(fetching), Some(&End::Delivered));
+        assert_eq!(world.nodes[1 - d].end(serving), Some(&End::Delivered));
+    }
+    world.finish();
+}
