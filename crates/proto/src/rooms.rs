@@ -171,7 +171,8 @@ impl Proto {
         match (given.access, given.revocation) {
             (_, Revocation::None | Revocation::Asked) => false,
             (Access::Write, Revocation::Done(Fence::Now)) => true,
-            (Access::Write, Revocation::Done(Fence::Never)) => session.is_proven_dead(),
+            // Who may still write there may also still read, and deliver what it reads.
+            (_, Revocation::Done(Fence::Never)) => session.is_proven_dead(),
             (Access::Write, Revocation::Done(Fence::WhenDown)) | (Access::Read, _) => session.all_down(),
         }
     }
