@@ -369,19 +369,18 @@ impl World {
         settled && (0..self.nodes.len()).all(|node| self.holds(node) == self.may_hold(node))
     }
 
-    /// Pages that may stay out: a peer that nobody can prove dead could still write them.
+    /// Pages that may stay out: a peer that nobody can prove dead could still write them, or read them.
     fn is_excused(&self, at: usize, part: Part) -> bool {
         let room = &self.rooms[at];
+        // In a push the prefill side's pages are touched by itself alone, in a pull the decode side's.
         let peer = match part {
-            Part::Decode => room.prefill.as_ref().map(|prefill| (room.plan.prefill, prefill.side.life)),
-            Part::Prefill => return false,
+            Part::Decode if !room.plan.is_pull => room.plan.prefill,
+            Part::Prefill if room.plan.is_pull => room.plan.decode,
+            _ => return false,
         };
-        // The peer may have been granted the pages without having opened the room.
-        let has_died =
-            self.nodes[room.plan.prefill].life > 1 || self.nodes[room.plan.prefill].process.is_none();
-        let is_dead = peer.map_or(has_died, |(node, life)| !self.is_life(node, life) || has_died);
         let has_ended = room.side(part).is_some_and(|side| side.told.is_some());
-        !room.plan.is_pull && has_ended && is_dead && self.scenario.has_unproven_ports()
+        let has_died = self.nodes[peer].life > 1 || self.nodes[peer].process.is_none();
+        has_ended && has_died && self.scenario.has_unproven_ports()
     }
 
     /// Rooms, grants and sessions of a node.
@@ -402,7 +401,7 @@ impl World {
 
     fn excused(&self, node: usize) -> usize {
         let sides = self.nodes[node].sides.iter();
-        sides.filter(|(room, part)| *part == Part::Decode && self.is_excused(*room, *part)).count()
+        sides.filter(|(room, part)| self.is_excused(*room, *part)).count()
     }
 
     fn may_hold(&self, node: usize) -> (usize, usize, usize) {
