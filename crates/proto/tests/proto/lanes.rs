@@ -1,9 +1,9 @@
 //! Lanes that go down while rooms move: both sides agree on the next attempt, and nothing is counted for what was lost.
 
-use crossdock_proto::{End, RoomId, SessionEnd};
+use crossdock_proto::{End, Message, RoomId, SessionEnd};
 use crossdock_transport::{DownCause, Fence};
 
-use crate::world::{D, Landing, MS, P, S, World};
+use crate::world::{D, Landing, MS, P, S, World, room_name};
 
 const FENCES: [Fence; 3] = [Fence::Now, Fence::WhenDown, Fence::Never];
 
@@ -95,6 +95,45 @@ fn a_finish_of_an_earlier_attempt_is_not_taken_for_the_next() {
         delivered(&mut world, receiving, sending);
         world.finish();
     }
+}
+
+/// What was finished was the attempt before; the next one is not confirmed before it is.
+#[test]
+fn a_confirmation_of_an_attempt_that_was_not_finished_is_misbehaviour() {
+    let (mut world, _, sending) = begun(2, Fence::Now);
+    let lane = world.lane(D, P, 0);
+    world.hold_lane(lane, true);
+    world.post(P, sending, 0, 3);
+    world.finish_room(P, sending);
+    world.settle();
+    world.hold_lane(lane, false);
+    world.break_lane(lane, 1, 0);
+    world.settle();
+    assert_eq!(world.nodes[P].start(sending).attempt, 1);
+    world.forge(D, P, &Message::Delivered { room: room_name(7) });
+    world.settle();
+    assert!(matches!(world.nodes[P].downs[0].2, SessionEnd::Misbehaved { .. }));
+    world.run_for(S);
+    world.finish();
+}
+
+/// A sender that gives up after it has lost a lane cannot speak for what was on its way there.
+#[test]
+fn a_release_leaves_out_the_lanes_that_were_lost() {
+    let (mut world, receiving, sending) = begun(2, Fence::WhenDown);
+    let lane = world.lane(D, P, 0);
+    world.hold_lane(lane, true);
+    world.post(P, sending, 0, 3);
+    world.break_lane(lane, 3, 0);
+    world.settle();
+    world.cancel(P, sending);
+    world.settle();
+    assert!(world.nodes[D].end(receiving).is_some());
+    assert!(!world.nodes[D].is_home(receiving), "released, but for a lane that is not down here");
+    world.hold_lane(lane, false);
+    world.settle();
+    assert!(world.nodes[D].is_home(receiving));
+    world.finish();
 }
 
 #[test]

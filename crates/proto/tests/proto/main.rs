@@ -7,6 +7,7 @@ mod lanes;
 mod limits;
 mod pages;
 mod push;
+mod random;
 mod targets;
 mod time;
 mod world;

@@ -1,13 +1,13 @@
 //! Pages come home exactly once, and only when no write can land in them any more.
 
 use crossdock_memory::Until;
-use crossdock_proto::{End, RoomRefusal, Who};
+use crossdock_proto::{End, Message, Released, RoomId, RoomRefusal, Who};
 use crossdock_transport::{DownCause, Fence};
 
 use crate::world::{D, P, S, World};
 
 /// A push that is under way when its receiver gives it up: three writes are on their way. Gives the two rooms.
-fn given_up(world: &mut World) -> (crossdock_proto::RoomId, crossdock_proto::RoomId) {
+fn given_up(world: &mut World) -> (RoomId, RoomId) {
     let receiving = world.receive(D, P, 7);
     let sending = world.send(P, 7);
     world.settle();
@@ -145,4 +145,53 @@ fn a_grant_is_revoked_once() {
     world.settle();
     assert!(world.nodes[D].is_home(receiving));
     world.finish();
+}
+
+/// A peer that still has writes at its ports answers when they have ended.
+#[test]
+fn a_held_grant_goes_back_when_nothing_is_at_the_writers_ports() {
+    let mut world = World::pair(1);
+    world.nodes[D].fence = Fence::Never;
+    let (receiving, _) = given_up(&mut world);
+    world.nodes[P].holds_downs = true;
+    // The writes are lost with the lane; the writer's port has not said so yet.
+    let lane = world.lane(D, P, 0);
+    world.break_lane(lane, 0, 0);
+    world.hold_lane(lane, false);
+    world.cut(D, P);
+    world.run_for(S);
+    assert!(world.session(D, P).is_some(), "the next session has asked");
+    assert!(!world.nodes[D].is_home(receiving));
+    world.nodes[P].holds_downs = false;
+    world.let_all_down();
+    world.settle();
+    assert!(world.nodes[D].is_home(receiving));
+    world.finish();
+}
+
+/// Only the peer that holds a grant, and only the life of it that does, can give it back.
+#[test]
+fn a_release_by_somebody_else_is_nothing() {
+    let mut world = World::pair(1);
+    world.nodes[D].fence = Fence::Never;
+    let other = world.add(|_| ());
+    world.connect(other, D);
+    world.settle();
+    let (receiving, sending) = given_up(&mut world);
+    let grant = world.nodes[P].start(sending).grant;
+    let released = vec![Released { grant, down_lanes: 0 }];
+    world.forge(other, D, &Message::Release { released: released.clone(), delivered: true });
+    world.settle();
+    assert!(!world.nodes[D].is_home(receiving));
+    // The process of the holder has ended without proof, and its next life speaks.
+    world.kill(P, DownCause::Broken { call: "recv", errno: 104 });
+    world.release_lanes();
+    world.settle();
+    world.restart(P);
+    world.run_for(3 * S);
+    assert!(world.session(D, P).is_some());
+    world.forge(P, D, &Message::Release { released, delivered: true });
+    world.settle();
+    assert!(!world.nodes[D].is_home(receiving));
+    assert_eq!(quarantined(&world), [("node-0".to_string(), Until::ReleaseOrDeath, 4)]);
 }

@@ -124,6 +124,29 @@ fn a_start_that_nobody_has_heard_of_is_withdrawn() {
     world.finish();
 }
 
+/// Likewise a grant and the next attempt's: the first is never begun.
+#[test]
+fn of_two_starts_in_one_turn_the_second_is_told() {
+    let mut world = World::pair(2);
+    let sending = world.send(P, 7);
+    world.hold(D, P, true);
+    let receiving = world.receive(D, P, 7);
+    let lane = world.lane(P, D, 0);
+    world.break_lane(lane, 0, 0);
+    world.settle();
+    world.hold(D, P, false);
+    world.is_lazy = true;
+    world.settle();
+    world.pump_all();
+    world.settle();
+    let starts = &world.nodes[P].rooms[&sending].starts;
+    assert_eq!(starts.iter().map(|start| start.attempt).collect::<Vec<_>>(), [1]);
+    world.move_all(P, sending, 1);
+    world.settle();
+    both_delivered(&world, receiving, sending);
+    world.finish();
+}
+
 #[test]
 fn an_immediate_of_an_earlier_use_is_not_counted() {
     let mut world = World::pair(1);
@@ -140,6 +163,21 @@ fn an_immediate_of_an_earlier_use_is_not_counted() {
     let unknown = GrantId::new(GrantId::INDICES - 1, 3);
     world.call(D, |proto, now| proto.arrived(now, session, 0, unknown));
     assert_eq!(world.nodes[D].proto.counters().stale_arrivals, 2);
+    world.finish();
+}
+
+#[test]
+fn an_immediate_counts_only_for_the_peer_that_was_granted() {
+    let (mut world, receiving, sending) = begun(1);
+    let other = world.add(|_| ());
+    world.connect(other, D);
+    world.settle();
+    let (grant, session) = (world.nodes[P].start(sending).grant, world.session(D, other).unwrap());
+    world.call(D, |proto, now| proto.arrived(now, session, 0, grant));
+    let counted = world.nodes[D].proto.counters();
+    assert_eq!((counted.arrivals, counted.stale_arrivals), (0, 1));
+    world.cancel(D, receiving);
+    world.settle();
     world.finish();
 }
 
@@ -317,11 +355,11 @@ fn a_room_that_another_decode_side_had_is_waited_for() {
     world.settle();
     let (receiving, sending) = (world.receive(D, P, 7), world.send(P, 7));
     world.settle();
-    let elsewhere = world.receive(other, P, 7);
-    world.settle();
     world.move_all(P, sending, 1);
     world.settle();
     both_delivered(&world, receiving, sending);
+    let elsewhere = world.receive(other, P, 7);
+    world.settle();
     assert_eq!(world.nodes[other].end(elsewhere), None);
     // The same decode side, in contrast, has had its room.
     let again = world.receive(D, P, 7);

@@ -291,13 +291,14 @@ proptest! {
         let (here, there) = (world.session(D, P), world.session(P, D));
         prop_assert!(here.is_some() && there.is_some());
         prop_assert_eq!(lives(&world), [1, 1]);
-        world.run_for(S);
-        prop_assert_eq!((world.session(D, P), world.session(P, D)), (here, there));
         for (node, targets) in [(D, 1 + usize::from(twice)), (P, 1)] {
             let live = world.session(node, 1 - node);
             let told = world.nodes[node].ups.iter().filter(|(s, target, _)| Some(*s) == live && target.is_some());
             prop_assert_eq!(told.count(), targets, "{:?}", world.nodes[node].ups);
         }
+        world.run_for(S);
+        prop_assert_eq!((world.session(D, P), world.session(P, D)), (here, there));
+        prop_assert_eq!(world.nodes[D].dials + world.nodes[P].dials, 2 + u32::from(twice));
         world.finish();
     }
 }

@@ -112,7 +112,8 @@ impl Lanes {
 
     /// All ends, of all sessions, that are up.
     pub fn all_up(&self) -> Vec<LaneKey> {
-        self.ends.iter().filter(|(_, end)| end.is_up && !end.is_ending).map(|(key, _)| *key).collect()
+        let whole = |end: &LaneEnd| end.is_up && !end.is_ending && end.other.is_some();
+        self.ends.iter().filter(|(_, end)| whole(end)).map(|(key, _)| *key).collect()
     }
 
     /// The ends whose `Down` the test holds.
@@ -352,6 +353,19 @@ impl World {
     /// Whether what is sent to an end of a lane still gets there.
     fn takes(&self, lane: LaneKey) -> bool {
         self.lanes.ends.get(&lane).is_some_and(|end| !end.is_ending)
+    }
+
+    /// The rooms for which ops can be posted: where, which, and on which lanes.
+    pub fn postable(&self) -> Vec<(usize, RoomId, Vec<u8>)> {
+        let mut postable = Vec::new();
+        for (at, node) in self.nodes.iter().enumerate().filter(|(_, node)| node.runs()) {
+            for (room, transfer) in &node.transfers {
+                if !transfer.stopping && !transfer.posted_all {
+                    postable.push((at, *room, self.lanes.up(at, transfer.start.session)));
+                }
+            }
+        }
+        postable
     }
 
     /// All has been posted: a push is finished towards the receiver, a pull when its reads are done.

@@ -12,14 +12,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crossdock_memory::PageLayout;
 use crossdock_proto::{
-    Config, Fetch, Identity, PeerName, Proto, Rail, Receive, Region, RoomBuffer, RoomError, RoomId, RoomName,
-    Send, Serve, SessionId, TargetId,
+    Config, End, Fetch, Identity, PeerName, Proto, Rail, Receive, Region, RoomBuffer, RoomError, RoomId,
+    RoomName, Send, Serve, SessionId, TargetId,
 };
-use crossdock_transport::{DownCause, RemoteKey};
+use crossdock_transport::{Access, Direction, DownCause, GrantId, RemoteKey};
 
 pub use lanes::LaneKey;
 use lanes::Lanes;
-pub use node::{Landing, Node};
+pub use node::{Landing, Node, Seen};
 pub use streams::RAW;
 use streams::Streams;
 
@@ -145,7 +145,7 @@ impl World {
             params: b"ask".to_vec(),
             deadline_ns: self.now_ns + for_ns,
         };
-        self.open(node, number, true, |proto, now| proto.receive(now, receive))
+        self.open(node, true, |proto, now| proto.receive(now, receive))
     }
 
     /// Opens the prefill end of a push.
@@ -156,7 +156,7 @@ impl World {
     pub fn try_send(&mut self, node: usize, number: u64, for_ns: u64) -> Result<RoomId, RoomError> {
         let pages = self.nodes[node].pool.take(4).expect("free pages").share();
         let send = Send { room: room_name(number), pages, deadline_ns: self.now_ns + for_ns };
-        self.open(node, number, false, |proto, now| proto.send_room(now, send))
+        self.open(node, false, |proto, now| proto.send_room(now, send))
     }
 
     /// Opens the decode end of a pull.
@@ -179,7 +179,7 @@ impl World {
             params: b"ask".to_vec(),
             deadline_ns: self.now_ns + for_ns,
         };
-        self.open(node, number, true, |proto, now| proto.fetch(now, fetch))
+        self.open(node, true, |proto, now| proto.fetch(now, fetch))
     }
 
     /// Opens the prefill end of a pull.
@@ -194,22 +194,26 @@ impl World {
             buffers: buffers().into(),
             deadline_ns: self.now_ns + for_ns,
         };
-        self.open(node, number, false, |proto, now| proto.serve(now, serve))
+        self.open(node, false, |proto, now| proto.serve(now, serve))
     }
 
     fn open(
         &mut self,
         node: usize,
-        number: u64,
         is_decode: bool,
         open: impl FnOnce(&mut Proto, u64) -> Result<RoomId, RoomError>,
     ) -> Result<RoomId, RoomError> {
         let opened = open(&mut self.nodes[node].proto, self.now_ns);
         if let Ok(room) = opened {
-            self.nodes[node].expect(room, number, is_decode);
+            self.nodes[node].expect(room, is_decode);
         }
         self.pump(node);
         opened
+    }
+
+    /// Whether a node can open one more room.
+    pub fn may_open(&self, node: usize) -> bool {
+        self.nodes[node].runs() && self.nodes[node].pool.stats().free >= 4
     }
 
     pub fn cancel(&mut self, node: usize, room: RoomId) {
@@ -280,6 +284,16 @@ impl World {
         assert!(next_ns.is_none_or(|next_ns| next_ns > self.now_ns), "a tick does all that is due");
     }
 
+    /// Lets every node do what is due.
+    pub fn tick_all(&mut self) {
+        for node in 0..self.nodes.len() {
+            let due_ns = self.nodes[node].proto.next_deadline_ns();
+            if self.nodes[node].runs() && due_ns.is_some_and(|due_ns| due_ns <= self.now_ns) {
+                self.tick(self.now_ns, node);
+            }
+        }
+    }
+
     /// Delivers the next event of a channel.
     pub fn deliver(&mut self, at_ns: u64, channel: Channel) {
         self.now_ns = self.now_ns.max(at_ns);
@@ -347,6 +361,45 @@ impl World {
                 assert_eq!(seen.homes, usize::from(seen.is_decode), "homes of {room:?} at {at}");
             }
         }
+    }
+
+    /// How each room ended that has come so far that both sides knew it: on the prefill side, and on the decode side.
+    pub fn pairs(&self) -> Vec<(End, End)> {
+        let mut pairs = Vec::new();
+        for (at, node) in self.nodes.iter().enumerate() {
+            for (grant, granted) in &node.granted {
+                let Some((_, other)) = self.mover(at, *grant, granted.access) else { continue };
+                let (Some(here), Some(there)) = (node.rooms[&granted.room].ends.first(), other.ends.first())
+                else {
+                    continue;
+                };
+                pairs.push(match granted.access {
+                    Access::Write => (there.clone(), here.clone()),
+                    Access::Read => (here.clone(), there.clone()),
+                });
+            }
+        }
+        pairs
+    }
+
+    /// The room that was told to move under a grant of this node's.
+    pub fn mover(&self, granter: usize, grant: GrantId, access: Access) -> Option<(usize, &Seen)> {
+        let identity = self.nodes[granter].proto.identity();
+        let direction = match access {
+            Access::Write => Direction::Write,
+            Access::Read => Direction::Read,
+        };
+        let peers = self.nodes.iter().enumerate().filter(|(at, _)| *at != granter);
+        let rooms = peers.flat_map(|(at, node)| node.rooms.values().map(move |seen| (at, node, seen)));
+        let moved = |node: &Node, seen: &Seen| {
+            seen.starts.iter().any(|start| {
+                let with = |(session, _, peer): &(SessionId, _, Identity)| {
+                    (*session, *peer) == (start.session, identity)
+                };
+                (start.grant, start.direction) == (grant, direction) && node.ups.iter().any(with)
+            })
+        };
+        rooms.filter(|(_, node, seen)| moved(node, seen)).map(|(at, _, seen)| (at, seen)).last()
     }
 
     /// Ends a test: all rooms are over, and after a shut-down nothing at all is left.

@@ -59,7 +59,6 @@ pub enum Landing {
 /// What was told of one room.
 #[derive(Debug, Default)]
 pub struct Seen {
-    pub number: u64,
     pub is_decode: bool,
     pub ends: Vec<End>,
     pub homes: usize,
@@ -113,6 +112,8 @@ impl Node {
         self.pool = PagePool::new(PAGES, Default::default());
         self.is_alive = true;
         self.rooms.clear();
+        self.ups.clear();
+        self.downs.clear();
         self.transfers.clear();
         self.granted.clear();
         self.watched.clear();
@@ -127,8 +128,8 @@ impl Node {
         self.is_alive && self.proto.identity() == identity
     }
 
-    pub fn expect(&mut self, room: RoomId, number: u64, is_decode: bool) {
-        self.rooms.insert(room, Seen { number, is_decode, ..Seen::default() });
+    pub fn expect(&mut self, room: RoomId, is_decode: bool) {
+        self.rooms.insert(room, Seen { is_decode, ..Seen::default() });
     }
 
     pub fn add_link(&mut self, stream: usize, end: usize) -> LinkId {
@@ -270,8 +271,12 @@ impl World {
             }
             Notice::Ended { room, end, .. } => {
                 let seen = n.seen(room);
+                let is_delivered_prefill = end == End::Delivered && !seen.is_decode;
                 seen.ends.push(end);
                 assert_eq!(seen.ends.len(), 1, "a room ends once: {:?}", seen.ends);
+                if is_delivered_prefill {
+                    self.other_end_is_delivered(node, room);
+                }
             }
             Notice::Home { room, pages } => {
                 let seen = n.seen(room);
@@ -284,6 +289,22 @@ impl World {
                 assert_eq!(pages.len(), 4);
                 self.pages_are_home(node, room);
             }
+        }
+    }
+
+    /// Checks that a prefill side that may rely on its bytes is not alone in that.
+    fn other_end_is_delivered(&self, node: usize, room: RoomId) {
+        let n = &self.nodes[node];
+        let pushed = n.rooms[&room].starts.last().and_then(|start| {
+            let (_, _, peer) = n.ups.iter().find(|up| up.0 == start.session).expect("a session that was up");
+            let decode = self.nodes.iter().find(|n| n.is(*peer))?;
+            Some(&decode.rooms[&decode.granted[&start.grant].room])
+        });
+        let served = n.granted.iter().filter(|(_, granted)| granted.room == room).last();
+        let pulled = served.and_then(|(grant, _)| Some(self.mover(node, *grant, Access::Read)?.1));
+        // It may have died since it said so.
+        if let Some(decode) = pushed.or(pulled) {
+            assert_eq!(decode.ends, [End::Delivered], "the other end of {room:?} at {node}");
         }
     }
 
