@@ -338,7 +338,7 @@ impl Message {
         }
     }
 
-    /// Reads one frame's content.
+    /// Reads one frame's content. A message has but one form: what is read here, encodes to the same bytes.
     pub fn decode(frame: &[u8]) -> Result<(Identity, Message), DecodeError> {
         let mut r = Reader(frame);
         let magic = r.u16("magic")?;
@@ -582,7 +582,10 @@ fn take_refusal(r: &mut Reader<'_>) -> Result<Refusal, DecodeError> {
             let mut side = || -> Result<Option<String>, DecodeError> {
                 let stated = r.flag("stated")?;
                 let text = r.text("value")?;
-                Ok(stated.then_some(text))
+                match stated || text.is_empty() {
+                    true => Ok(stated.then_some(text)),
+                    false => Err(DecodeError::BadValue { field: "stated", value: 0 }),
+                }
             };
             Ok(Difference { key, ours: side()?, theirs: side()? })
         })?),

@@ -1,10 +1,10 @@
 //! From two nodes that do not know each other to a session.
 
 use crossdock_proto::{
-    About, Auth, Difference, Fingerprint, Identity, Message, Rail, RailOffer, Refusal, SessionEnd, Who,
+    About, Auth, Difference, Fingerprint, Identity, Message, Rail, Refusal, SessionEnd, Who,
 };
 
-use crate::world::{D, MS, P, RAW, S, World};
+use crate::world::{D, P, RAW, S, World, about};
 
 fn print(values: &[(&str, &str)]) -> Fingerprint {
     Fingerprint::new(values.iter().map(|(key, value)| (key.to_string(), value.to_string())))
@@ -12,20 +12,6 @@ fn print(values: &[(&str, &str)]) -> Fingerprint {
 
 fn rail(kind: &'static str, reach: &str) -> Rail {
     Rail { kind, reach: reach.to_string(), bytes_per_second: 1 }
-}
-
-/// What a stranger says of itself; it fits the nodes of the world.
-fn about() -> About {
-    About {
-        name: "stranger".to_string(),
-        nonce: [7; 32],
-        auth: false,
-        fingerprint: Fingerprint::default(),
-        rails: vec![RailOffer { kind: "fake".to_string(), reach: String::new(), bytes_per_second: 1 }],
-        lanes_per_rail: 1,
-        pulse_address: "pulse of a stranger".to_string(),
-        heartbeat_ns: 200 * MS,
-    }
 }
 
 fn hello(about: About) -> Message {

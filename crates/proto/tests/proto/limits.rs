@@ -1,12 +1,12 @@
 //! What is bounded: rooms, grants, requests, sessions, frames.
 
 use crossdock_proto::{
-    About, Config, End, Failure, Fingerprint, Identity, Message, PeerName, RailOffer, Receive, Refusal,
-    RoomError, RoomId, RoomRefusal, Serve, SessionEnd, Stage, Who,
+    About, Config, End, Failure, Identity, Message, PeerName, Receive, Refusal, RoomError, RoomId,
+    RoomRefusal, Serve, SessionEnd, Stage, Who,
 };
 use crossdock_transport::{DownCause, Fence, GrantId};
 
-use crate::world::{D, P, S, World, room_name};
+use crate::world::{D, P, S, World, about, room_name};
 
 fn with(limit: impl Fn(&mut Config) + 'static) -> World {
     let mut world = World::new();
@@ -265,16 +265,7 @@ fn a_stranger_does_not_send_long_frames() {
     let mut world = World::new();
     world.add(|_| ());
     for (name_bytes, is_taken) in [(60 << 10, true), (64 << 10, false)] {
-        let about = About {
-            name: "x".repeat(name_bytes),
-            nonce: [7; 32],
-            auth: false,
-            fingerprint: Fingerprint::default(),
-            rails: vec![RailOffer { kind: "fake".into(), reach: String::new(), bytes_per_second: 1 }],
-            lanes_per_rail: 1,
-            pulse_address: String::new(),
-            heartbeat_ns: 1,
-        };
+        let about = About { name: "x".repeat(name_bytes), ..about() };
         let stream = world.raw_dial(P);
         let from = Identity { node: 900, incarnation: 1 };
         world.raw_send(stream, from, &Message::Hello { version_min: 1, version_max: 1, about });

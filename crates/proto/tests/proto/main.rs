@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod ends;
+mod frames;
 mod handshake;
+mod hostile;
 mod lanes;
 mod limits;
 mod pages;

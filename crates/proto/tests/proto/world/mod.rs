@@ -4,6 +4,8 @@
 //! The world plays the engine towards each [`Proto`], and what must hold in every test is checked here: a room ends
 //! once and its pages come home once, no byte lands in a page that is home, and a room has one transfer at a time.
 
+mod chance;
+mod hostile;
 mod lanes;
 mod node;
 mod streams;
@@ -17,6 +19,8 @@ use crossdock_proto::{
 };
 use crossdock_transport::{Access, Direction, DownCause, GrantId, RemoteKey};
 
+pub use chance::Chance;
+pub use hostile::{Hostile, Moment, about};
 pub use lanes::LaneKey;
 use lanes::Lanes;
 pub use node::{Landing, Node, Seen};
@@ -399,7 +403,7 @@ impl World {
                 (start.grant, start.direction) == (grant, direction) && node.ups.iter().any(with)
             })
         };
-        rooms.filter(|(_, node, seen)| moved(node, seen)).map(|(at, _, seen)| (at, seen)).last()
+        rooms.filter(|(_, node, seen)| moved(node, seen)).map(|(at, _, seen)| (at, seen)).next_back()
     }
 
     /// Ends a test: all rooms are over, and after a shut-down nothing at all is left.

@@ -300,7 +300,7 @@ impl World {
             let decode = self.nodes.iter().find(|n| n.is(*peer))?;
             Some(&decode.rooms[&decode.granted[&start.grant].room])
         });
-        let served = n.granted.iter().filter(|(_, granted)| granted.room == room).last();
+        let served = n.granted.iter().rfind(|(_, granted)| granted.room == room);
         let pulled = served.and_then(|(grant, _)| Some(self.mover(node, *grant, Access::Read)?.1));
         // It may have died since it said so.
         if let Some(decode) = pushed.or(pulled) {

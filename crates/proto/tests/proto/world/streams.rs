@@ -93,6 +93,14 @@ impl World {
         Some(link)
     }
 
+    /// Lets the test speak in the place of a node, which is heard no more; its ports still answer.
+    pub fn take_over(&mut self, node: usize, peer: usize) -> usize {
+        let (stream, end) = self.stream(node, peer);
+        self.streams.all[stream].ends[end] = End::Raw;
+        self.nodes[node].links.clear();
+        stream
+    }
+
     /// Dials a node from the test itself.
     pub fn raw_dial(&mut self, node: usize) -> usize {
         let stream = self.streams.all.len();
