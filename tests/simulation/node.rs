@@ -158,11 +158,11 @@ fn config(scenario: &Scenario, node: usize, life: u64, ports: &[Box<dyn Port>]) 
     }
     config.auth = scenario.auth.clone();
     config.fingerprint = Fingerprint::new(plan.layout.fingerprint());
-    let rail = |port: &Box<dyn Port>| {
+    let rail = |port: &dyn Port| {
         let info = port.info();
         Rail { kind: info.kind, reach: info.reach.clone(), bytes_per_second: info.bytes_per_second }
     };
-    config.rails = ports.iter().map(rail).collect();
+    config.rails = ports.iter().map(|port| rail(&**port)).collect();
     config.lanes_per_rail = scenario.lanes_per_rail;
     plan.layout.encode(&mut config.app);
     config.pulse_address = plan.address.clone();

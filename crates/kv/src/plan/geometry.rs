@@ -227,7 +227,7 @@ impl Iterator for Pieces<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<Piece> {
-        while let Some(Pair { source: from, destination: to, tokens }) = self.pairs.next() {
+        for Pair { source: from, destination: to, tokens } in self.pairs.by_ref() {
             let at = (self.source.byte(from), self.destination.byte(to));
             let bytes = u64::from(tokens) * self.source.token_bytes;
             let joins = at == self.expected;
