@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use crossdock_memory::Memory;
+use crossdock_proto::planted::{Planted, is_planted};
 use crossdock_proto::{
     Action, Counters, LinkId as ProtoLink, MAX_LANES, Notice, Proto, Region, RegionOffer, RoomId, SessionId,
 };
@@ -439,6 +440,9 @@ impl Engine {
         if transfer.finishing.is_none() && !transfer.stopping {
             return;
         }
+        if is_planted(Planted::ShortPostForgotten) {
+            transfer.lanes.iter_mut().for_each(|used| used.uncovered = false);
+        }
         let counted = transfer.direction == Direction::Write && !transfer.stopping;
         if let Some(session) = self.sessions.get_mut(&transfer.session) {
             for (used, lane) in transfer.lanes.iter_mut().zip(&mut session.slots) {
@@ -561,7 +565,9 @@ impl Engine {
             Event::Done { token, .. } => {
                 let id = TransferId::from_token(token);
                 if let Some(transfer) = self.transfers.get_mut(id) {
-                    transfer.lanes[usize::from(slot)].tokens -= 1;
+                    let used = &mut transfer.lanes[usize::from(slot)];
+                    used.tokens -= 1;
+                    used.tokens -= used.tokens.min(is_planted(Planted::TokenCountedTwice).into());
                     self.advance(now_ns, id);
                 }
             }
@@ -659,6 +665,9 @@ impl Engine {
                 let mut fence = Fence::Now;
                 for at in self.rails_of(session) {
                     fence = fence.max(self.rails[at].port.revoke(grant));
+                }
+                if is_planted(Planted::FenceTakenForNow) {
+                    fence = Fence::Now;
                 }
                 self.proto.revoked(now_ns, grant, fence);
             }

@@ -17,6 +17,7 @@ use crossdock_transport::{Direction, GrantId};
 use crate::end::{End, SessionEnd, Stage};
 use crate::message::{Message, RoleKind, RoomName};
 use crate::notice::{Notice, Start};
+use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId};
 use crate::room::{Fetch, Fetching, Moving, Role, Room, RoomError};
 
@@ -138,7 +139,8 @@ impl Proto {
 
     pub(crate) fn settle_fetching(&mut self, id: RoomId) {
         let Some(room) = self.rooms.get_mut(&id) else { return };
-        if room.end.is_none() || room.moving != Moving::No {
+        let out = room.moving != Moving::No && !is_planted(Planted::ReadsForgotten);
+        if room.end.is_none() || out {
             return;
         }
         let delivered = room.end == Some(End::Delivered);

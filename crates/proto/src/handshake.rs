@@ -17,6 +17,7 @@ use crate::config::Rail;
 use crate::end::{SessionEnd, Who};
 use crate::lanes::{Slot, SlotState};
 use crate::message::{About, Identity, MAX_LANES, Message, RailOffer, Refusal, VERSION_MAX, VERSION_MIN};
+use crate::planted::{Planted, is_planted};
 use crate::proto::{LinkId, Proto, SessionId, TargetId, Timer};
 use crate::session::{Phase, Session};
 
@@ -103,7 +104,9 @@ impl Proto {
             (Some(Link::Bound(session)), message) => {
                 let session = *session;
                 match self.sessions.get(&session) {
-                    Some(s) if s.peer == from => self.on_session_message(session, message),
+                    Some(s) if s.peer == from || is_planted(Planted::EarlierLifeBelieved) => {
+                        self.on_session_message(session, message)
+                    }
                     Some(_) => {
                         // An earlier (or later) life of the peer speaks: what it refers to is not known here.
                         self.send_link(link, &Message::Restart);

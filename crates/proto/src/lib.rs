@@ -20,6 +20,8 @@ mod lanes;
 mod message;
 mod notice;
 mod parked;
+#[doc(hidden)]
+pub mod planted;
 mod proto;
 mod receiving;
 mod room;

@@ -23,6 +23,7 @@ use crate::end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
 use crate::grants::Revocation;
 use crate::message::{CancelWhy, MAX_LANES, Message, RoleKind, RoomName};
 use crate::notice::Notice;
+use crate::planted::{Planted, is_planted};
 use crate::proto::{PeerName, Proto, RoomId, SessionId};
 use crate::room::{Finish, Moving, Receive, Receiving, Role, Room, RoomError};
 use crate::session::Session;
@@ -178,7 +179,9 @@ impl Proto {
         r.attempt = attempt;
         r.grant = Some(grant);
         r.grants.push(grant);
-        r.arrivals = [0; MAX_LANES];
+        if !is_planted(Planted::ArrivalsCarriedOver) {
+            r.arrivals = [0; MAX_LANES];
+        }
         r.finish = None;
         self.act(Action::Grant { session, grant, room: id });
         let Some(room) = self.rooms.get(&id) else { return };
@@ -224,7 +227,7 @@ impl Proto {
         let lanes = self.sessions.get(&session).map_or(0, Session::lanes);
         let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else { return };
         // An earlier attempt's finish was on its way when the next one was agreed.
-        if attempt < r.attempt {
+        if attempt < r.attempt && !is_planted(Planted::EarlierFinishBelieved) {
             return;
         }
         let wrong = if arrivals.len() > lanes {
@@ -261,8 +264,10 @@ impl Proto {
             .grants
             .iter()
             .filter(|&&grant| grant != current)
-            .all(|&grant| self.grants.find(grant).is_none_or(|given| self.is_quiet(given)));
-        if r.arrivals != finish.arrivals || !earlier_quiet {
+            .all(|&grant| self.grants.find(grant).is_none_or(|given| self.is_quiet(given)))
+            || is_planted(Planted::EarlierAttemptForgotten);
+        let all_here = r.arrivals == finish.arrivals || is_planted(Planted::FinishBelieved);
+        if !all_here || !earlier_quiet {
             return;
         }
         // The sender posts nothing after its finish, and every op before it has been counted: the grant is over

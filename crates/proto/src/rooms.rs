@@ -9,6 +9,7 @@ use crate::end::{End, Failure, Stage, Who};
 use crate::grants::{Given, Revocation};
 use crate::message::{CancelWhy, Message, Released, RoleKind};
 use crate::notice::Notice;
+use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId, Timer};
 use crate::room::{Moving, Room, RoomError};
 
@@ -83,7 +84,7 @@ impl Proto {
     }
 
     pub(crate) fn room_overdue(&mut self, room: RoomId) {
-        let Some(r) = self.rooms.get(&room) else { return };
+        let Some(r) = self.rooms.get(&room).filter(|_| !is_planted(Planted::DeadlineDropped)) else { return };
         let end = End::Expired { by: Who::Here, stage: r.stage };
         self.end_room(room, end, Some(CancelWhy::Expired));
     }
@@ -114,7 +115,7 @@ impl Proto {
             self.remember_ended(kind, name, session, &end);
         }
         self.stop_moving(id);
-        if let (Some(session), Some(why)) = (session, why) {
+        if let (Some(session), Some(why), false) = (session, why, is_planted(Planted::CancelUntold)) {
             self.send(session, &Message::Cancel { room: name, from: kind, why });
         }
         let with = session.and_then(|session| self.sessions.get(&session));
@@ -165,7 +166,10 @@ impl Proto {
         let Some(session) = self.sessions.get(&given.session) else {
             return true;
         };
-        if session.is_released(given) {
+        if session.is_released(given)
+            || is_planted(Planted::QuarantineOff)
+            || (session.is_over() && is_planted(Planted::SessionEndFrees))
+        {
             return true;
         }
         match (given.access, given.revocation) {
@@ -255,7 +259,9 @@ impl Proto {
         delivered: bool,
     ) {
         if !grants.is_empty() {
-            let released = grants.iter().map(|&grant| Released { grant, down_lanes }).collect();
+            let other = u32::from(is_planted(Planted::ReleaseOfAnother)) << 12;
+            let named = |grant: &GrantId| GrantId::from_bits(grant.bits() ^ other);
+            let released = grants.iter().map(|grant| Released { grant: named(grant), down_lanes }).collect();
             self.send(session, &Message::Release { released, delivered });
         }
     }

@@ -8,6 +8,7 @@ use crate::end::{End, SessionEnd, Stage};
 use crate::message::{Message, RoleKind, RoomName};
 use crate::notice::{Notice, Start};
 use crate::parked::Parked;
+use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId};
 use crate::room::{Moving, Role, Room, RoomError, Send, Sending};
 
@@ -179,7 +180,8 @@ impl Proto {
     /// Gives back what an ended room still holds, once nothing of it is on its way.
     pub(crate) fn settle_sending(&mut self, id: RoomId) {
         let Some(room) = self.rooms.get_mut(&id) else { return };
-        if room.end.is_none() || room.moving != Moving::No {
+        let out = room.moving != Moving::No && !is_planted(Planted::ReleaseTooEarly);
+        if room.end.is_none() || out {
             return;
         }
         let Role::Sending(s) = &mut room.role else { return };

@@ -6,6 +6,7 @@ use crate::action::Action;
 use crate::end::{End, RoomRefusal, Stage, Who};
 use crate::message::{CancelWhy, Message, RoleKind, RoomName};
 use crate::notice::Notice;
+use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId};
 use crate::room::{Moving, Role, Room, RoomError, Serve, Serving};
 
@@ -83,6 +84,11 @@ impl Proto {
     }
 
     pub(crate) fn serving_ended(&mut self, id: RoomId) {
+        if let Some(Room { role: Role::Serving(s), .. }) = self.rooms.get_mut(&id)
+            && is_planted(Planted::SourceFreedAtEnd)
+        {
+            s.pages = None;
+        }
         self.settle_serving(id);
     }
 

@@ -13,6 +13,7 @@ use crate::handshake::Link;
 use crate::lanes::{Slot, SlotState};
 use crate::message::{CancelWhy, Identity, Message, RegionOffer, Released, RoleKind, RoomName};
 use crate::notice::Notice;
+use crate::planted::{Planted, is_planted};
 use crate::proto::{LinkId, PeerName, Proto, RoomId, SessionId, TargetId, Timer};
 use crate::room::{Moving, Role};
 
@@ -314,7 +315,8 @@ impl Proto {
             let holder = self.sessions.get(&given.session).map(|s| s.peer);
             if holder.is_some() && holder == peer {
                 if let Some(given) = self.grants.find_mut(one.grant) {
-                    given.released = Some(one.down_lanes);
+                    let believed = !is_planted(Planted::DownLanesForgotten);
+                    given.released = Some(if believed { one.down_lanes } else { 0 });
                 }
                 self.on_released(given.room, one.grant, delivered);
             }

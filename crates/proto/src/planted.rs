@@ -1,0 +1,107 @@
+//! Bugs that can be planted on purpose, so that the simulation can prove that it would find them. Without the feature
+//! `planted-bugs`, which only the tests of this repository turn on, there are none, and the compiler knows it.
+
+/// A bug, named after what it does wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Planted {
+    /// Pages come home when their room ends, whoever may still write them.
+    QuarantineOff,
+    /// Pages come home when their session ends, before its lanes are down.
+    SessionEndFrees,
+    /// Whatever a port says, nothing lands any more once a grant has been revoked.
+    FenceTakenForNow,
+    /// A grant is found by its index alone.
+    GenerationIgnored,
+    /// An index is used again with the same generation.
+    GenerationKept,
+    /// A finish is believed without counting.
+    FinishBelieved,
+    /// A finish of an earlier attempt counts for the present one.
+    EarlierFinishBelieved,
+    /// What an earlier attempt has counted counts in the next.
+    ArrivalsCarriedOver,
+    /// A room is delivered although an earlier attempt's writes can still land.
+    EarlierAttemptForgotten,
+    /// A grant is given back while ops under it are on their way.
+    ReleaseTooEarly,
+    /// The wrong grant is given back.
+    ReleaseOfAnother,
+    /// A release is believed for lanes of which the peer could not speak.
+    DownLanesForgotten,
+    /// A deadline passes, and nothing happens.
+    DeadlineDropped,
+    /// The peer does not hear that a room was ended.
+    CancelUntold,
+    /// An earlier life of a peer is listened to.
+    EarlierLifeBelieved,
+    /// A served source goes home at the end of its room, while the peer may still read it.
+    SourceFreedAtEnd,
+    /// The destination of a pull goes home before its reads have ended.
+    ReadsForgotten,
+    /// A token that comes back counts for two.
+    TokenCountedTwice,
+    /// What a short post has left without an immediate is never covered by one.
+    ShortPostForgotten,
+    /// Checksums are not compared.
+    ChecksumUnchecked,
+    /// A chunk is moved by the plan of the one before.
+    PlanKept,
+}
+
+impl Planted {
+    /// All of them.
+    pub const ALL: [Planted; 21] = [
+        Self::QuarantineOff,
+        Self::SessionEndFrees,
+        Self::FenceTakenForNow,
+        Self::GenerationIgnored,
+        Self::GenerationKept,
+        Self::FinishBelieved,
+        Self::EarlierFinishBelieved,
+        Self::ArrivalsCarriedOver,
+        Self::EarlierAttemptForgotten,
+        Self::ReleaseTooEarly,
+        Self::ReleaseOfAnother,
+        Self::DownLanesForgotten,
+        Self::DeadlineDropped,
+        Self::CancelUntold,
+        Self::EarlierLifeBelieved,
+        Self::SourceFreedAtEnd,
+        Self::ReadsForgotten,
+        Self::TokenCountedTwice,
+        Self::ShortPostForgotten,
+        Self::ChecksumUnchecked,
+        Self::PlanKept,
+    ];
+}
+
+/// Whether this bug is planted on this thread.
+#[cfg(not(feature = "planted-bugs"))]
+#[inline(always)]
+pub const fn is_planted(_bug: Planted) -> bool {
+    false
+}
+
+#[cfg(feature = "planted-bugs")]
+pub use self::thread::{is_planted, plant};
+
+#[cfg(feature = "planted-bugs")]
+mod thread {
+    use std::cell::Cell;
+
+    use super::Planted;
+
+    thread_local! {
+        static BUG: Cell<Option<Planted>> = const { Cell::new(None) };
+    }
+
+    /// Whether this bug is planted on this thread.
+    pub fn is_planted(bug: Planted) -> bool {
+        BUG.get() == Some(bug)
+    }
+
+    /// Plants a bug on this thread, in place of the one before.
+    pub fn plant(bug: Option<Planted>) {
+        BUG.set(bug);
+    }
+}
