@@ -198,7 +198,8 @@ impl World {
                 Some(side) => side.told.is_some() || !self.is_life(side.node, side.life),
                 None => false,
             };
-            if !has_ended {
+            // What is heard may be of the room that had this name before.
+            if !has_ended && room.plan.again.is_none() {
                 return broken(
                     Rule::Pairs,
                     format!("room {at}: {part:?}: {end}, but {other:?} has not ended"),
@@ -232,8 +233,13 @@ impl World {
             return Ok(());
         }
         let process = self.nodes[node].process.as_ref().expect("runs");
+        let is_delivered = matches!(&decode.side.told, Some((_, End::Delivered)));
+        let still_out = || match is_delivered {
+            true => broken(Rule::Pool, format!("room {at} is delivered, and its pages are not home")),
+            false => Ok(()),
+        };
         let set = match decode.receiving.pages.poll() {
-            Ok(None) => return Ok(()),
+            Ok(None) => return still_out(),
             Ok(Some(set)) => set,
             // Nobody holds the ticket, or the room was refused at once and the pages were given back.
             Err(Abandoned) => {
@@ -250,17 +256,16 @@ impl World {
                 }
                 match adopt(process.pool.adopt(&decode.side.pages))? {
                     Some(set) => set,
-                    None => return Ok(()),
+                    None => return still_out(),
                 }
             }
         };
         if set.ids() != decode.side.pages {
             return broken(Rule::Pool, format!("room {at}: {:?} came home, not its pages", set.ids()));
         }
-        let is_delivered = match &decode.side.told {
-            Some((_, end)) => *end == End::Delivered,
-            None => return broken(Rule::Pool, format!("room {at}: pages came home before its end")),
-        };
+        if decode.side.told.is_none() {
+            return broken(Rule::Pool, format!("room {at}: pages came home before its end"));
+        }
         decode.side.is_settled = true;
         if is_delivered {
             self.check_bytes(node, at)?;
@@ -466,14 +471,17 @@ impl World {
             }
             let plan = &room.plan;
             let is_patient = decode.duration_ns.min(prefill.duration_ns) >= Patience::LONG_LEAST_NS;
-            let is_sound = plan.tokens == plan.prefill_tokens && plan.scribbles.is_empty();
+            let is_sound =
+                plan.tokens == plan.prefill_tokens && plan.scribbles.is_empty() && plan.again.is_none();
             let ends = format!("room {at}: decode {decode_end:?}, prefill {prefill_end:?}");
             if is_patient && is_sound && !plan.is_cancelled && *decode_end != End::Delivered {
                 return broken(Rule::FairWeather, format!("not delivered: {ends}"));
             }
             let first_ns = *decode_ns.min(prefill_ns);
             let opened_ns = decode.opened_ns.max(prefill.opened_ns);
-            if opened_ns + MS < first_ns && decode_ns.abs_diff(*prefill_ns) > 2 * MS {
+            // Time enough for the one to hear of the other, through streams that are full.
+            let known_ns = opened_ns + 20 * self.scenario.fabric.delay.most_ns;
+            if known_ns < first_ns && decode_ns.abs_diff(*prefill_ns) > 2 * MS {
                 let apart_us = decode_ns.abs_diff(*prefill_ns) / US;
                 return broken(Rule::FairWeather, format!("known {apart_us} us apart: {ends}"));
             }

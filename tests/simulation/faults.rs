@@ -1,6 +1,6 @@
 //! The faults, one at a time, and for how long each troubles whom.
 
-use crossdock_sim::NodeId;
+use crossdock_sim::{LaneView, NodeId};
 
 use crate::scenario::{MS, US};
 use crate::world::{Event, World};
@@ -8,7 +8,7 @@ use crate::world::{Event, World};
 /// A kind of fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Fault {
-    /// A lane breaks.
+    /// A lane breaks, or several between two nodes, soon after each other.
     LaneLoss,
     /// All control streams between two nodes break.
     StreamLoss,
@@ -74,6 +74,13 @@ impl World {
                 }
                 let lane = *self.chance.pick(&lanes);
                 self.fabric.break_lane(lane.port, lane.lane);
+                let is_between = |also: &&LaneView| (also.node, also.peer) == (lane.node, lane.peer);
+                for also in lanes.iter().filter(is_between) {
+                    if self.chance.one_in(2) {
+                        let later_ns = self.now_ns + self.chance.below(150 * US);
+                        self.schedule(later_ns, Event::Breaks(also.port, also.lane));
+                    }
+                }
                 vec![lane.node.0 as usize, lane.peer.0 as usize]
             }
             Fault::StreamLoss => {
@@ -117,14 +124,14 @@ impl World {
                 vec![one]
             }
             Fault::Echo => {
-                let echoed = match &self.nodes[one].process {
-                    Some(process) => process.wire.lock().echo(&mut self.chance),
-                    None => false,
-                };
-                if !echoed {
-                    return;
-                }
-                vec![one]
+                let mut order: Vec<usize> = (0..self.nodes.len()).collect();
+                self.chance.shuffle(&mut order);
+                let echoed = order.into_iter().find(|&node| {
+                    let process = self.nodes[node].process.as_ref();
+                    process.is_some_and(|process| process.wire.lock().echo(&mut self.chance))
+                });
+                let Some(node) = echoed else { return };
+                vec![node]
             }
         };
         self.log(|| format!("fault {fault:?} troubles {troubled:?} for {} us", lasts_ns / US));

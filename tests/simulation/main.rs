@@ -10,6 +10,7 @@ mod faults;
 mod ledger;
 mod network;
 mod node;
+mod panics;
 mod port;
 mod report;
 mod room;
@@ -19,11 +20,16 @@ mod scenario;
 mod workload;
 mod world;
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+
+use crossdock_proto::planted::Planted;
+use parking_lot::Mutex;
 
 use crate::faults::Fault;
 use crate::room::EndKind;
-use crate::run::{replay, run, run_many};
+use crate::run::{replay, run, run_many, run_with};
 
 #[test]
 fn the_rules_hold_whatever_happens() {
@@ -51,5 +57,34 @@ fn the_same_seed_is_the_same_run() {
         assert_eq!(first, again, "seed {seed}");
     }
 }
+
+/// Each of these bugs, planted into the real code, breaks a rule before long.
+#[test]
+fn planted_bugs_are_found() {
+    let search = |bug: &Planted| (0..MOST_SEEDS).find_map(|seed| Some((seed, run_with(*bug, seed).err()?)));
+    let (next, found) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+    let work = || {
+        while let Some(bug) = Planted::ALL.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let caught = search(bug);
+            found.lock().insert(*bug, caught);
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
+    let mut missed = Vec::new();
+    for (bug, caught) in found.into_inner() {
+        match caught {
+            Some((seed, violation)) => {
+                let what: String = violation.to_string().chars().take(110).collect();
+                println!("{:<24}{:>5} seeds  {what}", format!("{bug:?}"), seed + 1);
+            }
+            None => missed.push(bug),
+        }
+    }
+    assert!(missed.is_empty(), "{MOST_SEEDS} seeds do not find {missed:?}");
+}
+
+/// How many seeds may pass before a planted bug is found.
+const MOST_SEEDS: u64 = 1000;
 
 const LEAST_SEEDS: u64 = 500;

@@ -179,6 +179,7 @@ impl Network for SimNetwork {
     fn send(&mut self, link: LinkId, frame: &[u8]) -> Result<(), SendError> {
         let mut wire = self.wire.lock();
         let stream = *wire.streams.get(&link).ok_or(SendError::Closed)?;
+        tracing::trace!(by = self.address, ?stream, said = ?Message::decode(frame).map(|(_, said)| said));
         wire.net.send(stream, frame).map_err(|error| match error {
             crossdock_sim::SendError::Full => SendError::Full,
             crossdock_sim::SendError::Closed => SendError::Closed,

@@ -38,6 +38,11 @@ pub struct Plan {
     pub is_cancelled: bool,
     /// The user of the decode side lets go of the ticket for the pages.
     pub is_careless: bool,
+    /// A room that had the same name, and came to nothing.
+    pub again: Option<usize>,
+    pub is_tried_again: bool,
+    /// How long the prefill computes at most before the next step.
+    pub step_ns: u64,
     /// What the push sends, in order.
     pub steps: VecDeque<(Range<u32>, Range<u32>)>,
     /// Tokens that the prefill's user has changed after they were sent and before the room was finished.

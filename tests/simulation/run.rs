@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crossdock_proto::planted::{Planted, plant};
 use parking_lot::Mutex;
 
+use crate::panics;
 use crate::report::Meetings;
 use crate::rules::{Rule, Violation};
 use crate::world::{Outcome, World};
@@ -29,12 +30,16 @@ pub fn replay(seed: u64) {
     }
 }
 
+/// One seed with a bug planted.
+pub fn run_with(bug: Planted, seed: u64) -> Result<Outcome, Violation> {
+    plant(Some(bug));
+    let outcome = run(seed);
+    plant(None);
+    outcome
+}
+
 fn finish(world: &mut World) -> Result<Outcome, Violation> {
-    catch_unwind(AssertUnwindSafe(|| world.run())).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("something");
-        Err(Violation { rule: Rule::Panics, what: text.to_owned() })
-    })
+    panics::caught(|| world.run()).unwrap_or_else(|what| Err(Violation { rule: Rule::Panics, what }))
 }
 
 /// What many seeds have given.

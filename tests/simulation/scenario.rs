@@ -30,6 +30,8 @@ pub struct Scenario {
     /// How many rooms are opened, and how long after each other.
     pub rooms: u32,
     pub room_gap_ns: u64,
+    /// One in so many is cancelled by one of its users.
+    pub cancel_one_in: u64,
     /// The faults that come, and how long after each other. None: fair weather.
     pub faults: Vec<Fault>,
     pub fault_gap_ns: u64,
@@ -53,7 +55,7 @@ impl Scenario {
         let between = |least_ns, most_ns| Between { least_ns, most_ns };
         let mut fabric = FabricOptions {
             delay: between(US, *chance.pick(&[3 * US, 20 * US, 60 * US])),
-            drain: between(0, *chance.pick(&[10 * US, 100 * US])),
+            drain: between(0, *chance.pick(&[10 * US, 100 * US, 600 * US])),
             death_notice: between(10 * US, MS),
             silence_ns: chance.within(2 * MS..8 * MS),
             connect_ns: 3 * MS,
@@ -77,7 +79,7 @@ impl Scenario {
             true => Auth::PreSharedKey(b"a key that all nodes share".to_vec()),
             false => Auth::Off,
         };
-        Self {
+        let mut scenario = Self {
             seed,
             fabric,
             rails,
@@ -89,16 +91,56 @@ impl Scenario {
                 stripe_bytes: *chance.pick(&[48, 256, 1 << 20]),
                 ..EngineOptions::default()
             },
-            max_grants: *chance.pick(&[4, 8, 65_536]),
+            max_grants: *chance.pick(&[2, 4, 8, 65_536]),
             max_rooms: *chance.pick(&[8, 64]),
             max_parked: *chance.pick(&[4, 64]),
             max_commands: *chance.pick(&[4, 256]),
             heartbeats_missed: chance.within(3..7) as u32,
             rooms: chance.within(24..64) as u32,
-            room_gap_ns: *chance.pick(&[150 * US, 400 * US, 800 * US]),
+            room_gap_ns: *chance.pick(&[40 * US, 150 * US, 400 * US, 800 * US]),
+            cancel_one_in: *chance.pick(&[3, 6, 12]),
             faults,
             fault_gap_ns,
+        };
+        match chance.below(8) {
+            0 => scenario.become_lane_storm(chance),
+            1 => scenario.become_crossing(),
+            _ => {}
         }
+        scenario
+    }
+
+    /// Several lanes, some slow, that break all the time while much is on its way.
+    fn become_lane_storm(&mut self, chance: &mut Chance) {
+        self.faults = vec![Fault::LaneLoss];
+        self.fault_gap_ns = 400 * US;
+        self.lanes_per_rail = 3;
+        self.room_gap_ns = 150 * US;
+        self.cancel_one_in = 2;
+        self.max_grants = 65_536;
+        self.max_rooms = 64;
+        self.fabric.drain.most_ns = 600 * US;
+        let unfenced = *chance.pick(&[Semantics::Verbs, Semantics::Mapped]);
+        let slow = self.rails[0].clone();
+        self.rails = [200_000, 25_000_000_000]
+            .map(|bytes_per_second| SimPortOptions {
+                semantics: unfenced,
+                bytes_per_second,
+                pieces_in_flight: 1024,
+                immediates_in_flight: 256,
+                ..slow.clone()
+            })
+            .to_vec();
+    }
+
+    /// Few grants, used again at once, while cancels cross deliveries and what is late.
+    fn become_crossing(&mut self) {
+        self.max_grants = 2;
+        self.max_rooms = 64;
+        self.cancel_one_in = 2;
+        self.room_gap_ns = 60 * US;
+        self.faults = vec![Fault::Slowness];
+        self.fault_gap_ns = 500 * US;
     }
 
     pub fn is_fair(&self) -> bool {
@@ -127,7 +169,8 @@ fn rails(chance: &mut Chance) -> Vec<SimPortOptions> {
                 name: format!("rail-{at}"),
                 pieces_in_flight: *chance.pick(&[4, 32, 1024]),
                 immediates_in_flight: *chance.pick(&[1, 4, 256]),
-                bytes_per_second: *chance.pick(&[100_000_000, 25_000_000_000]),
+                // A room is a few hundred bytes: it takes nothing, or as long as a message, or much longer.
+                bytes_per_second: *chance.pick(&[200_000, 2_000_000, 20_000_000, 25_000_000_000]),
                 ..SimPortOptions::new(semantics)
             }
         })
@@ -200,12 +243,13 @@ fn layout(chance: &mut Chance, model_layers: u32) -> CacheLayout {
 }
 
 fn weather(chance: &mut Chance) -> (Vec<Fault>, u64) {
-    let gap_ns = *chance.pick(&[MS / 2, 2 * MS, 5 * MS]);
-    match chance.below(8) {
+    let gap_ns = *chance.pick(&[150 * US, 500 * US, 2 * MS, 5 * MS]);
+    match chance.below(10) {
         0 => (Vec::new(), gap_ns),
         // One kind of fault, so that it is met in every state.
         1..4 => (vec![*chance.pick(&Fault::ALL)], gap_ns),
         4 => (vec![*chance.pick(&Fault::ALL), *chance.pick(&Fault::ALL)], gap_ns),
+        5 => (vec![Fault::Death, Fault::Echo, Fault::Echo], gap_ns),
         _ => (Fault::ALL.to_vec(), gap_ns),
     }
 }

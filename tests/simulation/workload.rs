@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crossdock_kv::{Peer, ReceiveRequest, SendError, SendRequest, ServeRequest};
+use crossdock_proto::End;
 use crossdock_sim::NodeId;
 
 use crate::ledger::Holder;
@@ -19,15 +20,26 @@ impl World {
         if room >= self.scenario.rooms as usize {
             return;
         }
+        // One in a few is another try of a request that went down with one of its workers, under the same name.
+        let again = (0..room).rev().find(|&room| self.went_down(room)).filter(|_| self.chance.one_in(2));
+        if let Some(again) = again {
+            self.rooms[again].plan.is_tried_again = true;
+        }
         let chance = &mut self.chance;
         let nodes = &self.scenario.nodes;
         let all = 0..nodes.len();
         let decodes: Vec<usize> = all.clone().filter(|&node| nodes[node].decodes).collect();
-        let decode = *chance.pick(&decodes);
+        let decode = match again {
+            Some(again) => self.rooms[again].plan.decode,
+            None => *chance.pick(&decodes),
+        };
         let prefills: Vec<usize> = all
             .filter(|&node| nodes[node].prefills && node != decode && self.scenario.are_joined(node, decode))
             .collect();
-        let prefill = *chance.pick(&prefills);
+        let prefill = match again {
+            Some(again) => self.rooms[again].plan.prefill,
+            None => *chance.pick(&prefills),
+        };
         let patience = *chance.pick(&[
             Patience::Short,
             Patience::Medium,
@@ -43,16 +55,25 @@ impl World {
             _ => chance.within(8..56),
         } as u32;
         let skip_tokens = if chance.one_in(3) { chance.below(u64::from(tokens) + 1) as u32 } else { 0 };
-        let is_other = chance.one_in(24);
+        let (tokens, skip_tokens) = match again.map(|again| &self.rooms[again].plan) {
+            Some(plan) => (plan.tokens, plan.skip_tokens),
+            None => (tokens, skip_tokens),
+        };
+        let is_other = again.is_none() && chance.one_in(24);
         let prefill_tokens = if is_other { tokens + 1 } else { tokens };
-        let number = chance.below(12);
-        let use_count = self.uses.entry(number).or_default();
-        *use_count += 1;
-        let is_pull = chance.one_in(3);
+        let (number, use_count, is_pull) = match again.map(|again| &self.rooms[again].plan) {
+            Some(plan) => (plan.number, plan.use_count, plan.is_pull),
+            None => {
+                let number = chance.below(12);
+                let uses = self.uses.entry(number).or_default();
+                *uses += 1;
+                (number, *uses, chance.one_in(3))
+            }
+        };
         let layers = nodes[prefill].layout.layers();
         let mut plan = Plan {
             number,
-            use_count: *use_count,
+            use_count,
             is_pull,
             decode,
             prefill,
@@ -64,6 +85,9 @@ impl World {
             prefill_duration_ns: other.duration_ns(chance),
             is_cancelled: false,
             is_careless: false,
+            again,
+            is_tried_again: false,
+            step_ns: *chance.pick(&[10 * US, 60 * US, 60 * US, MS]),
             steps: room::steps(chance, layers, prefill_tokens),
             scribbles: Default::default(),
         };
@@ -79,7 +103,7 @@ impl World {
         if alone != 1 {
             events.push((now_ns + prefill_ns, Event::OpenPrefill(room)));
         }
-        if chance.one_in(6) {
+        if chance.one_in(self.scenario.cancel_one_in) {
             plan.is_cancelled = true;
             let part = if chance.one_in(2) { Part::Decode } else { Part::Prefill };
             let wait_ns = *chance.pick(&[60 * US, 300 * US, 2 * MS]);
@@ -100,6 +124,20 @@ impl World {
         for (at_ns, event) in events {
             self.schedule(at_ns, event);
         }
+    }
+
+    /// Whether a room came to nothing because a process ended, and nobody works on it any more.
+    fn went_down(&self, at: usize) -> bool {
+        let room = &self.rooms[at];
+        let (Some(decode), Some(prefill)) = (room.side(Part::Decode), room.side(Part::Prefill)) else {
+            return false;
+        };
+        let is_sound = room.plan.tokens == room.plan.prefill_tokens && !room.plan.is_tried_again;
+        let is_gone = |side: &Side| !self.is_life(side.node, side.life);
+        let has_failed = |side: &Side| matches!(&side.told, Some((_, end)) if *end != End::Delivered);
+        is_sound
+            && (is_gone(decode) || is_gone(prefill))
+            && [decode, prefill].into_iter().all(|side| has_failed(side) || is_gone(side))
     }
 
     /// Whether the users of a node can do something now. If its process is stopped, they do it later.
@@ -272,13 +310,20 @@ impl World {
             }
             None => sending.finish(plan.salt.to_le_bytes().to_vec()),
         };
+        let is_finished = plan.steps.is_empty() && sent.is_ok();
         let next_ns = match sent {
-            Ok(()) => plan.steps.pop_front().map(|_| self.now_ns + self.chance.below(60 * US)),
+            Ok(()) => plan.steps.pop_front().map(|_| self.now_ns + self.chance.below(plan.step_ns)),
             Err(SendError::Busy(_)) => Some(self.now_ns + 20 * US),
             Err(error) => return broken(Rule::Accused, format!("room {at}: {error}")),
         };
         if let Some(next_ns) = next_ns {
             self.schedule(next_ns, Event::Step(at));
+        }
+        if is_finished && self.chance.one_in(2 * self.scenario.cancel_one_in) {
+            // So that the cancel and the delivery cross.
+            let soon_ns = self.now_ns + self.chance.below(5 * self.scenario.fabric.delay.most_ns);
+            self.rooms[at].plan.is_cancelled = true;
+            self.schedule(soon_ns, Event::Cancel(at, Part::Prefill));
         }
         self.ring(node);
         Ok(())

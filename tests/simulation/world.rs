@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use crossdock_kv::Turn;
-use crossdock_sim::{Fabric, NodeId};
+use crossdock_sim::{Fabric, NodeId, PortId};
+use crossdock_transport::LaneId;
 
 use crate::chance::{Chance, mix};
 use crate::faults::Trouble;
@@ -44,6 +45,7 @@ pub enum Event {
     Scribble(usize),
     DropTicket(usize),
     Fault,
+    Breaks(PortId, LaneId),
     Heals(usize, usize),
     Continues(usize),
     Recovers(usize),
@@ -236,7 +238,8 @@ impl World {
             Event::Cancel(room, part) => self.cancel(room, part),
             Event::Scribble(room) => self.scribble(room),
             Event::DropTicket(room) => {
-                if let Some(decode) = &mut self.rooms[room].decode {
+                // Without pages nobody could see when they come home.
+                if let Some(decode) = self.rooms[room].decode.as_mut().filter(|d| !d.side.pages.is_empty()) {
                     decode.drop_pages_ticket();
                 }
             }
@@ -248,6 +251,7 @@ impl World {
                     self.schedule(next_ns, Event::Fault);
                 }
             }
+            Event::Breaks(port, lane) => self.fabric.break_lane(port, lane),
             Event::Heals(one, other) => self.fabric.heal(id(one), id(other)),
             Event::Continues(node) => self.fabric.cont(id(node)),
             Event::Recovers(node) => self.fabric.slow(id(node), 1),
