@@ -556,7 +556,7 @@ impl Worker {
             cache,
             remote_pages: start.remote_pages,
             plan: None,
-            at: 0,
+            at: usize::from(start.attempt > 0 && is_planted(Planted::NotSentAgain)),
             cursor: None,
             posted_bytes: 0,
             posted_all: false,
@@ -779,7 +779,7 @@ fn post_item(
     }
     let plan = match run.plan.take() {
         // The item before may have been of other tokens.
-        Some(plan) if plan.tokens() == tokens || is_planted(Planted::PlanKept) => plan,
+        Some(plan) if plan.tokens() == tokens => plan,
         _ => {
             let remote_first = match run.direction {
                 // The decode side lists pages from the first one that it lacks; the prefill side all of them.

@@ -44,8 +44,8 @@ pub enum Planted {
     ShortPostForgotten,
     /// Checksums are not compared.
     ChecksumUnchecked,
-    /// A chunk is moved by the plan of the one before.
-    PlanKept,
+    /// What an earlier attempt has sent first is not sent again.
+    NotSentAgain,
 }
 
 impl Planted {
@@ -71,7 +71,7 @@ impl Planted {
         Self::TokenCountedTwice,
         Self::ShortPostForgotten,
         Self::ChecksumUnchecked,
-        Self::PlanKept,
+        Self::NotSentAgain,
     ];
 }
 
