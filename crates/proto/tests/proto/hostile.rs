@@ -1,28 +1,11 @@
 //! A peer that says whatever it likes: the node never panics, ends its rooms once each, and comes to rest.
 
-use crossdock_proto::{End, Message, RoomName};
+use crossdock_proto::{End, Message};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
-use crate::frames::{corpus, mutated};
+use crate::corpus::{corpus, mutated, said};
 use crate::world::{Chance, Hostile, Moment};
-
-/// One of the messages of the corpus, as the peer would say it, about one of the rooms that are open.
-fn said(message: &Message, peer: crossdock_proto::Identity, number: u64) -> Vec<u8> {
-    let mut message = message.clone();
-    match &mut message {
-        Message::Want { room, .. }
-        | Message::Grant { room, .. }
-        | Message::Regrant { room, .. }
-        | Message::Finish { room, .. }
-        | Message::Delivered { room }
-        | Message::Cancel { room, .. } => *room = RoomName { room: number, use_count: 0 },
-        _ => {}
-    }
-    let mut frame = Vec::new();
-    message.encode(peer, &mut frame);
-    frame
-}
 
 #[test]
 fn any_message_at_any_moment() {

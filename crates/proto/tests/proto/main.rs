@@ -1,6 +1,7 @@
 //! The protocol under every order of events, without I/O and without a clock.
 #![forbid(unsafe_code)]
 
+mod corpus;
 mod ends;
 mod frames;
 mod handshake;
