@@ -8,7 +8,7 @@ use crossdock_kv::{CacheLayout, Handle, Peer, PeerUp, Worker, WorkerOptions};
 use crossdock_memory::{AllocateOptions, Memory, PagePool};
 use crossdock_proto::{Config, Fingerprint, Identity, Proto, Rail, SessionEnd};
 use crossdock_sim::{Fabric, NodeId, PortId};
-use crossdock_transport::{Port, PortInfo};
+use crossdock_transport::Port;
 use parking_lot::Mutex;
 
 use crate::chance::mix;
