@@ -44,8 +44,10 @@ impl Proto {
         let Some(Link::Dialing { target }) = self.links.get(&link) else { return };
         let target = *target;
         let about = self.about();
-        let hello = self
-            .send_link(link, &Message::Hello { version_min: VERSION_MIN, version_max: VERSION_MAX, about });
+        let message = Message::Hello { version_min: VERSION_MIN, version_max: VERSION_MAX, about };
+        let mut hello = Vec::new();
+        message.encode(self.config.identity, &mut hello);
+        self.send_frame(link, hello.clone());
         self.links.insert(link, Link::AwaitWelcome { target, hello });
     }
 

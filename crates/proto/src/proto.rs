@@ -360,13 +360,16 @@ impl Proto {
         self.timers.remove(&(at_ns, timer));
     }
 
-    pub(crate) fn send_link(&mut self, link: LinkId, message: &Message) -> Vec<u8> {
+    pub(crate) fn send_link(&mut self, link: LinkId, message: &Message) {
         let mut frame = Vec::new();
         message.encode(self.config.identity, &mut frame);
+        self.send_frame(link, frame);
+    }
+
+    pub(crate) fn send_frame(&mut self, link: LinkId, frame: Vec<u8>) {
         self.counters.messages_out += 1;
         self.counters.control_bytes_out += frame.len() as u64;
-        self.actions.push_back(Action::Send { link, frame: frame.clone() });
-        frame
+        self.actions.push_back(Action::Send { link, frame });
     }
 
     /// Sends to the peer of a session; nothing if its control stream has ended.
