@@ -42,6 +42,8 @@ pub enum Planted {
     TokenCountedTwice,
     /// What a short post has left without an immediate is never covered by one.
     ShortPostForgotten,
+    /// A pause of this node's own counts as the silence of its peers.
+    OwnPauseCounted,
     /// Checksums are not compared.
     ChecksumUnchecked,
     /// What an earlier attempt has sent first is not sent again.
@@ -50,7 +52,7 @@ pub enum Planted {
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 21] = [
+    pub const ALL: [Planted; 22] = [
         Self::QuarantineOff,
         Self::SessionEndFrees,
         Self::FenceTakenForNow,
@@ -70,6 +72,7 @@ impl Planted {
         Self::ReadsForgotten,
         Self::TokenCountedTwice,
         Self::ShortPostForgotten,
+        Self::OwnPauseCounted,
         Self::ChecksumUnchecked,
         Self::NotSentAgain,
     ];

@@ -140,6 +140,7 @@ impl Proto {
     /// time between the two: a node that was stopped itself must not take its own pause for the peer's death.
     pub fn heard(&mut self, session: SessionId, heard_ns: u64, listened_ns: u64) {
         if let Some(s) = self.sessions.get_mut(&session) {
+            let listened_ns = if is_planted(Planted::OwnPauseCounted) { self.now_ns } else { listened_ns };
             s.silent_ns = listened_ns.saturating_sub(heard_ns);
         }
     }
