@@ -1,12 +1,13 @@
 //! Whether the rules hold.
 
 use crossdock_engine::Abandoned;
-use crossdock_memory::{PageSet, PoolError};
+use crossdock_memory::{PageSet, PoolError, QuarantineEntry, Until};
 use crossdock_proto::{End, Failure, RoomRefusal, SessionEnd, Who};
 use crossdock_sim::Landing;
 use crossdock_transport::Access;
 
 use crate::chance::mix;
+use crate::faults::{Fault, Trouble};
 use crate::ledger::Holder;
 use crate::node::Part;
 use crate::room::{self, BEFORE, EndKind, Patience, Room, SCRIBBLED, TOKEN_BYTES};
@@ -160,6 +161,7 @@ impl World {
             End::PeerLost { cause } => match cause {
                 SessionEnd::Misbehaved { .. } | SessionEnd::Refused { .. } | SessionEnd::Port(_) => false,
                 SessionEnd::ClosedHere => self.is_closing,
+                SessionEnd::Silent { .. } => self.was_peer_silent(at, part),
                 _ => !self.scenario.is_fair(),
             },
             End::Refused { why: RoomRefusal::Mismatch, .. } => plan.tokens != plan.prefill_tokens,
@@ -176,6 +178,24 @@ impl World {
         }
     }
 
+    /// Whether a side had reason to take its peer for dead: a pause of its own is none, and a loop that is held up while
+    /// the heart beats on is none either.
+    fn was_peer_silent(&self, at: usize, part: Part) -> bool {
+        let plan = &self.rooms[at].plan;
+        let peer = match part {
+            Part::Decode => plan.prefill,
+            Part::Prefill => plan.decode,
+        };
+        let lately_ns = self.now_ns.saturating_sub(12 * MS);
+        let explains = |trouble: &Trouble| match trouble.fault {
+            Fault::Stop | Fault::Death | Fault::Leaving => trouble.nodes == [peer],
+            Fault::Partition => [plan.decode, plan.prefill].iter().all(|node| trouble.nodes.contains(node)),
+            _ => false,
+        };
+        let is_lossy = self.scenario.fabric.datagram_loss.0 > 0;
+        is_lossy || self.troubles.iter().any(|trouble| trouble.until_ns >= lately_ns && explains(trouble))
+    }
+
     /// The ends of the two sides go together.
     fn check_pair(&self, at: usize, part: Part, end: &End) -> Held {
         let room = &self.rooms[at];
@@ -185,6 +205,11 @@ impl World {
         }
         if decode == Some(&End::Delivered) && prefill.is_some_and(blames_peer) {
             return broken(Rule::Pairs, format!("room {at}: decode delivered, prefill {prefill:?}"));
+        }
+        if let (Some(prefill), Some(decode), None) = (prefill, decode, room.plan.again)
+            && (contradicts(prefill, decode) || contradicts(decode, prefill))
+        {
+            return broken(Rule::Pairs, format!("room {at}: prefill {prefill:?}, decode {decode:?}"));
         }
         let other = match part {
             Part::Decode => Part::Prefill,
@@ -345,6 +370,7 @@ impl World {
             self.run_until(self.now_ns + MS)?;
         }
         self.check_fair_weather()?;
+        self.check_counts()?;
         self.is_closing = true;
         for node in 0..self.nodes.len() {
             if let Some(process) = &self.nodes[node].process {
@@ -451,6 +477,32 @@ impl World {
         broken(Rule::Leftovers, left.join("; "))
     }
 
+    /// Each room has ended once, as its user was told; what is still out waits for a peer that cannot be proven dead.
+    fn check_counts(&mut self) -> Held {
+        for node in 0..self.nodes.len() {
+            let (life, excused) = (self.nodes[node].life, self.excused(node));
+            let sides =
+                self.rooms.iter().flat_map(|room| [room.side(Part::Decode), room.side(Part::Prefill)]);
+            let ours = sides.flatten().filter(|side| (side.node, side.life) == (node, life));
+            let told: Vec<&End> = ours.filter_map(|side| side.told.as_ref()).map(|(_, end)| end).collect();
+            let delivered = told.iter().filter(|end| ***end == End::Delivered).count() as u64;
+            let undelivered = told.len() as u64 - delivered;
+            let Some(process) = &mut self.nodes[node].process else { continue };
+            let counters = process.worker.stats().counters;
+            // What is refused before it becomes a room is told, but not counted.
+            if counters.delivered != delivered || counters.undelivered > undelivered {
+                let what = format!("node {node} told {delivered} and {undelivered}, and counts {counters:?}");
+                return broken(Rule::Deadline, what);
+            }
+            let out = process.pool.quarantine(self.now_ns);
+            let may_be_out = |entry: &QuarantineEntry| excused > 0 && entry.until == Until::ReleaseOrDeath;
+            if let Some(entry) = out.iter().find(|entry| !may_be_out(entry)) {
+                return broken(Rule::Leftovers, format!("node {node}: {entry:?}"));
+            }
+        }
+        Ok(())
+    }
+
     /// Without faults, what can be delivered is, and ends are told soon.
     fn check_fair_weather(&self) -> Held {
         if !self.scenario.is_fair() {
@@ -508,6 +560,16 @@ fn blames_peer(end: &End) -> bool {
             | End::Refused { by: Who::Peer, .. }
             | End::Failed { by: Who::Peer, .. }
     )
+}
+
+/// Whether one side says of the other what that one does not say of itself. (A decode side can hear from a prefill node
+/// whose user has not come yet that it waited too long; that user may then come and end otherwise.)
+fn contradicts(one: &End, other: &End) -> bool {
+    match one {
+        End::Cancelled { by: Who::Peer } => *other != End::Cancelled { by: Who::Here },
+        End::Failed { by: Who::Peer, .. } => !matches!(other, End::Failed { by: Who::Here, .. }),
+        _ => false,
+    }
 }
 
 /// How long after the last fault everything must have come home: the longest deadline, and several times what a

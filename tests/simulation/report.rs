@@ -11,6 +11,8 @@ use crate::room::{EndKind, Room};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Meetings {
     counts: BTreeMap<(Option<Fault>, EndKind), u64>,
+    /// How often a prefill side that ended so met a decode side that ended so.
+    pairs: BTreeMap<(EndKind, EndKind), u64>,
 }
 
 impl Meetings {
@@ -18,6 +20,9 @@ impl Meetings {
         let mut meetings = Self::default();
         for room in rooms {
             let nodes = [room.plan.decode, room.plan.prefill];
+            if let (Some(prefill), Some(decode)) = (room.end(Part::Prefill), room.end(Part::Decode)) {
+                *meetings.pairs.entry((EndKind::of(prefill), EndKind::of(decode))).or_default() += 1;
+            }
             for part in [Part::Decode, Part::Prefill] {
                 let Some(side) = room.side(part) else { continue };
                 let Some((told_ns, end)) = &side.told else { continue };
@@ -48,6 +53,9 @@ impl Meetings {
         for (key, count) in &other.counts {
             *self.counts.entry(*key).or_default() += count;
         }
+        for (key, count) in &other.pairs {
+            *self.pairs.entry(*key).or_default() += count;
+        }
     }
 
     pub fn count(&self, fault: Option<Fault>, kind: EndKind) -> u64 {
@@ -57,17 +65,28 @@ impl Meetings {
 
 impl fmt::Display for Meetings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:<12}", "")?;
-        for kind in EndKind::ALL {
-            write!(f, "{:>16}", format!("{kind:?}"))?;
-        }
+        heading(f, "fault \\ end")?;
         for fault in [None].into_iter().chain(Fault::ALL.map(Some)) {
-            let name = fault.map_or("no fault".into(), |fault| format!("{fault:?}"));
-            write!(f, "\n{name:<12}")?;
-            for kind in EndKind::ALL {
-                write!(f, "{:>16}", self.count(fault, kind))?;
-            }
+            let name = fault.map_or("none".into(), |fault| format!("{fault:?}"));
+            row(f, &name, |kind| self.count(fault, kind))?;
+        }
+        writeln!(f)?;
+        heading(f, "prefill \\ decode")?;
+        for prefill in EndKind::ALL {
+            row(f, &format!("{prefill:?}"), |decode| {
+                self.pairs.get(&(prefill, decode)).copied().unwrap_or(0)
+            })?;
         }
         Ok(())
     }
+}
+
+fn heading(f: &mut fmt::Formatter<'_>, corner: &str) -> fmt::Result {
+    write!(f, "\n{corner:<16}")?;
+    EndKind::ALL.iter().try_for_each(|kind| write!(f, "{:>16}", format!("{kind:?}")))
+}
+
+fn row(f: &mut fmt::Formatter<'_>, name: &str, count: impl Fn(EndKind) -> u64) -> fmt::Result {
+    write!(f, "\n{name:<16}")?;
+    EndKind::ALL.iter().try_for_each(|kind| write!(f, "{:>16}", count(*kind)))
 }

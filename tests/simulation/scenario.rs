@@ -71,8 +71,8 @@ impl Scenario {
         let rails = rails(chance);
         let nodes = nodes(chance);
         let (faults, fault_gap_ns) = weather(chance);
-        if faults.is_empty() {
-            // Several lost in a row look like a dead peer.
+        if !faults.iter().any(|fault| matches!(fault, Fault::Partition | Fault::Death)) {
+            // Several lost in a row look like a dead peer; here nobody may be taken for one without reason.
             fabric.datagram_loss = OneIn(0);
         }
         let auth = match chance.one_in(4) {
