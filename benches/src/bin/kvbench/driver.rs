@@ -105,13 +105,13 @@ impl Driver {
         self.keep_trying("settling", time * 100, || Ok((Instant::now() >= end).then_some(())))
     }
 
-    /// Makes progress once, where it is ours to make. Costs a caller that spins nothing else.
+    /// Makes progress once, where it is ours to make; else lets the thread run that makes it, should it want this core.
     #[inline]
     pub fn spin(&mut self) {
         if self.is_caller {
             self.node.progress();
         } else {
-            std::hint::spin_loop();
+            std::thread::yield_now();
         }
     }
 }

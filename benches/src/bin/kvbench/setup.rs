@@ -102,9 +102,9 @@ impl Setup {
         })?)
     }
 
-    pub fn content(&self, seed: u64) -> Content {
+    pub fn content(&self, salt: u64) -> Content {
         Content {
-            salt: seed.wrapping_mul(0xD134_2543_DE82_EF95) | 1,
+            salt: salt.wrapping_mul(0xD134_2543_DE82_EF95) | 1,
             page_bytes: self.page_bytes() as usize,
             layer_pages: self.pool_pages,
             layers: self.layers,

@@ -65,8 +65,10 @@ pub struct Ready {
 /// One pass over fresh pages. Both processes make the same lists of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pass {
-    /// Where the permutations come from; also the salt of the content.
+    /// Where the permutations come from.
     pub seed: u64,
+    /// What the content comes from.
+    pub salt: u64,
     /// The number of the first room; the others follow.
     pub first_room: u64,
     /// Pages of each room.

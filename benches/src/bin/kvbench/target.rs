@@ -59,7 +59,7 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
                 }
                 Ask::Fill(pass) => {
                     let setup = &target.side.setup;
-                    setup.content(pass.seed).write(&target.side.memory, &setup.lists(&pass).from);
+                    setup.content(pass.salt).write(&target.side.memory, &setup.lists(&pass).from);
                     Answer::Done { cpu_s: 0.0 }
                 }
                 Ask::Open(pass) => {
@@ -70,7 +70,7 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
                 Ask::Check(pass) => {
                     let setup = &target.side.setup;
                     let lists = setup.lists(&pass);
-                    let wrong = setup.content(pass.seed).check(&target.side.memory, &lists.from, &lists.to);
+                    let wrong = setup.content(pass.salt).check(&target.side.memory, &lists.from, &lists.to);
                     Answer::Checked { wrong_pages: wrong.pages }
                 }
                 Ask::Stream(pass) => Answer::Done { cpu_s: target.stream(&pass)? },
