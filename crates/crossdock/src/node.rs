@@ -114,7 +114,7 @@ impl Node {
     /// Makes progress, with [`Progress::Caller`]; never blocks. With a progress thread there is nothing to do here.
     pub fn progress(&mut self) -> Turn {
         match &mut self.progress {
-            Progression::Caller(worker) => worker.turn(now_ns()),
+            Progression::Caller(worker) => worker.turn_or_glance(now_ns()),
             Progression::Thread(_) => Turn::Idle,
         }
     }

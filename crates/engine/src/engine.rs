@@ -247,8 +247,14 @@ impl Engine {
     /// Makes progress: takes what came, decides, acts. Never blocks, and its work is bounded. True if anything
     /// happened.
     pub fn turn(&mut self, now_ns: u64) -> bool {
-        let mut active = self.take_links(now_ns);
-        active |= self.take_events(now_ns);
+        let links = self.take_links(now_ns);
+        self.turn_ports(now_ns) | links
+    }
+
+    /// As [`turn`](Engine::turn), but takes nothing from the network, which costs a system call: for a loop that looks
+    /// very often.
+    pub fn turn_ports(&mut self, now_ns: u64) -> bool {
+        let mut active = self.take_events(now_ns);
         self.attach_again(now_ns);
         if self.proto.next_deadline_ns().is_some_and(|at| at <= now_ns) {
             self.listen();

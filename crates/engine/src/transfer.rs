@@ -82,7 +82,7 @@ impl Transfers {
             free: Vec::new(),
             by_room: BTreeMap::new(),
             by_session: BTreeMap::new(),
-            retries: VecDeque::new(),
+            retries: VecDeque::with_capacity(64),
             due: None,
         }
     }

@@ -41,6 +41,8 @@ pub struct Worker {
     keys: BTreeMap<u64, RoomId>,
     /// Rooms that may have something to post, each once.
     ready: VecDeque<RoomId>,
+    /// When everything was looked at last, the network too.
+    turned_ns: u64,
     stopped: bool,
 }
 
@@ -124,7 +126,8 @@ struct Decode {
 struct SendingRoom {
     tokens: u32,
     pages: Arc<[u32]>,
-    /// Everything that was sent so far, in order: it is sent again when a lane is lost.
+    /// Everything that was sent so far, in order: it is sent again when a lane is lost. What has been posted is joined
+    /// where it can be, so that a room in many chunks stays short.
     items: Vec<Item>,
     finish: Option<Vec<u8>>,
     end: Option<Promise<Ended>>,
@@ -136,6 +139,41 @@ struct Item {
     tokens: Range<u32>,
 }
 
+impl SendingRoom {
+    /// Adds what is to be sent next; false if the room is in too many pieces.
+    fn add(&mut self, item: Item) -> bool {
+        // Of an item that is being posted it is noted how far that is.
+        while self.run.as_ref().is_none_or(|run| run.at == self.items.len())
+            && let [.., before, last] = &mut self.items[..]
+            && before.join(last)
+        {
+            self.items.pop();
+            if let Some(run) = &mut self.run {
+                run.at -= 1;
+            }
+        }
+        let fits = self.items.len() < MAX_ITEMS;
+        if fits {
+            self.items.push(item);
+        }
+        fits
+    }
+}
+
+impl Item {
+    /// Takes the item that was sent right after this one in, if both together are one.
+    fn join(&mut self, next: &Item) -> bool {
+        if self.layers == next.layers && self.tokens.end == next.tokens.start {
+            self.tokens.end = next.tokens.end;
+        } else if self.tokens == next.tokens && self.layers.end == next.layers.start {
+            self.layers.end = next.layers.end;
+        } else {
+            return false;
+        }
+        true
+    }
+}
+
 /// One attempt at moving a room's bytes.
 struct Run {
     transfer: TransferId,
@@ -144,8 +182,8 @@ struct Run {
     ask: Ask,
     cache: Arc<CacheLayout>,
     remote_pages: Arc<[u32]>,
-    /// The plan of the tokens of the item that was posted last.
-    plan: Option<Plan>,
+    /// Built for the whole room when the run begins, while nobody waits, and then used for whatever is posted.
+    plan: Plan,
     /// Which item is next, and how far it has been posted.
     at: usize,
     cursor: Option<Cursor>,
@@ -173,6 +211,8 @@ const SHARE_BYTES: u64 = 4 << 20;
 const COMMANDS: usize = 256;
 /// Layers and chunks that one room may have sent.
 const MAX_ITEMS: usize = 65_536;
+/// Room for the chunks that are sent while earlier ones are still being posted.
+const USUAL_ITEMS: usize = 64;
 
 impl Worker {
     /// Registers the memory and gives the user's handle.
@@ -216,7 +256,8 @@ impl Worker {
             dialing: BTreeMap::new(),
             rooms: BTreeMap::new(),
             keys: BTreeMap::new(),
-            ready: VecDeque::new(),
+            ready: VecDeque::with_capacity(64),
+            turned_ns: 0,
             stopped: false,
         };
         Ok((worker, handle))
@@ -227,7 +268,7 @@ impl Worker {
         let mut active_ns = now_ns();
         loop {
             let now = now_ns();
-            match self.turn(now) {
+            match self.turn_or_glance(now) {
                 Turn::Stopped => return Ok(()),
                 Turn::Active => active_ns = now,
                 Turn::Idle if now.saturating_sub(active_ns) < spin_ns => std::hint::spin_loop(),
@@ -241,8 +282,27 @@ impl Worker {
 
     /// Makes progress; never blocks.
     pub fn turn(&mut self, now_ns: u64) -> Turn {
+        self.turned_ns = now_ns;
+        self.progress(now_ns, Engine::turn)
+    }
+
+    /// A [`turn`](Worker::turn), but one that follows another within microseconds leaves the network out: what a loop
+    /// that spins on a page does most of the time should not be system calls. Before a sleep nothing is left out, since
+    /// [`park`](Worker::park) watches everything.
+    pub fn turn_or_glance(&mut self, now_ns: u64) -> Turn {
+        match now_ns.saturating_sub(self.turned_ns) < GLANCES_NS {
+            true => self.progress(now_ns, Engine::turn_ports),
+            false => self.turn(now_ns),
+        }
+    }
+
+    fn progress(&mut self, now_ns: u64, turn: fn(&mut Engine, u64) -> bool) -> Turn {
+        // What was asked for leaves before anything else is looked at.
         let mut active = self.take_commands(now_ns);
-        active |= self.engine.turn(now_ns);
+        if active {
+            self.pump(now_ns);
+        }
+        active |= turn(&mut self.engine, now_ns);
         active |= self.take_notices(now_ns);
         active |= self.pump(now_ns);
         if self.engine.carry_out(now_ns) {
@@ -350,10 +410,9 @@ impl Worker {
             Command::Send { key, layers, tokens } => {
                 let Some((id, room)) = self.room_of(key) else { return };
                 if let Kind::Sending(sending) = &mut room.kind {
-                    if sending.items.len() == MAX_ITEMS {
+                    if !sending.add(Item { layers, tokens }) {
                         return self.engine.proto().mismatch(now, id);
                     }
-                    sending.items.push(Item { layers, tokens });
                     self.wake(id);
                 }
             }
@@ -426,7 +485,7 @@ impl Worker {
                 let sending = SendingRoom {
                     tokens: request.tokens,
                     pages,
-                    items: Vec::new(),
+                    items: Vec::with_capacity(USUAL_ITEMS),
                     finish: None,
                     end: Some(end),
                     run: None,
@@ -537,15 +596,23 @@ impl Worker {
         let Some(transfer) = self.engine.transfer(id) else { return };
         let cache = self.caches.get(&start.session).cloned().flatten();
         let Some(room) = self.rooms.get_mut(&id) else { return };
-        let ask = match &room.kind {
-            Kind::Sending(sending) => Ask::decode(&start.params).filter(|ask| ask.tokens == sending.tokens),
+        let (ask, pages): (_, &[u32]) = match &room.kind {
+            Kind::Sending(sending) => {
+                let ask = Ask::decode(&start.params).filter(|ask| ask.tokens == sending.tokens);
+                (ask, &sending.pages)
+            }
             Kind::Decode(decode) => {
                 let answer = Answer::decode(&start.params);
-                answer.filter(|answer| answer.tokens == decode.ask.tokens).map(|_| decode.ask)
+                let ask = answer.filter(|answer| answer.tokens == decode.ask.tokens).map(|_| decode.ask);
+                (ask, &decode.pages)
             }
-            Kind::Serving { .. } => None,
+            Kind::Serving { .. } => (None, &[]),
         };
         let (Some(ask), Some(cache)) = (ask, cache) else { return self.engine.proto().mismatch(now, id) };
+        let local = local_table(&self.layout, pages, start.direction, &ask);
+        let tokens = ask.skip_tokens..ask.tokens;
+        let input = plan_input(local, &cache, &start.remote_pages, start.direction, &ask, tokens);
+        let Ok(plan) = Plan::build(&input) else { return self.engine.proto().mismatch(now, id) };
         room.span
             .in_scope(|| tracing::debug!(attempt = start.attempt, pages = start.remote_pages.len(), "start"));
         let run = Run {
@@ -555,7 +622,7 @@ impl Worker {
             ask,
             cache,
             remote_pages: start.remote_pages,
-            plan: None,
+            plan,
             at: usize::from(start.attempt > 0 && is_planted(Planted::NotSentAgain)),
             cursor: None,
             posted_bytes: 0,
@@ -602,6 +669,8 @@ impl Worker {
 
     /// All bytes of a decode room are here.
     fn landed(&mut self, now: u64, id: RoomId, aux: &[u8]) {
+        // The last batch may have come in this very turn, at the end of which the room may be gone.
+        self.show_arrivals();
         let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&id) else { return };
         let Some(answer) = Answer::decode(aux).filter(|answer| answer.tokens == decode.ask.tokens) else {
             return self.engine.proto().mismatch(now, id);
@@ -707,16 +776,16 @@ impl Worker {
     fn pump_room(&mut self, now: u64, id: RoomId) -> Pumped {
         let Some(room) = self.rooms.get_mut(&id) else { return Pumped::Nothing };
         let whole;
-        let (run, pages, first_page, items): (&mut Run, &[u32], u32, &[Item]) = match &mut room.kind {
-            Kind::Sending(SendingRoom { run: Some(run), pages, items, .. }) => (run, pages, 0, items),
+        let (run, pages, items): (&mut Run, &[u32], &[Item]) = match &mut room.kind {
+            Kind::Sending(SendingRoom { run: Some(run), pages, items, .. }) => (run, pages, items),
             Kind::Decode(Decode { reads: Some(run), pages, ask, .. }) => {
                 let layers = overlap(&self.layout.layers(), &run.cache.layers());
                 whole = [Item { layers, tokens: 0..ask.tokens }];
-                (run, pages, ask.skip_tokens / self.layout.page_tokens(), &whole)
+                (run, pages, &whole)
             }
             _ => return Pumped::Nothing,
         };
-        let local = PageTable { layout: &self.layout, first_page, pages };
+        let local = local_table(&self.layout, pages, run.direction, &run.ask);
         let mut left = SHARE_BYTES;
         while let Some(item) = items.get(run.at) {
             match post_item(&mut self.engine, now, run, &local, item, &mut left) {
@@ -761,6 +830,9 @@ impl Worker {
 /// Longest sleep of a progress thread with nothing to do: everything that matters wakes it.
 const LONGEST_SLEEP_NS: u64 = 1_000_000_000;
 
+/// How long after a look at the network a loop that spins looks at ports and commands alone.
+const GLANCES_NS: u64 = 5_000;
+
 /// Longest sleep while a port is full.
 const FULL_SLEEP_NS: u64 = 200_000;
 
@@ -777,40 +849,51 @@ fn post_item(
     if tokens.is_empty() {
         return Pumped::Nothing;
     }
-    let plan = match run.plan.take() {
-        // The item before may have been of other tokens.
-        Some(plan) if plan.tokens() == tokens => plan,
-        _ => {
-            let remote_first = match run.direction {
-                // The decode side lists pages from the first one that it lacks; the prefill side all of them.
-                Direction::Write => run.ask.skip_tokens / run.cache.page_tokens(),
-                Direction::Read => 0,
-            };
-            let remote = PageTable { layout: &run.cache, first_page: remote_first, pages: &run.remote_pages };
-            let (source, destination) = match run.direction {
-                Direction::Write => (*local, remote),
-                Direction::Read => (remote, *local),
-            };
-            match Plan::build(&PlanInput { source, destination, tokens }) {
-                Ok(plan) => plan,
-                Err(_) => return Pumped::Mismatch,
-            }
+    if run.plan.tokens() != tokens {
+        let input = plan_input(*local, &run.cache, &run.remote_pages, run.direction, &run.ask, tokens);
+        if run.plan.renew(&input).is_err() {
+            return Pumped::Mismatch;
         }
-    };
-    let layers = overlap(&item.layers, &plan.layers());
-    let pumped = post_layers(engine, now, run, &plan, layers, left);
-    run.plan = Some(plan);
-    pumped
+    }
+    let layers = overlap(&item.layers, &run.plan.layers());
+    post_layers(engine, now, run, layers, left)
 }
 
-fn post_layers(
-    engine: &mut Engine,
-    now: u64,
-    run: &mut Run,
-    plan: &Plan,
-    layers: Range<u32>,
-    left: &mut u64,
-) -> Pumped {
+/// This side's pages of a run: a decode side lists them from the first one that it lacks, a prefill side all of them.
+fn local_table<'a>(
+    layout: &'a CacheLayout,
+    pages: &'a [u32],
+    direction: Direction,
+    ask: &Ask,
+) -> PageTable<'a> {
+    let first_page = match direction {
+        Direction::Write => 0,
+        Direction::Read => ask.skip_tokens / layout.page_tokens(),
+    };
+    PageTable { layout, first_page, pages }
+}
+
+fn plan_input<'a>(
+    local: PageTable<'a>,
+    cache: &'a CacheLayout,
+    remote_pages: &'a [u32],
+    direction: Direction,
+    ask: &Ask,
+    tokens: Range<u32>,
+) -> PlanInput<'a> {
+    let first_page = match direction {
+        Direction::Write => ask.skip_tokens / cache.page_tokens(),
+        Direction::Read => 0,
+    };
+    let remote = PageTable { layout: cache, first_page, pages: remote_pages };
+    match direction {
+        Direction::Write => PlanInput { source: local, destination: remote, tokens },
+        Direction::Read => PlanInput { source: remote, destination: local, tokens },
+    }
+}
+
+fn post_layers(engine: &mut Engine, now: u64, run: &mut Run, layers: Range<u32>, left: &mut u64) -> Pumped {
+    let plan = &run.plan;
     let posted_before = run.posted_bytes;
     loop {
         let Some(LaneRegions { slot, local, remote }) = engine.lane(run.transfer) else {
