@@ -15,7 +15,7 @@ use std::sync::Arc;
 use crossdock_transport::{Direction, GrantId};
 
 use crate::end::{End, SessionEnd, Stage};
-use crate::message::{Message, RoleKind, RoomName};
+use crate::message::{Message, RoleKind, RoomOnWire};
 use crate::notice::{Notice, Start};
 use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId};
@@ -29,6 +29,7 @@ impl Proto {
         self.fits_a_frame(fetch.params.len())?;
         let id = self.add_room(Room {
             name: fetch.room,
+            serial: 0,
             peer: Some(fetch.peer),
             session: None,
             deadline_ns: fetch.deadline_ns,
@@ -64,21 +65,21 @@ impl Proto {
     pub(crate) fn want(&mut self, id: RoomId, session: SessionId) {
         let Some(room) = self.rooms.get(&id) else { return };
         let Role::Fetching(f) = &room.role else { return };
-        let message =
-            Message::Want { room: room.name, duration_ns: self.duration_ns(room), params: f.params.clone() };
+        let (room, duration_ns) = (room.on_wire(), self.duration_ns(room));
+        let message = Message::Want { room, duration_ns, params: f.params.clone() };
         self.send(session, &message);
     }
 
     pub(crate) fn on_offer(
         &mut self,
         session: SessionId,
-        name: RoomName,
+        room: RoomOnWire,
         grant: GrantId,
         duration_ns: u64,
         params: Vec<u8>,
         pages: Vec<u32>,
     ) {
-        let Some(&id) = self.bound.get(&(RoleKind::Fetching, name, session)) else {
+        let Some(id) = self.spoken_of(RoleKind::Fetching, session, room) else {
             // The room has ended here since it was asked for.
             return self.release(session, &[grant], 0, false);
         };

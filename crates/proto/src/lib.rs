@@ -39,7 +39,7 @@ pub use end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
 pub use fingerprint::{Difference, Fingerprint};
 pub use message::{
     About, CancelWhy, Identity, MAX_LANES, Message, RailOffer, Refusal, RegionOffer, Released, RoleKind,
-    RoomName, VERSION_MAX, VERSION_MIN,
+    RoomName, RoomOnWire, VERSION_MAX, VERSION_MIN,
 };
 pub use notice::{Notice, Start};
 pub use proto::{Counters, LinkId, PeerName, Proto, RoomId, SessionId, TargetId};

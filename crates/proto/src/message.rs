@@ -75,6 +75,16 @@ pub struct RoomName {
     pub use_count: u32,
 }
 
+/// A room as messages name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RoomOnWire {
+    /// Its name, which may come back.
+    pub name: RoomName,
+    /// The decode side's number for it, which does not: what is still on its way for an earlier room of the name is
+    /// not taken for one that was opened since.
+    pub serial: u32,
+}
+
 /// Which of the four ends of a room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RoleKind {
@@ -214,12 +224,12 @@ pub enum Message {
         slot: u8,
     },
     Want {
-        room: RoomName,
+        room: RoomOnWire,
         duration_ns: u64,
         params: Vec<u8>,
     },
     Grant {
-        room: RoomName,
+        room: RoomOnWire,
         access: Access,
         attempt: u32,
         grant: GrantId,
@@ -228,21 +238,21 @@ pub enum Message {
         pages: Vec<u32>,
     },
     Regrant {
-        room: RoomName,
+        room: RoomOnWire,
         attempt: u32,
         grant: GrantId,
     },
     Finish {
-        room: RoomName,
+        room: RoomOnWire,
         attempt: u32,
         arrivals: Vec<u32>,
         aux: Vec<u8>,
     },
     Delivered {
-        room: RoomName,
+        room: RoomOnWire,
     },
     Cancel {
-        room: RoomName,
+        room: RoomOnWire,
         from: RoleKind,
         why: CancelWhy,
     },

@@ -2,7 +2,7 @@
 //! remembered of rooms that have ended.
 
 use crate::end::{End, Failure, RoomRefusal, SessionEnd};
-use crate::message::{CancelWhy, Identity, Message, RoleKind, RoomName};
+use crate::message::{CancelWhy, Identity, Message, RoleKind, RoomName, RoomOnWire};
 use crate::proto::{Proto, RoomId, SessionId, Timer};
 use crate::room::{Room, RoomError};
 
@@ -94,9 +94,16 @@ impl Proto {
     }
 
     /// The decode side has given a request up.
-    pub(crate) fn parked_cancelled(&mut self, key: ParkedKey) {
-        if let Some(parked) = self.unpark(key) {
-            self.give_back(key.2, &parked.message);
+    pub(crate) fn parked_cancelled(&mut self, kind: RoleKind, session: SessionId, room: RoomOnWire) {
+        let key = (kind, room.name, session);
+        let asks = |message: &Message| match message {
+            Message::Grant { room: asked, .. } | Message::Want { room: asked, .. } => *asked == room,
+            _ => false,
+        };
+        if self.parked.get(&key).is_some_and(|parked| asks(&parked.message))
+            && let Some(parked) = self.unpark(key)
+        {
+            self.give_back(session, &parked.message);
         }
     }
 
@@ -113,8 +120,10 @@ impl Proto {
         keys.into_iter().for_each(|key| drop(self.unpark(key)));
     }
 
-    fn turn_away(&mut self, (from, room, session): ParkedKey, message: &Message, why: CancelWhy) {
-        self.send(session, &Message::Cancel { room, from, why });
+    fn turn_away(&mut self, (from, _, session): ParkedKey, message: &Message, why: CancelWhy) {
+        if let Message::Grant { room, .. } | Message::Want { room, .. } = *message {
+            self.send(session, &Message::Cancel { room, from, why });
+        }
         self.give_back(session, message);
     }
 

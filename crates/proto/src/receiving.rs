@@ -21,7 +21,7 @@ use crossdock_transport::{Access, Fence, GrantId};
 use crate::action::Action;
 use crate::end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
 use crate::grants::Revocation;
-use crate::message::{CancelWhy, MAX_LANES, Message, RoleKind, RoomName};
+use crate::message::{CancelWhy, MAX_LANES, Message, RoleKind, RoomName, RoomOnWire};
 use crate::notice::Notice;
 use crate::planted::{Planted, is_planted};
 use crate::proto::{PeerName, Proto, RoomId, SessionId};
@@ -36,6 +36,7 @@ impl Proto {
         self.fits_a_frame(receive.params.len() + 4 * receive.pages.len())?;
         let id = self.add_room(Room {
             name: receive.room,
+            serial: 0,
             peer: Some(receive.peer),
             session: None,
             deadline_ns: receive.deadline_ns,
@@ -188,7 +189,7 @@ impl Proto {
         let Role::Receiving(r) = &room.role else { return };
         let message = match attempt {
             0 => Message::Grant {
-                room: room.name,
+                room: room.on_wire(),
                 access: Access::Write,
                 attempt,
                 grant,
@@ -196,7 +197,7 @@ impl Proto {
                 params: r.params.clone(),
                 pages: r.pages.as_ref().map(|pages| pages.ids().to_vec()).unwrap_or_default(),
             },
-            _ => Message::Regrant { room: room.name, attempt, grant },
+            _ => Message::Regrant { room: room.on_wire(), attempt, grant },
         };
         self.send(session, &message);
     }
@@ -218,12 +219,12 @@ impl Proto {
     pub(crate) fn on_finish(
         &mut self,
         session: SessionId,
-        name: RoomName,
+        room: RoomOnWire,
         attempt: u32,
         arrivals: &[u32],
         aux: Vec<u8>,
     ) {
-        let Some(&id) = self.bound.get(&(RoleKind::Receiving, name, session)) else { return };
+        let Some(id) = self.spoken_of(RoleKind::Receiving, session, room) else { return };
         let lanes = self.sessions.get(&session).map_or(0, Session::lanes);
         let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else { return };
         // An earlier attempt's finish was on its way when the next one was agreed.
@@ -284,9 +285,9 @@ impl Proto {
     pub(crate) fn accept_landed(&mut self, id: RoomId) {
         let Some(room) = self.rooms.get(&id) else { return };
         let (None, Stage::Verify, Some(session)) = (&room.end, room.stage, room.session) else { return };
-        let (name, kind) = (room.name, room.role.kind());
+        let (on_wire, kind) = (room.on_wire(), room.role.kind());
         if kind == RoleKind::Receiving {
-            self.send(session, &Message::Delivered { room: name });
+            self.send(session, &Message::Delivered { room: on_wire });
         }
         self.end_room(id, End::Delivered, None);
     }

@@ -6,7 +6,7 @@ use crossdock_memory::{GrantedPages, PageLayout, PageRef, PageSet};
 use crossdock_transport::{Access, GrantId};
 
 use crate::end::{End, Stage};
-use crate::message::{MAX_LANES, RoleKind, RoomName};
+use crate::message::{MAX_LANES, RoleKind, RoomName, RoomOnWire};
 use crate::proto::{PeerName, SessionId};
 
 /// One buffer of the pages in a room, by the number of its announced region.
@@ -109,6 +109,8 @@ pub enum RoomError {
 /// One end of a room.
 pub(crate) struct Room {
     pub name: RoomName,
+    /// The decode side's number for it; known to the prefill side with the session.
+    pub serial: u32,
     /// The peer asked for, on the decode side.
     pub peer: Option<PeerName>,
     /// The session, once there is one.
@@ -219,6 +221,11 @@ impl Role {
 }
 
 impl Room {
+    /// As messages name it.
+    pub fn on_wire(&self) -> RoomOnWire {
+        RoomOnWire { name: self.name, serial: self.serial }
+    }
+
     /// The pages and buffers that a port is asked to grant.
     pub fn granted(&self) -> Option<(Access, &[u32], &Buffers)> {
         match &self.role {

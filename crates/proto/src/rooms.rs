@@ -7,7 +7,7 @@ use crossdock_transport::{Access, Fence, GrantId};
 use crate::action::Action;
 use crate::end::{End, Failure, Stage, Who};
 use crate::grants::{Given, Revocation};
-use crate::message::{CancelWhy, Message, Released, RoleKind};
+use crate::message::{CancelWhy, Message, Released, RoleKind, RoomOnWire};
 use crate::notice::Notice;
 use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId, Timer};
@@ -15,9 +15,10 @@ use crate::room::{Moving, Room, RoomError};
 
 impl Proto {
     /// Adds a room and arms its deadline.
-    pub(crate) fn add_room(&mut self, room: Room) -> RoomId {
+    pub(crate) fn add_room(&mut self, mut room: Room) -> RoomId {
         self.next_room += 1;
         let id = RoomId(self.next_room);
+        room.serial = id.0 as u32;
         self.arm(room.deadline_ns, Timer::Room(id));
         self.rooms.insert(id, room);
         id
@@ -46,6 +47,12 @@ impl Proto {
         let end = End::Failed { by: Who::Here, stage, cause: Failure::TooLong { bytes, limit } };
         self.end_room(id, end, Some(CancelWhy::Failed));
         true
+    }
+
+    /// The room that a peer speaks of: it is open here, and not a later one of its name.
+    pub(crate) fn spoken_of(&self, kind: RoleKind, session: SessionId, room: RoomOnWire) -> Option<RoomId> {
+        let id = *self.bound.get(&(kind, room.name, session))?;
+        self.rooms.get(&id).filter(|r| r.serial == room.serial).map(|_| id)
     }
 
     /// Makes a room one of a session's.
@@ -96,7 +103,8 @@ impl Proto {
             return;
         }
         room.end = Some(end.clone());
-        let (name, kind, session, deadline) = (room.name, room.role.kind(), room.session, room.deadline_ns);
+        let (on_wire, name, kind) = (room.on_wire(), room.name, room.role.kind());
+        let (session, deadline) = (room.session, room.deadline_ns);
         self.disarm(deadline, Timer::Room(id));
         match &end {
             End::Delivered => self.counters.delivered += 1,
@@ -116,7 +124,7 @@ impl Proto {
         }
         self.stop_moving(id);
         if let (Some(session), Some(why), false) = (session, why, is_planted(Planted::CancelUntold)) {
-            self.send(session, &Message::Cancel { room: name, from: kind, why });
+            self.send(session, &Message::Cancel { room: on_wire, from: kind, why });
         }
         let with = session.and_then(|session| self.sessions.get(&session));
         let (peer, port) = (with.map(|s| s.name.clone()), with.map(|s| s.port));

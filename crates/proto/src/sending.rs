@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crossdock_transport::{Access, Direction, GrantId};
 
 use crate::end::{End, SessionEnd, Stage};
-use crate::message::{Message, RoleKind, RoomName};
+use crate::message::{Message, RoleKind, RoomOnWire};
 use crate::notice::{Notice, Start};
 use crate::parked::Parked;
 use crate::planted::{Planted, is_planted};
@@ -18,6 +18,7 @@ impl Proto {
         self.now_ns = now_ns;
         self.open_prefill(Room {
             name: send.room,
+            serial: 0,
             peer: None,
             session: None,
             deadline_ns: send.deadline_ns,
@@ -46,6 +47,7 @@ impl Proto {
             return;
         }
         let Some(r) = self.rooms.get_mut(&room) else { return };
+        let room = r.on_wire();
         let (Role::Sending(s), Moving::Yes, Some(session)) = (&mut r.role, r.moving, r.session) else {
             return;
         };
@@ -55,24 +57,24 @@ impl Proto {
         }
         r.stage = Stage::Confirm;
         s.finished = true;
-        let message = Message::Finish { room: r.name, attempt: s.attempt, arrivals: arrivals.to_vec(), aux };
+        let message = Message::Finish { room, attempt: s.attempt, arrivals: arrivals.to_vec(), aux };
         self.send(session, &message);
     }
 
     /// A decode side grants us its pages (push), or a prefill side offers us its own (pull).
     pub(crate) fn on_grant(&mut self, session: SessionId, message: Message) {
-        let Message::Grant { room: name, access, attempt, grant, duration_ns, params, pages } = message
-        else {
+        let Message::Grant { room, access, attempt, grant, duration_ns, params, pages } = message else {
             return;
         };
         if access == Access::Read {
-            return self.on_offer(session, name, grant, duration_ns, params, pages);
+            return self.on_offer(session, room, grant, duration_ns, params, pages);
         }
-        let Some(id) = self.open.remove(&(RoleKind::Sending, name)) else {
-            let message = Message::Grant { room: name, access, attempt, grant, duration_ns, params, pages };
-            return self.park((RoleKind::Sending, name, session), message);
+        let Some(id) = self.open.remove(&(RoleKind::Sending, room.name)) else {
+            let message = Message::Grant { room, access, attempt, grant, duration_ns, params, pages };
+            return self.park((RoleKind::Sending, room.name, session), message);
         };
-        let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) else { return };
+        let Some(Room { role: Role::Sending(s), serial, .. }) = self.rooms.get_mut(&id) else { return };
+        *serial = room.serial;
         s.attempt = attempt;
         s.remote_pages = pages.into();
         s.params = params.into();
@@ -101,8 +103,8 @@ impl Proto {
         self.tell(Notice::Start(start));
     }
 
-    pub(crate) fn on_delivered(&mut self, session: SessionId, name: RoomName) {
-        let Some(&id) = self.bound.get(&(RoleKind::Sending, name, session)) else { return };
+    pub(crate) fn on_delivered(&mut self, session: SessionId, room: RoomOnWire) {
+        let Some(id) = self.spoken_of(RoleKind::Sending, session, room) else { return };
         let Some(Room { role: Role::Sending(s), .. }) = self.rooms.get_mut(&id) else { return };
         if !s.finished {
             let what = "confirmed what was not finished";
@@ -114,10 +116,12 @@ impl Proto {
         self.end_room(id, End::Delivered, None);
     }
 
-    pub(crate) fn on_regrant(&mut self, session: SessionId, name: RoomName, attempt: u32, grant: GrantId) {
-        let Some(&id) = self.bound.get(&(RoleKind::Sending, name, session)) else {
-            let parked = self.parked.get_mut(&(RoleKind::Sending, name, session));
-            if let Some(Parked { message: Message::Grant { attempt: a, grant: g, .. }, .. }) = parked {
+    pub(crate) fn on_regrant(&mut self, session: SessionId, room: RoomOnWire, attempt: u32, grant: GrantId) {
+        let Some(id) = self.spoken_of(RoleKind::Sending, session, room) else {
+            let parked = self.parked.get_mut(&(RoleKind::Sending, room.name, session));
+            if let Some(Parked { message: Message::Grant { room: r, attempt: a, grant: g, .. }, .. }) = parked
+                && *r == room
+            {
                 let old = std::mem::replace(g, grant);
                 *a = attempt;
                 return self.release(session, &[old], 0, false);

@@ -4,7 +4,7 @@ use crossdock_transport::Access;
 
 use crate::action::Action;
 use crate::end::{End, RoomRefusal, Stage, Who};
-use crate::message::{CancelWhy, Message, RoleKind, RoomName};
+use crate::message::{CancelWhy, Message, RoleKind, RoomOnWire};
 use crate::notice::Notice;
 use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId};
@@ -17,6 +17,7 @@ impl Proto {
         self.fits_a_frame(4 * serve.pages.len())?;
         self.open_prefill(Room {
             name: serve.room,
+            serial: 0,
             peer: None,
             session: None,
             deadline_ns: serve.deadline_ns,
@@ -27,11 +28,20 @@ impl Proto {
         })
     }
 
-    pub(crate) fn on_want(&mut self, session: SessionId, name: RoomName, duration_ns: u64, params: Vec<u8>) {
-        let Some(id) = self.open.remove(&(RoleKind::Serving, name)) else {
-            let message = Message::Want { room: name, duration_ns, params };
-            return self.park((RoleKind::Serving, name, session), message);
+    pub(crate) fn on_want(
+        &mut self,
+        session: SessionId,
+        room: RoomOnWire,
+        duration_ns: u64,
+        params: Vec<u8>,
+    ) {
+        let Some(id) = self.open.remove(&(RoleKind::Serving, room.name)) else {
+            let message = Message::Want { room, duration_ns, params };
+            return self.park((RoleKind::Serving, room.name, session), message);
         };
+        if let Some(r) = self.rooms.get_mut(&id) {
+            r.serial = room.serial;
+        }
         self.bind(id, session);
         self.tell(Notice::Wanted { room: id, session, params });
     }
@@ -63,7 +73,7 @@ impl Proto {
         let Some(room) = self.rooms.get(&id) else { return };
         let Role::Serving(s) = &room.role else { return };
         let message = Message::Grant {
-            room: room.name,
+            room: room.on_wire(),
             access: Access::Read,
             attempt: 0,
             grant,

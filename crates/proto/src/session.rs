@@ -11,7 +11,7 @@ use crate::end::{End, SessionEnd, Stage, Who};
 use crate::grants::Given;
 use crate::handshake::Link;
 use crate::lanes::{Slot, SlotState};
-use crate::message::{CancelWhy, Identity, Message, RegionOffer, Released, RoleKind, RoomName};
+use crate::message::{CancelWhy, Identity, Message, RegionOffer, Released, RoleKind, RoomOnWire};
 use crate::notice::Notice;
 use crate::planted::{Planted, is_planted};
 use crate::proto::{LinkId, PeerName, Proto, RoomId, SessionId, TargetId, Timer};
@@ -298,11 +298,11 @@ impl Proto {
         }
     }
 
-    fn on_cancel(&mut self, session: SessionId, name: RoomName, kind: RoleKind, why: CancelWhy) {
-        self.parked_cancelled((kind, name, session));
-        if let Some(&room) = self.bound.get(&(kind, name, session)) {
-            let stage = self.rooms.get(&room).map_or(Stage::Grant, |r| r.stage);
-            self.end_room(room, Proto::room_end_from(why, stage), None);
+    fn on_cancel(&mut self, session: SessionId, room: RoomOnWire, kind: RoleKind, why: CancelWhy) {
+        self.parked_cancelled(kind, session, room);
+        if let Some(id) = self.spoken_of(kind, session, room) {
+            let stage = self.rooms.get(&id).map_or(Stage::Grant, |r| r.stage);
+            self.end_room(id, Proto::room_end_from(why, stage), None);
         }
     }
 

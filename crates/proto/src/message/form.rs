@@ -4,7 +4,7 @@ use crossdock_transport::{Access, GrantId, LaneAddress, RemoteKey};
 
 use super::{
     About, CancelWhy, Identity, MAX_LANES, Message, RailOffer, Refusal, RegionOffer, Released, RoleKind,
-    RoomName,
+    RoomName, RoomOnWire,
 };
 use crate::fingerprint::{Difference, Fingerprint};
 use crate::wire::{DecodeError, Reader, Writer};
@@ -217,13 +217,15 @@ impl Message {
     }
 }
 
-fn put_room(w: &mut Writer<'_>, room: RoomName) {
-    w.u64(room.room);
-    w.u32(room.use_count);
+fn put_room(w: &mut Writer<'_>, room: RoomOnWire) {
+    w.u64(room.name.room);
+    w.u32(room.name.use_count);
+    w.u32(room.serial);
 }
 
-fn take_room(r: &mut Reader<'_>) -> Result<RoomName, DecodeError> {
-    Ok(RoomName { room: r.u64("room")?, use_count: r.u32("use count")? })
+fn take_room(r: &mut Reader<'_>) -> Result<RoomOnWire, DecodeError> {
+    let name = RoomName { room: r.u64("room")?, use_count: r.u32("use count")? };
+    Ok(RoomOnWire { name, serial: r.u32("serial")? })
 }
 
 fn take_grant(r: &mut Reader<'_>) -> Result<GrantId, DecodeError> {

@@ -2,14 +2,14 @@
 
 use crossdock_proto::{
     About, CancelWhy, Difference, Fingerprint, Identity, Message, RailOffer, Refusal, RegionOffer, Released,
-    RoleKind, RoomName,
+    RoleKind, RoomName, RoomOnWire,
 };
 use crossdock_transport::{Access, GrantId, LaneAddress, RemoteKey};
 
-use crate::world::Chance;
+use crate::world::{Chance, on_wire};
 
 pub const FROM: Identity = Identity { node: 0x0102_0304_0506_0708, incarnation: 0x1112_1314_1516_1718 };
-pub const ROOM: RoomName = RoomName { room: 7, use_count: 1 };
+pub const ROOM: RoomOnWire = RoomOnWire { name: RoomName { room: 7, use_count: 1 }, serial: 3 };
 
 pub fn about() -> About {
     About {
@@ -146,7 +146,8 @@ pub fn mutated(corpus: &[Vec<u8>], chance: &mut Chance) -> Vec<u8> {
     frame
 }
 
-/// One of the messages of the corpus, as the peer would say it, about one of the rooms that are open.
+/// One of the messages of the corpus, as the peer would say it, about one of the rooms that are open: there, room N is the N-th of
+/// its decode side.
 pub fn said(message: &Message, peer: Identity, number: u64) -> Vec<u8> {
     let mut message = message.clone();
     match &mut message {
@@ -155,7 +156,7 @@ pub fn said(message: &Message, peer: Identity, number: u64) -> Vec<u8> {
         | Message::Regrant { room, .. }
         | Message::Finish { room, .. }
         | Message::Delivered { room }
-        | Message::Cancel { room, .. } => *room = RoomName { room: number, use_count: 0 },
+        | Message::Cancel { room, .. } => *room = on_wire(number, number as u32),
         _ => {}
     }
     let mut frame = Vec::new();

@@ -3,7 +3,7 @@
 use crossdock_proto::{End, Message, RoomId, SessionEnd};
 use crossdock_transport::{DownCause, Fence};
 
-use crate::world::{D, Landing, MS, P, S, World, room_name};
+use crate::world::{D, Landing, MS, P, S, World, on_wire};
 
 const FENCES: [Fence; 3] = [Fence::Now, Fence::WhenDown, Fence::Never];
 
@@ -110,7 +110,7 @@ fn a_confirmation_of_an_attempt_that_was_not_finished_is_misbehaviour() {
     world.break_lane(lane, 1, 0);
     world.settle();
     assert_eq!(world.nodes[P].start(sending).attempt, 1);
-    world.forge(D, P, &Message::Delivered { room: room_name(7) });
+    world.forge(D, P, &Message::Delivered { room: on_wire(7, 1) });
     world.settle();
     assert!(matches!(world.nodes[P].downs[0].2, SessionEnd::Misbehaved { .. }));
     world.run_for(S);

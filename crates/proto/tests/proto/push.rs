@@ -5,7 +5,7 @@ use crossdock_proto::{
 };
 use crossdock_transport::{Access, Error, Fence, GrantId};
 
-use crate::world::{D, Landing, MS, P, S, World, room_name};
+use crate::world::{D, Landing, MS, P, S, World, on_wire};
 
 fn both_delivered(world: &World, receiving: RoomId, sending: RoomId) {
     assert_eq!(world.nodes[P].end(sending), Some(&End::Delivered));
@@ -190,7 +190,7 @@ fn more_immediates_than_were_finished_are_misbehaviour() {
         world.post(P, sending, 0, posted);
         world.settle();
         let arrivals = finished.to_vec();
-        world.forge(P, D, &Message::Finish { room: room_name(7), attempt: 0, arrivals, aux: Vec::new() });
+        world.forge(P, D, &Message::Finish { room: on_wire(7, 1), attempt: 0, arrivals, aux: Vec::new() });
         world.settle();
         if later > 0 {
             assert_eq!(world.nodes[D].rooms[&receiving].landed, usize::from(finished == [2, 0]));
@@ -208,7 +208,7 @@ fn more_immediates_than_were_finished_are_misbehaviour() {
 #[test]
 fn what_no_honest_sender_says() {
     let finish = |attempt, lanes| Message::Finish {
-        room: room_name(7),
+        room: on_wire(7, 1),
         attempt,
         arrivals: vec![1; lanes],
         aux: Vec::new(),
@@ -233,9 +233,9 @@ fn what_no_honest_sender_says() {
 
 #[test]
 fn what_no_honest_receiver_says() {
-    let regrant = |attempt| Message::Regrant { room: room_name(7), attempt, grant: GrantId::new(9, 9) };
+    let regrant = |attempt| Message::Regrant { room: on_wire(7, 1), attempt, grant: GrantId::new(9, 9) };
     let grant = Message::Grant {
-        room: room_name(7),
+        room: on_wire(7, 1),
         access: Access::Write,
         attempt: 0,
         grant: GrantId::new(9, 9),
@@ -245,12 +245,12 @@ fn what_no_honest_receiver_says() {
     };
     let parked = match grant.clone() {
         Message::Grant { access, attempt, grant, duration_ns, params, pages, .. } => {
-            Message::Grant { room: room_name(8), access, attempt, grant, duration_ns, params, pages }
+            Message::Grant { room: on_wire(8, 1), access, attempt, grant, duration_ns, params, pages }
         }
         other => other,
     };
     for (messages, what) in [
-        (vec![Message::Delivered { room: room_name(7) }], "not finished"),
+        (vec![Message::Delivered { room: on_wire(7, 1) }], "not finished"),
         (vec![regrant(0)], "earlier attempt"),
         (vec![grant], "second time"),
         (vec![parked.clone(), parked], "second time"),
@@ -411,13 +411,38 @@ fn a_push_and_a_pull_of_one_name_are_two_rooms() {
     world.finish();
 }
 
+/// The words of the earlier room of a name were on their way when the next one was opened.
+#[test]
+fn words_about_an_earlier_room_of_the_name_are_not_for_the_later_one() {
+    for message in [
+        Message::Cancel { room: on_wire(7, 1), from: RoleKind::Sending, why: CancelWhy::Expired },
+        Message::Finish { room: on_wire(7, 1), attempt: 0, arrivals: vec![9], aux: b"old".to_vec() },
+        Message::Finish { room: on_wire(7, 1), attempt: 1, arrivals: vec![0], aux: b"old".to_vec() },
+    ] {
+        let mut world = World::pair(1);
+        let first = world.receive(D, P, 7);
+        world.settle();
+        world.cancel(D, first);
+        world.settle();
+        let (receiving, sending) = (world.receive(D, P, 7), world.send(P, 7));
+        world.settle();
+        world.forge(P, D, &message);
+        world.settle();
+        assert_eq!(world.nodes[D].end(receiving), None, "{message:?}");
+        world.move_all(P, sending, 2);
+        world.settle();
+        both_delivered(&world, receiving, sending);
+        world.finish();
+    }
+}
+
 #[test]
 fn a_cancel_for_a_room_that_is_not_there_is_nothing() {
     let mut world = World::pair(1);
     for from in [RoleKind::Receiving, RoleKind::Sending, RoleKind::Fetching, RoleKind::Serving] {
-        world.forge(D, P, &Message::Cancel { room: room_name(7), from, why: CancelWhy::Failed });
+        world.forge(D, P, &Message::Cancel { room: on_wire(7, 1), from, why: CancelWhy::Failed });
     }
-    world.forge(D, P, &Message::Delivered { room: room_name(7) });
+    world.forge(D, P, &Message::Delivered { room: on_wire(7, 1) });
     world.settle();
     assert!(world.session(D, P).is_some());
     world.finish();

@@ -110,7 +110,8 @@ impl Hostile {
     }
 }
 
-/// Rooms 1 to 4 in the four roles of the node; room 5 is asked for and not met, room 6 is met by nobody. They have moved
+/// Rooms 1 to 4 in the four roles of the node; room 5 is asked for by both and met by neither,
+/// room 6 is met by nobody. They have moved
 /// so far that the next word is the peer's.
 fn open_rooms(world: &mut World, is_landed: bool) {
     world.receive(D, P, 1);
@@ -122,8 +123,8 @@ fn open_rooms(world: &mut World, is_landed: bool) {
     world.serve(D, 4);
     let reading = world.fetch(P, D, 4);
     world.receive(D, P, 5);
+    world.receive(P, D, 5);
     world.send(D, 6);
-    world.receive(P, D, 7);
     world.settle();
     for (node, room) in [(P, pushing), (D, pushed), (D, fetching), (P, reading)] {
         world.post(node, room, 0, 2);

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crossdock_memory::PageLayout;
 use crossdock_proto::{
     Config, End, Fetch, Identity, PeerName, Proto, Rail, Receive, Region, RoomBuffer, RoomError, RoomId,
-    RoomName, Send, Serve, SessionId, TargetId,
+    RoomName, RoomOnWire, Send, Serve, SessionId, TargetId,
 };
 use crossdock_transport::{Access, Direction, DownCause, GrantId, RemoteKey};
 
@@ -437,6 +437,11 @@ pub fn identity(node: usize, life: u64) -> Identity {
 
 pub fn room_name(number: u64) -> RoomName {
     RoomName { room: number, use_count: 0 }
+}
+
+/// A room as messages name it; `nth` of those that its decode side has opened, prefill ends included.
+pub fn on_wire(number: u64, nth: u32) -> RoomOnWire {
+    RoomOnWire { name: room_name(number), serial: nth }
 }
 
 fn buffers() -> Vec<RoomBuffer> {
