@@ -295,4 +295,36 @@ fn stream_pages(
     Ok(())
 }
 
+/// One end's part of moving a page over a connection that does not block: calls until all of it has moved.
+pub fn page_spinning(
+    connection: &TcpStream,
+    pool: &Memory,
+    page: u32,
+    page_bytes: usize,
+    end: End,
+) -> io::Result<()> {
+    let socket = connection.as_raw_fd();
+    let at = pool.at(page as usize * page_bytes, page_bytes).map_err(io::Error::other)?;
+    let mut done = 0;
+    while done < page_bytes {
+        let (rest, left) = (at.wrapping_add(done), page_bytes - done);
+        // SAFETY: the page lies in the pool, which outlives the call and to which there is no reference.
+        let moved = unsafe {
+            match end {
+                End::Sends => libc::send(socket, rest.cast(), left, 0),
+                End::Receives => libc::recv(socket, rest.cast(), left, 0),
+            }
+        };
+        match moved {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            1.. => done += moved as usize,
+            _ => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::WouldBlock => std::hint::spin_loop(),
+                error => return Err(error),
+            },
+        }
+    }
+    Ok(())
+}
+
 const PIECES_A_CALL: usize = 512;

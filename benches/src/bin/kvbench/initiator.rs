@@ -33,7 +33,8 @@ pub fn run(options: &Options) -> Result<Report, Error> {
         None => Process::peer().map(|(peer, address)| (Some(peer), address))?,
     };
     let mut initiator = Initiator::open(&setup, address)?;
-    let mut report = Report::new(options, &setup, initiator.open_ms, scale);
+    let room_pages = passes[0].first().copied().unwrap_or(0);
+    let mut report = Report::new(options, &setup, room_pages, initiator.open_ms, scale);
     if options.pages == Some(1) && options.in_flight == 1 && options.trace.is_none() {
         initiator.measure_latency(options, &mut report)?;
     } else {
@@ -413,8 +414,9 @@ impl Initiator {
                     other => return Err(unexpected(other)),
                 }
             }
-            self.talk.say(&Ask::BareBounce { trips: pages })?;
-            let bare_trips = latency::bare_trips(&mut self.connections[0], &self.side.setup, pages)?;
+            self.talk.say(&Ask::BareBounce(both.clone()))?;
+            let (setup, pool) = (&self.side.setup, &self.side.memory);
+            let bare_trips = latency::bare_trips(&self.connections[0], setup, pool, &both, &lists.from)?;
             self.done()?;
             let lists = self.side.setup.lists(&out);
             let copied = self.run(Way::Memcpy, &out, &lists, 1)?;

@@ -3,12 +3,12 @@
 //! A trip begins before the page is submitted and ends when the page that answers it is seen to have landed here. What
 //! one page takes is half of that, so no two clocks are compared.
 
-use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::time::Instant;
 
-use crossdock::{Peer, ReceiveRequest, Received, Receiving, SendRequest, Sending};
+use crossdock::{Memory, Peer, ReceiveRequest, Received, Receiving, SendRequest, Sending};
 use crossdock_benches::Sample;
+use crossdock_benches::bare::{self, End};
 
 use crate::error::Error;
 use crate::setup::{Setup, Side, WAIT};
@@ -137,60 +137,43 @@ pub fn bounce(
     rooms.finish(side)
 }
 
-/// The same over a bare connection, both ends spinning.
-pub fn bare_trips(socket: &mut TcpStream, setup: &Setup, trips: u32) -> Result<Sample, Error> {
-    let failed = Error::io("a bare connection");
-    let mut page = vec![0; setup.slot_bytes() as usize];
+/// The same pages over a bare connection, both ends spinning.
+pub fn bare_trips(
+    socket: &TcpStream,
+    setup: &Setup,
+    pool: &Memory,
+    pass: &Pass,
+    list: &[u32],
+) -> Result<Sample, Error> {
+    let (out, back) = list.split_at(list.len() / 2);
+    let page_bytes = setup.slot_bytes() as usize;
     let mut halves = Sample::default();
     let mut run = || {
         socket.set_nonblocking(true)?;
-        for _ in 0..trips {
+        for page in 0..pass.pages() as usize / 2 {
             let begin = Instant::now();
-            write_spinning(socket, &page)?;
-            read_spinning(socket, &mut page)?;
+            bare::page_spinning(socket, pool, out[page], page_bytes, End::Sends)?;
+            bare::page_spinning(socket, pool, back[page], page_bytes, End::Receives)?;
             halves.push(begin.elapsed().as_secs_f64() * 1e6 / 2.0);
         }
         socket.set_nonblocking(false)
     };
-    run().map_err(failed)?;
+    run().map_err(Error::io("a bare connection"))?;
     Ok(halves)
 }
 
 /// The other end of [`bare_trips`].
-pub fn bare_bounce(socket: &mut TcpStream, setup: &Setup, trips: u32) -> Result<(), Error> {
-    let mut page = vec![0; setup.slot_bytes() as usize];
-    let mut run = || {
+pub fn bare_bounce(socket: &TcpStream, setup: &Setup, pool: &Memory, pass: &Pass) -> Result<(), Error> {
+    let list = setup.lists(pass).to;
+    let (incoming, answers) = list.split_at(list.len() / 2);
+    let page_bytes = setup.slot_bytes() as usize;
+    let run = || {
         socket.set_nonblocking(true)?;
-        for _ in 0..trips {
-            read_spinning(socket, &mut page)?;
-            write_spinning(socket, &page)?;
+        for page in 0..pass.pages() as usize / 2 {
+            bare::page_spinning(socket, pool, incoming[page], page_bytes, End::Receives)?;
+            bare::page_spinning(socket, pool, answers[page], page_bytes, End::Sends)?;
         }
         socket.set_nonblocking(false)
     };
     run().map_err(Error::io("a bare connection"))
-}
-
-fn write_spinning(socket: &mut TcpStream, page: &[u8]) -> std::io::Result<()> {
-    let mut done = 0;
-    while done < page.len() {
-        match socket.write(&page[done..]) {
-            Ok(bytes) => done += bytes,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => std::hint::spin_loop(),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-fn read_spinning(socket: &mut TcpStream, page: &mut [u8]) -> std::io::Result<()> {
-    let mut done = 0;
-    while done < page.len() {
-        match socket.read(&mut page[done..]) {
-            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok(bytes) => done += bytes,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => std::hint::spin_loop(),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }

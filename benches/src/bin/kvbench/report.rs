@@ -52,7 +52,7 @@ struct Line {
     memory: MemoryName,
     op: OpName,
     page_bytes: u64,
-    /// Of a room.
+    /// Of a room; of a trace, of its first one.
     pages: u32,
     gb_per_s: f64,
     gb_per_s_min: f64,
@@ -91,14 +91,14 @@ struct Line {
 }
 
 impl Report {
-    pub fn new(options: &Options, setup: &Setup, open_ms: f64, scale: Option<f64>) -> Self {
+    pub fn new(options: &Options, setup: &Setup, room_pages: u32, open_ms: f64, scale: Option<f64>) -> Self {
         let line = Line {
             bench: "kv",
             port: setup.port,
             memory: setup.memory,
             op: setup.op,
             page_bytes: setup.page_bytes(),
-            pages: options.pages.unwrap_or(0),
+            pages: room_pages,
             gb_per_s: 0.0,
             gb_per_s_min: 0.0,
             gb_per_s_max: 0.0,

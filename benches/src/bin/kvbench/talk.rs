@@ -31,10 +31,8 @@ pub enum Ask {
     Stream(Pass),
     /// Answer single pages, as many as the pass has.
     Bounce(Pass),
-    /// Answer so many single pages over a bare connection.
-    BareBounce {
-        trips: u32,
-    },
+    /// The same over a bare connection.
+    BareBounce(Pass),
 }
 
 /// From the target.

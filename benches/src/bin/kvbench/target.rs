@@ -80,9 +80,10 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
                     })?;
                     Answer::Done { cpu_s: 0.0 }
                 }
-                Ask::BareBounce { trips } => {
+                Ask::BareBounce(pass) => {
                     target.connect(1)?;
-                    latency::bare_bounce(&mut target.connections[0], &target.side.setup, trips)?;
+                    let side = &target.side;
+                    latency::bare_bounce(&target.connections[0], &side.setup, &side.memory, &pass)?;
                     Answer::Done { cpu_s: 0.0 }
                 }
             };
