@@ -272,8 +272,14 @@ impl Engine {
     pub fn carry_out(&mut self, now_ns: u64) -> bool {
         let mut active = false;
         loop {
+            let mut has_acted = false;
             while let Some(action) = self.proto.next_action() {
                 self.act(now_ns, action);
+                has_acted = true;
+            }
+            if has_acted {
+                // The peer should not wait for what the notices lead to here.
+                self.network.flush();
                 active = true;
             }
             let Some(notice) = self.proto.next_notice() else { return active };

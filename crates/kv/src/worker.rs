@@ -580,10 +580,11 @@ impl Worker {
             Notice::Wanted { room, session, params } => self.wanted(now, room, session, &params),
             Notice::Landed { room, aux } => self.landed(now, room, &aux),
             Notice::Ended { room, end, peer, port } => self.ended(room, Ended { end, peer, port }),
+            Notice::Unread { pages } => drop(pages),
             Notice::Home { room, pages } => {
                 let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&room) else { return };
                 if let Some(home) = decode.home.take() {
-                    self.tell(home, pages);
+                    self.tell(home, pages.into_pages());
                 }
                 self.forget(room);
             }

@@ -16,7 +16,7 @@ use crossdock_transport::{Direction, GrantId};
 
 use crate::end::{End, SessionEnd, Stage};
 use crate::message::{Message, RoleKind, RoomOnWire};
-use crate::notice::{Notice, Start};
+use crate::notice::{Homecoming, Notice, Start};
 use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId};
 use crate::room::{Fetch, Fetching, Moving, Role, Room, RoomError};
@@ -147,7 +147,7 @@ impl Proto {
         let delivered = room.end == Some(End::Delivered);
         let Role::Fetching(f) = &mut room.role else { return };
         // The reads that wrote these pages were our own, and each has ended.
-        let pages = f.pages.take().map(|pages| pages.come_home());
+        let pages = f.pages.take().map(Homecoming::new);
         let (grant, session, down_lanes) = (f.grant.take(), room.session, f.down_lanes);
         if let Some(pages) = pages {
             self.tell(Notice::Home { room: id, pages });

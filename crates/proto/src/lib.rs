@@ -41,7 +41,7 @@ pub use message::{
     About, CancelWhy, Identity, MAX_LANES, Message, RailOffer, Refusal, RegionOffer, Released, RoleKind,
     RoomName, RoomOnWire, VERSION_MAX, VERSION_MIN,
 };
-pub use notice::{Notice, Start};
+pub use notice::{Homecoming, Notice, Start};
 pub use proto::{Counters, LinkId, PeerName, Proto, RoomId, SessionId, TargetId};
 pub use room::{Buffers, Fetch, Receive, RoomBuffer, RoomError, Send, Serve};
 pub use wire::DecodeError;

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crossdock_memory::PageSet;
+use crossdock_memory::{GrantedPages, PageRef, PageSet};
 use crossdock_transport::{Direction, GrantId};
 
 use crate::end::{End, SessionEnd};
@@ -77,8 +77,39 @@ pub enum Notice {
         /// Which room.
         room: RoomId,
         /// The pages.
-        pages: PageSet,
+        pages: Homecoming,
     },
+    /// The prefill side's pages are no longer read: drop them. Said once, with or after [`Notice::Ended`].
+    Unread {
+        /// The pages.
+        pages: PageRef,
+    },
+}
+
+/// Pages that no write can land in any more, on their way to their owner.
+///
+/// Counting a long list of pages home takes longer than to end its room, and the peer should not wait for it: so it is
+/// done by whoever takes the notice, when the peer has been told. Dropped, they go home to their pool.
+#[derive(Debug)]
+pub struct Homecoming(Option<GrantedPages>);
+
+impl Homecoming {
+    pub(crate) fn new(pages: GrantedPages) -> Self {
+        Self(Some(pages))
+    }
+
+    /// The pages, as their owner's again.
+    pub fn into_pages(mut self) -> PageSet {
+        self.0.take().expect("pages come home once").come_home()
+    }
+}
+
+impl Drop for Homecoming {
+    fn drop(&mut self) {
+        if let Some(pages) = self.0.take() {
+            drop(pages.come_home());
+        }
+    }
 }
 
 /// What it takes to move a room's bytes.

@@ -22,7 +22,7 @@ use crate::action::Action;
 use crate::end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
 use crate::grants::Revocation;
 use crate::message::{CancelWhy, MAX_LANES, Message, RoleKind, RoomName, RoomOnWire};
-use crate::notice::Notice;
+use crate::notice::{Homecoming, Notice};
 use crate::planted::{Planted, is_planted};
 use crate::proto::{PeerName, Proto, RoomId, SessionId};
 use crate::room::{Finish, Moving, Receive, Receiving, Role, Room, RoomError};
@@ -324,8 +324,7 @@ impl Proto {
         let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else { return };
         if quiet {
             if let Some(pages) = r.pages.take() {
-                let pages = pages.come_home();
-                self.tell(Notice::Home { room: id, pages });
+                self.tell(Notice::Home { room: id, pages: Homecoming::new(pages) });
             }
         } else if let (true, Some(pages)) = (only_lanes, &mut r.pages) {
             pages.quarantine(QuarantineReason { peer, until: Until::LanesDown }, now_ns);

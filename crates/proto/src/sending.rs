@@ -190,10 +190,13 @@ impl Proto {
         }
         let Role::Sending(s) = &mut room.role else { return };
         // Only now is the source memory no longer read.
-        s.pages = None;
+        let pages = s.pages.take();
         let (owed, down_lanes) = (std::mem::take(&mut s.owed), s.down_lanes);
         if let Some(session) = room.session {
             self.release(session, &owed, down_lanes, false);
+        }
+        if let Some(pages) = pages {
+            self.tell(Notice::Unread { pages });
         }
         self.drop_room(id);
         self.answer_held_by(id);

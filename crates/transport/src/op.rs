@@ -155,12 +155,12 @@ impl<'a> Op<'a> {
                     return Err(Error::BadOp { reason: "page lists of different lengths" });
                 }
                 let end = |offset: u64, stride: u64, pages: &[u32]| -> Option<u64> {
-                    match pages.iter().max() {
-                        None => Some(offset),
-                        Some(&last) => {
-                            stride.checked_mul(u64::from(last))?.checked_add(offset)?.checked_add(piece_bytes)
-                        }
+                    if pages.is_empty() {
+                        return Some(offset);
                     }
+                    // Unlike `max`, which compares references, a fold of numbers is done many at a time.
+                    let last = pages.iter().copied().fold(0, u32::max);
+                    stride.checked_mul(u64::from(last))?.checked_add(offset)?.checked_add(piece_bytes)
                 };
                 Ok((
                     end(local_offset, local_stride_bytes, local_pages).ok_or_else(overflow)?,
