@@ -345,23 +345,27 @@ impl Engine {
 
     /// The next lane to offer ops of this transfer to: the one that is furthest behind its share of the load, of
     /// those that still take something in this turn.
-    pub fn lane(&self, transfer: TransferId) -> Option<LaneRegions> {
+    pub fn lane(&self, transfer: TransferId) -> Option<u8> {
         let transfer = self.transfers.get(transfer)?;
         if transfer.stopping {
             return None;
         }
         let session = self.sessions.get(&transfer.session)?;
-        let (slot, lane) = session
+        let (slot, _) = session
             .slots
             .iter()
             .enumerate()
             .filter(|(_, lane)| lane.state == LaneState::Up && !lane.full)
             .min_by(|(_, a), (_, b)| a.load.total_cmp(&b.load))?;
-        Some(LaneRegions {
-            slot: slot as u8,
-            local: self.rails[lane.rail].regions.clone(),
-            remote: lane.remote.clone(),
-        })
+        Some(slot as u8)
+    }
+
+    /// What the regions of both sides are called on a lane of a transfer's session; the same as long as the transfer
+    /// lasts.
+    pub fn lane_regions(&self, transfer: TransferId, slot: u8) -> Option<LaneRegions> {
+        let session = self.sessions.get(&self.transfers.get(transfer)?.session)?;
+        let lane = session.slots.get(usize::from(slot))?;
+        Some(LaneRegions { slot, local: self.rails[lane.rail].regions.clone(), remote: lane.remote.clone() })
     }
 
     /// Offers ops to a lane. The engine fills in the grant, the immediate and the token. Says how far it came;

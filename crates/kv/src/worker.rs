@@ -187,6 +187,8 @@ struct Run {
     /// Which item is next, and how far it has been posted.
     at: usize,
     cursor: Option<Cursor>,
+    /// The lane that was offered ops last.
+    lane: Option<LaneRegions>,
     posted_bytes: u64,
     posted_all: bool,
 }
@@ -626,6 +628,7 @@ impl Worker {
             plan,
             at: usize::from(start.attempt > 0 && is_planted(Planted::NotSentAgain)),
             cursor: None,
+            lane: None,
             posted_bytes: 0,
             posted_all: false,
         };
@@ -894,20 +897,30 @@ fn plan_input<'a>(
 }
 
 fn post_layers(engine: &mut Engine, now: u64, run: &mut Run, layers: Range<u32>, left: &mut u64) -> Pumped {
-    let plan = &run.plan;
     let posted_before = run.posted_bytes;
     loop {
-        let Some(LaneRegions { slot, local, remote }) = engine.lane(run.transfer) else {
-            return Pumped::Full { progress: run.posted_bytes > posted_before };
-        };
-        let route = Route { direction: run.direction, grant: run.grant, local: &local, remote: &remote };
-        let Ok(ops) = plan.ops(route, layers.clone()) else { return Pumped::Mismatch };
+        let full = Pumped::Full { progress: run.posted_bytes > posted_before };
+        let Some(slot) = engine.lane(run.transfer) else { return full };
+        if run.lane.as_ref().is_none_or(|lane| lane.slot != slot) {
+            run.lane = engine.lane_regions(run.transfer, slot);
+        }
+        let Some(LaneRegions { local, remote, .. }) = &run.lane else { return full };
+        let route = Route { direction: run.direction, grant: run.grant, local, remote };
+        let Ok(ops) = run.plan.ops(route, layers.clone()) else { return Pumped::Mismatch };
         let cursor = run.cursor.unwrap_or_else(|| ops.start());
         if ops.is_done(cursor) {
             return Pumped::Nothing;
         }
-        let mut batch = [Op::notify(0); BATCH];
-        let filled = ops.fill(cursor, &mut batch);
+        // Of the many short chunks each is one op, and need not make room for more.
+        let (mut one, mut many);
+        let batch: &mut [Op<'_>] = if ops.is_last(cursor) {
+            one = [Op::notify(0)];
+            &mut one
+        } else {
+            many = [Op::notify(0); BATCH];
+            &mut many
+        };
+        let filled = ops.fill(cursor, batch);
         let posted = match engine.post(now, run.transfer, slot, &mut batch[..filled]) {
             Ok(posted) => posted,
             // The room has ended; the protocol says the rest.

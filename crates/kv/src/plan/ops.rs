@@ -95,6 +95,11 @@ impl<'a> Ops<'a> {
         cursor.layer >= self.layers.end
     }
 
+    /// Whether the op at the cursor is the last one.
+    pub fn is_last(&self, cursor: Cursor) -> bool {
+        !self.is_done(cursor) && self.is_done(self.after(cursor))
+    }
+
     /// Writes the next ops into `batch`, from the cursor on, and says how many: fewer than fit only at the end.
     pub fn fill(&self, cursor: Cursor, batch: &mut [Op<'a>]) -> usize {
         let mut next = cursor;
