@@ -2,7 +2,8 @@
 //! it is: the time must not grow with the pool.
 //!
 //! ```text
-//! cargo bench -p crossdock-memory --bench pool
+//! cargo bench -p crossdock-memory --bench pool                            # nanoseconds, all cases
+//! cargo bench -p crossdock-memory --bench pool -- 1000000 fragmented 16   # one case
 //! ```
 //!
 //! - *empty*: all pages are free, in one run.
@@ -13,6 +14,14 @@
 //! In the latter two, requests hold a quarter of the pool, and the one that gives its pages back is drawn at random, so
 //! that a large pool pays its cache misses. Beside it stands the floor of what any pool must do for so many pages: a list
 //! of their ids, and a word written for each page in a table of the pool's size, from a random place on.
+//!
+//! Time grows with cache misses; the work does not, which counting the instructions of 10,000 exchanges shows:
+//!
+//! ```text
+//! cargo bench -p crossdock-memory --bench pool --no-run
+//! valgrind --tool=callgrind --callgrind-out-file=/dev/null --collect-atstart=no \
+//!     --toggle-collect='*exchange*' target/release/deps/pool-* --once 1000000 fragmented 16
+//! ```
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -20,38 +29,73 @@ use std::time::{Duration, Instant};
 use crossdock_memory::{PagePool, PageRef, PageSet, PoolOptions};
 
 fn main() {
-    println!("ns each, median (nanoseconds a page)");
-    println!(
-        "{:>9} {:<13} {:>6} {:>20} {:>20} {:>20} {:>20}",
-        "pages",
-        "pool",
-        "taken",
-        "take and put",
-        "a list and a table",
-        "share and unshare",
-        "reference and drop"
-    );
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let (flags, words): (Vec<_>, Vec<_>) = arguments.iter().partition(|argument| argument.starts_with("--"));
+    let once = flags.iter().any(|flag| *flag == "--once");
+    let chosen = |nth: usize, word: &str| words.get(nth).is_none_or(|chosen| *chosen == word);
+    if !once {
+        println!("ns each, median (nanoseconds a page)");
+        println!(
+            "{:>9} {:<13} {:>6} {:>20} {:>20} {:>20} {:>20}",
+            "pages",
+            "pool",
+            "taken",
+            "take and put",
+            "a list and a table",
+            "share and unshare",
+            "reference and drop"
+        );
+    }
     for pages in [10_000, 100_000, 1_000_000] {
         for (state, fill, share) in [
             ("empty", empty as fn(&PagePool) -> Vec<PageSet>, 0),
             ("fragmented", fragmented, pages / 4),
             ("checkerboard", checkerboard, pages / 4),
         ] {
+            if !chosen(0, &pages.to_string()) || !chosen(1, state) {
+                continue;
+            }
             let pool = PagePool::new(pages, PoolOptions::default());
             let held = fill(&pool);
-            for taken in [1, 16, 256] {
-                measure(&pool, state, taken, share / taken + 1);
+            for taken in [1, 16, 256].into_iter().filter(|taken| chosen(2, &taken.to_string())) {
+                let mut requests = Requests::new(&pool, taken, share / taken + 1);
+                match once {
+                    true => requests.exchange(10_000),
+                    false => measure(&pool, state, taken, requests),
+                }
             }
             drop(held);
         }
     }
 }
 
-fn measure(pool: &PagePool, state: &str, taken: u32, requests: u32) {
+/// Hold pages of one pool, equally many each.
+struct Requests<'a> {
+    pool: &'a PagePool,
+    taken: u32,
+    holders: Vec<PageSet>,
+    random: Random,
+}
+
+impl<'a> Requests<'a> {
+    fn new(pool: &'a PagePool, taken: u32, requests: u32) -> Self {
+        let take = |_| pool.take(taken).expect("half of the pages are free");
+        Self { pool, taken, holders: (0..requests).map(take).collect(), random: Random(7) }
+    }
+
+    /// A new request comes, and one of the others goes, so many times.
+    #[inline(never)]
+    fn exchange(&mut self, times: u32) {
+        for _ in 0..times {
+            let goes = self.random.below(self.holders.len() as u32) as usize;
+            self.holders[goes] = self.pool.take(self.taken).expect("half of the pages are free");
+        }
+    }
+}
+
+fn measure(pool: &PagePool, state: &str, taken: u32, mut requests: Requests<'_>) {
     let mut random = Random(7);
-    let take = || pool.take(taken).expect("half of the pages are free");
-    let mut holders: Vec<PageSet> = (0..requests).map(|_| take()).collect();
-    let take_and_put = median_ns(|| holders[random.below(requests) as usize] = take());
+    let take_and_put = median_ns(|| requests.exchange(1));
     // Ones, since zeroes would not be there before they are touched.
     let mut table = vec![1u32; pool.pages() as usize];
     let floor = median_ns(|| {
@@ -60,7 +104,7 @@ fn measure(pool: &PagePool, state: &str, taken: u32, requests: u32) {
         ids.iter().for_each(|&id| table[id as usize] += 1);
         drop(black_box(ids));
     });
-    let mut set = Some(holders.swap_remove(0));
+    let mut set = Some(requests.holders.swap_remove(0));
     let share = median_ns(|| {
         let shared = set.take().expect("it is put back").share();
         set = Some(shared.try_into_set().expect("there is one reference"));
