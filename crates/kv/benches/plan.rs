@@ -12,7 +12,7 @@
 //! ```text
 //! cargo bench -p crossdock-kv --bench plan --no-run
 //! valgrind --tool=callgrind --callgrind-out-file=/dev/null --collect-atstart=no \
-//!     --toggle-collect='*move_request*' target/release/deps/plan-* --once 1-1
+//!     --toggle-collect='*move_request*' target/release/deps/plan-???????????????? --once 1-1
 //! ```
 //!
 //! It prints both the inputs and what was collected. Recorded with rustc 1.95 and valgrind 3.19 on x86-64, instructions

@@ -20,7 +20,7 @@
 //! ```text
 //! cargo bench -p crossdock-memory --bench pool --no-run
 //! valgrind --tool=callgrind --callgrind-out-file=/dev/null --collect-atstart=no \
-//!     --toggle-collect='*exchange*' target/release/deps/pool-* --once 1000000 fragmented 16
+//!     --toggle-collect='*exchange*' target/release/deps/pool-???????????????? --once 1000000 fragmented 16
 //! ```
 
 use std::hint::black_box;

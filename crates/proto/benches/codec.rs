@@ -12,7 +12,7 @@
 //!
 //! ```text
 //! valgrind --tool=callgrind --callgrind-out-file=/dev/null --collect-atstart=no \
-//!     --toggle-collect='*there_and_back*' target/release/deps/codec-* --once grant-10000
+//!     --toggle-collect='*there_and_back*' target/release/deps/codec-???????????????? --once grant-10000
 //! ```
 //!
 //! Recorded with rustc 1.95 and valgrind 3.19 on x86-64: grant-0 2,138, grant-100 3,596, grant-10000 153,315, finish-1
