@@ -142,14 +142,13 @@ struct Item {
 impl SendingRoom {
     /// Adds what is to be sent next; false if the room is in too many pieces.
     fn add(&mut self, item: Item) -> bool {
-        // Of an item that is being posted it is noted how far that is.
-        while self.run.as_ref().is_none_or(|run| run.at == self.items.len())
+        while self.last_two_may_join()
             && let [.., before, last] = &mut self.items[..]
             && before.join(last)
         {
             self.items.pop();
             if let Some(run) = &mut self.run {
-                run.at -= 1;
+                run.at = run.at.min(self.items.len());
             }
         }
         let fits = self.items.len() < MAX_ITEMS;
@@ -157,6 +156,13 @@ impl SendingRoom {
             self.items.push(item);
         }
         fits
+    }
+
+    /// Both have been posted, or neither has been begun: of an item in between it is noted how far it is.
+    fn last_two_may_join(&self) -> bool {
+        let Some(run) = &self.run else { return true };
+        let begun = run.at + usize::from(run.cursor.is_some());
+        run.at == self.items.len() || begun + 2 <= self.items.len()
     }
 }
 

@@ -186,15 +186,24 @@ fn a_pool_too_large_for_fine_indices_is_moved_by_pages() {
 
 #[test]
 fn runs_of_many_lengths_make_an_op_each() {
-    // Runs of 1, 2, 3, … pages, each somewhere else at the destination.
-    let runs = 50u32;
+    // Runs of 1 to 101 pages in a wild order, more lengths than are counted at once, each somewhere else at the
+    // destination.
+    let runs = 101u32;
     let layout = CacheLayout::deepseek_r1(1, 4 * runs * runs).unwrap();
+    let lengths = (0..runs).map(|run| run * 37 % runs + 1);
     let source: Vec<u32> = (0..runs * (runs + 1) / 2).collect();
-    let destination: Vec<u32> =
-        (0..runs).flat_map(|run| (0..=run).map(move |page| (runs - run) * 2 * runs + page)).collect();
+    let destination: Vec<u32> = lengths
+        .enumerate()
+        .flat_map(|(run, pages)| (0..pages).map(move |page| (runs - run as u32) * 2 * runs + page))
+        .collect();
     let plan = plan(&layout, &source, &layout, &destination, 0..source.len() as u32);
     assert_eq!(plan.ops_per_layer(0), runs as usize);
     let ops = all_ops(&plan, 0..1);
+    for op in &ops {
+        let Shape::Span { local_offset, remote_offset, .. } = op.shape else { panic!("{op:?}") };
+        let page = |offset| (offset / 1152) as u32;
+        assert_eq!(destination[page(local_offset) as usize], page(remote_offset));
+    }
     let lengths: Vec<u64> = ops.iter().map(|op| op.bytes().unwrap() / 1152).collect();
     assert_eq!(lengths, (1..=u64::from(runs)).collect::<Vec<_>>());
 }

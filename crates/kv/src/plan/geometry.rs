@@ -14,6 +14,9 @@ pub(super) struct Geometry {
     destination_indices: Vec<u32>,
 }
 
+/// Most caches need fewer.
+const GROUPS_USUAL: usize = 4;
+
 /// One op of each layer: pieces of one length.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Group {
@@ -48,11 +51,13 @@ impl Geometry {
         let mut geometry = Self {
             source: grids.0,
             destination: grids.1,
-            groups: Vec::with_capacity(2),
+            groups: Vec::with_capacity(GROUPS_USUAL),
             source_indices: Vec::with_capacity(pairs.at_most()),
             destination_indices: Vec::with_capacity(pairs.at_most()),
         };
         geometry.find_pieces(pairs);
+        // A chunk of the request has no other kinds, but it may cut a piece at either end.
+        geometry.groups.reserve(2);
         geometry
     }
 
@@ -66,36 +71,33 @@ impl Geometry {
     }
 
     /// Finds how many pieces of each kind there are, and with that the place of each. Going through the pages twice
-    /// costs less than to note and to sort the pieces, and needs no memory.
+    /// costs less than to note and to sort the pieces, and needs no memory. Where there are too many kinds to count at
+    /// once, the least of them are done first, and the others in further rounds.
     fn find_pieces(&mut self, pairs: &Pairs<'_>) {
         let (source, destination) = (self.source, self.destination);
         let pieces = || Pieces::new(pairs.clone(), source, destination);
         let mut kinds = Kinds::default();
-        if !pieces().all(|piece| kinds.count(piece.kind())) {
-            let mut all: Vec<Piece> = pieces().collect();
-            // A stable sort keeps the order of the tokens in each group, which is the order in which the receiver's
-            // check expects the pages.
-            all.sort_by_key(Piece::kind);
-            for alike in all.chunk_by(|one, next| one.kind() == next.kind()) {
-                self.push_group(alike[0].kind(), alike.len() as u32);
-                self.source_indices.extend(alike.iter().map(|piece| piece.source.index));
-                self.destination_indices.extend(alike.iter().map(|piece| piece.destination.index));
+        loop {
+            pieces().for_each(|piece| kinds.count(piece.kind()));
+            kinds.sort();
+            let mut places = [0; KINDS_MAX];
+            for (place, &(kind, count)) in places.iter_mut().zip(kinds.known()) {
+                *place = self.push_group(kind, count) as usize;
             }
-            return;
-        }
-        kinds.sort();
-        let mut places = [0; KINDS_MAX];
-        for (place, &(kind, count)) in places.iter_mut().zip(kinds.known()) {
-            *place = self.push_group(kind, count) as usize;
-        }
-        let all = self.groups.last().map_or(0, |last| (last.first + last.pieces) as usize);
-        self.source_indices.resize(all, 0);
-        self.destination_indices.resize(all, 0);
-        for piece in pieces() {
-            let place = &mut places[kinds.find(piece.kind()).expect("it was counted")];
-            self.source_indices[*place] = piece.source.index;
-            self.destination_indices[*place] = piece.destination.index;
-            *place += 1;
+            let all = self.groups.last().map_or(0, |last| (last.first + last.pieces) as usize);
+            self.source_indices.resize(all, 0);
+            self.destination_indices.resize(all, 0);
+            // Where everything has been counted, every piece has its place.
+            for piece in pieces() {
+                let Some(at) = kinds.find(piece.kind()) else { continue };
+                let place = &mut places[at];
+                self.source_indices[*place] = piece.source.index;
+                self.destination_indices[*place] = piece.destination.index;
+                *place += 1;
+            }
+            if !kinds.next_round() {
+                return;
+            }
         }
     }
 
@@ -165,26 +167,44 @@ struct Kinds {
     len: usize,
     /// Where the last one was found: the next is mostly the same.
     last: usize,
+    /// The greatest of the earlier rounds.
+    done: Option<Kind>,
+    /// Kinds were left for the next round.
+    more: bool,
 }
 
-/// Caches that are cut at page boundaries have two or three. More are sorted instead of searched.
+/// Caches that are cut at page boundaries have two or three. Pieces merged from neighbours are of as many kinds as they
+/// are of lengths.
 const KINDS_MAX: usize = 32;
 
 impl Kinds {
-    /// Counts one; false if there are too many kinds.
+    /// Counts one, unless its kind belongs to another round.
     #[inline]
-    fn count(&mut self, kind: Kind) -> bool {
-        let at = match self.find(kind) {
-            Some(at) => at,
-            None if self.len == KINDS_MAX => return false,
-            None => {
-                self.kinds[self.len] = (kind, 0);
-                self.len += 1;
-                self.len - 1
+    fn count(&mut self, kind: Kind) {
+        match self.find(kind) {
+            Some(at) => self.kinds[at].1 += 1,
+            None => self.count_first(kind),
+        }
+    }
+
+    #[cold]
+    fn count_first(&mut self, kind: Kind) {
+        if self.done.is_some_and(|done| kind <= done) {
+            return;
+        }
+        if self.len < KINDS_MAX {
+            self.last = self.len;
+            self.len += 1;
+        } else {
+            // The greatest is left for later. It is not counted again in this round: what is kept only gets less.
+            self.more = true;
+            let greatest = (0..KINDS_MAX).max_by_key(|&at| self.kinds[at].0).unwrap_or(0);
+            if self.kinds[greatest].0 < kind {
+                return;
             }
-        };
-        self.kinds[at].1 += 1;
-        true
+            self.last = greatest;
+        }
+        self.kinds[self.last] = (kind, 1);
     }
 
     #[inline]
@@ -192,8 +212,9 @@ impl Kinds {
         if self.len > 0 && self.kinds[self.last].0 == kind {
             return Some(self.last);
         }
-        self.last = self.known().iter().position(|(known, _)| *known == kind)?;
-        Some(self.last)
+        let at = self.known().iter().position(|(known, _)| *known == kind)?;
+        self.last = at;
+        Some(at)
     }
 
     fn known(&self) -> &[(Kind, u32)] {
@@ -203,6 +224,14 @@ impl Kinds {
     fn sort(&mut self) {
         self.kinds[..self.len].sort_unstable();
         self.last = 0;
+    }
+
+    /// After [`sort`](Kinds::sort): forgets the kinds of this round; false if it was the last one.
+    fn next_round(&mut self) -> bool {
+        let done = self.known().last().map(|(kind, _)| *kind);
+        let more = self.more;
+        *self = Self { done, ..Self::default() };
+        more
     }
 }
 
