@@ -117,10 +117,8 @@ impl Proto {
             None if kind.is_decode() => self.stop_waiting(id),
             None => {
                 self.open.remove(&(kind, name));
+                self.remember_ended(kind, name, &end);
             }
-        }
-        if !kind.is_decode() {
-            self.remember_ended(kind, name, session, &end);
         }
         self.stop_moving(id);
         if let (Some(session), Some(why), false) = (session, why, is_planted(Planted::CancelUntold)) {
