@@ -52,7 +52,8 @@ impl Proto {
     /// The room that a peer speaks of: it is open here, and not a later one of its name.
     pub(crate) fn spoken_of(&self, kind: RoleKind, session: SessionId, room: RoomOnWire) -> Option<RoomId> {
         let id = *self.bound.get(&(kind, room.name, session))?;
-        self.rooms.get(&id).filter(|r| r.serial == room.serial).map(|_| id)
+        let any = is_planted(Planted::SerialIgnored);
+        self.rooms.get(&id).filter(|r| any || r.serial == room.serial).map(|_| id)
     }
 
     /// Makes a room one of a session's.
