@@ -160,7 +160,9 @@ impl World {
         let is_just = match end {
             End::PeerLost { cause } => match cause {
                 SessionEnd::Misbehaved { .. } | SessionEnd::Refused { .. } | SessionEnd::Port(_) => false,
-                SessionEnd::ClosedHere => self.is_closing,
+                SessionEnd::ClosedHere => {
+                    self.is_closing || self.scenario.faults.contains(&Fault::Disconnect)
+                }
                 SessionEnd::Silent { .. } => self.was_peer_silent(at, part),
                 _ => !self.scenario.is_fair(),
             },
@@ -186,7 +188,7 @@ impl World {
             Part::Decode => plan.prefill,
             Part::Prefill => plan.decode,
         };
-        let lately_ns = self.now_ns.saturating_sub(12 * MS);
+        let lately_ns = self.now_ns.saturating_sub(14 * MS);
         let explains = |trouble: &Trouble| match trouble.fault {
             Fault::Stop | Fault::Death | Fault::Leaving => trouble.nodes == [peer],
             Fault::Partition => [plan.decode, plan.prefill].iter().all(|node| trouble.nodes.contains(node)),
@@ -522,7 +524,8 @@ impl World {
                 continue;
             }
             let plan = &room.plan;
-            let is_patient = decode.duration_ns.min(prefill.duration_ns) >= Patience::LONG_LEAST_NS;
+            let needed_ns = Patience::LONG_LEAST_NS.max(10 * MS + plan.computes_ns);
+            let is_patient = decode.duration_ns.min(prefill.duration_ns) >= needed_ns;
             let is_sound =
                 plan.tokens == plan.prefill_tokens && plan.scribbles.is_empty() && plan.again.is_none();
             let ends = format!("room {at}: decode {decode_end:?}, prefill {prefill_end:?}");

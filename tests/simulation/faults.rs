@@ -24,12 +24,14 @@ pub enum Fault {
     Death,
     /// A process ends in order, and starts again.
     Leaving,
+    /// A process gives up a peer that it has dialed, and dials it again.
+    Disconnect,
     /// Something that an earlier life of a peer said comes again in its present one.
     Echo,
 }
 
 impl Fault {
-    pub const ALL: [Fault; 9] = [
+    pub const ALL: [Fault; 10] = [
         Fault::LaneLoss,
         Fault::StreamLoss,
         Fault::Partition,
@@ -38,6 +40,7 @@ impl Fault {
         Fault::Slowness,
         Fault::Death,
         Fault::Leaving,
+        Fault::Disconnect,
         Fault::Echo,
     ];
 }
@@ -101,6 +104,10 @@ impl World {
                 vec![one]
             }
             Fault::HeldLoop => {
+                // Once held, it gets a turn before it is held again: faults that come close together would never let go.
+                if self.nodes[one].held_until_ns > at {
+                    return;
+                }
                 self.nodes[one].held_until_ns = until_ns;
                 vec![one]
             }
@@ -122,6 +129,12 @@ impl World {
                 }
                 self.schedule(until_ns, Event::Restarts(one));
                 vec![one]
+            }
+            Fault::Disconnect => {
+                let Some(peer) = self.disconnect(one) else { return };
+                let life = self.nodes[one].life;
+                self.schedule(until_ns, Event::Dials(one, life, peer));
+                vec![one, peer]
             }
             Fault::Echo => {
                 let mut order: Vec<usize> = (0..self.nodes.len()).collect();
@@ -153,6 +166,9 @@ impl World {
         for node in 0..self.nodes.len() {
             if self.nodes[node].process.is_none() && self.chance.one_in(2) {
                 self.restart(node);
+            }
+            for peer in self.scenario.nodes[node].dials.clone() {
+                self.dial(node, peer);
             }
         }
     }

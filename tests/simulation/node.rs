@@ -106,12 +106,20 @@ impl Process {
             turns: 0,
         };
         for &peer in &plan.dials {
-            let address = scenario.nodes[peer].address.as_str();
-            let (name, up) = process.handle.connect(address).expect("room for a command");
-            process.peers.insert(peer, name);
-            process.ups.push(up);
+            process.dial(peer, &scenario.nodes[peer].address);
         }
         process
+    }
+
+    /// Dials a peer, unless it is dialed already. False: the queue of commands is full.
+    pub fn dial(&mut self, peer: usize, address: &str) -> bool {
+        if self.peers.contains_key(&peer) {
+            return true;
+        }
+        let Ok((name, up)) = self.handle.connect(address) else { return false };
+        self.peers.insert(peer, name);
+        self.ups.push(up);
+        true
     }
 
     /// Where a token of a page lies.
@@ -167,7 +175,7 @@ fn config(scenario: &Scenario, node: usize, life: u64, ports: &[Box<dyn Port>]) 
     plan.layout.encode(&mut config.app);
     config.pulse_address = plan.address.clone();
     config.heartbeat_ns = MS;
-    config.heartbeats_missed = scenario.heartbeats_missed;
+    config.heartbeats_missed = plan.heartbeats_missed;
     config.handshake_timeout_ns = 8 * MS;
     config.redial_min_ns = 100 * US;
     config.redial_max_ns = 3 * MS;

@@ -20,7 +20,10 @@ impl Meetings {
         let mut meetings = Self::default();
         for room in rooms {
             let nodes = [room.plan.decode, room.plan.prefill];
-            if let (Some(prefill), Some(decode)) = (room.end(Part::Prefill), room.end(Part::Decode)) {
+            // The sides of another try may have met those of the first.
+            if let (Some(prefill), Some(decode), None) =
+                (room.end(Part::Prefill), room.end(Part::Decode), room.plan.again)
+            {
                 *meetings.pairs.entry((EndKind::of(prefill), EndKind::of(decode))).or_default() += 1;
             }
             for part in [Part::Decode, Part::Prefill] {

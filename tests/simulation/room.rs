@@ -43,6 +43,8 @@ pub struct Plan {
     pub is_tried_again: bool,
     /// How long the prefill computes at most before the next step.
     pub step_ns: u64,
+    /// How long it computes at most in all.
+    pub computes_ns: u64,
     /// What the push sends, in order.
     pub steps: VecDeque<(Range<u32>, Range<u32>)>,
     /// Tokens that the prefill's user has changed after they were sent and before the room was finished.

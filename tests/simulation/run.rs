@@ -47,6 +47,8 @@ fn finish(world: &mut World) -> Result<Outcome, Violation> {
 pub struct Tally {
     pub seeds: u64,
     pub events: u64,
+    /// The fewest events and nodes of a seed.
+    pub least: Option<(u64, usize)>,
     pub virtual_ns: u64,
     pub took: Duration,
     pub meetings: Meetings,
@@ -98,13 +100,20 @@ impl Tally {
     fn count(&mut self, outcome: &Outcome) {
         self.seeds += 1;
         self.events += outcome.events;
+        self.count_least((outcome.events, outcome.nodes));
         self.virtual_ns += outcome.virtual_ns;
         self.meetings.add(&outcome.meetings);
+    }
+
+    fn count_least(&mut self, (events, nodes): (u64, usize)) {
+        let (least_events, least_nodes) = self.least.unwrap_or((events, nodes));
+        self.least = Some((events.min(least_events), nodes.min(least_nodes)));
     }
 
     fn add(&mut self, other: &Self) {
         self.seeds += other.seeds;
         self.events += other.events;
+        other.least.into_iter().for_each(|least| self.count_least(least));
         self.virtual_ns += other.virtual_ns;
         self.meetings.add(&other.meetings);
     }
@@ -122,9 +131,10 @@ impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} seeds, {} events, {} ms of virtual time, in {} ms",
+            "{} seeds, {} events (a seed: {} at the least), {} ms of virtual time, in {} ms",
             self.seeds,
             self.events,
+            self.least.map_or(0, |(events, _)| events),
             self.virtual_ns / 1_000_000,
             self.took.as_millis()
         )?;

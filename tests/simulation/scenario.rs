@@ -26,8 +26,9 @@ pub struct Scenario {
     pub max_rooms: u32,
     pub max_parked: u32,
     pub max_commands: usize,
-    pub heartbeats_missed: u32,
-    /// How many rooms are opened, and how long after each other.
+    /// The prefills compute for long.
+    pub slow_steps: bool,
+    /// How many rooms are opened at the least, and how long after each other.
     pub rooms: u32,
     pub room_gap_ns: u64,
     /// One in so many is cancelled by one of its users.
@@ -44,6 +45,8 @@ pub struct NodePlan {
     pub verify: Verify,
     pub prefills: bool,
     pub decodes: bool,
+    /// How many heartbeats its peers may miss.
+    pub heartbeats_missed: u32,
     /// Whom it dials.
     pub dials: Vec<usize>,
 }
@@ -95,17 +98,28 @@ impl Scenario {
             max_rooms: *chance.pick(&[8, 64]),
             max_parked: *chance.pick(&[4, 64]),
             max_commands: *chance.pick(&[4, 256]),
-            heartbeats_missed: chance.within(3..7) as u32,
+            slow_steps: chance.one_in(8),
             rooms: chance.within(24..64) as u32,
             room_gap_ns: *chance.pick(&[40 * US, 150 * US, 400 * US, 800 * US]),
             cancel_one_in: *chance.pick(&[3, 6, 12]),
             faults,
             fault_gap_ns,
         };
-        match chance.below(8) {
-            0 => scenario.become_lane_storm(chance),
-            1 => scenario.become_crossing(),
+        // What chance alone would meet too rarely.
+        match seed % 12 {
+            1 | 10 => scenario.become_lane_storm(chance),
+            3 => scenario.become_crossing(chance),
+            5 => scenario.become_pauses(),
+            7 => scenario.become_echoes(chance),
+            9 => scenario.become_torn(chance),
+            11 => scenario.become_late_words(chance),
             _ => {}
+        }
+        if scenario.is_fair() {
+            // A lane on which rooms queue for longer than they have is no fair weather.
+            for rail in &mut scenario.rails {
+                rail.bytes_per_second = rail.bytes_per_second.max(20_000_000);
+            }
         }
         scenario
     }
@@ -120,27 +134,78 @@ impl Scenario {
         self.max_grants = 65_536;
         self.max_rooms = 64;
         self.fabric.drain.most_ns = 600 * US;
-        let unfenced = *chance.pick(&[Semantics::Verbs, Semantics::Mapped]);
-        let slow = self.rails[0].clone();
-        self.rails = [200_000, 25_000_000_000]
-            .map(|bytes_per_second| SimPortOptions {
-                semantics: unfenced,
-                bytes_per_second,
-                pieces_in_flight: 1024,
-                immediates_in_flight: 256,
-                ..slow.clone()
-            })
-            .to_vec();
+        let semantics = *chance.pick(&[Semantics::Verbs, Semantics::Mapped]);
+        self.use_rails(semantics, &[200_000, 25_000_000_000]);
     }
 
     /// Few grants, used again at once, while cancels cross deliveries and what is late.
-    fn become_crossing(&mut self) {
-        self.max_grants = 2;
-        self.max_rooms = 64;
-        self.cancel_one_in = 2;
-        self.room_gap_ns = 60 * US;
+    fn become_crossing(&mut self, chance: &mut Chance) {
         self.faults = vec![Fault::Slowness];
         self.fault_gap_ns = 500 * US;
+        self.room_gap_ns = 60 * US;
+        self.rooms = 64;
+        self.cancel_one_in = 2;
+        self.max_grants = 3;
+        self.max_rooms = 64;
+        let semantics = *chance.pick(&Semantics::ALL);
+        self.use_rails(semantics, &[2_000_000]);
+    }
+
+    /// Requests whose decode side dies and asks again in its next life, which hears what the earlier one has said.
+    fn become_echoes(&mut self, chance: &mut Chance) {
+        self.faults = vec![Fault::Death, Fault::Echo, Fault::Echo, Fault::Echo];
+        self.fault_gap_ns = 600 * US;
+        self.room_gap_ns = 400 * US;
+        self.rooms = 64;
+        self.max_grants = 65_536;
+        self.max_rooms = 64;
+        self.max_parked = 64;
+        let semantics = *chance.pick(&Semantics::ALL);
+        self.use_rails(semantics, &[2_000_000]);
+    }
+
+    /// Sessions that end while much is on its way that nobody can take back.
+    fn become_torn(&mut self, chance: &mut Chance) {
+        self.faults = vec![Fault::StreamLoss, Fault::Disconnect, Fault::Disconnect];
+        self.fault_gap_ns = 800 * US;
+        self.room_gap_ns = 150 * US;
+        self.max_rooms = 64;
+        self.fabric.drain.most_ns = 600 * US;
+        let semantics = *chance.pick(&[Semantics::Verbs, Semantics::Mapped]);
+        self.use_rails(semantics, &[200_000]);
+    }
+
+    /// Names that are used again at once, while what was said about the earlier room is on its way.
+    fn become_late_words(&mut self, chance: &mut Chance) {
+        self.faults = vec![Fault::Slowness];
+        self.fault_gap_ns = 300 * US;
+        self.fabric.delay.most_ns = 60 * US;
+        self.room_gap_ns = 40 * US;
+        self.rooms = 64;
+        self.cancel_one_in = 2;
+        self.max_grants = 65_536;
+        self.max_rooms = 64;
+        let semantics = *chance.pick(&Semantics::ALL);
+        self.use_rails(semantics, &[20_000_000]);
+    }
+
+    /// Long rooms, and processes that stop for less than their peers can bear but for more than they bear themselves.
+    fn become_pauses(&mut self) {
+        self.faults = vec![Fault::Stop];
+        self.fault_gap_ns = 3 * MS;
+        self.room_gap_ns = 400 * US;
+        self.fabric.datagram_loss = OneIn(0);
+        self.slow_steps = true;
+    }
+
+    fn use_rails(&mut self, semantics: Semantics, speeds: &[u64]) {
+        let rail = |&bytes_per_second: &u64| SimPortOptions {
+            bytes_per_second,
+            pieces_in_flight: 1024,
+            immediates_in_flight: 256,
+            ..SimPortOptions::new(semantics)
+        };
+        self.rails = speeds.iter().map(rail).collect();
     }
 
     pub fn is_fair(&self) -> bool {
@@ -203,6 +268,7 @@ fn nodes(chance: &mut Chance) -> Vec<NodePlan> {
                 },
                 prefills,
                 decodes,
+                heartbeats_missed: chance.within(3..10) as u32,
             }
         })
         .collect()

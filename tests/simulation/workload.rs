@@ -17,16 +17,16 @@ impl World {
     /// A router gives a request to two workers.
     pub fn plan_room(&mut self) {
         let room = self.rooms.len();
-        if room >= self.scenario.rooms as usize {
+        if self.has_planned_all() {
             return;
         }
-        // One in a few is another try of a request that went down with one of its workers, under the same name.
+        // One in a few is another try of a request that came to nothing, under the same name.
         let again = (0..room).rev().find(|&room| self.went_down(room)).filter(|_| self.chance.one_in(2));
         if let Some(again) = again {
             self.rooms[again].plan.is_tried_again = true;
         }
         let chance = &mut self.chance;
-        let nodes = &self.scenario.nodes;
+        let (nodes, slow_steps) = (&self.scenario.nodes, self.scenario.slow_steps);
         let all = 0..nodes.len();
         let decodes: Vec<usize> = all.clone().filter(|&node| nodes[node].decodes).collect();
         let decode = match again {
@@ -70,7 +70,8 @@ impl World {
                 (number, *uses, chance.one_in(3))
             }
         };
-        let layers = nodes[prefill].layout.layers();
+        let steps = room::steps(chance, nodes[prefill].layout.layers(), prefill_tokens);
+        let step_ns = if slow_steps { 4 * MS } else { *chance.pick(&[10 * US, 60 * US, 60 * US, MS]) };
         let mut plan = Plan {
             number,
             use_count,
@@ -87,8 +88,9 @@ impl World {
             is_careless: false,
             again,
             is_tried_again: false,
-            step_ns: *chance.pick(&[10 * US, 60 * US, 60 * US, MS]),
-            steps: room::steps(chance, layers, prefill_tokens),
+            step_ns,
+            computes_ns: if is_pull { 0 } else { step_ns * (1 + steps.len() as u64) },
+            steps,
             scribbles: Default::default(),
         };
         let apart_ns = if chance.one_in(2) { chance.below(40 * US) } else { chance.below(2 * MS) };
@@ -109,7 +111,7 @@ impl World {
             let wait_ns = *chance.pick(&[60 * US, 300 * US, 2 * MS]);
             events.push((now_ns + apart_ns + chance.below(wait_ns), Event::Cancel(room, part)));
         }
-        if !is_pull && chance.one_in(8) {
+        if !is_pull && chance.one_in(5) {
             events.push((now_ns + apart_ns + chance.below(400 * US), Event::Scribble(room)));
         }
         if chance.one_in(12) {
@@ -126,18 +128,16 @@ impl World {
         }
     }
 
-    /// Whether a room came to nothing because a process ended, and nobody works on it any more.
+    /// Whether a room came to nothing, as both its users know, so that a router may try its request again.
     fn went_down(&self, at: usize) -> bool {
         let room = &self.rooms[at];
         let (Some(decode), Some(prefill)) = (room.side(Part::Decode), room.side(Part::Prefill)) else {
             return false;
         };
-        let is_sound = room.plan.tokens == room.plan.prefill_tokens && !room.plan.is_tried_again;
         let is_gone = |side: &Side| !self.is_life(side.node, side.life);
         let has_failed = |side: &Side| matches!(&side.told, Some((_, end)) if *end != End::Delivered);
-        is_sound
-            && (is_gone(decode) || is_gone(prefill))
-            && [decode, prefill].into_iter().all(|side| has_failed(side) || is_gone(side))
+        let is_sound = room.plan.tokens == room.plan.prefill_tokens && !room.plan.is_tried_again;
+        is_sound && [decode, prefill].into_iter().all(|side| has_failed(side) || is_gone(side))
     }
 
     /// Whether the users of a node can do something now. If its process is stopped, they do it later.
@@ -182,7 +182,13 @@ impl World {
             return Ok(());
         };
         let by_number = self.chance.one_in(3);
+        let any = self.chance.below(layout.pages().into()) as u32;
         let Some(process) = &self.nodes[plan.decode].process else { return Ok(()) };
+        // An allocator that hands out a page too early is stopped.
+        let is_home = process.watch.lock().ledger.home().contains(&any);
+        if !is_home && !pages.contains(&any) && process.pool.adopt(&[any]).is_ok() {
+            return broken(Rule::Pool, format!("page {any} was given out twice"));
+        }
         let set = match process.pool.adopt(&pages) {
             Ok(set) => set,
             Err(error) => return broken(Rule::Pool, format!("pages that are home: {error}")),
@@ -361,12 +367,17 @@ impl World {
             plan.steps.iter().any(|(layers, tokens)| layers.contains(&layer) && tokens.contains(&token))
         };
         let layers: Vec<u32> = process.layout.layers().collect();
-        let layer = *self.chance.pick(&layers);
-        let token = self.chance.below(u64::from(plan.prefill_tokens)) as u32;
         // The last step is left to be done, and the finish after it.
-        if plan.steps.is_empty() || is_next(layer, token) || prefill.side.told.is_some() {
+        if plan.steps.is_empty() || prefill.side.told.is_some() {
             return;
         }
+        let chance = &mut self.chance;
+        let mut any = || (*chance.pick(&layers), chance.below(u64::from(plan.prefill_tokens)) as u32);
+        let sent = (0..8).map(|_| any()).find(|&(layer, token)| !is_next(layer, token));
+        let Some((layer, token)) = sent else {
+            let later_ns = self.now_ns + 20 * US;
+            return self.schedule(later_ns, Event::Scribble(at));
+        };
         let per_page = process.layout.page_tokens();
         let page = prefill.side.pages[(token / per_page) as usize];
         process.write(layer, page, token % per_page, &room::content(plan.salt ^ SCRIBBLED, layer, token));

@@ -28,6 +28,8 @@ pub struct World {
     /// Peers are disconnected on purpose.
     pub is_closing: bool,
     pub turns: u64,
+    /// How much of the agenda has happened.
+    happened: u64,
     agenda: BTreeMap<(u64, u64), Event>,
     scheduled: u64,
     fingerprint: u64,
@@ -50,6 +52,8 @@ pub enum Event {
     Continues(usize),
     Recovers(usize),
     Restarts(usize),
+    /// A node dials a peer again, if it lives the same life.
+    Dials(usize, u64, usize),
     Beat(usize, u64),
     Nothing,
 }
@@ -59,9 +63,10 @@ pub enum Event {
 pub struct Outcome {
     /// Depends on everything that has happened.
     pub fingerprint: u64,
-    /// Events of the network, and turns of the nodes.
+    /// Events of the network, turns of the nodes, and what users and faults have done.
     pub events: u64,
     pub virtual_ns: u64,
+    pub nodes: usize,
     pub meetings: crate::report::Meetings,
 }
 
@@ -82,6 +87,7 @@ impl World {
             is_calm: false,
             is_closing: false,
             turns: 0,
+            happened: 0,
             agenda: BTreeMap::new(),
             scheduled: 0,
             fingerprint: 0,
@@ -106,8 +112,7 @@ impl World {
             let first_ns = self.chance.within(0..2 * gap_ns);
             self.schedule(first_ns, Event::Fault);
         }
-        let rooms = self.scenario.rooms as usize;
-        while self.rooms.len() < rooms {
+        while !self.has_planned_all() {
             self.step()?;
         }
         let more_ns = self.chance.within(0..3 * MS);
@@ -116,10 +121,21 @@ impl World {
         self.come_to_rest()?;
         Ok(Outcome {
             fingerprint: self.fingerprint ^ self.fabric.fingerprint(),
-            events: self.fabric.happened() + self.turns,
+            events: self.events(),
             virtual_ns: self.now_ns,
+            nodes: self.nodes.len(),
             meetings: crate::report::Meetings::of(&self.troubles, &self.rooms),
         })
+    }
+
+    /// Events of the network, turns of the nodes, and what users and faults have done, so far.
+    fn events(&self) -> u64 {
+        self.fabric.happened() + self.turns + self.happened
+    }
+
+    /// Whether as many rooms were planned as the seed asks for, or more, until enough has happened.
+    pub fn has_planned_all(&self) -> bool {
+        self.rooms.len() >= self.scenario.rooms as usize && self.events() >= LEAST_EVENTS
     }
 
     pub fn run_until(&mut self, at_ns: u64) -> Held {
@@ -229,6 +245,7 @@ impl World {
     }
 
     fn happen(&mut self, event: Event) -> Held {
+        self.happened += 1;
         let id = |node: usize| NodeId(node as u32);
         match event {
             Event::PlanRoom => self.plan_room(),
@@ -258,6 +275,11 @@ impl World {
             Event::Restarts(node) => {
                 if !self.is_calm {
                     self.restart(node);
+                }
+            }
+            Event::Dials(node, life, peer) => {
+                if self.nodes[node].life == life {
+                    self.dial(node, peer);
                 }
             }
             Event::Beat(node, life) => {
@@ -311,6 +333,33 @@ impl World {
         asked
     }
 
+    /// A process gives up one of the peers that it dials. None: it dials nobody.
+    pub fn disconnect(&mut self, node: usize) -> Option<usize> {
+        let process = self.nodes[node].process.as_mut()?;
+        let dialed: Vec<usize> = process.peers.keys().copied().collect();
+        if dialed.is_empty() || !self.fabric.is_running(NodeId(node as u32)) {
+            return None;
+        }
+        let peer = *self.chance.pick(&dialed);
+        process.handle.disconnect(process.peers[&peer]).ok()?;
+        process.peers.remove(&peer);
+        self.ring(node);
+        Some(peer)
+    }
+
+    /// A process dials a peer, now or as soon as it can.
+    pub fn dial(&mut self, node: usize, peer: usize) {
+        let runs = self.fabric.is_running(NodeId(node as u32));
+        let life = self.nodes[node].life;
+        let address = self.scenario.nodes[peer].address.clone();
+        let Some(process) = &mut self.nodes[node].process else { return };
+        if !runs || !process.dial(peer, &address) {
+            let later_ns = self.now_ns + 50 * US;
+            return self.schedule(later_ns, Event::Dials(node, life, peer));
+        }
+        self.ring(node);
+    }
+
     /// Nothing of a node's process is left.
     fn end_process(&mut self, node: usize) {
         self.log(|| format!("node {node} is gone"));
@@ -347,6 +396,9 @@ impl World {
         }
     }
 }
+
+/// No run is shorter.
+pub const LEAST_EVENTS: u64 = 2_000;
 
 /// As long as a loop sleeps while a port may be full without being able to say when it is not.
 const LONGEST_SLEEP_NS: u64 = 200 * US;

@@ -67,14 +67,13 @@ impl Grants {
     /// The grant of this exact index and generation.
     pub fn find(&self, id: GrantId) -> Option<&Given> {
         let entry = self.entries.get(id.index() as usize)?;
-        let any = is_planted(Planted::GenerationIgnored);
-        entry.given.as_ref().filter(|_| any || entry.generation == id.generation())
+        entry.given.as_ref().filter(|_| is_same(id, GrantId::new(id.index(), entry.generation)))
     }
 
     pub fn find_mut(&mut self, id: GrantId) -> Option<&mut Given> {
         let entry = self.entries.get_mut(id.index() as usize)?;
-        let (generation, any) = (entry.generation, is_planted(Planted::GenerationIgnored));
-        entry.given.as_mut().filter(|_| any || generation == id.generation())
+        let current = GrantId::new(id.index(), entry.generation);
+        entry.given.as_mut().filter(|_| is_same(id, current))
     }
 
     /// Frees the index of a quiescent grant.
@@ -100,4 +99,9 @@ impl Grants {
             Some((GrantId::new(index as u32, entry.generation), given))
         })
     }
+}
+
+/// Whether two names are of the same grant: the generation tells it from the others that had its index.
+pub(crate) fn is_same(one: GrantId, other: GrantId) -> bool {
+    one == other || (is_planted(Planted::GenerationIgnored) && one.index() == other.index())
 }

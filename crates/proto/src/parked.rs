@@ -2,7 +2,7 @@
 //! remembered of rooms that have ended.
 
 use crate::end::{End, Failure, RoomRefusal, SessionEnd};
-use crate::message::{CancelWhy, Identity, Message, RoleKind, RoomName, RoomOnWire};
+use crate::message::{CancelWhy, Message, RoleKind, RoomName, RoomOnWire};
 use crate::proto::{Proto, RoomId, SessionId, Timer};
 use crate::room::{Room, RoomError};
 
@@ -15,12 +15,10 @@ pub(crate) struct Parked {
 /// Whose asking is parked: the end that is missing here, the room, and the session that asks.
 pub(crate) type ParkedKey = (RoleKind, RoomName, SessionId);
 
-/// What is remembered of a prefill end: a decode side that asks for it hears so at once.
+/// What is remembered of a prefill end that ended before a decode side asked for it: the one that does hears so at
+/// once.
 pub(crate) struct Ended {
     why: CancelWhy,
-    /// The decode side that the room belonged to. Its name does not speak for that of another, or of another life:
-    /// those may still be about to be opened.
-    of: Option<Identity>,
     serial: u64,
 }
 
@@ -70,16 +68,11 @@ impl Proto {
             let what = "asked for a room a second time";
             return self.end_session(session, SessionEnd::Misbehaved { what });
         }
-        let peer = self.sessions.get(&session).map(|s| s.peer);
-        match self.ended_names.get(&(kind, name)) {
-            Some(ended) if ended.of.is_none() || ended.of == peer => {
-                let why = ended.why;
-                return self.turn_away(key, &message, why);
-            }
-            _ if self.parked.len() >= self.config.max_parked as usize => {
-                return self.turn_away(key, &message, CancelWhy::Busy);
-            }
-            _ => {}
+        if let Some(why) = self.ended_names.get(&(kind, name)).map(|ended| ended.why) {
+            return self.turn_away(key, &message, why);
+        }
+        if self.parked.len() >= self.config.max_parked as usize {
+            return self.turn_away(key, &message, CancelWhy::Busy);
         }
         let expires_ns = self.now_ns.saturating_add(duration_ns);
         self.arm(expires_ns, Timer::Parked(kind, name, session));
@@ -134,17 +127,12 @@ impl Proto {
         }
     }
 
-    pub(crate) fn remember_ended(
-        &mut self,
-        kind: RoleKind,
-        name: RoomName,
-        of: Option<SessionId>,
-        end: &End,
-    ) {
-        let of = of.and_then(|session| self.sessions.get(&session)).map(|s| s.peer);
+    /// Remembers a prefill end that met no decode side. One that met its own says nothing to whoever asks later: that
+    /// is another rank, or another life, or another try of the request, and its room may still be opened here.
+    pub(crate) fn remember_ended(&mut self, kind: RoleKind, name: RoomName, end: &End) {
         self.ended_serial += 1;
         let serial = self.ended_serial;
-        self.ended_names.insert((kind, name), Ended { why: why(end), of, serial });
+        self.ended_names.insert((kind, name), Ended { why: why(end), serial });
         self.ended.push_back((serial, kind, name));
         while self.ended.len() > self.config.max_parked as usize {
             let Some((serial, kind, name)) = self.ended.pop_front() else { break };

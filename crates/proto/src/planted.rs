@@ -10,7 +10,7 @@ pub enum Planted {
     SessionEndFrees,
     /// Whatever a port says, nothing lands any more once a grant has been revoked.
     FenceTakenForNow,
-    /// A grant is found by its index alone.
+    /// An immediate or a release counts for whichever grant has its index now.
     GenerationIgnored,
     /// An index is used again with the same generation.
     GenerationKept,
@@ -34,6 +34,8 @@ pub enum Planted {
     CancelUntold,
     /// An earlier life of a peer is listened to.
     EarlierLifeBelieved,
+    /// What was said about an earlier room of a name counts for the later one.
+    SerialIgnored,
     /// A served source goes home at the end of its room, while the peer may still read it.
     SourceFreedAtEnd,
     /// The destination of a pull goes home before its reads have ended.
@@ -52,7 +54,7 @@ pub enum Planted {
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 22] = [
+    pub const ALL: [Planted; 23] = [
         Self::QuarantineOff,
         Self::SessionEndFrees,
         Self::FenceTakenForNow,
@@ -68,6 +70,7 @@ impl Planted {
         Self::DeadlineDropped,
         Self::CancelUntold,
         Self::EarlierLifeBelieved,
+        Self::SerialIgnored,
         Self::SourceFreedAtEnd,
         Self::ReadsForgotten,
         Self::TokenCountedTwice,

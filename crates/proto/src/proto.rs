@@ -87,7 +87,7 @@ pub struct Proto {
     pub(crate) waiting: BTreeMap<(PeerName, RoleKind, RoomName), RoomId>,
     /// What decode sides asked for before the room was opened here.
     pub(crate) parked: BTreeMap<ParkedKey, Parked>,
-    /// Prefill ends that ended lately: a decode side that asks for one hears so at once.
+    /// Prefill ends that ended lately without a decode side: one that asks for such an end hears so at once.
     pub(crate) ended_names: BTreeMap<(RoleKind, RoomName), Ended>,
     /// The same in the order of their ends, by serial.
     pub(crate) ended: VecDeque<(u64, RoleKind, RoomName)>,

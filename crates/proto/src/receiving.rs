@@ -20,7 +20,7 @@ use crossdock_transport::{Access, Fence, GrantId};
 
 use crate::action::Action;
 use crate::end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
-use crate::grants::Revocation;
+use crate::grants::{Revocation, is_same};
 use crate::message::{CancelWhy, MAX_LANES, Message, RoleKind, RoomName, RoomOnWire};
 use crate::notice::{Homecoming, Notice};
 use crate::planted::{Planted, is_planted};
@@ -71,7 +71,7 @@ impl Proto {
             return;
         };
         match (&mut room.role, &room.end) {
-            (Role::Receiving(r), None) if r.grant == Some(grant) => {
+            (Role::Receiving(r), None) if r.grant.is_some_and(|current| is_same(current, grant)) => {
                 self.counters.arrivals += 1;
                 r.arrivals[usize::from(slot) % MAX_LANES] += 1;
                 if room.stage == Stage::Grant {
