@@ -24,12 +24,16 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crossdock_kv::WorkerError;
 use crossdock_proto::planted::Planted;
+use crossdock_sim::Fabric;
 use parking_lot::Mutex;
 
 use crate::faults::Fault;
+use crate::node::Process;
 use crate::room::EndKind;
 use crate::run::{replay, run, run_many, run_with};
+use crate::scenario::Scenario;
 use crate::world::LEAST_EVENTS;
 
 #[test]
@@ -61,6 +65,16 @@ fn the_same_seed_is_the_same_run() {
         let [first, again] = [run(seed), run(seed)].map(|outcome| outcome.expect("the rules hold"));
         assert_eq!(first, again, "seed {seed}");
     }
+}
+
+/// Rooms are counted by one immediate a batch, which says nothing of earlier ops where a port does not keep the order.
+#[test]
+fn ports_without_order_are_refused() {
+    let mut scenario = Scenario::new(0);
+    scenario.rails.iter_mut().for_each(|rail| rail.unordered = true);
+    let fabric = Fabric::new(0, scenario.fabric.clone());
+    let refused = Process::begin(&fabric, &scenario, 0, 1).err();
+    assert!(matches!(refused, Some(WorkerError::Unordered { port: "sim" })), "{refused:?}");
 }
 
 /// Each of these bugs, planted into the real code, breaks a rule before long.

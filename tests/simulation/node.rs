@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crossdock_engine::{Engine, Ticket};
-use crossdock_kv::{CacheLayout, Handle, Peer, PeerUp, Worker, WorkerOptions};
+use crossdock_kv::{CacheLayout, Handle, Peer, PeerUp, Worker, WorkerError, WorkerOptions};
 use crossdock_memory::{AllocateOptions, Memory, PagePool};
 use crossdock_proto::{Config, Fingerprint, Identity, Proto, Rail, SessionEnd};
 use crossdock_sim::{Fabric, NodeId, PortId};
@@ -57,7 +57,7 @@ pub struct Process {
 }
 
 impl Process {
-    pub fn begin(fabric: &Fabric, scenario: &Scenario, node: usize, life: u64) -> Self {
+    pub fn begin(fabric: &Fabric, scenario: &Scenario, node: usize, life: u64) -> Result<Self, WorkerError> {
         let plan = &scenario.nodes[node];
         let layout = plan.layout.clone();
         let keeps_past = scenario.faults.contains(&Fault::Echo);
@@ -89,7 +89,7 @@ impl Process {
             verify: plan.verify,
             max_commands: scenario.max_commands,
         };
-        let (worker, handle) = Worker::new(engine, options).expect("a worker");
+        let (worker, handle) = Worker::new(engine, options)?;
         let mut process = Self {
             worker,
             handle,
@@ -108,7 +108,7 @@ impl Process {
         for &peer in &plan.dials {
             process.dial(peer, &scenario.nodes[peer].address);
         }
-        process
+        Ok(process)
     }
 
     /// Dials a peer, unless it is dialed already. False: the queue of commands is full.

@@ -304,7 +304,7 @@ impl World {
         self.nodes[node].life += 1;
         let life = self.nodes[node].life;
         self.log(|| format!("node {node} begins its life {life}"));
-        let mut process = Process::begin(&self.fabric, &self.scenario, node, life);
+        let mut process = Process::begin(&self.fabric, &self.scenario, node, life).expect("a worker");
         process.wake_ns = self.now_ns;
         self.nodes[node].process = Some(process);
         self.schedule(self.now_ns, Event::Beat(node, life));

@@ -78,6 +78,12 @@ pub enum WorkerError {
         /// What the layout needs.
         needed: u64,
     },
+    /// A port may show an immediate before the bytes of earlier ops, and rooms are counted by one immediate a batch.
+    #[error("the {port} port does not keep the order of a lane, which rooms are counted by")]
+    Unordered {
+        /// The transport.
+        port: &'static str,
+    },
     /// A port did not take the memory.
     #[error("a port did not take the memory: {0}")]
     Register(#[from] crossdock_transport::Error),
@@ -235,6 +241,9 @@ impl Worker {
             if bytes < needed {
                 return Err(WorkerError::TooSmall { region: buffer.region, bytes, needed });
             }
+        }
+        if let Some(port) = engine.ports().find(|port| !port.info().ordered) {
+            return Err(WorkerError::Unordered { port: port.info().kind });
         }
         for memory in &options.memory {
             engine.register(memory)?;
