@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossdock_engine::{Engine, EngineOptions, Network, OsError, SocketNetwork, SocketOptions, now_ns};
-use crossdock_kv::{Handle, Turn, Worker, WorkerOptions};
+use crossdock_kv::{Handle, NotTaken, Turn, Worker, WorkerOptions};
 use crossdock_proto::{Fingerprint, Identity, Proto, Rail};
 use crossdock_shm::ShmPort;
 use crossdock_tcp::{TcpOptions, TcpPort};
@@ -140,7 +140,7 @@ impl Drop for Node {
     fn drop(&mut self) {
         if let Progression::Thread(thread) = &mut self.progress {
             // A full queue empties as long as the thread runs.
-            while self.handle.stop().is_err() && thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            while self.handle.stop() == Err(NotTaken::Busy) {
                 std::thread::yield_now();
             }
             if let Some(thread) = thread.take() {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use crossbeam_queue::ArrayQueue;
 use crossdock_engine::{Doorbell, EventFd, Ticket, ticket};
@@ -19,13 +19,21 @@ pub struct Handle {
     shared: Arc<Shared>,
 }
 
-/// The queue to the progress loop is full: the loop does not keep up, or does not run.
+/// Why a call was not taken. Nothing of it was done; pages that were given with it are back in their pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the queue to the progress loop is full; let it run, then try again")]
-pub struct Busy;
+pub enum NotTaken {
+    /// The queue to the progress loop is full: the loop does not keep up, or is not driven.
+    #[error("the queue to the progress loop is full")]
+    Busy,
+    /// The node was dropped, or its progress loop has ended.
+    #[error("the node has stopped")]
+    Stopped,
+}
 
 pub(crate) struct Shared {
-    pub commands: ArrayQueue<Command>,
+    commands: ArrayQueue<Command>,
+    /// Nobody takes commands any more.
+    closed: AtomicBool,
     pub doorbell: Doorbell,
     /// Readable when something was told to a ticket since it was last armed.
     pub told: EventFd,
@@ -35,7 +43,46 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub fn new(commands: usize, doorbell: Doorbell, told: EventFd, layers: Range<u32>) -> Self {
-        Self { commands: ArrayQueue::new(commands), doorbell, told, keys: AtomicU64::new(0), layers }
+        let (closed, keys) = (AtomicBool::new(false), AtomicU64::new(0));
+        Self { commands: ArrayQueue::new(commands), closed, doorbell, told, keys, layers }
+    }
+
+    /// The oldest command, for the progress loop.
+    pub fn next(&self) -> Option<Command> {
+        self.commands.pop()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.commands.is_empty()
+    }
+
+    /// Takes no more commands, and ends those that wait.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.end_if_closed();
+    }
+
+    fn push(&self, command: Command) -> Result<(), NotTaken> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(NotTaken::Stopped);
+        }
+        self.commands.push(command).map_err(|_| NotTaken::Busy)?;
+        self.doorbell.ring();
+        // The queue may have been closed, and emptied for the last time, since the first look.
+        self.end_if_closed();
+        Ok(())
+    }
+
+    /// Whoever closes and whoever pushes each do their part, then look for the other's: with the fences between, one
+    /// of them sees what the other did, and so no command is left behind.
+    fn end_if_closed(&self) {
+        fence(Ordering::SeqCst);
+        if self.closed.load(Ordering::Relaxed) {
+            while let Some(command) = self.next() {
+                command.end();
+            }
+            self.told.raise();
+        }
     }
 }
 
@@ -49,7 +96,7 @@ impl Handle {
     pub fn connect(
         &self,
         address: impl Into<String>,
-    ) -> Result<(Peer, Ticket<Result<PeerUp, SessionEnd>>), Busy> {
+    ) -> Result<(Peer, Ticket<Result<PeerUp, SessionEnd>>), NotTaken> {
         let (up, ticket) = ticket();
         let key = self.key();
         self.push(Command::Connect { key, address: address.into(), up })?;
@@ -57,25 +104,25 @@ impl Handle {
     }
 
     /// Ends the session with a dialed peer and dials it no more.
-    pub fn disconnect(&self, peer: Peer) -> Result<(), Busy> {
+    pub fn disconnect(&self, peer: Peer) -> Result<(), NotTaken> {
         match peer.0 {
             PeerKey::Dialed(key) => self.push(Command::Disconnect { key }),
             PeerKey::Node(_) => Ok(()),
         }
     }
 
-    /// Opens the decode end of a push.
-    pub fn receive(&self, request: ReceiveRequest) -> Result<Receiving, Busy> {
+    /// Opens the decode end of a push. With an error the pages are back in their pool.
+    pub fn receive(&self, request: ReceiveRequest) -> Result<Receiving, NotTaken> {
         self.decode(request, false)
     }
 
-    /// Opens the decode end of a pull.
-    pub fn fetch(&self, request: FetchRequest) -> Result<Receiving, Busy> {
+    /// Opens the decode end of a pull. With an error the pages are back in their pool.
+    pub fn fetch(&self, request: FetchRequest) -> Result<Receiving, NotTaken> {
         self.decode(request, true)
     }
 
     /// Opens the prefill end of a push.
-    pub fn open(&self, request: SendRequest) -> Result<Sending, Busy> {
+    pub fn open(&self, request: SendRequest) -> Result<Sending, NotTaken> {
         let (end, end_ticket) = ticket();
         let control = self.control();
         let tokens = request.tokens;
@@ -84,7 +131,7 @@ impl Handle {
     }
 
     /// Opens the prefill end of a pull.
-    pub fn serve(&self, request: ServeRequest) -> Result<Serving, Busy> {
+    pub fn serve(&self, request: ServeRequest) -> Result<Serving, NotTaken> {
         let (end, end_ticket) = ticket();
         let control = self.control();
         self.push(Command::Serve { key: control.key, request, end })?;
@@ -92,7 +139,7 @@ impl Handle {
     }
 
     /// Asks what the node has done and what it holds.
-    pub fn stats(&self) -> Result<Ticket<Stats>, Busy> {
+    pub fn stats(&self) -> Result<Ticket<Stats>, NotTaken> {
         let (told, ticket) = ticket();
         self.push(Command::Stats { told })?;
         Ok(ticket)
@@ -103,24 +150,24 @@ impl Handle {
         &self.shared.told
     }
 
-    pub(crate) fn send(&self, key: u64, layers: Range<u32>, tokens: Range<u32>) -> Result<(), Busy> {
+    pub(crate) fn send(&self, key: u64, layers: Range<u32>, tokens: Range<u32>) -> Result<(), NotTaken> {
         self.push(Command::Send { key, layers, tokens })
     }
 
-    pub(crate) fn finish(&self, key: u64, aux: Vec<u8>) -> Result<(), Busy> {
+    pub(crate) fn finish(&self, key: u64, aux: Vec<u8>) -> Result<(), NotTaken> {
         self.push(Command::Finish { key, aux })
     }
 
-    pub(crate) fn cancel(&self, key: u64) -> Result<(), Busy> {
+    pub(crate) fn cancel(&self, key: u64) -> Result<(), NotTaken> {
         self.push(Command::Cancel { key })
     }
 
     /// Asks the progress loop to end; see [`Worker::turn`](crate::Worker::turn).
-    pub fn stop(&self) -> Result<(), Busy> {
+    pub fn stop(&self) -> Result<(), NotTaken> {
         self.push(Command::Stop)
     }
 
-    fn decode(&self, request: ReceiveRequest, pull: bool) -> Result<Receiving, Busy> {
+    fn decode(&self, request: ReceiveRequest, pull: bool) -> Result<Receiving, NotTaken> {
         let key = self.key();
         let (told, receiving) = decode_tickets(self, key);
         self.push(Command::Receive { key, request, pull, told })?;
@@ -135,10 +182,8 @@ impl Handle {
         self.shared.keys.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn push(&self, command: Command) -> Result<(), Busy> {
-        self.shared.commands.push(command).map_err(|_| Busy)?;
-        self.shared.doorbell.ring();
-        Ok(())
+    fn push(&self, command: Command) -> Result<(), NotTaken> {
+        self.shared.push(command)
     }
 }
 

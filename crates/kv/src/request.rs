@@ -9,7 +9,7 @@ use crossdock_engine::{Promise, RailStats, Ticket, ticket};
 use crossdock_memory::{PageRef, PageSet};
 use crossdock_proto::{Counters, End, Identity, RoomName, SessionEnd};
 
-use crate::handle::{Busy, Handle};
+use crate::handle::{Handle, NotTaken};
 
 /// A peer that is dialed, or that has dialed this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -211,14 +211,14 @@ pub enum SendError {
     /// The room has been finished.
     #[error("the room has been finished")]
     Finished,
-    /// The queue to the progress loop is full.
+    /// The progress loop did not take it; it may be sent again.
     #[error(transparent)]
-    Busy(#[from] Busy),
+    NotTaken(#[from] NotTaken),
 }
 
 impl Receiving {
     /// Ends the room here; the pages come home when the peer has stopped.
-    pub fn cancel(&self) -> Result<(), Busy> {
+    pub fn cancel(&self) -> Result<(), NotTaken> {
         self.control.cancel()
     }
 
@@ -230,7 +230,7 @@ impl Receiving {
 
 impl Serving {
     /// Ends the room here.
-    pub fn cancel(&self) -> Result<(), Busy> {
+    pub fn cancel(&self) -> Result<(), NotTaken> {
         self.control.cancel()
     }
 }
@@ -282,7 +282,7 @@ impl Sending {
     }
 
     /// Ends the room here.
-    pub fn cancel(&self) -> Result<(), Busy> {
+    pub fn cancel(&self) -> Result<(), NotTaken> {
         self.control.cancel()
     }
 }
@@ -311,7 +311,7 @@ pub(crate) struct RoomControl {
 }
 
 impl RoomControl {
-    fn cancel(&self) -> Result<(), Busy> {
+    fn cancel(&self) -> Result<(), NotTaken> {
         self.handle.cancel(self.key)
     }
 }
@@ -334,6 +334,30 @@ pub(crate) enum Command {
     Cancel { key: u64 },
     Stats { told: Promise<Stats> },
     Stop,
+}
+
+impl Command {
+    /// Tells whoever waits for this command that the node has stopped before it was taken.
+    pub fn end(self) {
+        let cause = SessionEnd::ClosedHere;
+        let ended = Ended::alone(End::PeerLost { cause: cause.clone() });
+        // Where a ticket was dropped nobody looks.
+        match self {
+            Command::Connect { up, .. } => drop(up.tell(Err(cause))),
+            Command::Receive { request, told, .. } => {
+                drop(told.pages.tell(request.pages));
+                drop(told.end.tell(Received { ended, aux: Vec::new() }));
+            }
+            Command::Open { end, .. } | Command::Serve { end, .. } => drop(end.tell(ended)),
+            // Who asked finds the promise dropped.
+            Command::Stats { .. } => {}
+            Command::Disconnect { .. }
+            | Command::Send { .. }
+            | Command::Finish { .. }
+            | Command::Cancel { .. }
+            | Command::Stop => {}
+        }
+    }
 }
 
 /// What a decode end has promised.

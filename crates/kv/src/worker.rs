@@ -322,7 +322,7 @@ impl Worker {
         let shared = self.shared.clone();
         // A port that is full says when it takes more, but not every medium can tell.
         let longest_ns = if self.ready.is_empty() { longest_ns } else { longest_ns.min(FULL_SLEEP_NS) };
-        self.engine.park(now_ns(), &shared.doorbell, longest_ns, || shared.commands.is_empty())
+        self.engine.park(now_ns(), &shared.doorbell, longest_ns, || shared.is_empty())
     }
 
     /// When the node has something to do even if nothing comes.
@@ -362,7 +362,7 @@ impl Worker {
 
     fn take_commands(&mut self, now: u64) -> bool {
         for taken in 0..COMMANDS {
-            let Some(command) = self.shared.commands.pop() else { return taken > 0 };
+            let Some(command) = self.shared.next() else { return taken > 0 };
             self.command(now, command);
         }
         true
@@ -825,6 +825,12 @@ impl Worker {
             _ => {}
         }
         Pumped::Nothing
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.close();
     }
 }
 
