@@ -14,8 +14,10 @@ use crossdock_transport::{Port, PortInfo};
 use crate::config::{Config, PortConfig, Progress};
 use crate::error::Error;
 
-/// One worker. Dropping it says goodbye to all peers and ends its rooms; pages that a peer could still write then stay
-/// out of their pool.
+/// One worker. Dropping it says goodbye to all peers and ends its rooms, each with
+/// [`PeerLost`](crate::End::PeerLost) and [`ClosedHere`](crate::SessionEnd::ClosedHere); of what is asked of it later its
+/// handles say that it has stopped. Pages that no write can land in any more come home; those that a peer could still
+/// use stay out of their pool, and their ticket says [`Abandoned`](crate::Abandoned).
 #[derive(Debug)]
 pub struct Node {
     handle: Handle,

@@ -37,6 +37,7 @@ pub struct Engine {
     /// Other uses of immediates than KV pages, for the layer above.
     side_arrivals: VecDeque<SideArrival>,
     regions: u32,
+    is_shut: bool,
     options: EngineOptions,
 }
 
@@ -176,6 +177,7 @@ impl Engine {
             notices: VecDeque::with_capacity(1024),
             side_arrivals: VecDeque::with_capacity(1024),
             regions: 0,
+            is_shut: false,
             options,
         }
     }
@@ -289,6 +291,18 @@ impl Engine {
             self.notices.push_back(notice);
             active = true;
         }
+    }
+
+    /// Ends every session and every room for good: peers hear a goodbye, grants are revoked, lanes are closed. The
+    /// notices say how the rooms ended, and bring home the pages that no write can land in any more; further turns
+    /// may bring more, as lanes go down.
+    pub fn shut_down(&mut self, now_ns: u64) {
+        self.is_shut = true;
+        self.proto.shut_down(now_ns);
+        self.carry_out(now_ns);
+        // A stream that is full will be found ended by its peer instead.
+        self.send_backlog();
+        self.network.flush();
     }
 
     /// When the engine has something to do even if nothing comes.
@@ -856,19 +870,10 @@ impl Drop for Engine {
     /// Says goodbye to every peer, so that none has to wait for silence; the pages that peers can still write
     /// stay out of their pools.
     fn drop(&mut self) {
-        let now = now_ns();
-        self.proto.shut_down(now);
-        while let Some(action) = self.proto.next_action() {
-            match action {
-                Action::Send { link, frame } => {
-                    // A stream that is full will be found ended by its peer instead.
-                    let _ = self.network.send(LinkId(link.0), &frame);
-                }
-                Action::CloseLink { link } => self.network.close(LinkId(link.0)),
-                _ => {}
-            }
+        // What a panic has left half-done is not to be trusted with anybody's pages.
+        if !self.is_shut && !std::thread::panicking() {
+            self.shut_down(now_ns());
         }
-        self.network.flush();
     }
 }
 

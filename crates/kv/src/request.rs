@@ -148,7 +148,8 @@ pub struct Received {
 pub struct Receiving {
     /// The end of the room.
     pub end: Ticket<Received>,
-    /// The pages. Whoever drops this ticket leaves it to the pool to take them back when they come home.
+    /// The pages. Whoever drops this ticket leaves it to the pool to take them back when they come home. Abandoned, if
+    /// the node is gone before anything has proven that nobody writes them: they stay out of their pool then.
     pub pages: Ticket<PageSet>,
     pub(crate) control: RoomControl,
 }

@@ -106,6 +106,16 @@ struct Room {
     kind: Kind,
 }
 
+impl Room {
+    /// Whether the user has been told how it ended.
+    fn is_told(&self) -> bool {
+        match &self.kind {
+            Kind::Decode(Decode { end, .. }) => end.is_none(),
+            Kind::Sending(SendingRoom { end, .. }) | Kind::Serving { end, .. } => end.is_none(),
+        }
+    }
+}
+
 enum Kind {
     Decode(Decode),
     Sending(SendingRoom),
@@ -263,8 +273,17 @@ impl Worker {
         Ok((worker, handle))
     }
 
-    /// Runs until the node is asked to stop: spins for `spin_ns` after something has happened, then sleeps.
+    /// Runs until the node is asked to stop: spins for `spin_ns` after something has happened, then sleeps. Whatever
+    /// is open then ends, as when a worker is dropped.
     pub fn run(mut self, spin_ns: u64) -> Result<(), OsError> {
+        let ran = self.run_until_stopped(spin_ns);
+        if let Err(error) = &ran {
+            tracing::error!("the progress loop ends: {error}");
+        }
+        ran
+    }
+
+    fn run_until_stopped(&mut self, spin_ns: u64) -> Result<(), OsError> {
         let mut active_ns = now_ns();
         loop {
             let now = now_ns();
@@ -693,7 +712,7 @@ impl Worker {
     }
 
     fn ended(&mut self, id: RoomId, ended: Ended) {
-        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let Some(room) = self.rooms.get_mut(&id).filter(|room| !room.is_told()) else { return };
         room.span.in_scope(|| match &ended.end {
             End::Delivered => tracing::debug!("{ended}"),
             end => tracing::warn!(retryable = end.is_retryable(), advice = end.advice(), "{ended}"),
@@ -829,10 +848,35 @@ impl Worker {
 }
 
 impl Drop for Worker {
+    /// Ends everything: whoever holds a ticket of this node is told.
     fn drop(&mut self) {
         self.shared.close();
+        // What a panic has left half-done is not to be trusted with anybody's pages; but whoever waits is told.
+        if !std::thread::panicking() {
+            let now = if self.turned_ns == 0 { now_ns() } else { self.turned_ns };
+            self.engine.shut_down(now);
+            self.take_notices(now);
+            // Lanes that go down at once prove more; a peer's answer is not waited for.
+            for _ in 0..LAST_TURNS {
+                if !self.engine.turn_ports(now) {
+                    break;
+                }
+                self.take_notices(now);
+            }
+        }
+        for (_, up) in std::mem::take(&mut self.dialing) {
+            self.tell(up, Err(SessionEnd::ClosedHere));
+        }
+        let rooms: Vec<RoomId> = self.rooms.keys().copied().collect();
+        for room in rooms {
+            // Told already, unless by a panic. Pages that are not home stay out of their pool.
+            self.ended(room, Ended::alone(End::PeerLost { cause: SessionEnd::ClosedHere }));
+        }
     }
 }
+
+/// Looks at the ports when a node ends.
+const LAST_TURNS: usize = 16;
 
 /// Longest sleep of a progress thread with nothing to do: everything that matters wakes it.
 const LONGEST_SLEEP_NS: u64 = 1_000_000_000;

@@ -109,6 +109,19 @@ pub struct Proto {
     pub(crate) next_room: u64,
 }
 
+impl Drop for Proto {
+    /// Pages that a peer may still read stay out of their pool, as do those that it may still write.
+    fn drop(&mut self) {
+        for room in self.rooms.values_mut() {
+            if let Role::Serving(serving) = &mut room.role
+                && serving.grant.is_some()
+            {
+                std::mem::forget(serving.pages.take());
+            }
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Timer {
     Link(LinkId),
