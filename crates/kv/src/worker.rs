@@ -597,7 +597,7 @@ impl Worker {
                 };
             }
             Notice::Wanted { room, session, params } => self.wanted(now, room, session, &params),
-            Notice::Landed { room, aux } => self.landed(now, room, &aux),
+            Notice::Landed { room, session, aux } => self.landed(now, room, session, &aux),
             Notice::Ended { room, end, peer, port } => self.ended(room, Ended { end, peer, port }),
             Notice::Unread { pages } => drop(pages),
             Notice::Home { room, pages } => {
@@ -688,7 +688,7 @@ impl Worker {
     }
 
     /// All bytes of a decode room are here.
-    fn landed(&mut self, now: u64, id: RoomId, aux: &[u8]) {
+    fn landed(&mut self, now: u64, id: RoomId, session: SessionId, aux: &[u8]) {
         // The last batch may have come in this very turn, at the end of which the room may be gone.
         self.show_arrivals();
         let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&id) else { return };
@@ -696,13 +696,11 @@ impl Worker {
             return self.engine.proto().mismatch(now, id);
         };
         if decode.ask.checksums {
-            let (skip, tokens) = (decode.ask.skip_tokens, decode.ask.tokens);
-            let first_page = skip / self.layout.page_tokens();
-            let table = PageTable { layout: &self.layout, first_page, pages: &decode.pages };
-            let right = Checksums::decode(&answer.checksums).is_ok_and(|sums| {
-                let layers = overlap(&sums.layers(), &self.layout.layers());
-                sums.verify(&self.memory, &table, layers, skip..tokens).is_ok()
-            });
+            let Some(Some(cache)) = self.caches.get(&session) else {
+                return self.engine.proto().mismatch(now, id);
+            };
+            let table = local_table(&self.layout, &decode.pages, Direction::Read, &decode.ask);
+            let right = is_proven(&self.memory, &table, cache, &decode.ask, &answer.checksums);
             if !right && !is_planted(Planted::ChecksumUnchecked) {
                 return self.engine.proto().reject(now, id);
             }
@@ -978,6 +976,14 @@ fn post_layers(engine: &mut Engine, now: u64, run: &mut Run, layers: Range<u32>,
     }
 }
 
+/// Whether the bytes here are those that the peer has summed, and it has summed all that it was to move: which layers
+/// that is follows from the two sides' layouts, and not from what the peer says.
+fn is_proven(memory: &[Memory], table: &PageTable<'_>, cache: &CacheLayout, ask: &Ask, sums: &[u8]) -> bool {
+    let layers = overlap(&table.layout.layers(), &cache.layers());
+    let tokens = ask.skip_tokens..ask.tokens;
+    Checksums::decode(sums).is_ok_and(|sums| sums.verify(memory, table, layers, tokens).is_ok())
+}
+
 fn span(role: &'static str, room: u64, use_count: u32, tokens: u32) -> tracing::Span {
     tracing::debug_span!("room", role, room, use_count, tokens)
 }
@@ -995,4 +1001,50 @@ fn refused(error: RoomError) -> End {
 fn overlap(a: &Range<u32>, b: &Range<u32>) -> Range<u32> {
     let start = a.start.max(b.start);
     start..a.end.min(b.end).max(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use crossdock_memory::AllocateOptions;
+
+    use super::*;
+    use crate::{CacheKind, Dtype, LayoutOptions, Placement};
+
+    fn layout(layers: Range<u32>) -> CacheLayout {
+        CacheLayout::new(LayoutOptions {
+            model: "m".into(),
+            model_layers: 4,
+            layers,
+            kind: CacheKind::Mla { latent_bytes: 24, rope_bytes: 0 },
+            dtype: Dtype::Bf16,
+            page_tokens: 16,
+            pages: 8,
+            placement: Placement::LayerMajor { region: 0 },
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn sums_prove_only_what_both_sides_layouts_say_was_moved() {
+        // Layers 1 and 2 are the ones that both hold.
+        let (here, peer) = (layout(1..4), layout(0..3));
+        let bytes = here.bytes_needed(0) as usize;
+        let memory = [Memory::allocate(bytes, &AllocateOptions::default()).unwrap()];
+        let pages = [5, 2];
+        let ask = Ask { tokens: 40, skip_tokens: 20, checksums: true };
+        let table = local_table(&here, &pages, Direction::Read, &ask);
+        let proven = |layers: Range<u32>, tokens: Range<u32>| {
+            let mut sums = Vec::new();
+            Checksums::compute(&memory, &table, layers, tokens).unwrap().encode(&mut sums);
+            is_proven(&memory, &table, &peer, &ask, &sums)
+        };
+        assert!(proven(1..3, 20..40));
+        for layers in [1..1, 2..2, 0..0, 1..2, 2..3, 1..4, 3..4] {
+            assert!(!proven(layers.clone(), 20..40), "{layers:?}");
+        }
+        for tokens in [20..20, 20..39, 21..40] {
+            assert!(!proven(1..3, tokens.clone()), "{tokens:?}");
+        }
+        assert!(!is_proven(&memory, &table, &peer, &ask, &[]), "no sums at all");
+    }
 }

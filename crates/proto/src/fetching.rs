@@ -55,11 +55,14 @@ impl Proto {
     pub fn fetched(&mut self, now_ns: u64, room: RoomId) {
         self.now_ns = now_ns;
         let Some(r) = self.rooms.get_mut(&room) else { return };
-        let (Role::Fetching(f), None, Moving::Yes) = (&r.role, &r.end, r.moving) else { return };
+        let (Role::Fetching(f), None, Moving::Yes, Some(session)) = (&r.role, &r.end, r.moving, r.session)
+        else {
+            return;
+        };
         let aux = f.offer.to_vec();
         r.moving = Moving::No;
         r.stage = Stage::Verify;
-        self.tell(Notice::Landed { room, aux });
+        self.tell(Notice::Landed { room, session, aux });
     }
 
     pub(crate) fn want(&mut self, id: RoomId, session: SessionId) {

@@ -58,6 +58,8 @@ pub enum Notice {
     Landed {
         /// Which room.
         room: RoomId,
+        /// From which session's peer.
+        session: SessionId,
         /// What the other side sent with the end (push) or the beginning (pull).
         aux: Vec<u8>,
     },

@@ -279,7 +279,7 @@ impl Proto {
         let Some(Room { role: Role::Receiving(r), stage, .. }) = self.rooms.get_mut(&id) else { return };
         *stage = Stage::Verify;
         let aux = r.finish.as_mut().map(|finish| std::mem::take(&mut finish.aux)).unwrap_or_default();
-        self.tell(Notice::Landed { room: id, aux });
+        self.tell(Notice::Landed { room: id, session, aux });
     }
 
     pub(crate) fn accept_landed(&mut self, id: RoomId) {
