@@ -67,7 +67,8 @@ pub use crossdock_memory::{
     PoolError, PoolOptions, PoolStats, QuarantineEntry,
 };
 pub use crossdock_proto::{
-    Auth, Counters, Difference, End, Failure, Identity, Refusal, RoomRefusal, SessionEnd, Stage, Who,
+    Auth, Counters, Difference, End, Failure, Identity, LinkCause, Refusal, RoomRefusal, SessionEnd, Stage,
+    Who,
 };
 pub use crossdock_shm::ShmOptions;
 pub use crossdock_tcp::TcpOptions;

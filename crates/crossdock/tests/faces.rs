@@ -9,9 +9,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    Auth, CacheKind, CacheLayout, Config, Dtype, End, LayoutOptions, Memory, Node, PagePool, Peer, Placement,
-    PortConfig, Progress, ReceiveRequest, Receiving, Refusal, RoomRefusal, SendError, SendRequest, Sending,
-    SessionEnd, ShmOptions, Stage, Turn, Who,
+    Auth, CacheKind, CacheLayout, Config, Dtype, End, LayoutOptions, Memory, Node, NotTaken, PagePool, Peer,
+    Placement, PortConfig, Progress, ReceiveRequest, Receiving, Refusal, RoomRefusal, SendError, SendRequest,
+    Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -111,6 +111,16 @@ fn caches_that_do_not_fit_are_refused_in_words() {
     );
     assert!(begin.elapsed() < WAIT / 2);
     decode.settles();
+}
+
+#[test]
+fn what_is_no_address_is_refused_at_once() {
+    let decode = worker("decode");
+    for address in ["prefill:7000", "abc", "", "127.0.0.1", "127.0.0.1:0", "10.0.0.1:70000"] {
+        let refused = decode.node.handle().connect(address).unwrap_err();
+        assert!(matches!(&refused, NotTaken::BadAddress { address: named, .. } if named == address));
+        assert!(refused.to_string().contains(address), "{refused}");
+    }
 }
 
 #[test]

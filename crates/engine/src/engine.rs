@@ -7,7 +7,8 @@ use std::sync::Arc;
 use crossdock_memory::Memory;
 use crossdock_proto::planted::{Planted, is_planted};
 use crossdock_proto::{
-    Action, Counters, LinkId as ProtoLink, MAX_LANES, Notice, Proto, Region, RegionOffer, RoomId, SessionId,
+    Action, Counters, LinkCause, LinkId as ProtoLink, MAX_LANES, Notice, Proto, Region, RegionOffer, RoomId,
+    SessionId,
 };
 use crossdock_transport::{
     Arm, Direction, Error, Event, Events, Fence, Grant, GrantId, GrantedBuffer, LaneId, LaneTags, LocalId,
@@ -15,7 +16,7 @@ use crossdock_transport::{
 };
 
 use crate::imm::{Imm, Kind};
-use crate::network::{LinkEvent, LinkId, Network, Pulse, SendError};
+use crate::network::{AddressCheck, LinkEvent, LinkId, Network, Pulse, SendError};
 use crate::transfer::{LaneUse, TransferId, Transfers};
 use crate::{Doorbell, OsError, Sleeper, now_ns};
 
@@ -219,6 +220,11 @@ impl Engine {
     /// What peers dial.
     pub fn address(&self) -> &str {
         self.network.address()
+    }
+
+    /// Tells, from any thread, whether an address can be dialed at all.
+    pub fn address_check(&self) -> AddressCheck {
+        self.network.address_check()
     }
 
     /// What has been counted.
@@ -528,9 +534,9 @@ impl Engine {
                 LinkEvent::Accepted { link } => proto.link_accepted(now_ns, ProtoLink(link.0)),
                 LinkEvent::Opened { link } => proto.link_opened(now_ns, ProtoLink(link.0)),
                 LinkEvent::Frame { link, bytes } => proto.frame(now_ns, ProtoLink(link.0), bytes),
-                LinkEvent::Closed { link, .. } => {
+                LinkEvent::Closed { link, cause } => {
                     backlog.remove(&ProtoLink(link.0));
-                    proto.link_closed(now_ns, ProtoLink(link.0));
+                    proto.link_closed(now_ns, ProtoLink(link.0), cause);
                 }
             }
         });
@@ -646,7 +652,8 @@ impl Engine {
     fn act(&mut self, now_ns: u64, action: Action) {
         match action {
             Action::Dial { target, address } => {
-                let link = self.network.dial(&address).ok().map(|link| ProtoLink(link.0));
+                let dialed = self.network.dial(&address);
+                let link = dialed.map(|link| ProtoLink(link.0)).map_err(|error| error.cause());
                 self.proto.dialed(now_ns, target, link);
             }
             Action::Send { link, frame } => self.send(now_ns, link, frame),
@@ -718,7 +725,11 @@ impl Engine {
             match self.network.send(LinkId(link.0), &frame) {
                 Ok(()) | Err(SendError::Closed) => return,
                 Err(SendError::Full) => {}
-                Err(SendError::TooLong { .. }) => return self.give_up(now_ns, link),
+                Err(SendError::TooLong { limit, .. }) => {
+                    self.network.close(LinkId(link.0));
+                    let cause = LinkCause::Limit { what: "bytes a frame", limit: limit as u64 };
+                    return self.proto.link_closed(now_ns, link, cause);
+                }
             }
         }
         let backlog = self.backlog.entry(link).or_default();
@@ -731,9 +742,9 @@ impl Engine {
 
     /// Ends a link whose peer does not read what it must.
     fn give_up(&mut self, now_ns: u64, link: ProtoLink) {
-        self.backlog.remove(&link);
+        let bytes = self.backlog.remove(&link).map_or(0, |backlog| backlog.bytes);
         self.network.close(LinkId(link.0));
-        self.proto.link_closed(now_ns, link);
+        self.proto.link_closed(now_ns, link, LinkCause::NotRead { bytes });
     }
 
     fn send_backlog(&mut self) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use crossbeam_queue::ArrayQueue;
-use crossdock_engine::{Doorbell, EventFd, Ticket, ticket};
+use crossdock_engine::{AddressCheck, Doorbell, EventFd, Ticket, ticket};
 use crossdock_proto::SessionEnd;
 
 use crate::request::{
@@ -20,7 +20,8 @@ pub struct Handle {
 }
 
 /// Why a call was not taken. Nothing of it was done; pages that were given with it are back in their pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum NotTaken {
     /// The queue to the progress loop is full: the loop does not keep up, or is not driven.
     #[error("the queue to the progress loop is full")]
@@ -28,6 +29,14 @@ pub enum NotTaken {
     /// The node was dropped, or its progress loop has ended.
     #[error("the node has stopped")]
     Stopped,
+    /// There can be no peer at this address.
+    #[error("bad address {address:?}: {reason}")]
+    BadAddress {
+        /// The address.
+        address: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
 }
 
 pub(crate) struct Shared {
@@ -39,12 +48,19 @@ pub(crate) struct Shared {
     pub told: EventFd,
     keys: AtomicU64,
     layers: Range<u32>,
+    address_check: AddressCheck,
 }
 
 impl Shared {
-    pub fn new(commands: usize, doorbell: Doorbell, told: EventFd, layers: Range<u32>) -> Self {
+    pub fn new(
+        commands: usize,
+        doorbell: Doorbell,
+        told: EventFd,
+        layers: Range<u32>,
+        address_check: AddressCheck,
+    ) -> Self {
         let (closed, keys) = (AtomicBool::new(false), AtomicU64::new(0));
-        Self { commands: ArrayQueue::new(commands), closed, doorbell, told, keys, layers }
+        Self { commands: ArrayQueue::new(commands), closed, doorbell, told, keys, layers, address_check }
     }
 
     /// The oldest command, for the progress loop.
@@ -91,15 +107,19 @@ impl Handle {
         Self { shared }
     }
 
-    /// Dials a peer (`"ip:port"`), now and whenever the session with it is lost. The ticket tells the first
-    /// session, or why there will never be one; rooms may be opened before.
+    /// Dials a peer (`"ip:port"`; names are to be resolved before), now and whenever the session with it is lost. The
+    /// ticket tells the first session, or why there will never be one; rooms may be opened before.
     pub fn connect(
         &self,
         address: impl Into<String>,
     ) -> Result<(Peer, Ticket<Result<PeerUp, SessionEnd>>), NotTaken> {
+        let address = address.into();
+        if let Err(reason) = (self.shared.address_check)(&address) {
+            return Err(NotTaken::BadAddress { address, reason });
+        }
         let (up, ticket) = ticket();
         let key = self.key();
-        self.push(Command::Connect { key, address: address.into(), up })?;
+        self.push(Command::Connect { key, address, up })?;
         Ok((Peer(PeerKey::Dialed(key)), ticket))
     }
 

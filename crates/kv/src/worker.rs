@@ -252,6 +252,7 @@ impl Worker {
             Doorbell::new()?,
             EventFd::new()?,
             layout.layers(),
+            engine.address_check(),
         ));
         let handle = Handle::new(shared.clone());
         let worker = Self {

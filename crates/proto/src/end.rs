@@ -4,6 +4,7 @@ use std::fmt;
 
 use crossdock_transport::DownCause;
 
+use crate::link_cause::LinkCause;
 use crate::message::Refusal;
 
 /// Which side did it.
@@ -122,7 +123,10 @@ pub enum SessionEnd {
     /// Closed by the peer, in order.
     ClosedByPeer,
     /// The control stream ended without a goodbye: the peer died, or the network failed.
-    StreamEnded,
+    StreamEnded {
+        /// What the network found.
+        cause: LinkCause,
+    },
     /// Nothing was heard of the peer for too long: it is stopped, or the network is cut.
     Silent {
         /// For how long.
@@ -138,7 +142,10 @@ pub enum SessionEnd {
     /// The handshake did not finish in time.
     HandshakeTimedOut,
     /// The peer could not be reached.
-    Unreachable,
+    Unreachable {
+        /// What the network found.
+        cause: LinkCause,
+    },
     /// The handshake was refused.
     Refused {
         /// By whom.
@@ -208,6 +215,7 @@ impl SessionEnd {
     pub fn is_retryable(&self) -> bool {
         match self {
             SessionEnd::Refused { refusal, .. } => matches!(refusal, Refusal::Busy | Refusal::Duplicate),
+            SessionEnd::Unreachable { cause } => !cause.is_permanent(),
             SessionEnd::Misbehaved { .. } | SessionEnd::Port(_) => false,
             _ => true,
         }
@@ -217,11 +225,19 @@ impl SessionEnd {
     pub fn advice(&self) -> &'static str {
         match self {
             SessionEnd::ClosedHere | SessionEnd::ClosedByPeer => "nothing to do: closed in order",
-            SessionEnd::StreamEnded => "the peer's process has ended or its host is gone; it is dialed again",
+            SessionEnd::StreamEnded { .. } => {
+                "the peer's process has ended or its host is gone; it is dialed again"
+            }
             SessionEnd::Silent { .. } => "the peer is stopped, overloaded or cut off; it is dialed again",
             SessionEnd::Restarted => "the peer was started again; send the request again",
             SessionEnd::LanesLost { .. } => "look at the transport's cause; the peer is dialed again",
-            SessionEnd::HandshakeTimedOut | SessionEnd::Unreachable => {
+            SessionEnd::Unreachable { cause: LinkCause::BadAddress { .. } } => {
+                "give the peer's IP address and port; resolve names before"
+            }
+            SessionEnd::Unreachable { cause: LinkCause::Limit { .. } } => {
+                "raise the limit, or connect to fewer peers"
+            }
+            SessionEnd::HandshakeTimedOut | SessionEnd::Unreachable { .. } => {
                 "check that the peer runs, its address, and that nothing between filters the connection"
             }
             SessionEnd::Refused { refusal, .. } => match refusal {
@@ -298,12 +314,14 @@ impl fmt::Display for SessionEnd {
         match self {
             SessionEnd::ClosedHere => f.write_str("closed here"),
             SessionEnd::ClosedByPeer => f.write_str("closed by the peer"),
-            SessionEnd::StreamEnded => f.write_str("control stream ended without a goodbye"),
+            SessionEnd::StreamEnded { cause } => {
+                write!(f, "control stream ended without a goodbye: {cause}")
+            }
             SessionEnd::Silent { for_ns } => write!(f, "nothing heard for {} ms", for_ns / 1_000_000),
             SessionEnd::Restarted => f.write_str("the peer was restarted"),
             SessionEnd::LanesLost { cause } => write!(f, "no lane left: {cause}"),
             SessionEnd::HandshakeTimedOut => f.write_str("handshake timed out"),
-            SessionEnd::Unreachable => f.write_str("unreachable"),
+            SessionEnd::Unreachable { cause } => write!(f, "unreachable: {cause}"),
             SessionEnd::Refused { by, refusal } => write!(f, "refused by {by}: {refusal}"),
             SessionEnd::Misbehaved { what } => write!(f, "the peer broke the protocol: {what}"),
             SessionEnd::Port(error) => write!(f, "port failed: {error}"),

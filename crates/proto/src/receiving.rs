@@ -131,8 +131,7 @@ impl Proto {
         let PeerName::Target(target) = peer else {
             return None;
         };
-        let (by, refusal) = self.targets.get(&target)?.refusal()?;
-        Some(End::Refused { by, why: RoomRefusal::Handshake(refusal) })
+        self.targets.get(&target)?.why_never()
     }
 
     /// The decode ends that wait for a session with a peer that is named so.
