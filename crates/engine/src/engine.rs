@@ -668,9 +668,8 @@ impl Engine {
                     send_token: plan.send_token,
                     expect_token: plan.expect_token,
                 };
-                if self.network.watch(session.0, pulse).is_err() {
-                    // Without heartbeats the peer looks silent, and the session ends for that reason.
-                    self.proto.heard(session, 0, u64::MAX);
+                if let Err(error) = self.network.watch(session.0, pulse) {
+                    self.proto.watch_failed(now_ns, session, error.cause());
                 }
             }
             Action::Unwatch { session } => self.network.unwatch(session.0),

@@ -39,6 +39,22 @@ pub enum NotTaken {
     },
 }
 
+impl NotTaken {
+    /// Whether the same call may be taken later.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Busy)
+    }
+
+    /// What can be done about it.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::Busy => "let the progress loop run, then try again; or raise the limit of commands",
+            Self::Stopped => "open a new node",
+            Self::BadAddress { .. } => "give the peer's IP address and port; resolve names before",
+        }
+    }
+}
+
 pub(crate) struct Shared {
     commands: ArrayQueue<Command>,
     /// Nobody takes commands any more.

@@ -217,6 +217,26 @@ pub enum SendError {
     NotTaken(#[from] NotTaken),
 }
 
+impl SendError {
+    /// Whether the same call may succeed later.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::NotTaken(why) if why.is_retryable())
+    }
+
+    /// What can be done about it.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::OutOfOrder { .. } => {
+                "send each layer's tokens from the first one on, without gaps, each once"
+            }
+            Self::OutOfRange { .. } => "send layers that this node's cache has, and tokens of the request",
+            Self::NotComplete { .. } => "send all tokens of all layers before the room is finished",
+            Self::Finished => "open another room for what comes next",
+            Self::NotTaken(why) => why.advice(),
+        }
+    }
+}
+
 impl Receiving {
     /// Ends the room here; the pages come home when the peer has stopped.
     pub fn cancel(&self) -> Result<(), NotTaken> {

@@ -36,6 +36,8 @@ pub struct Worker {
     /// The caches of the peers with a live session; `None` for a peer that has none.
     caches: BTreeMap<SessionId, Option<Arc<CacheLayout>>>,
     targets: BTreeMap<u64, TargetId>,
+    /// What is dialed, for logs.
+    addresses: BTreeMap<TargetId, String>,
     dialing: BTreeMap<TargetId, Promise<Result<PeerUp, SessionEnd>>>,
     rooms: BTreeMap<RoomId, Room>,
     keys: BTreeMap<u64, RoomId>,
@@ -107,6 +109,17 @@ struct Room {
 }
 
 impl Room {
+    /// Lets what is logged of the room name the peer and the transport, now that they are known.
+    fn records_peer(&self, engine: &mut Engine, session: SessionId) {
+        if self.span.is_disabled() {
+            return;
+        }
+        let proto = engine.proto();
+        if let (Some((_, peer)), Some(port)) = (proto.peer(session), proto.port(session)) {
+            self.span.record("peer", &*peer).record("port", port);
+        }
+    }
+
     /// Whether the user has been told how it ended.
     fn is_told(&self) -> bool {
         match &self.kind {
@@ -264,6 +277,7 @@ impl Worker {
             verify: options.verify,
             caches: BTreeMap::new(),
             targets: BTreeMap::new(),
+            addresses: BTreeMap::new(),
             dialing: BTreeMap::new(),
             rooms: BTreeMap::new(),
             keys: BTreeMap::new(),
@@ -391,13 +405,15 @@ impl Worker {
     fn command(&mut self, now: u64, command: Command) {
         match command {
             Command::Connect { key, address, up } => {
-                let target = self.engine.proto().connect(now, address);
+                let target = self.engine.proto().connect(now, address.as_str());
                 self.targets.insert(key, target);
+                self.addresses.insert(target, address);
                 self.dialing.insert(target, up);
             }
             Command::Disconnect { key } => {
                 if let Some(target) = self.targets.remove(&key) {
                     self.dialing.remove(&target);
+                    self.addresses.remove(&target);
                     self.engine.proto().disconnect(now, target);
                 }
             }
@@ -571,14 +587,16 @@ impl Worker {
     fn notice(&mut self, now: u64, notice: Notice) {
         match notice {
             Notice::SessionUp { session, target, peer, name, port, app } => {
-                tracing::info!(peer = %name, node = peer.node, port, "session up");
+                tracing::info!(peer = &*name, node = peer.node, port, "session up");
                 self.caches.insert(session, CacheLayout::decode(&app).ok().map(Arc::new));
                 if let Some(up) = target.and_then(|target| self.dialing.remove(&target)) {
                     self.tell(up, Ok(PeerUp { identity: peer, name }));
                 }
             }
-            Notice::SessionDown { session, target, cause } => {
-                tracing::info!(advice = cause.advice(), "session down: {cause}");
+            Notice::SessionDown { session, target, peer, port, cause } => {
+                let address = target.and_then(|target| self.addresses.get(&target));
+                let (peer, address) = (peer.as_deref(), address.map(String::as_str));
+                tracing::info!(peer, port, address, advice = cause.advice(), "session down: {cause}");
                 if let Some(session) = session {
                     self.caches.remove(&session);
                 }
@@ -629,6 +647,7 @@ impl Worker {
             }
             Kind::Serving { .. } => (None, &[]),
         };
+        room.records_peer(&mut self.engine, start.session);
         let (Some(ask), Some(cache)) = (ask, cache) else { return self.engine.proto().mismatch(now, id) };
         let local = local_table(&self.layout, pages, start.direction, &ask);
         let tokens = ask.skip_tokens..ask.tokens;
@@ -659,9 +678,9 @@ impl Worker {
 
     /// A reader asks for a room that is served here.
     fn wanted(&mut self, now: u64, id: RoomId, session: SessionId, params: &[u8]) {
-        let Some(Room { kind: Kind::Serving { tokens, pages, aux, .. }, .. }) = self.rooms.get(&id) else {
-            return;
-        };
+        let Some(room) = self.rooms.get(&id) else { return };
+        let Kind::Serving { tokens, pages, aux, .. } = &room.kind else { return };
+        room.records_peer(&mut self.engine, session);
         let ask = Ask::decode(params).filter(|ask| ask.tokens == *tokens);
         let (Some(ask), Some(Some(cache))) = (ask, self.caches.get(&session)) else {
             return self.engine.proto().mismatch(now, id);
@@ -692,7 +711,9 @@ impl Worker {
     fn landed(&mut self, now: u64, id: RoomId, session: SessionId, aux: &[u8]) {
         // The last batch may have come in this very turn, at the end of which the room may be gone.
         self.show_arrivals();
-        let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&id) else { return };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        room.records_peer(&mut self.engine, session);
+        let Kind::Decode(decode) = &mut room.kind else { return };
         let Some(answer) = Answer::decode(aux).filter(|answer| answer.tokens == decode.ask.tokens) else {
             return self.engine.proto().mismatch(now, id);
         };
@@ -712,6 +733,9 @@ impl Worker {
 
     fn ended(&mut self, id: RoomId, ended: Ended) {
         let Some(room) = self.rooms.get_mut(&id).filter(|room| !room.is_told()) else { return };
+        if let (Some(peer), Some(port)) = (&ended.peer, ended.port) {
+            room.span.record("peer", &**peer).record("port", port);
+        }
         room.span.in_scope(|| match &ended.end {
             End::Delivered => tracing::debug!("{ended}"),
             end => tracing::warn!(retryable = end.is_retryable(), advice = end.advice(), "{ended}"),
@@ -986,7 +1010,8 @@ fn is_proven(memory: &[Memory], table: &PageTable<'_>, cache: &CacheLayout, ask:
 }
 
 fn span(role: &'static str, room: u64, use_count: u32, tokens: u32) -> tracing::Span {
-    tracing::debug_span!("room", role, room, use_count, tokens)
+    use tracing::field::Empty;
+    tracing::debug_span!("room", role, room, use_count, tokens, peer = Empty, port = Empty)
 }
 
 fn refused(error: RoomError) -> End {

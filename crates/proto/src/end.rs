@@ -132,6 +132,11 @@ pub enum SessionEnd {
         /// For how long.
         for_ns: u64,
     },
+    /// No heartbeats can be exchanged with the peer.
+    NoHeartbeats {
+        /// What the network said.
+        cause: LinkCause,
+    },
     /// The peer started again; what it was before is gone.
     Restarted,
     /// The last lane went down.
@@ -215,7 +220,7 @@ impl SessionEnd {
     pub fn is_retryable(&self) -> bool {
         match self {
             SessionEnd::Refused { refusal, .. } => matches!(refusal, Refusal::Busy | Refusal::Duplicate),
-            SessionEnd::Unreachable { cause } => !cause.is_permanent(),
+            SessionEnd::Unreachable { cause } | SessionEnd::NoHeartbeats { cause } => !cause.is_permanent(),
             SessionEnd::Misbehaved { .. } | SessionEnd::Port(_) => false,
             _ => true,
         }
@@ -229,6 +234,9 @@ impl SessionEnd {
                 "the peer's process has ended or its host is gone; it is dialed again"
             }
             SessionEnd::Silent { .. } => "the peer is stopped, overloaded or cut off; it is dialed again",
+            SessionEnd::NoHeartbeats { .. } => {
+                "let both sides bind, or advertise, addresses of one family that reach each other"
+            }
             SessionEnd::Restarted => "the peer was started again; send the request again",
             SessionEnd::LanesLost { .. } => "look at the transport's cause; the peer is dialed again",
             SessionEnd::Unreachable { cause: LinkCause::BadAddress { .. } } => {
@@ -318,6 +326,7 @@ impl fmt::Display for SessionEnd {
                 write!(f, "control stream ended without a goodbye: {cause}")
             }
             SessionEnd::Silent { for_ns } => write!(f, "nothing heard for {} ms", for_ns / 1_000_000),
+            SessionEnd::NoHeartbeats { cause } => write!(f, "no heartbeats can be exchanged: {cause}"),
             SessionEnd::Restarted => f.write_str("the peer was restarted"),
             SessionEnd::LanesLost { cause } => write!(f, "no lane left: {cause}"),
             SessionEnd::HandshakeTimedOut => f.write_str("handshake timed out"),

@@ -35,6 +35,10 @@ pub enum Notice {
         session: Option<SessionId>,
         /// The target.
         target: Option<TargetId>,
+        /// The peer's name for people, if there was a session.
+        peer: Option<Arc<str>>,
+        /// The transport of its lanes.
+        port: Option<&'static str>,
         /// Why.
         cause: SessionEnd,
     },

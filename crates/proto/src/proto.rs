@@ -218,6 +218,11 @@ impl Proto {
         self.sessions.get(&session).map(|s| (s.peer, s.name.clone()))
     }
 
+    /// The transport of a session's lanes.
+    pub fn port(&self, session: SessionId) -> Option<&'static str> {
+        self.sessions.get(&session).map(|s| s.port)
+    }
+
     /// How many immediates of its current attempt a receiving room has counted: a word that only grows while
     /// the attempt lasts.
     pub fn arrivals(&self, room: RoomId) -> Option<u64> {

@@ -70,7 +70,7 @@ impl Proto {
         let session = t.session();
         self.forget_target(target);
         let cause = SessionEnd::ClosedHere;
-        self.tell(Notice::SessionDown { session: None, target: Some(target), cause: cause.clone() });
+        self.tell_no_session(target, cause.clone());
         if let Some(session) = session
             && self.targets_of(session).is_empty()
         {
@@ -163,15 +163,22 @@ impl Proto {
     /// A dial came to nothing.
     pub(crate) fn target_failed(&mut self, target: TargetId, cause: SessionEnd) {
         if self.targets.contains_key(&target) {
-            self.tell(Notice::SessionDown { session: None, target: Some(target), cause: cause.clone() });
+            self.tell_no_session(target, cause.clone());
             self.target_lost(target, &cause);
         }
+    }
+
+    fn tell_no_session(&mut self, target: TargetId, cause: SessionEnd) {
+        let (peer, port) = (None, None);
+        self.tell(Notice::SessionDown { session: None, target: Some(target), peer, port, cause });
     }
 
     /// A target has no session any more.
     pub(crate) fn target_lost(&mut self, target: TargetId, cause: &SessionEnd) {
         match cause {
-            SessionEnd::Refused { .. } | SessionEnd::Unreachable { .. } if !cause.is_retryable() => {
+            SessionEnd::Refused { .. } | SessionEnd::Unreachable { .. } | SessionEnd::NoHeartbeats { .. }
+                if !cause.is_retryable() =>
+            {
                 // Dialing again cannot help: whoever waits for this peer hears at once.
                 if let Some(t) = self.targets.get_mut(&target) {
                     t.state = TargetState::Never(cause.clone());
