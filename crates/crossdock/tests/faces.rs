@@ -220,6 +220,38 @@ fn a_room_number_is_open_once() {
 }
 
 #[test]
+fn pages_of_a_room_that_is_refused_here_come_back() {
+    let decode = worker_with("decode", Dtype::Bf16, |config| config.max_rooms = 1);
+    let (handle, deadline) = (decode.node.handle(), WAIT);
+    let (peer, _up) = handle.connect("127.0.0.1:9").unwrap();
+    let comes_back = |mut refused: Receiving, why: fn(&End) -> bool| {
+        let end = refused.end.wait_until(Instant::now() + WAIT).unwrap().ended.end;
+        assert!(why(&end), "{end}");
+        assert!(!refused.pages.wait_until(Instant::now() + WAIT).unwrap().is_empty());
+    };
+    let request = |room, tokens, pages: u32| {
+        let (use_count, skip_tokens, pages) = (0, 0, decode.pool.take(pages).unwrap());
+        ReceiveRequest { peer, room, use_count, tokens, skip_tokens, pages, deadline }
+    };
+    // Fewer pages than the tokens need.
+    let mismatch = |end: &End| matches!(end, End::Refused { why: RoomRefusal::Mismatch, .. });
+    comes_back(handle.receive(request(1, 100, 1)).unwrap(), mismatch);
+    comes_back(handle.fetch(request(1, 100, 1)).unwrap(), mismatch);
+    // More rooms than are allowed.
+    let first = handle.receive(request(2, 10, 1)).unwrap();
+    let busy = |end: &End| matches!(end, End::Refused { why: RoomRefusal::Busy, .. });
+    comes_back(handle.receive(request(3, 10, 1)).unwrap(), busy);
+    comes_back(handle.fetch(request(3, 10, 1)).unwrap(), busy);
+    first.cancel().unwrap();
+    // A peer that is not dialed any more.
+    handle.disconnect(peer).unwrap();
+    let lost = |end: &End| matches!(end, End::PeerLost { .. });
+    comes_back(handle.receive(request(4, 10, 1)).unwrap(), lost);
+    drop(first);
+    decode.settles();
+}
+
+#[test]
 fn the_two_sides_must_speak_of_the_same_tokens() {
     let prefill = worker("prefill");
     let decode = worker("decode");

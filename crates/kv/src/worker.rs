@@ -435,7 +435,10 @@ impl Worker {
                         self.rooms
                             .insert(room, Room { key, span, is_ready: false, kind: Kind::Decode(decode) });
                     }
-                    Err(end) => {
+                    Err((end, pages)) => {
+                        if let Some(home) = decode.home.take() {
+                            self.tell(home, pages);
+                        }
                         if let Some(promise) = decode.end.take() {
                             self.tell(promise, Received { ended: Ended::alone(end), aux: Vec::new() });
                         }
@@ -479,14 +482,16 @@ impl Worker {
         request: ReceiveRequest,
         ask: Ask,
         pull: bool,
-    ) -> Result<RoomId, End> {
-        let peer = self.peer_name(request.peer).ok_or(End::PeerLost { cause: SessionEnd::ClosedHere })?;
+    ) -> Result<RoomId, (End, PageSet)> {
+        let Some(peer) = self.peer_name(request.peer) else {
+            return Err((End::PeerLost { cause: SessionEnd::ClosedHere }, request.pages));
+        };
         let first = request.skip_tokens / self.layout.page_tokens();
         let table = PageTable { layout: &self.layout, first_page: first, pages: request.pages.ids() };
         if request.skip_tokens > request.tokens
             || table.covering(&(request.skip_tokens..request.tokens)).is_err()
         {
-            return Err(End::Refused { by: Who::Here, why: RoomRefusal::Mismatch });
+            return Err((End::Refused { by: Who::Here, why: RoomRefusal::Mismatch }, request.pages));
         }
         let room = name(request.room, request.use_count);
         let deadline_ns = now.saturating_add(request.deadline.as_nanos() as u64);
@@ -499,7 +504,7 @@ impl Worker {
             }
             true => self.engine.proto().fetch(now, Fetch { peer, room, pages, params, deadline_ns }),
         };
-        opened.map_err(refused)
+        opened.map_err(|unopened| (refused(unopened.error), unopened.pages))
     }
 
     fn open_sending(&mut self, now: u64, key: u64, request: SendRequest, end: Promise<Ended>) {

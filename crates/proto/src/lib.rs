@@ -45,5 +45,5 @@ pub use message::{
 };
 pub use notice::{Homecoming, Notice, Start};
 pub use proto::{Counters, LinkId, PeerName, Proto, RoomId, SessionId, TargetId};
-pub use room::{Buffers, Fetch, Receive, RoomBuffer, RoomError, Send, Serve};
+pub use room::{Buffers, Fetch, Receive, RoomBuffer, RoomError, Send, Serve, Unopened};
 pub use wire::DecodeError;

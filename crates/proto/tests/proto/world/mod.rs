@@ -158,7 +158,7 @@ impl World {
             params: b"ask".to_vec(),
             deadline_ns: self.now_ns + for_ns,
         };
-        self.open(node, true, |proto, now| proto.receive(now, receive))
+        self.open(node, true, |proto, now| proto.receive(now, receive).map_err(|not| not.error))
     }
 
     /// Opens the prefill end of a push.
@@ -192,7 +192,7 @@ impl World {
             params: b"ask".to_vec(),
             deadline_ns: self.now_ns + for_ns,
         };
-        self.open(node, true, |proto, now| proto.fetch(now, fetch))
+        self.open(node, true, |proto, now| proto.fetch(now, fetch).map_err(|not| not.error))
     }
 
     /// Opens the prefill end of a pull.
