@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossdock_engine::{Engine, EngineOptions, Network, OsError, SocketNetwork, SocketOptions, now_ns};
+use crossdock_engine::{
+    Engine, EngineOptions, Network, OsError, SocketNetwork, SocketOptions, duration_ns, now_ns,
+};
 use crossdock_kv::{Handle, NotTaken, Turn, Worker, WorkerOptions};
 use crossdock_proto::{Fingerprint, Identity, Proto, Rail};
 use crossdock_shm::ShmPort;
@@ -62,10 +64,10 @@ impl Node {
         proto.lanes_per_rail = config.lanes_per_rail;
         config.layout.encode(&mut proto.app);
         proto.pulse_address = network.pulse_address().to_owned();
-        proto.heartbeat_ns = config.heartbeat.as_nanos() as u64;
+        proto.heartbeat_ns = duration_ns(config.heartbeat);
         proto.heartbeats_missed = config.heartbeats_missed;
-        proto.warm_up_grace_ns = config.warm_up_grace.as_nanos() as u64;
-        proto.handshake_timeout_ns = config.handshake_timeout.as_nanos() as u64;
+        proto.warm_up_grace_ns = duration_ns(config.warm_up_grace);
+        proto.handshake_timeout_ns = duration_ns(config.handshake_timeout);
         proto.max_rooms = config.max_rooms;
         let identity = proto.identity;
         let engine = Engine::new(Proto::new(proto), Box::new(network), ports, EngineOptions::default());
@@ -79,10 +81,11 @@ impl Node {
                 max_commands: config.max_commands,
             },
         )?;
+        worker.count_from_calls();
         let progress = match config.progress {
             Progress::Caller => Progression::Caller(Box::new(worker)),
             Progress::Thread { spin } => {
-                let spin_ns = spin.as_nanos() as u64;
+                let spin_ns = duration_ns(spin);
                 let thread = std::thread::Builder::new()
                     .name("crossdock".into())
                     .spawn(move || worker.run(spin_ns))
@@ -124,7 +127,7 @@ impl Node {
     /// Sleeps until there is progress to make, with [`Progress::Caller`], for no longer than this.
     pub fn park(&mut self, longest: Duration) -> Result<(), Error> {
         match &mut self.progress {
-            Progression::Caller(worker) => Ok(worker.park(longest.as_nanos() as u64)?),
+            Progression::Caller(worker) => Ok(worker.park(duration_ns(longest))?),
             Progression::Thread(_) => Ok(()),
         }
     }

@@ -193,6 +193,33 @@ fn deadlines_hold_at_every_stage() {
 }
 
 #[test]
+fn deadlines_count_from_the_call_and_endless_ones_never_pass() {
+    let mut decode = worker_with("decode", Dtype::Bf16, |config| config.progress = Progress::Caller);
+    let nobody = Peer::node(7);
+    let deadline = Duration::from_millis(500);
+    let mut receiving = decode.receive(nobody, 1, deadline);
+    let mut sending = decode.send(2, deadline);
+    // 2^64 ns, which 64 bits do not hold.
+    let wraps = Duration::new(18_446_744_073, 709_551_616);
+    let mut endless = [decode.receive(nobody, 3, wraps), decode.receive(nobody, 4, Duration::MAX)];
+    // The loop is held up for longer than the deadline: it has no time to give afterwards.
+    std::thread::sleep(deadline + Duration::from_millis(20));
+    let taken = Instant::now();
+    let (mut received, mut sent) = (None, None);
+    while received.is_none() || sent.is_none() {
+        decode.node.progress();
+        received = received.or(receiving.end.poll().unwrap());
+        sent = sent.or(sending.end.poll().unwrap());
+        assert!(taken.elapsed() < deadline / 2, "{received:?} {sent:?}");
+    }
+    assert!(matches!(received.unwrap().ended.end, End::Expired { by: Who::Here, .. }));
+    assert!(matches!(sent.unwrap().end, End::Expired { by: Who::Here, .. }));
+    for endless in &mut endless {
+        assert_eq!(endless.end.poll(), Ok(None));
+    }
+}
+
+#[test]
 fn what_is_sent_is_checked_before_it_leaves() {
     let prefill = worker("prefill");
     let mut sending = prefill.send(1, WAIT);

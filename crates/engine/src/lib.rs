@@ -17,7 +17,7 @@ mod socket;
 mod ticket;
 mod transfer;
 
-pub use clock::now_ns;
+pub use clock::{duration_ns, now_ns};
 pub use crossdock_proto::LinkCause;
 pub use doorbell::{Doorbell, EventFd};
 pub use engine::{Engine, EngineOptions, LaneRegions, RailStats, SideArrival, TransferFailed};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use crossbeam_queue::ArrayQueue;
-use crossdock_engine::{AddressCheck, Doorbell, EventFd, Ticket, ticket};
+use crossdock_engine::{AddressCheck, Doorbell, EventFd, Ticket, now_ns, ticket};
 use crossdock_proto::SessionEnd;
 
 use crate::request::{
@@ -59,6 +59,8 @@ pub(crate) struct Shared {
     commands: ArrayQueue<Command>,
     /// Nobody takes commands any more.
     closed: AtomicBool,
+    /// Calls note when they were made.
+    counts_from_calls: AtomicBool,
     pub doorbell: Doorbell,
     /// Readable when something was told to a ticket since it was last armed.
     pub told: EventFd,
@@ -76,7 +78,26 @@ impl Shared {
         address_check: AddressCheck,
     ) -> Self {
         let (closed, keys) = (AtomicBool::new(false), AtomicU64::new(0));
-        Self { commands: ArrayQueue::new(commands), closed, doorbell, told, keys, layers, address_check }
+        let counts_from_calls = AtomicBool::new(false);
+        Self {
+            commands: ArrayQueue::new(commands),
+            closed,
+            counts_from_calls,
+            doorbell,
+            told,
+            keys,
+            layers,
+            address_check,
+        }
+    }
+
+    pub fn count_from_calls(&self) {
+        self.counts_from_calls.store(true, Ordering::Relaxed);
+    }
+
+    /// When a call is made; `None` if only the loop knows what time it is.
+    fn asked_ns(&self) -> Option<u64> {
+        self.counts_from_calls.load(Ordering::Relaxed).then(now_ns)
     }
 
     /// The oldest command, for the progress loop.
@@ -162,7 +183,8 @@ impl Handle {
         let (end, end_ticket) = ticket();
         let control = self.control();
         let tokens = request.tokens;
-        self.push(Command::Open { key: control.key, request, end })?;
+        let asked_ns = self.shared.asked_ns();
+        self.push(Command::Open { key: control.key, request, asked_ns, end })?;
         Ok(Sending::new(end_ticket, control, tokens, self.shared.layers.clone()))
     }
 
@@ -170,7 +192,8 @@ impl Handle {
     pub fn serve(&self, request: ServeRequest) -> Result<Serving, NotTaken> {
         let (end, end_ticket) = ticket();
         let control = self.control();
-        self.push(Command::Serve { key: control.key, request, end })?;
+        let asked_ns = self.shared.asked_ns();
+        self.push(Command::Serve { key: control.key, request, asked_ns, end })?;
         Ok(Serving { end: end_ticket, control })
     }
 
@@ -206,7 +229,8 @@ impl Handle {
     fn decode(&self, request: ReceiveRequest, pull: bool) -> Result<Receiving, NotTaken> {
         let key = self.key();
         let (told, receiving) = decode_tickets(self, key);
-        self.push(Command::Receive { key, request, pull, told })?;
+        let asked_ns = self.shared.asked_ns();
+        self.push(Command::Receive { key, request, asked_ns, pull, told })?;
         Ok(receiving)
     }
 

@@ -54,7 +54,7 @@ pub struct ReceiveRequest {
     pub skip_tokens: u32,
     /// Pages for the tokens from `skip_tokens` on: the first one holds that token.
     pub pages: PageSet,
-    /// From now.
+    /// From the call that this is given to.
     pub deadline: Duration,
 }
 
@@ -69,7 +69,7 @@ pub struct SendRequest {
     pub tokens: u32,
     /// Pages for the tokens, from the first one on. They may be filled later than this, but before they are sent.
     pub pages: PageRef,
-    /// From now.
+    /// From the call that this is given to.
     pub deadline: Duration,
 }
 
@@ -89,7 +89,7 @@ pub struct ServeRequest {
     pub pages: PageRef,
     /// Handed to the reader with the bytes: first token, log probabilities.
     pub aux: Vec<u8>,
-    /// From now.
+    /// From the call that this is given to.
     pub deadline: Duration,
 }
 
@@ -347,11 +347,11 @@ impl std::fmt::Debug for RoomControl {
 pub(crate) enum Command {
     Connect { key: u64, address: String, up: Promise<Result<PeerUp, SessionEnd>> },
     Disconnect { key: u64 },
-    Receive { key: u64, request: ReceiveRequest, pull: bool, told: DecodePromises },
-    Open { key: u64, request: SendRequest, end: Promise<Ended> },
+    Receive { key: u64, request: ReceiveRequest, asked_ns: Option<u64>, pull: bool, told: DecodePromises },
+    Open { key: u64, request: SendRequest, asked_ns: Option<u64>, end: Promise<Ended> },
     Send { key: u64, layers: Range<u32>, tokens: Range<u32> },
     Finish { key: u64, aux: Vec<u8> },
-    Serve { key: u64, request: ServeRequest, end: Promise<Ended> },
+    Serve { key: u64, request: ServeRequest, asked_ns: Option<u64>, end: Promise<Ended> },
     Cancel { key: u64 },
     Stats { told: Promise<Stats> },
     Stop,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossdock_engine::{
-    Doorbell, Engine, EventFd, LaneRegions, OsError, Promise, TransferFailed, TransferId, now_ns,
+    Doorbell, Engine, EventFd, LaneRegions, OsError, Promise, TransferFailed, TransferId, duration_ns, now_ns,
 };
 use crossdock_memory::{Memory, PageSet};
 use crossdock_proto::planted::{Planted, is_planted};
@@ -288,6 +288,12 @@ impl Worker {
         Ok((worker, handle))
     }
 
+    /// Lets deadlines count from the call of a user's, and not from the turn that takes it: for whoever gives turns the
+    /// time of [`now_ns`], and no other.
+    pub fn count_from_calls(&self) {
+        self.shared.count_from_calls();
+    }
+
     /// Runs until the node is asked to stop: spins for `spin_ns` after something has happened, then sleeps. Whatever
     /// is open then ends, as when a worker is dropped.
     pub fn run(mut self, spin_ns: u64) -> Result<(), OsError> {
@@ -299,6 +305,7 @@ impl Worker {
     }
 
     fn run_until_stopped(&mut self, spin_ns: u64) -> Result<(), OsError> {
+        self.count_from_calls();
         let mut active_ns = now_ns();
         loop {
             let now = now_ns();
@@ -417,7 +424,7 @@ impl Worker {
                     self.engine.proto().disconnect(now, target);
                 }
             }
-            Command::Receive { key, request, pull, told } => {
+            Command::Receive { key, request, asked_ns, pull, told } => {
                 let (end, home) = (Some(told.end), Some(told.pages));
                 let role = if pull { "fetch" } else { "receive" };
                 let span = span(role, request.room, request.use_count, request.tokens);
@@ -429,7 +436,7 @@ impl Worker {
                 let pages: Arc<[u32]> = request.pages.ids().into();
                 let mut decode =
                     Decode { ask, pages, aux: Vec::new(), end, home, arrivals: told.arrivals, reads: None };
-                match self.open_decode(now, request, ask, pull) {
+                match self.open_decode(now, asked_ns.unwrap_or(now), request, ask, pull) {
                     Ok(room) => {
                         self.keys.insert(key, room);
                         self.rooms
@@ -445,7 +452,9 @@ impl Worker {
                     }
                 }
             }
-            Command::Open { key, request, end } => self.open_sending(now, key, request, end),
+            Command::Open { key, request, asked_ns, end } => {
+                self.open_sending(now, asked_ns.unwrap_or(now), key, request, end);
+            }
             Command::Send { key, layers, tokens } => {
                 let Some((id, room)) = self.room_of(key) else { return };
                 if let Kind::Sending(sending) = &mut room.kind {
@@ -462,7 +471,9 @@ impl Worker {
                     self.wake(id);
                 }
             }
-            Command::Serve { key, request, end } => self.open_serving(now, key, request, end),
+            Command::Serve { key, request, asked_ns, end } => {
+                self.open_serving(now, asked_ns.unwrap_or(now), key, request, end);
+            }
             Command::Cancel { key } => {
                 if let Some((id, _)) = self.room_of(key) {
                     self.engine.proto().cancel(now, id);
@@ -479,6 +490,7 @@ impl Worker {
     fn open_decode(
         &mut self,
         now: u64,
+        asked_ns: u64,
         request: ReceiveRequest,
         ask: Ask,
         pull: bool,
@@ -494,7 +506,7 @@ impl Worker {
             return Err((End::Refused { by: Who::Here, why: RoomRefusal::Mismatch }, request.pages));
         }
         let room = name(request.room, request.use_count);
-        let deadline_ns = now.saturating_add(request.deadline.as_nanos() as u64);
+        let deadline_ns = asked_ns.saturating_add(duration_ns(request.deadline));
         let (pages, params) = (request.pages, ask.encode());
         let opened = match pull {
             false => {
@@ -507,13 +519,13 @@ impl Worker {
         opened.map_err(|unopened| (refused(unopened.error), unopened.pages))
     }
 
-    fn open_sending(&mut self, now: u64, key: u64, request: SendRequest, end: Promise<Ended>) {
+    fn open_sending(&mut self, now: u64, asked_ns: u64, key: u64, request: SendRequest, end: Promise<Ended>) {
         let span = span("send", request.room, request.use_count, request.tokens);
         let pages: Arc<[u32]> = request.pages.ids().into();
         let fits = PageTable::new(&self.layout, &pages).covering(&(0..request.tokens)).is_ok();
         let opened = match fits {
             true => {
-                let deadline_ns = now.saturating_add(request.deadline.as_nanos() as u64);
+                let deadline_ns = asked_ns.saturating_add(duration_ns(request.deadline));
                 let room = name(request.room, request.use_count);
                 let send = Send { room, pages: request.pages, deadline_ns };
                 self.engine.proto().send_room(now, send).map_err(refused)
@@ -537,13 +549,20 @@ impl Worker {
         }
     }
 
-    fn open_serving(&mut self, now: u64, key: u64, request: ServeRequest, end: Promise<Ended>) {
+    fn open_serving(
+        &mut self,
+        now: u64,
+        asked_ns: u64,
+        key: u64,
+        request: ServeRequest,
+        end: Promise<Ended>,
+    ) {
         let span = span("serve", request.room, request.use_count, request.tokens);
         let pages: Arc<[u32]> = request.pages.ids().into();
         let fits = PageTable::new(&self.layout, &pages).covering(&(0..request.tokens)).is_ok();
         let opened = match fits {
             true => {
-                let deadline_ns = now.saturating_add(request.deadline.as_nanos() as u64);
+                let deadline_ns = asked_ns.saturating_add(duration_ns(request.deadline));
                 let room = name(request.room, request.use_count);
                 let serve = Serve { room, pages: request.pages, buffers: self.buffers.clone(), deadline_ns };
                 self.engine.proto().serve(now, serve).map_err(refused)
