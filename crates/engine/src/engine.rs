@@ -47,8 +47,6 @@ pub struct Engine {
 pub struct EngineOptions {
     /// Events taken from one port in one turn.
     pub events_per_poll: usize,
-    /// Transfers at once.
-    pub max_transfers: usize,
     /// Bytes of control messages that may wait for one peer's stream. A peer that falls behind further is given up.
     pub max_backlog_bytes: usize,
     /// Where a session has several lanes, an op is cut so that each lane gets no more than this at once.
@@ -57,12 +55,7 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self {
-            events_per_poll: 256,
-            max_transfers: 65_536,
-            max_backlog_bytes: 64 << 20,
-            stripe_bytes: 1 << 20,
-        }
+        Self { events_per_poll: 256, max_backlog_bytes: 64 << 20, stripe_bytes: 1 << 20 }
     }
 }
 
@@ -172,7 +165,7 @@ impl Engine {
             network,
             rails,
             sessions: BTreeMap::new(),
-            transfers: Transfers::with_capacity(options.max_transfers),
+            transfers: Transfers::new(),
             events: Some(Events::with_capacity(options.events_per_poll)),
             backlog: BTreeMap::new(),
             notices: VecDeque::with_capacity(1024),
