@@ -16,6 +16,14 @@ pub enum Error {
     /// No port was asked for.
     #[error("no port is configured; add at least one to `ports`")]
     NoPort,
+    /// A limit of the configuration makes no sense.
+    #[error("bad limit {option}: {reason}")]
+    BadLimit {
+        /// Which.
+        option: &'static str,
+        /// What it should be.
+        reason: &'static str,
+    },
     /// A port could not be opened.
     #[error("cannot open the {port} port: {error}")]
     Port {
@@ -62,7 +70,7 @@ impl Error {
             Error::Os(error) => passes(error.errno),
             Error::Random { errno } => passes(*errno),
             Error::Thread(error) => error.raw_os_error().is_some_and(passes),
-            Error::NoPort | Error::Network(_) | Error::Worker(_) => false,
+            Error::NoPort | Error::BadLimit { .. } | Error::Network(_) | Error::Worker(_) => false,
         }
     }
 
@@ -77,6 +85,7 @@ impl Error {
             }
             Error::Memory(_) => "ask for an amount of memory that the host has free",
             Error::NoPort => "add at least one port to the configuration",
+            Error::BadLimit { .. } => "set the limit that the error names within its bounds",
             Error::Port { error: transport::Error::Unsupported { advice, .. }, .. }
             | Error::Worker(WorkerError::Register(transport::Error::Unsupported { advice, .. })) => advice,
             Error::Port { .. } => "look at the port's own error; or leave this port out",

@@ -48,6 +48,13 @@ impl Node {
         let infos: Vec<PortInfo> = ports.iter().map(|port| port.info().clone()).collect();
         let mut network = SocketOptions::new(config.bind);
         network.advertise = config.advertise;
+        check_limits(&config)?;
+        let sessions = config.max_sessions as usize;
+        // Dials that cross, and sessions that end while the next one begins.
+        network.max_sessions = sessions.saturating_mul(2);
+        network.max_links = sessions.saturating_mul(4);
+        network.max_frame_bytes = config.max_frame_bytes;
+        network.send_buffer_bytes = network.send_buffer_bytes.max(config.max_frame_bytes.saturating_mul(4));
         let network = SocketNetwork::open(network)?;
         let mut proto = crossdock_proto::Config::new(identity(config.node)?, config.name);
         proto.entropy = random()?;
@@ -68,9 +75,15 @@ impl Node {
         proto.heartbeats_missed = config.heartbeats_missed;
         proto.warm_up_grace_ns = duration_ns(config.warm_up_grace);
         proto.handshake_timeout_ns = duration_ns(config.handshake_timeout);
+        proto.max_sessions = config.max_sessions;
         proto.max_rooms = config.max_rooms;
+        proto.max_grants = config.max_grants;
+        proto.max_parked = config.max_parked;
+        proto.max_frame_bytes = config.max_frame_bytes;
         let identity = proto.identity;
-        let engine = Engine::new(Proto::new(proto), Box::new(network), ports, EngineOptions::default());
+        let mut options = EngineOptions::default();
+        options.max_backlog_bytes = options.max_backlog_bytes.max(config.max_frame_bytes.saturating_mul(16));
+        let engine = Engine::new(Proto::new(proto), Box::new(network), ports, options);
         let address = engine.address().to_owned();
         let (worker, handle) = Worker::new(
             engine,
@@ -184,6 +197,24 @@ fn open_port(port: &PortConfig, config: &Config) -> Result<Box<dyn Port>, Error>
         }
     }
 }
+
+fn check_limits(config: &Config) -> Result<(), Error> {
+    let bad = |option, reason| Err(Error::BadLimit { option, reason });
+    if !(1..=MOST_SESSIONS).contains(&config.max_sessions) {
+        return bad("max_sessions", "from 1 to a million");
+    }
+    if config.max_rooms == 0 || config.max_grants == 0 || config.max_commands == 0 {
+        return bad("max_rooms, max_grants or max_commands", "at least 1 each");
+    }
+    if !(SHORTEST_FRAME_BYTES..=LONGEST_FRAME_BYTES).contains(&config.max_frame_bytes) {
+        return bad("max_frame_bytes", "from 64 KiB, which a handshake may take, to 1 GiB");
+    }
+    Ok(())
+}
+
+const MOST_SESSIONS: u32 = 1_000_000;
+const SHORTEST_FRAME_BYTES: usize = 64 << 10;
+const LONGEST_FRAME_BYTES: usize = 1 << 30;
 
 fn identity(node: Option<u64>) -> Result<Identity, Error> {
     let bytes = random::<16>()?;

@@ -279,6 +279,52 @@ fn pages_of_a_room_that_is_refused_here_come_back() {
 }
 
 #[test]
+fn each_limit_can_be_raised_as_its_advice_says() {
+    // What goes with the pages is longer than a control message by default.
+    for (max_frame_bytes, fits) in [(1 << 20, false), (4 << 20, true)] {
+        let limited = |config: &mut Config| config.max_frame_bytes = max_frame_bytes;
+        let prefill = worker_with("prefill", Dtype::Bf16, limited);
+        let decode = worker_with("decode", Dtype::Bf16, limited);
+        let peer = decode.connect(&prefill);
+        let mut receiving = decode.receive(peer, 1, WAIT);
+        let mut sending = prefill.send(1, WAIT);
+        sending.send_layers(0..3).unwrap();
+        sending.finish(vec![7; 2 << 20]).unwrap();
+        let sent = sending.end.wait_until(Instant::now() + WAIT).unwrap();
+        assert_eq!(sent.is_delivered(), fits, "{sent}");
+        assert!(fits || sent.end.advice().contains("max_frame_bytes"), "{}", sent.end.advice());
+        let received = receiving.end.wait_until(Instant::now() + WAIT).unwrap();
+        assert_eq!(received.aux.len(), if fits { 2 << 20 } else { 0 });
+    }
+    for (max_grants, fits) in [(1, false), (2, true)] {
+        let prefill = worker("prefill");
+        let decode = worker_with("decode", Dtype::Bf16, |config| config.max_grants = max_grants);
+        let peer = decode.connect(&prefill);
+        let [first, second] = [1, 2].map(|room| decode.receive(peer, room, WAIT / 40));
+        let end = end_of(second);
+        assert_eq!(matches!(end, End::Expired { .. }), fits, "{end}");
+        assert!(fits || end.advice().contains("max_grants"), "{}", end.advice());
+        drop(first);
+    }
+    for (max_sessions, fits) in [(1, false), (2, true)] {
+        let prefill = worker_with("prefill", Dtype::Bf16, |config| config.max_sessions = max_sessions);
+        let (first, second) = (worker("first"), worker("second"));
+        first.connect(&prefill);
+        let (_, mut up) = second.node.handle().connect(prefill.node.address()).unwrap();
+        // Refused for now: dialed again until there is room.
+        assert_eq!(up.wait_until(Instant::now() + Duration::from_millis(500)).is_ok(), fits);
+        drop(first);
+        assert!(fits || up.wait_until(Instant::now() + WAIT).unwrap().is_ok());
+    }
+    let layout = layout(Dtype::Bf16);
+    let (memory, _pool) = crossdock::allocate(&layout).unwrap();
+    let mut config = Config::new("none", layout, memory);
+    config.max_frame_bytes = 1000;
+    let refused = Node::open(config).unwrap_err();
+    assert!(refused.to_string().contains("max_frame_bytes"), "{refused}");
+}
+
+#[test]
 fn the_two_sides_must_speak_of_the_same_tokens() {
     let prefill = worker("prefill");
     let decode = worker("decode");

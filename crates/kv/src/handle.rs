@@ -48,7 +48,7 @@ impl NotTaken {
     /// What can be done about it.
     pub fn advice(&self) -> &'static str {
         match self {
-            Self::Busy => "let the progress loop run, then try again; or raise the limit of commands",
+            Self::Busy => "let the progress loop run, then try again; or raise max_commands",
             Self::Stopped => "open a new node",
             Self::BadAddress { .. } => "give the peer's IP address and port; resolve names before",
         }

@@ -193,7 +193,9 @@ impl End {
             }
             End::Expired { .. } => "allow more time, or send less at once",
             End::PeerLost { cause } => cause.advice(),
-            End::Refused { why: RoomRefusal::Busy, .. } => "try again later, or raise the limit of rooms",
+            End::Refused { why: RoomRefusal::Busy, .. } => {
+                "try again later, or raise max_rooms, max_grants or max_parked of the side that refused"
+            }
             End::Refused { why: RoomRefusal::Mismatch, .. } => {
                 "both sides must ask for the same tokens of the same request"
             }
@@ -208,7 +210,7 @@ impl End {
             }
             End::Refused { why: RoomRefusal::TooLong { .. }, .. }
             | End::Failed { cause: Failure::TooLong { .. }, .. } => {
-                "use larger pages or shorter requests, or raise the limit of frames on all nodes"
+                "use larger pages or shorter requests, or raise max_frame_bytes on all nodes"
             }
             End::Failed { .. } => "send the request again; look at the peer's log if it repeats",
         }
@@ -243,7 +245,7 @@ impl SessionEnd {
                 "give the peer's IP address and port; resolve names before"
             }
             SessionEnd::Unreachable { cause: LinkCause::Limit { .. } } => {
-                "raise the limit, or connect to fewer peers"
+                "raise max_sessions, or connect to fewer peers"
             }
             SessionEnd::HandshakeTimedOut | SessionEnd::Unreachable { .. } => {
                 "check that the peer runs, its address, and that nothing between filters the connection"
@@ -254,7 +256,7 @@ impl SessionEnd {
                 Refusal::AuthMismatch => "turn authentication on (or off) on both sides",
                 Refusal::Fingerprint(_) => "serve the same model with the same cache dtype on both sides",
                 Refusal::NoRail { .. } => "open a port of one kind on both sides that can reach the other",
-                Refusal::Busy => "raise the peer's limit of sessions, or try again later",
+                Refusal::Busy => "raise max_sessions of the side that refused, or try again later",
                 Refusal::Duplicate => "nothing to do: the existing session is used",
                 Refusal::SameNode => "give each node a number of its own, and do not dial this node itself",
             },
