@@ -319,7 +319,7 @@ impl World {
         let is_finished = plan.steps.is_empty() && sent.is_ok();
         let next_ns = match sent {
             Ok(()) => plan.steps.pop_front().map(|_| self.now_ns + self.chance.below(plan.step_ns)),
-            Err(SendError::Busy(_)) => Some(self.now_ns + 20 * US),
+            Err(SendError::NotTaken(_)) => Some(self.now_ns + 20 * US),
             Err(error) => return broken(Rule::Accused, format!("room {at}: {error}")),
         };
         if let Some(next_ns) = next_ns {

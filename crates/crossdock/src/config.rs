@@ -43,9 +43,19 @@ pub struct Config {
     pub warm_up_grace: Duration,
     /// For a whole handshake.
     pub handshake_timeout: Duration,
-    /// Rooms at once.
+    /// Sessions at once: peers that this node has dialed or that have dialed it. 1024 by default; how many lanes there
+    /// may be is told to the ports.
+    pub max_sessions: u32,
+    /// Rooms at once, those whose pages are still in quarantine included. 65 536 by default.
     pub max_rooms: u32,
-    /// Commands that may wait for the progress loop.
+    /// Grants at once, those that are not quiescent included. 65 536 by default, and never more than 262 144.
+    pub max_grants: u32,
+    /// What peers may ask for before the room is opened here; as many ended rooms are remembered. 65 536 by default.
+    pub max_parked: u32,
+    /// The longest control message, either way: a list of pages takes 4 bytes each. 1 MiB by default, at least 64 KiB,
+    /// and the same on all nodes that talk to each other.
+    pub max_frame_bytes: usize,
+    /// Commands that may wait for the progress loop. 65 536 by default.
     pub max_commands: usize,
 }
 
@@ -91,7 +101,11 @@ impl Config {
             heartbeats_missed: 10,
             warm_up_grace: Duration::ZERO,
             handshake_timeout: Duration::from_secs(5),
+            max_sessions: 1024,
             max_rooms: 65_536,
+            max_grants: 65_536,
+            max_parked: 65_536,
+            max_frame_bytes: 1 << 20,
             max_commands: 65_536,
         }
     }

@@ -58,16 +58,17 @@ pub use node::Node;
 
 pub use crossdock_engine::{Abandoned, EventFd, RailStats, Ticket, TicketError, now_ns};
 pub use crossdock_kv::{
-    Busy, CacheKind, CacheLayout, CacheLayoutError, Dtype, Ended, FetchRequest, Handle, LayerBuffer,
-    LayoutOptions, Peer, PeerUp, Placement, ReceiveRequest, Received, Receiving, SendError, SendRequest,
-    Sending, ServeRequest, Serving, Turn, Verify, Worker, trace,
+    CacheKind, CacheLayout, CacheLayoutError, Dtype, Ended, FetchRequest, Handle, LayerBuffer, LayoutOptions,
+    NotTaken, Peer, PeerUp, Placement, ReceiveRequest, Received, Receiving, SendError, SendRequest, Sending,
+    ServeRequest, Serving, Turn, Verify, Worker, trace,
 };
 pub use crossdock_memory::{
     AllocateOptions, HugePages, Memory, MemoryError, MemoryKind, PageLayout, PagePool, PageRef, PageSet,
     PoolError, PoolOptions, PoolStats, QuarantineEntry,
 };
 pub use crossdock_proto::{
-    Auth, Counters, Difference, End, Failure, Identity, Refusal, RoomRefusal, SessionEnd, Stage, Who,
+    Auth, Counters, Difference, End, Failure, Identity, LinkCause, Refusal, RoomRefusal, SessionEnd, Stage,
+    Who,
 };
 pub use crossdock_shm::ShmOptions;
 pub use crossdock_tcp::TcpOptions;

@@ -4,8 +4,10 @@ use std::net::SocketAddr;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossdock_engine::{Engine, EngineOptions, Network, OsError, SocketNetwork, SocketOptions, now_ns};
-use crossdock_kv::{Handle, Turn, Worker, WorkerOptions};
+use crossdock_engine::{
+    Engine, EngineOptions, Network, OsError, SocketNetwork, SocketOptions, duration_ns, now_ns,
+};
+use crossdock_kv::{Handle, NotTaken, Turn, Worker, WorkerOptions};
 use crossdock_proto::{Fingerprint, Identity, Proto, Rail};
 use crossdock_shm::ShmPort;
 use crossdock_tcp::{TcpOptions, TcpPort};
@@ -14,8 +16,10 @@ use crossdock_transport::{Port, PortInfo};
 use crate::config::{Config, PortConfig, Progress};
 use crate::error::Error;
 
-/// One worker. Dropping it says goodbye to all peers and ends its rooms; pages that a peer could still write then stay
-/// out of their pool.
+/// One worker. Dropping it says goodbye to all peers and ends its rooms, each with
+/// [`PeerLost`](crate::End::PeerLost) and [`ClosedHere`](crate::SessionEnd::ClosedHere); of what is asked of it later its
+/// handles say that it has stopped. Pages that no write can land in any more come home; those that a peer could still
+/// use stay out of their pool, and their ticket says [`Abandoned`](crate::Abandoned).
 #[derive(Debug)]
 pub struct Node {
     handle: Handle,
@@ -44,6 +48,13 @@ impl Node {
         let infos: Vec<PortInfo> = ports.iter().map(|port| port.info().clone()).collect();
         let mut network = SocketOptions::new(config.bind);
         network.advertise = config.advertise;
+        check_limits(&config)?;
+        let sessions = config.max_sessions as usize;
+        // Dials that cross, and sessions that end while the next one begins.
+        network.max_sessions = sessions.saturating_mul(2);
+        network.max_links = sessions.saturating_mul(4);
+        network.max_frame_bytes = config.max_frame_bytes;
+        network.send_buffer_bytes = network.send_buffer_bytes.max(config.max_frame_bytes.saturating_mul(4));
         let network = SocketNetwork::open(network)?;
         let mut proto = crossdock_proto::Config::new(identity(config.node)?, config.name);
         proto.entropy = random()?;
@@ -60,13 +71,19 @@ impl Node {
         proto.lanes_per_rail = config.lanes_per_rail;
         config.layout.encode(&mut proto.app);
         proto.pulse_address = network.pulse_address().to_owned();
-        proto.heartbeat_ns = config.heartbeat.as_nanos() as u64;
+        proto.heartbeat_ns = duration_ns(config.heartbeat);
         proto.heartbeats_missed = config.heartbeats_missed;
-        proto.warm_up_grace_ns = config.warm_up_grace.as_nanos() as u64;
-        proto.handshake_timeout_ns = config.handshake_timeout.as_nanos() as u64;
+        proto.warm_up_grace_ns = duration_ns(config.warm_up_grace);
+        proto.handshake_timeout_ns = duration_ns(config.handshake_timeout);
+        proto.max_sessions = config.max_sessions;
         proto.max_rooms = config.max_rooms;
+        proto.max_grants = config.max_grants;
+        proto.max_parked = config.max_parked;
+        proto.max_frame_bytes = config.max_frame_bytes;
         let identity = proto.identity;
-        let engine = Engine::new(Proto::new(proto), Box::new(network), ports, EngineOptions::default());
+        let mut options = EngineOptions::default();
+        options.max_backlog_bytes = options.max_backlog_bytes.max(config.max_frame_bytes.saturating_mul(16));
+        let engine = Engine::new(Proto::new(proto), Box::new(network), ports, options);
         let address = engine.address().to_owned();
         let (worker, handle) = Worker::new(
             engine,
@@ -77,10 +94,11 @@ impl Node {
                 max_commands: config.max_commands,
             },
         )?;
+        worker.count_from_calls();
         let progress = match config.progress {
             Progress::Caller => Progression::Caller(Box::new(worker)),
             Progress::Thread { spin } => {
-                let spin_ns = spin.as_nanos() as u64;
+                let spin_ns = duration_ns(spin);
                 let thread = std::thread::Builder::new()
                     .name("crossdock".into())
                     .spawn(move || worker.run(spin_ns))
@@ -122,7 +140,7 @@ impl Node {
     /// Sleeps until there is progress to make, with [`Progress::Caller`], for no longer than this.
     pub fn park(&mut self, longest: Duration) -> Result<(), Error> {
         match &mut self.progress {
-            Progression::Caller(worker) => Ok(worker.park(longest.as_nanos() as u64)?),
+            Progression::Caller(worker) => Ok(worker.park(duration_ns(longest))?),
             Progression::Thread(_) => Ok(()),
         }
     }
@@ -140,7 +158,7 @@ impl Drop for Node {
     fn drop(&mut self) {
         if let Progression::Thread(thread) = &mut self.progress {
             // A full queue empties as long as the thread runs.
-            while self.handle.stop().is_err() && thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            while self.handle.stop() == Err(NotTaken::Busy) {
                 std::thread::yield_now();
             }
             if let Some(thread) = thread.take() {
@@ -179,6 +197,24 @@ fn open_port(port: &PortConfig, config: &Config) -> Result<Box<dyn Port>, Error>
         }
     }
 }
+
+fn check_limits(config: &Config) -> Result<(), Error> {
+    let bad = |option, reason| Err(Error::BadLimit { option, reason });
+    if !(1..=MOST_SESSIONS).contains(&config.max_sessions) {
+        return bad("max_sessions", "from 1 to a million");
+    }
+    if config.max_rooms == 0 || config.max_grants == 0 || config.max_commands == 0 {
+        return bad("max_rooms, max_grants or max_commands", "at least 1 each");
+    }
+    if !(SHORTEST_FRAME_BYTES..=LONGEST_FRAME_BYTES).contains(&config.max_frame_bytes) {
+        return bad("max_frame_bytes", "from 64 KiB, which a handshake may take, to 1 GiB");
+    }
+    Ok(())
+}
+
+const MOST_SESSIONS: u32 = 1_000_000;
+const SHORTEST_FRAME_BYTES: usize = 64 << 10;
+const LONGEST_FRAME_BYTES: usize = 1 << 30;
 
 fn identity(node: Option<u64>) -> Result<Identity, Error> {
     let bytes = random::<16>()?;

@@ -9,9 +9,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    Auth, CacheKind, CacheLayout, Config, Dtype, End, LayoutOptions, Memory, Node, PagePool, Peer, Placement,
-    PortConfig, Progress, ReceiveRequest, Receiving, Refusal, RoomRefusal, SendError, SendRequest, Sending,
-    SessionEnd, ShmOptions, Stage, Turn, Who,
+    Auth, CacheKind, CacheLayout, Config, Dtype, End, LayoutOptions, Memory, Node, NotTaken, PagePool, Peer,
+    Placement, PortConfig, Progress, ReceiveRequest, Receiving, Refusal, RoomRefusal, SendError, SendRequest,
+    Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -114,6 +114,16 @@ fn caches_that_do_not_fit_are_refused_in_words() {
 }
 
 #[test]
+fn what_is_no_address_is_refused_at_once() {
+    let decode = worker("decode");
+    for address in ["prefill:7000", "abc", "", "127.0.0.1", "127.0.0.1:0", "10.0.0.1:70000"] {
+        let refused = decode.node.handle().connect(address).unwrap_err();
+        assert!(matches!(&refused, NotTaken::BadAddress { address: named, .. } if named == address));
+        assert!(refused.to_string().contains(address), "{refused}");
+    }
+}
+
+#[test]
 fn both_sides_must_know_the_key() {
     let key = |key: &str| Auth::PreSharedKey(key.as_bytes().to_vec());
     let prefill = worker_with("prefill", Dtype::Bf16, |config| config.auth = key("one"));
@@ -183,6 +193,33 @@ fn deadlines_hold_at_every_stage() {
 }
 
 #[test]
+fn deadlines_count_from_the_call_and_endless_ones_never_pass() {
+    let mut decode = worker_with("decode", Dtype::Bf16, |config| config.progress = Progress::Caller);
+    let nobody = Peer::node(7);
+    let deadline = Duration::from_millis(500);
+    let mut receiving = decode.receive(nobody, 1, deadline);
+    let mut sending = decode.send(2, deadline);
+    // 2^64 ns, which 64 bits do not hold.
+    let wraps = Duration::new(18_446_744_073, 709_551_616);
+    let mut endless = [decode.receive(nobody, 3, wraps), decode.receive(nobody, 4, Duration::MAX)];
+    // The loop is held up for longer than the deadline: it has no time to give afterwards.
+    std::thread::sleep(deadline + Duration::from_millis(20));
+    let taken = Instant::now();
+    let (mut received, mut sent) = (None, None);
+    while received.is_none() || sent.is_none() {
+        decode.node.progress();
+        received = received.or(receiving.end.poll().unwrap());
+        sent = sent.or(sending.end.poll().unwrap());
+        assert!(taken.elapsed() < deadline / 2, "{received:?} {sent:?}");
+    }
+    assert!(matches!(received.unwrap().ended.end, End::Expired { by: Who::Here, .. }));
+    assert!(matches!(sent.unwrap().end, End::Expired { by: Who::Here, .. }));
+    for endless in &mut endless {
+        assert_eq!(endless.end.poll(), Ok(None));
+    }
+}
+
+#[test]
 fn what_is_sent_is_checked_before_it_leaves() {
     let prefill = worker("prefill");
     let mut sending = prefill.send(1, WAIT);
@@ -207,6 +244,84 @@ fn a_room_number_is_open_once() {
     assert_eq!(second.end, End::Refused { by: Who::Here, why: RoomRefusal::Duplicate });
     first.cancel().unwrap();
     prefill.settles();
+}
+
+#[test]
+fn pages_of_a_room_that_is_refused_here_come_back() {
+    let decode = worker_with("decode", Dtype::Bf16, |config| config.max_rooms = 1);
+    let (handle, deadline) = (decode.node.handle(), WAIT);
+    let (peer, _up) = handle.connect("127.0.0.1:9").unwrap();
+    let comes_back = |mut refused: Receiving, why: fn(&End) -> bool| {
+        let end = refused.end.wait_until(Instant::now() + WAIT).unwrap().ended.end;
+        assert!(why(&end), "{end}");
+        assert!(!refused.pages.wait_until(Instant::now() + WAIT).unwrap().is_empty());
+    };
+    let request = |room, tokens, pages: u32| {
+        let (use_count, skip_tokens, pages) = (0, 0, decode.pool.take(pages).unwrap());
+        ReceiveRequest { peer, room, use_count, tokens, skip_tokens, pages, deadline }
+    };
+    // Fewer pages than the tokens need.
+    let mismatch = |end: &End| matches!(end, End::Refused { why: RoomRefusal::Mismatch, .. });
+    comes_back(handle.receive(request(1, 100, 1)).unwrap(), mismatch);
+    comes_back(handle.fetch(request(1, 100, 1)).unwrap(), mismatch);
+    // More rooms than are allowed.
+    let first = handle.receive(request(2, 10, 1)).unwrap();
+    let busy = |end: &End| matches!(end, End::Refused { why: RoomRefusal::Busy, .. });
+    comes_back(handle.receive(request(3, 10, 1)).unwrap(), busy);
+    comes_back(handle.fetch(request(3, 10, 1)).unwrap(), busy);
+    first.cancel().unwrap();
+    // A peer that is not dialed any more.
+    handle.disconnect(peer).unwrap();
+    let lost = |end: &End| matches!(end, End::PeerLost { .. });
+    comes_back(handle.receive(request(4, 10, 1)).unwrap(), lost);
+    drop(first);
+    decode.settles();
+}
+
+#[test]
+fn each_limit_can_be_raised_as_its_advice_says() {
+    // What goes with the pages is longer than a control message by default.
+    for (max_frame_bytes, fits) in [(1 << 20, false), (4 << 20, true)] {
+        let limited = |config: &mut Config| config.max_frame_bytes = max_frame_bytes;
+        let prefill = worker_with("prefill", Dtype::Bf16, limited);
+        let decode = worker_with("decode", Dtype::Bf16, limited);
+        let peer = decode.connect(&prefill);
+        let mut receiving = decode.receive(peer, 1, WAIT);
+        let mut sending = prefill.send(1, WAIT);
+        sending.send_layers(0..3).unwrap();
+        sending.finish(vec![7; 2 << 20]).unwrap();
+        let sent = sending.end.wait_until(Instant::now() + WAIT).unwrap();
+        assert_eq!(sent.is_delivered(), fits, "{sent}");
+        assert!(fits || sent.end.advice().contains("max_frame_bytes"), "{}", sent.end.advice());
+        let received = receiving.end.wait_until(Instant::now() + WAIT).unwrap();
+        assert_eq!(received.aux.len(), if fits { 2 << 20 } else { 0 });
+    }
+    for (max_grants, fits) in [(1, false), (2, true)] {
+        let prefill = worker("prefill");
+        let decode = worker_with("decode", Dtype::Bf16, |config| config.max_grants = max_grants);
+        let peer = decode.connect(&prefill);
+        let [first, second] = [1, 2].map(|room| decode.receive(peer, room, WAIT / 40));
+        let end = end_of(second);
+        assert_eq!(matches!(end, End::Expired { .. }), fits, "{end}");
+        assert!(fits || end.advice().contains("max_grants"), "{}", end.advice());
+        drop(first);
+    }
+    for (max_sessions, fits) in [(1, false), (2, true)] {
+        let prefill = worker_with("prefill", Dtype::Bf16, |config| config.max_sessions = max_sessions);
+        let (first, second) = (worker("first"), worker("second"));
+        first.connect(&prefill);
+        let (_, mut up) = second.node.handle().connect(prefill.node.address()).unwrap();
+        // Refused for now: dialed again until there is room.
+        assert_eq!(up.wait_until(Instant::now() + Duration::from_millis(500)).is_ok(), fits);
+        drop(first);
+        assert!(fits || up.wait_until(Instant::now() + WAIT).unwrap().is_ok());
+    }
+    let layout = layout(Dtype::Bf16);
+    let (memory, _pool) = crossdock::allocate(&layout).unwrap();
+    let mut config = Config::new("none", layout, memory);
+    config.max_frame_bytes = 1000;
+    let refused = Node::open(config).unwrap_err();
+    assert!(refused.to_string().contains("max_frame_bytes"), "{refused}");
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The one place where the process's clock is read.
 
+use std::time::Duration;
+
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
 /// Nanoseconds of the monotonic clock. Setting the wall clock does not move it, and only differences mean
@@ -8,6 +10,11 @@ pub fn now_ns() -> u64 {
     let Timespec { tv_sec, tv_nsec } = clock_gettime(ClockId::Monotonic);
     // The monotonic clock begins at boot: neither part is negative, and 64 bits hold 584 years.
     tv_sec as u64 * 1_000_000_000 + tv_nsec as u64
+}
+
+/// A duration in nanoseconds; one that 64 bits do not hold is as good as endless.
+pub fn duration_ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// A duration as the kernel takes it.

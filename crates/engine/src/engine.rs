@@ -7,7 +7,8 @@ use std::sync::Arc;
 use crossdock_memory::Memory;
 use crossdock_proto::planted::{Planted, is_planted};
 use crossdock_proto::{
-    Action, Counters, LinkId as ProtoLink, MAX_LANES, Notice, Proto, Region, RegionOffer, RoomId, SessionId,
+    Action, Counters, LinkCause, LinkId as ProtoLink, MAX_LANES, Notice, Proto, Region, RegionOffer, RoomId,
+    SessionId,
 };
 use crossdock_transport::{
     Arm, Direction, Error, Event, Events, Fence, Grant, GrantId, GrantedBuffer, LaneId, LaneTags, LocalId,
@@ -15,7 +16,7 @@ use crossdock_transport::{
 };
 
 use crate::imm::{Imm, Kind};
-use crate::network::{LinkEvent, LinkId, Network, Pulse, SendError};
+use crate::network::{AddressCheck, LinkEvent, LinkId, Network, Pulse, SendError};
 use crate::transfer::{LaneUse, TransferId, Transfers};
 use crate::{Doorbell, OsError, Sleeper, now_ns};
 
@@ -37,6 +38,7 @@ pub struct Engine {
     /// Other uses of immediates than KV pages, for the layer above.
     side_arrivals: VecDeque<SideArrival>,
     regions: u32,
+    is_shut: bool,
     options: EngineOptions,
 }
 
@@ -45,8 +47,6 @@ pub struct Engine {
 pub struct EngineOptions {
     /// Events taken from one port in one turn.
     pub events_per_poll: usize,
-    /// Transfers at once.
-    pub max_transfers: usize,
     /// Bytes of control messages that may wait for one peer's stream. A peer that falls behind further is given up.
     pub max_backlog_bytes: usize,
     /// Where a session has several lanes, an op is cut so that each lane gets no more than this at once.
@@ -55,12 +55,7 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self {
-            events_per_poll: 256,
-            max_transfers: 65_536,
-            max_backlog_bytes: 64 << 20,
-            stripe_bytes: 1 << 20,
-        }
+        Self { events_per_poll: 256, max_backlog_bytes: 64 << 20, stripe_bytes: 1 << 20 }
     }
 }
 
@@ -170,12 +165,13 @@ impl Engine {
             network,
             rails,
             sessions: BTreeMap::new(),
-            transfers: Transfers::with_capacity(options.max_transfers),
+            transfers: Transfers::new(),
             events: Some(Events::with_capacity(options.events_per_poll)),
             backlog: BTreeMap::new(),
             notices: VecDeque::with_capacity(1024),
             side_arrivals: VecDeque::with_capacity(1024),
             regions: 0,
+            is_shut: false,
             options,
         }
     }
@@ -217,6 +213,11 @@ impl Engine {
     /// What peers dial.
     pub fn address(&self) -> &str {
         self.network.address()
+    }
+
+    /// Tells, from any thread, whether an address can be dialed at all.
+    pub fn address_check(&self) -> AddressCheck {
+        self.network.address_check()
     }
 
     /// What has been counted.
@@ -289,6 +290,18 @@ impl Engine {
             self.notices.push_back(notice);
             active = true;
         }
+    }
+
+    /// Ends every session and every room for good: peers hear a goodbye, grants are revoked, lanes are closed. The
+    /// notices say how the rooms ended, and bring home the pages that no write can land in any more; further turns
+    /// may bring more, as lanes go down.
+    pub fn shut_down(&mut self, now_ns: u64) {
+        self.is_shut = true;
+        self.proto.shut_down(now_ns);
+        self.carry_out(now_ns);
+        // A stream that is full will be found ended by its peer instead.
+        self.send_backlog();
+        self.network.flush();
     }
 
     /// When the engine has something to do even if nothing comes.
@@ -518,9 +531,9 @@ impl Engine {
                 LinkEvent::Accepted { link } => proto.link_accepted(now_ns, ProtoLink(link.0)),
                 LinkEvent::Opened { link } => proto.link_opened(now_ns, ProtoLink(link.0)),
                 LinkEvent::Frame { link, bytes } => proto.frame(now_ns, ProtoLink(link.0), bytes),
-                LinkEvent::Closed { link, .. } => {
+                LinkEvent::Closed { link, cause } => {
                     backlog.remove(&ProtoLink(link.0));
-                    proto.link_closed(now_ns, ProtoLink(link.0));
+                    proto.link_closed(now_ns, ProtoLink(link.0), cause);
                 }
             }
         });
@@ -636,7 +649,8 @@ impl Engine {
     fn act(&mut self, now_ns: u64, action: Action) {
         match action {
             Action::Dial { target, address } => {
-                let link = self.network.dial(&address).ok().map(|link| ProtoLink(link.0));
+                let dialed = self.network.dial(&address);
+                let link = dialed.map(|link| ProtoLink(link.0)).map_err(|error| error.cause());
                 self.proto.dialed(now_ns, target, link);
             }
             Action::Send { link, frame } => self.send(now_ns, link, frame),
@@ -651,9 +665,8 @@ impl Engine {
                     send_token: plan.send_token,
                     expect_token: plan.expect_token,
                 };
-                if self.network.watch(session.0, pulse).is_err() {
-                    // Without heartbeats the peer looks silent, and the session ends for that reason.
-                    self.proto.heard(session, 0, u64::MAX);
+                if let Err(error) = self.network.watch(session.0, pulse) {
+                    self.proto.watch_failed(now_ns, session, error.cause());
                 }
             }
             Action::Unwatch { session } => self.network.unwatch(session.0),
@@ -708,7 +721,11 @@ impl Engine {
             match self.network.send(LinkId(link.0), &frame) {
                 Ok(()) | Err(SendError::Closed) => return,
                 Err(SendError::Full) => {}
-                Err(SendError::TooLong { .. }) => return self.give_up(now_ns, link),
+                Err(SendError::TooLong { limit, .. }) => {
+                    self.network.close(LinkId(link.0));
+                    let cause = LinkCause::Limit { what: "bytes a frame", limit: limit as u64 };
+                    return self.proto.link_closed(now_ns, link, cause);
+                }
             }
         }
         let backlog = self.backlog.entry(link).or_default();
@@ -721,9 +738,9 @@ impl Engine {
 
     /// Ends a link whose peer does not read what it must.
     fn give_up(&mut self, now_ns: u64, link: ProtoLink) {
-        self.backlog.remove(&link);
+        let bytes = self.backlog.remove(&link).map_or(0, |backlog| backlog.bytes);
         self.network.close(LinkId(link.0));
-        self.proto.link_closed(now_ns, link);
+        self.proto.link_closed(now_ns, link, LinkCause::NotRead { bytes });
     }
 
     fn send_backlog(&mut self) {
@@ -860,19 +877,10 @@ impl Drop for Engine {
     /// Says goodbye to every peer, so that none has to wait for silence; the pages that peers can still write
     /// stay out of their pools.
     fn drop(&mut self) {
-        let now = now_ns();
-        self.proto.shut_down(now);
-        while let Some(action) = self.proto.next_action() {
-            match action {
-                Action::Send { link, frame } => {
-                    // A stream that is full will be found ended by its peer instead.
-                    let _ = self.network.send(LinkId(link.0), &frame);
-                }
-                Action::CloseLink { link } => self.network.close(LinkId(link.0)),
-                _ => {}
-            }
+        // What a panic has left half-done is not to be trusted with anybody's pages.
+        if !self.is_shut && !std::thread::panicking() {
+            self.shut_down(now_ns());
         }
-        self.network.flush();
     }
 }
 

@@ -82,6 +82,8 @@ struct Watched {
 
 /// Heartbeats are never sent more often than this.
 const SHORTEST_INTERVAL_NS: u64 = 1_000_000;
+/// Room for so many from the beginning, whatever the limit is.
+const USUAL_SESSIONS: usize = 4096;
 
 impl Heart {
     /// Opens the socket and starts the thread.
@@ -96,7 +98,7 @@ impl Heart {
         let bound = socket.local_addr().map_err(os("getsockname"))?;
         let address = advertised("heart bind", bound, options.advertise)?;
         let shared = Arc::new(Shared {
-            watched: Mutex::new(Vec::with_capacity(options.max_sessions)),
+            watched: Mutex::new(Vec::with_capacity(options.max_sessions.min(USUAL_SESSIONS))),
             changed: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             bell: Doorbell::new()?,
@@ -115,7 +117,7 @@ impl Heart {
             address,
             bound,
             max_sessions: options.max_sessions,
-            sessions: HashMap::with_capacity(options.max_sessions),
+            sessions: HashMap::with_capacity(options.max_sessions.min(USUAL_SESSIONS)),
             serial: 0,
         })
     }

@@ -17,12 +17,13 @@ mod socket;
 mod ticket;
 mod transfer;
 
-pub use clock::now_ns;
+pub use clock::{duration_ns, now_ns};
+pub use crossdock_proto::LinkCause;
 pub use doorbell::{Doorbell, EventFd};
 pub use engine::{Engine, EngineOptions, LaneRegions, RailStats, SideArrival, TransferFailed};
 pub use heart::{Heart, HeartOptions};
 pub use imm::{Imm, Kind};
-pub use network::{LinkCause, LinkEvent, LinkId, Network, NetworkError, OsError, Pulse, SendError};
+pub use network::{AddressCheck, LinkEvent, LinkId, Network, NetworkError, OsError, Pulse, SendError};
 pub use sleeper::{Sleeper, TooManyDescriptors, Woken};
 pub use socket::{SocketNetwork, SocketOptions};
 pub use ticket::{Abandoned, Promise, Ticket, TicketError, ticket};

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crossdock_proto::LinkCause;
 use crossdock_transport::Arm;
 
 /// Ordered message streams to peers, and the knowledge whether a peer's process still runs.
@@ -11,6 +12,11 @@ use crossdock_transport::Arm;
 pub trait Network: Send {
     /// What peers [`dial`](Network::dial) to reach this node.
     fn address(&self) -> &str;
+
+    /// Tells, from any thread, whether an address can be [dialed](Network::dial) at all.
+    fn address_check(&self) -> AddressCheck {
+        |_| Ok(())
+    }
 
     /// Begins a link to the node at `address`, which is numeric: names are resolved before, because a resolver
     /// blocks. Answered by [`LinkEvent::Opened`] or [`LinkEvent::Closed`], by a deadline of the network's own.
@@ -56,6 +62,9 @@ pub trait Network: Send {
     fn listened_ns(&self) -> u64;
 }
 
+/// Refuses what is no address, and says what is wrong with it.
+pub type AddressCheck = fn(&str) -> Result<(), &'static str>;
+
 /// One control stream. Within the life of a network a number comes back only after four thousand million others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LinkId(pub u32);
@@ -87,46 +96,6 @@ pub enum LinkEvent<'a> {
         /// Why.
         cause: LinkCause,
     },
-}
-
-/// Why a link ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum LinkCause {
-    /// Closed here.
-    ClosedHere,
-    /// Closed by the peer, between two frames.
-    ClosedByPeer,
-    /// The connection broke, or could not be made.
-    Broken {
-        /// The call that found it.
-        call: &'static str,
-        /// Its error number; 0 where the stream ended within a frame.
-        errno: i32,
-    },
-    /// The other end did not answer the dialling in time.
-    ConnectTimedOut,
-    /// The peer dialled and then said nothing.
-    Silent,
-    /// The peer sent what cannot be read.
-    PeerMisbehaved {
-        /// What it did.
-        what: &'static str,
-    },
-}
-
-impl std::fmt::Display for LinkCause {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::ClosedHere => f.write_str("closed here"),
-            Self::ClosedByPeer => f.write_str("closed by the peer"),
-            Self::Broken { call, errno: 0 } => write!(f, "the stream ended within a frame, in {call}"),
-            Self::Broken { call, errno } => write!(f, "{call}: {}", io::Error::from_raw_os_error(*errno)),
-            Self::ConnectTimedOut => f.write_str("the other end did not answer in time"),
-            Self::Silent => f.write_str("the peer dialled and then said nothing"),
-            Self::PeerMisbehaved { what } => write!(f, "the peer broke the protocol: {what}"),
-        }
-    }
 }
 
 /// How two nodes of a session show each other that they live.
@@ -183,6 +152,19 @@ pub enum NetworkError {
     /// The operating system refused a call.
     #[error(transparent)]
     Os(#[from] OsError),
+}
+
+impl NetworkError {
+    /// As the reason why there is no link.
+    pub(crate) fn cause(&self) -> LinkCause {
+        match *self {
+            Self::BadAddress { reason, .. } | Self::BadOption { reason, .. } => {
+                LinkCause::BadAddress { reason }
+            }
+            Self::Limit { what, limit } => LinkCause::Limit { what, limit },
+            Self::Os(OsError { call, errno }) => LinkCause::Broken { call, errno },
+        }
+    }
 }
 
 /// Why a frame was not queued.

@@ -20,8 +20,8 @@ use self::links::Links;
 use crate::clock::timespec;
 use crate::heart::advertised;
 use crate::{
-    Heart, HeartOptions, LinkCause, LinkEvent, LinkId, Network, NetworkError, OsError, Pulse, SendError,
-    now_ns,
+    AddressCheck, Heart, HeartOptions, LinkCause, LinkEvent, LinkId, Network, NetworkError, OsError, Pulse,
+    SendError, now_ns,
 };
 
 /// Control streams over TCP, in frames of a four-byte length and so many bytes, and heartbeats over UDP.
@@ -267,16 +267,27 @@ impl SocketNetwork {
     }
 }
 
+/// Names are not resolved: a resolver blocks.
+fn dialed(address: &str) -> Result<SocketAddr, &'static str> {
+    match address.parse::<SocketAddr>() {
+        Ok(peer) if peer.port() == 0 => Err("nobody listens at port 0"),
+        Ok(peer) => Ok(peer),
+        Err(_) => Err("not an IP address and a port, as in 10.0.0.1:7000"),
+    }
+}
+
 impl Network for SocketNetwork {
     fn address(&self) -> &str {
         &self.address
     }
 
+    fn address_check(&self) -> AddressCheck {
+        |address| dialed(address).map(drop)
+    }
+
     fn dial(&mut self, address: &str) -> Result<LinkId, NetworkError> {
-        let Ok(peer) = address.parse::<SocketAddr>() else {
-            let reason = "not an IP address and a port, as in 10.0.0.1:7000";
-            return Err(NetworkError::BadAddress { address: address.into(), reason });
-        };
+        let bad = |reason| NetworkError::BadAddress { address: address.into(), reason };
+        let peer = dialed(address).map_err(bad)?;
         if self.links.len() >= self.options.max_links {
             return Err(NetworkError::Limit { what: "links", limit: self.options.max_links as u64 });
         }

@@ -48,7 +48,7 @@ impl LaneUse {
     }
 }
 
-/// All transfers, in a table of fixed size.
+/// All transfers. A room has one at a time, so the protocol's limit of rooms is theirs, too.
 pub(crate) struct Transfers {
     slots: Vec<Slot>,
     free: Vec<u32>,
@@ -76,10 +76,10 @@ impl TransferId {
 }
 
 impl Transfers {
-    pub fn with_capacity(capacity: usize) -> Self {
+    pub fn new() -> Self {
         Self {
-            slots: Vec::with_capacity(capacity.min(1024)),
-            free: Vec::new(),
+            slots: Vec::with_capacity(USUAL),
+            free: Vec::with_capacity(USUAL),
             by_room: BTreeMap::new(),
             by_session: BTreeMap::new(),
             retries: VecDeque::with_capacity(64),
@@ -162,3 +162,6 @@ impl Transfers {
         self.due = None;
     }
 }
+
+/// Room for so many from the beginning; the table grows to what is ever in use at once.
+const USUAL: usize = 1024;

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 use crossbeam_queue::ArrayQueue;
-use crossdock_engine::{Doorbell, EventFd, Ticket, ticket};
+use crossdock_engine::{AddressCheck, Doorbell, EventFd, Ticket, now_ns, ticket};
 use crossdock_proto::SessionEnd;
 
 use crate::request::{
@@ -19,23 +19,123 @@ pub struct Handle {
     shared: Arc<Shared>,
 }
 
-/// The queue to the progress loop is full: the loop does not keep up, or does not run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the queue to the progress loop is full; let it run, then try again")]
-pub struct Busy;
+/// Why a call was not taken. Nothing of it was done; pages that were given with it are back in their pool.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotTaken {
+    /// The queue to the progress loop is full: the loop does not keep up, or is not driven.
+    #[error("the queue to the progress loop is full")]
+    Busy,
+    /// The node was dropped, or its progress loop has ended.
+    #[error("the node has stopped")]
+    Stopped,
+    /// There can be no peer at this address.
+    #[error("bad address {address:?}: {reason}")]
+    BadAddress {
+        /// The address.
+        address: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+}
+
+impl NotTaken {
+    /// Whether the same call may be taken later.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Busy)
+    }
+
+    /// What can be done about it.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::Busy => "let the progress loop run, then try again; or raise max_commands",
+            Self::Stopped => "open a new node",
+            Self::BadAddress { .. } => "give the peer's IP address and port; resolve names before",
+        }
+    }
+}
 
 pub(crate) struct Shared {
-    pub commands: ArrayQueue<Command>,
+    commands: ArrayQueue<Command>,
+    /// Nobody takes commands any more.
+    closed: AtomicBool,
+    /// Calls note when they were made.
+    counts_from_calls: AtomicBool,
     pub doorbell: Doorbell,
     /// Readable when something was told to a ticket since it was last armed.
     pub told: EventFd,
     keys: AtomicU64,
     layers: Range<u32>,
+    address_check: AddressCheck,
 }
 
 impl Shared {
-    pub fn new(commands: usize, doorbell: Doorbell, told: EventFd, layers: Range<u32>) -> Self {
-        Self { commands: ArrayQueue::new(commands), doorbell, told, keys: AtomicU64::new(0), layers }
+    pub fn new(
+        commands: usize,
+        doorbell: Doorbell,
+        told: EventFd,
+        layers: Range<u32>,
+        address_check: AddressCheck,
+    ) -> Self {
+        let (closed, keys) = (AtomicBool::new(false), AtomicU64::new(0));
+        let counts_from_calls = AtomicBool::new(false);
+        Self {
+            commands: ArrayQueue::new(commands),
+            closed,
+            counts_from_calls,
+            doorbell,
+            told,
+            keys,
+            layers,
+            address_check,
+        }
+    }
+
+    pub fn count_from_calls(&self) {
+        self.counts_from_calls.store(true, Ordering::Relaxed);
+    }
+
+    /// When a call is made; `None` if only the loop knows what time it is.
+    fn asked_ns(&self) -> Option<u64> {
+        self.counts_from_calls.load(Ordering::Relaxed).then(now_ns)
+    }
+
+    /// The oldest command, for the progress loop.
+    pub fn next(&self) -> Option<Command> {
+        self.commands.pop()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.commands.is_empty()
+    }
+
+    /// Takes no more commands, and ends those that wait.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        self.end_if_closed();
+    }
+
+    fn push(&self, command: Command) -> Result<(), NotTaken> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(NotTaken::Stopped);
+        }
+        self.commands.push(command).map_err(|_| NotTaken::Busy)?;
+        self.doorbell.ring();
+        // The queue may have been closed, and emptied for the last time, since the first look.
+        self.end_if_closed();
+        Ok(())
+    }
+
+    /// Whoever closes and whoever pushes each do their part, then look for the other's: with the fences between, one
+    /// of them sees what the other did, and so no command is left behind.
+    fn end_if_closed(&self) {
+        fence(Ordering::SeqCst);
+        if self.closed.load(Ordering::Relaxed) {
+            while let Some(command) = self.next() {
+                command.end();
+            }
+            self.told.raise();
+        }
     }
 }
 
@@ -44,55 +144,61 @@ impl Handle {
         Self { shared }
     }
 
-    /// Dials a peer (`"ip:port"`), now and whenever the session with it is lost. The ticket tells the first
-    /// session, or why there will never be one; rooms may be opened before.
+    /// Dials a peer (`"ip:port"`; names are to be resolved before), now and whenever the session with it is lost. The
+    /// ticket tells the first session, or why there will never be one; rooms may be opened before.
     pub fn connect(
         &self,
         address: impl Into<String>,
-    ) -> Result<(Peer, Ticket<Result<PeerUp, SessionEnd>>), Busy> {
+    ) -> Result<(Peer, Ticket<Result<PeerUp, SessionEnd>>), NotTaken> {
+        let address = address.into();
+        if let Err(reason) = (self.shared.address_check)(&address) {
+            return Err(NotTaken::BadAddress { address, reason });
+        }
         let (up, ticket) = ticket();
         let key = self.key();
-        self.push(Command::Connect { key, address: address.into(), up })?;
+        self.push(Command::Connect { key, address, up })?;
         Ok((Peer(PeerKey::Dialed(key)), ticket))
     }
 
     /// Ends the session with a dialed peer and dials it no more.
-    pub fn disconnect(&self, peer: Peer) -> Result<(), Busy> {
+    pub fn disconnect(&self, peer: Peer) -> Result<(), NotTaken> {
         match peer.0 {
             PeerKey::Dialed(key) => self.push(Command::Disconnect { key }),
             PeerKey::Node(_) => Ok(()),
         }
     }
 
-    /// Opens the decode end of a push.
-    pub fn receive(&self, request: ReceiveRequest) -> Result<Receiving, Busy> {
+    /// Opens the decode end of a push. With an error the pages are back in their pool.
+    pub fn receive(&self, request: ReceiveRequest) -> Result<Receiving, NotTaken> {
         self.decode(request, false)
     }
 
-    /// Opens the decode end of a pull.
-    pub fn fetch(&self, request: FetchRequest) -> Result<Receiving, Busy> {
+    /// Opens the decode end of a pull. With an error the pages are back in their pool.
+    pub fn fetch(&self, request: FetchRequest) -> Result<Receiving, NotTaken> {
         self.decode(request, true)
     }
 
     /// Opens the prefill end of a push.
-    pub fn open(&self, request: SendRequest) -> Result<Sending, Busy> {
+    pub fn open(&self, request: SendRequest) -> Result<Sending, NotTaken> {
         let (end, end_ticket) = ticket();
         let control = self.control();
         let tokens = request.tokens;
-        self.push(Command::Open { key: control.key, request, end })?;
+        let asked_ns = self.shared.asked_ns();
+        self.push(Command::Open { key: control.key, request, asked_ns, end })?;
         Ok(Sending::new(end_ticket, control, tokens, self.shared.layers.clone()))
     }
 
     /// Opens the prefill end of a pull.
-    pub fn serve(&self, request: ServeRequest) -> Result<Serving, Busy> {
+    pub fn serve(&self, request: ServeRequest) -> Result<Serving, NotTaken> {
         let (end, end_ticket) = ticket();
         let control = self.control();
-        self.push(Command::Serve { key: control.key, request, end })?;
+        let asked_ns = self.shared.asked_ns();
+        self.push(Command::Serve { key: control.key, request, asked_ns, end })?;
         Ok(Serving { end: end_ticket, control })
     }
 
     /// Asks what the node has done and what it holds.
-    pub fn stats(&self) -> Result<Ticket<Stats>, Busy> {
+    pub fn stats(&self) -> Result<Ticket<Stats>, NotTaken> {
         let (told, ticket) = ticket();
         self.push(Command::Stats { told })?;
         Ok(ticket)
@@ -103,27 +209,28 @@ impl Handle {
         &self.shared.told
     }
 
-    pub(crate) fn send(&self, key: u64, layers: Range<u32>, tokens: Range<u32>) -> Result<(), Busy> {
+    pub(crate) fn send(&self, key: u64, layers: Range<u32>, tokens: Range<u32>) -> Result<(), NotTaken> {
         self.push(Command::Send { key, layers, tokens })
     }
 
-    pub(crate) fn finish(&self, key: u64, aux: Vec<u8>) -> Result<(), Busy> {
+    pub(crate) fn finish(&self, key: u64, aux: Vec<u8>) -> Result<(), NotTaken> {
         self.push(Command::Finish { key, aux })
     }
 
-    pub(crate) fn cancel(&self, key: u64) -> Result<(), Busy> {
+    pub(crate) fn cancel(&self, key: u64) -> Result<(), NotTaken> {
         self.push(Command::Cancel { key })
     }
 
     /// Asks the progress loop to end; see [`Worker::turn`](crate::Worker::turn).
-    pub fn stop(&self) -> Result<(), Busy> {
+    pub fn stop(&self) -> Result<(), NotTaken> {
         self.push(Command::Stop)
     }
 
-    fn decode(&self, request: ReceiveRequest, pull: bool) -> Result<Receiving, Busy> {
+    fn decode(&self, request: ReceiveRequest, pull: bool) -> Result<Receiving, NotTaken> {
         let key = self.key();
         let (told, receiving) = decode_tickets(self, key);
-        self.push(Command::Receive { key, request, pull, told })?;
+        let asked_ns = self.shared.asked_ns();
+        self.push(Command::Receive { key, request, asked_ns, pull, told })?;
         Ok(receiving)
     }
 
@@ -135,10 +242,8 @@ impl Handle {
         self.shared.keys.fetch_add(1, Ordering::Relaxed)
     }
 
-    fn push(&self, command: Command) -> Result<(), Busy> {
-        self.shared.commands.push(command).map_err(|_| Busy)?;
-        self.shared.doorbell.ring();
-        Ok(())
+    fn push(&self, command: Command) -> Result<(), NotTaken> {
+        self.shared.push(command)
     }
 }
 

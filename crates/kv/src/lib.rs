@@ -20,7 +20,7 @@ pub mod trace;
 mod worker;
 
 pub use checksum::{ChecksumDecodeError, ChecksumError, Checksums, Verify, VerifyError};
-pub use handle::{Busy, Handle};
+pub use handle::{Handle, NotTaken};
 pub use layout::{
     CacheKind, CacheLayout, CacheLayoutError, Dtype, LayerBuffer, LayoutDecodeError, LayoutOptions, Placement,
 };

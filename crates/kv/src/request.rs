@@ -9,7 +9,7 @@ use crossdock_engine::{Promise, RailStats, Ticket, ticket};
 use crossdock_memory::{PageRef, PageSet};
 use crossdock_proto::{Counters, End, Identity, RoomName, SessionEnd};
 
-use crate::handle::{Busy, Handle};
+use crate::handle::{Handle, NotTaken};
 
 /// A peer that is dialed, or that has dialed this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -54,7 +54,7 @@ pub struct ReceiveRequest {
     pub skip_tokens: u32,
     /// Pages for the tokens from `skip_tokens` on: the first one holds that token.
     pub pages: PageSet,
-    /// From now.
+    /// From the call that this is given to.
     pub deadline: Duration,
 }
 
@@ -69,7 +69,7 @@ pub struct SendRequest {
     pub tokens: u32,
     /// Pages for the tokens, from the first one on. They may be filled later than this, but before they are sent.
     pub pages: PageRef,
-    /// From now.
+    /// From the call that this is given to.
     pub deadline: Duration,
 }
 
@@ -89,7 +89,7 @@ pub struct ServeRequest {
     pub pages: PageRef,
     /// Handed to the reader with the bytes: first token, log probabilities.
     pub aux: Vec<u8>,
-    /// From now.
+    /// From the call that this is given to.
     pub deadline: Duration,
 }
 
@@ -148,7 +148,8 @@ pub struct Received {
 pub struct Receiving {
     /// The end of the room.
     pub end: Ticket<Received>,
-    /// The pages. Whoever drops this ticket leaves it to the pool to take them back when they come home.
+    /// The pages. Whoever drops this ticket leaves it to the pool to take them back when they come home. Abandoned, if
+    /// the node is gone before anything has proven that nobody writes them: they stay out of their pool then.
     pub pages: Ticket<PageSet>,
     pub(crate) control: RoomControl,
 }
@@ -211,14 +212,34 @@ pub enum SendError {
     /// The room has been finished.
     #[error("the room has been finished")]
     Finished,
-    /// The queue to the progress loop is full.
+    /// The progress loop did not take it; it may be sent again.
     #[error(transparent)]
-    Busy(#[from] Busy),
+    NotTaken(#[from] NotTaken),
+}
+
+impl SendError {
+    /// Whether the same call may succeed later.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::NotTaken(why) if why.is_retryable())
+    }
+
+    /// What can be done about it.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::OutOfOrder { .. } => {
+                "send each layer's tokens from the first one on, without gaps, each once"
+            }
+            Self::OutOfRange { .. } => "send layers that this node's cache has, and tokens of the request",
+            Self::NotComplete { .. } => "send all tokens of all layers before the room is finished",
+            Self::Finished => "open another room for what comes next",
+            Self::NotTaken(why) => why.advice(),
+        }
+    }
 }
 
 impl Receiving {
     /// Ends the room here; the pages come home when the peer has stopped.
-    pub fn cancel(&self) -> Result<(), Busy> {
+    pub fn cancel(&self) -> Result<(), NotTaken> {
         self.control.cancel()
     }
 
@@ -230,7 +251,7 @@ impl Receiving {
 
 impl Serving {
     /// Ends the room here.
-    pub fn cancel(&self) -> Result<(), Busy> {
+    pub fn cancel(&self) -> Result<(), NotTaken> {
         self.control.cancel()
     }
 }
@@ -282,7 +303,7 @@ impl Sending {
     }
 
     /// Ends the room here.
-    pub fn cancel(&self) -> Result<(), Busy> {
+    pub fn cancel(&self) -> Result<(), NotTaken> {
         self.control.cancel()
     }
 }
@@ -311,7 +332,7 @@ pub(crate) struct RoomControl {
 }
 
 impl RoomControl {
-    fn cancel(&self) -> Result<(), Busy> {
+    fn cancel(&self) -> Result<(), NotTaken> {
         self.handle.cancel(self.key)
     }
 }
@@ -326,14 +347,38 @@ impl std::fmt::Debug for RoomControl {
 pub(crate) enum Command {
     Connect { key: u64, address: String, up: Promise<Result<PeerUp, SessionEnd>> },
     Disconnect { key: u64 },
-    Receive { key: u64, request: ReceiveRequest, pull: bool, told: DecodePromises },
-    Open { key: u64, request: SendRequest, end: Promise<Ended> },
+    Receive { key: u64, request: ReceiveRequest, asked_ns: Option<u64>, pull: bool, told: DecodePromises },
+    Open { key: u64, request: SendRequest, asked_ns: Option<u64>, end: Promise<Ended> },
     Send { key: u64, layers: Range<u32>, tokens: Range<u32> },
     Finish { key: u64, aux: Vec<u8> },
-    Serve { key: u64, request: ServeRequest, end: Promise<Ended> },
+    Serve { key: u64, request: ServeRequest, asked_ns: Option<u64>, end: Promise<Ended> },
     Cancel { key: u64 },
     Stats { told: Promise<Stats> },
     Stop,
+}
+
+impl Command {
+    /// Tells whoever waits for this command that the node has stopped before it was taken.
+    pub fn end(self) {
+        let cause = SessionEnd::ClosedHere;
+        let ended = Ended::alone(End::PeerLost { cause: cause.clone() });
+        // Where a ticket was dropped nobody looks.
+        match self {
+            Command::Connect { up, .. } => drop(up.tell(Err(cause))),
+            Command::Receive { request, told, .. } => {
+                drop(told.pages.tell(request.pages));
+                drop(told.end.tell(Received { ended, aux: Vec::new() }));
+            }
+            Command::Open { end, .. } | Command::Serve { end, .. } => drop(end.tell(ended)),
+            // Who asked finds the promise dropped.
+            Command::Stats { .. } => {}
+            Command::Disconnect { .. }
+            | Command::Send { .. }
+            | Command::Finish { .. }
+            | Command::Cancel { .. }
+            | Command::Stop => {}
+        }
+    }
 }
 
 /// What a decode end has promised.

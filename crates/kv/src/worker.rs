@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossdock_engine::{
-    Doorbell, Engine, EventFd, LaneRegions, OsError, Promise, TransferFailed, TransferId, now_ns,
+    Doorbell, Engine, EventFd, LaneRegions, OsError, Promise, TransferFailed, TransferId, duration_ns, now_ns,
 };
 use crossdock_memory::{Memory, PageSet};
 use crossdock_proto::planted::{Planted, is_planted};
@@ -36,6 +36,8 @@ pub struct Worker {
     /// The caches of the peers with a live session; `None` for a peer that has none.
     caches: BTreeMap<SessionId, Option<Arc<CacheLayout>>>,
     targets: BTreeMap<u64, TargetId>,
+    /// What is dialed, for logs.
+    addresses: BTreeMap<TargetId, String>,
     dialing: BTreeMap<TargetId, Promise<Result<PeerUp, SessionEnd>>>,
     rooms: BTreeMap<RoomId, Room>,
     keys: BTreeMap<u64, RoomId>,
@@ -110,6 +112,27 @@ struct Room {
     /// Stands in the queue of ready rooms.
     is_ready: bool,
     kind: Kind,
+}
+
+impl Room {
+    /// Lets what is logged of the room name the peer and the transport, now that they are known.
+    fn records_peer(&self, engine: &mut Engine, session: SessionId) {
+        if self.span.is_disabled() {
+            return;
+        }
+        let proto = engine.proto();
+        if let (Some((_, peer)), Some(port)) = (proto.peer(session), proto.port(session)) {
+            self.span.record("peer", &*peer).record("port", port);
+        }
+    }
+
+    /// Whether the user has been told how it ended.
+    fn is_told(&self) -> bool {
+        match &self.kind {
+            Kind::Decode(Decode { end, .. }) => end.is_none(),
+            Kind::Sending(SendingRoom { end, .. }) | Kind::Serving { end, .. } => end.is_none(),
+        }
+    }
 }
 
 enum Kind {
@@ -259,6 +282,7 @@ impl Worker {
             Doorbell::new()?,
             EventFd::new()?,
             layout.layers(),
+            engine.address_check(),
         ));
         let handle = Handle::new(shared.clone());
         let worker = Self {
@@ -270,6 +294,7 @@ impl Worker {
             verify: options.verify,
             caches: BTreeMap::new(),
             targets: BTreeMap::new(),
+            addresses: BTreeMap::new(),
             dialing: BTreeMap::new(),
             rooms: BTreeMap::new(),
             keys: BTreeMap::new(),
@@ -280,8 +305,24 @@ impl Worker {
         Ok((worker, handle))
     }
 
-    /// Runs until the node is asked to stop: spins for `spin_ns` after something has happened, then sleeps.
+    /// Lets deadlines count from the call of a user's, and not from the turn that takes it: for whoever gives turns the
+    /// time of [`now_ns`], and no other.
+    pub fn count_from_calls(&self) {
+        self.shared.count_from_calls();
+    }
+
+    /// Runs until the node is asked to stop: spins for `spin_ns` after something has happened, then sleeps. Whatever
+    /// is open then ends, as when a worker is dropped.
     pub fn run(mut self, spin_ns: u64) -> Result<(), OsError> {
+        let ran = self.run_until_stopped(spin_ns);
+        if let Err(error) = &ran {
+            tracing::error!("the progress loop ends: {error}");
+        }
+        ran
+    }
+
+    fn run_until_stopped(&mut self, spin_ns: u64) -> Result<(), OsError> {
+        self.count_from_calls();
         let mut active_ns = now_ns();
         loop {
             let now = now_ns();
@@ -339,7 +380,7 @@ impl Worker {
         let shared = self.shared.clone();
         // A port that is full says when it takes more, but not every medium can tell.
         let longest_ns = if self.ready.is_empty() { longest_ns } else { longest_ns.min(FULL_SLEEP_NS) };
-        self.engine.park(now_ns(), &shared.doorbell, longest_ns, || shared.commands.is_empty())
+        self.engine.park(now_ns(), &shared.doorbell, longest_ns, || shared.is_empty())
     }
 
     /// When the node has something to do even if nothing comes.
@@ -379,7 +420,7 @@ impl Worker {
 
     fn take_commands(&mut self, now: u64) -> bool {
         for taken in 0..COMMANDS {
-            let Some(command) = self.shared.commands.pop() else { return taken > 0 };
+            let Some(command) = self.shared.next() else { return taken > 0 };
             self.command(now, command);
         }
         true
@@ -388,17 +429,19 @@ impl Worker {
     fn command(&mut self, now: u64, command: Command) {
         match command {
             Command::Connect { key, address, up } => {
-                let target = self.engine.proto().connect(now, address);
+                let target = self.engine.proto().connect(now, address.as_str());
                 self.targets.insert(key, target);
+                self.addresses.insert(target, address);
                 self.dialing.insert(target, up);
             }
             Command::Disconnect { key } => {
                 if let Some(target) = self.targets.remove(&key) {
                     self.dialing.remove(&target);
+                    self.addresses.remove(&target);
                     self.engine.proto().disconnect(now, target);
                 }
             }
-            Command::Receive { key, request, pull, told } => {
+            Command::Receive { key, request, asked_ns, pull, told } => {
                 let (end, home) = (Some(told.end), Some(told.pages));
                 let role = if pull { "fetch" } else { "receive" };
                 let span = span(role, request.room, request.use_count, request.tokens);
@@ -410,20 +453,25 @@ impl Worker {
                 let pages: Arc<[u32]> = request.pages.ids().into();
                 let mut decode =
                     Decode { ask, pages, aux: Vec::new(), end, home, arrivals: told.arrivals, reads: None };
-                match self.open_decode(now, request, ask, pull) {
+                match self.open_decode(now, asked_ns.unwrap_or(now), request, ask, pull) {
                     Ok(room) => {
                         self.keys.insert(key, room);
                         self.rooms
                             .insert(room, Room { key, span, is_ready: false, kind: Kind::Decode(decode) });
                     }
-                    Err(end) => {
+                    Err((end, pages)) => {
+                        if let Some(home) = decode.home.take() {
+                            self.tell(home, pages);
+                        }
                         if let Some(promise) = decode.end.take() {
                             self.tell(promise, Received { ended: Ended::alone(end), aux: Vec::new() });
                         }
                     }
                 }
             }
-            Command::Open { key, request, end } => self.open_sending(now, key, request, end),
+            Command::Open { key, request, asked_ns, end } => {
+                self.open_sending(now, asked_ns.unwrap_or(now), key, request, end);
+            }
             Command::Send { key, layers, tokens } => {
                 let Some((id, room)) = self.room_of(key) else { return };
                 if let Kind::Sending(sending) = &mut room.kind {
@@ -440,7 +488,9 @@ impl Worker {
                     self.wake(id);
                 }
             }
-            Command::Serve { key, request, end } => self.open_serving(now, key, request, end),
+            Command::Serve { key, request, asked_ns, end } => {
+                self.open_serving(now, asked_ns.unwrap_or(now), key, request, end);
+            }
             Command::Cancel { key } => {
                 if let Some((id, _)) = self.room_of(key) {
                     self.engine.proto().cancel(now, id);
@@ -457,20 +507,23 @@ impl Worker {
     fn open_decode(
         &mut self,
         now: u64,
+        asked_ns: u64,
         request: ReceiveRequest,
         ask: Ask,
         pull: bool,
-    ) -> Result<RoomId, End> {
-        let peer = self.peer_name(request.peer).ok_or(End::PeerLost { cause: SessionEnd::ClosedHere })?;
+    ) -> Result<RoomId, (End, PageSet)> {
+        let Some(peer) = self.peer_name(request.peer) else {
+            return Err((End::PeerLost { cause: SessionEnd::ClosedHere }, request.pages));
+        };
         let first = request.skip_tokens / self.layout.page_tokens();
         let table = PageTable { layout: &self.layout, first_page: first, pages: request.pages.ids() };
         if request.skip_tokens > request.tokens
             || table.covering(&(request.skip_tokens..request.tokens)).is_err()
         {
-            return Err(End::Refused { by: Who::Here, why: RoomRefusal::Mismatch });
+            return Err((End::Refused { by: Who::Here, why: RoomRefusal::Mismatch }, request.pages));
         }
         let room = name(request.room, request.use_count);
-        let deadline_ns = now.saturating_add(request.deadline.as_nanos() as u64);
+        let deadline_ns = asked_ns.saturating_add(duration_ns(request.deadline));
         let (pages, params) = (request.pages, ask.encode());
         let opened = match pull {
             false => {
@@ -480,16 +533,16 @@ impl Worker {
             }
             true => self.engine.proto().fetch(now, Fetch { peer, room, pages, params, deadline_ns }),
         };
-        opened.map_err(refused)
+        opened.map_err(|unopened| (refused(unopened.error), unopened.pages))
     }
 
-    fn open_sending(&mut self, now: u64, key: u64, request: SendRequest, end: Promise<Ended>) {
+    fn open_sending(&mut self, now: u64, asked_ns: u64, key: u64, request: SendRequest, end: Promise<Ended>) {
         let span = span("send", request.room, request.use_count, request.tokens);
         let pages: Arc<[u32]> = request.pages.ids().into();
         let fits = PageTable::new(&self.layout, &pages).covering(&(0..request.tokens)).is_ok();
         let opened = match fits {
             true => {
-                let deadline_ns = now.saturating_add(request.deadline.as_nanos() as u64);
+                let deadline_ns = asked_ns.saturating_add(duration_ns(request.deadline));
                 let room = name(request.room, request.use_count);
                 let send = Send { room, pages: request.pages, deadline_ns };
                 self.engine.proto().send_room(now, send).map_err(refused)
@@ -513,13 +566,20 @@ impl Worker {
         }
     }
 
-    fn open_serving(&mut self, now: u64, key: u64, request: ServeRequest, end: Promise<Ended>) {
+    fn open_serving(
+        &mut self,
+        now: u64,
+        asked_ns: u64,
+        key: u64,
+        request: ServeRequest,
+        end: Promise<Ended>,
+    ) {
         let span = span("serve", request.room, request.use_count, request.tokens);
         let pages: Arc<[u32]> = request.pages.ids().into();
         let fits = PageTable::new(&self.layout, &pages).covering(&(0..request.tokens)).is_ok();
         let opened = match fits {
             true => {
-                let deadline_ns = now.saturating_add(request.deadline.as_nanos() as u64);
+                let deadline_ns = asked_ns.saturating_add(duration_ns(request.deadline));
                 let room = name(request.room, request.use_count);
                 let serve = Serve { room, pages: request.pages, buffers: self.buffers.clone(), deadline_ns };
                 self.engine.proto().serve(now, serve).map_err(refused)
@@ -568,14 +628,16 @@ impl Worker {
     fn notice(&mut self, now: u64, notice: Notice) {
         match notice {
             Notice::SessionUp { session, target, peer, name, port, app } => {
-                tracing::info!(peer = %name, node = peer.node, port, "session up");
+                tracing::info!(peer = &*name, node = peer.node, port, "session up");
                 self.caches.insert(session, CacheLayout::decode(&app).ok().map(Arc::new));
                 if let Some(up) = target.and_then(|target| self.dialing.remove(&target)) {
                     self.tell(up, Ok(PeerUp { identity: peer, name }));
                 }
             }
-            Notice::SessionDown { session, target, cause } => {
-                tracing::info!(advice = cause.advice(), "session down: {cause}");
+            Notice::SessionDown { session, target, peer, port, cause } => {
+                let address = target.and_then(|target| self.addresses.get(&target));
+                let (peer, address) = (peer.as_deref(), address.map(String::as_str));
+                tracing::info!(peer, port, address, advice = cause.advice(), "session down: {cause}");
                 if let Some(session) = session {
                     self.caches.remove(&session);
                 }
@@ -595,7 +657,7 @@ impl Worker {
                 };
             }
             Notice::Wanted { room, session, params } => self.wanted(now, room, session, &params),
-            Notice::Landed { room, aux } => self.landed(now, room, &aux),
+            Notice::Landed { room, session, aux } => self.landed(now, room, session, &aux),
             Notice::Ended { room, end, peer, port } => self.ended(room, Ended { end, peer, port }),
             Notice::Unread { pages } => drop(pages),
             Notice::Home { room, pages } => {
@@ -626,6 +688,7 @@ impl Worker {
             }
             Kind::Serving { .. } => (None, &[]),
         };
+        room.records_peer(&mut self.engine, start.session);
         let (Some(ask), Some(cache)) = (ask, cache) else { return self.engine.proto().mismatch(now, id) };
         let local = local_table(&self.layout, pages, start.direction, &ask);
         let tokens = ask.skip_tokens..ask.tokens;
@@ -657,9 +720,9 @@ impl Worker {
 
     /// A reader asks for a room that is served here.
     fn wanted(&mut self, now: u64, id: RoomId, session: SessionId, params: &[u8]) {
-        let Some(Room { kind: Kind::Serving { tokens, pages, aux, .. }, .. }) = self.rooms.get(&id) else {
-            return;
-        };
+        let Some(room) = self.rooms.get(&id) else { return };
+        let Kind::Serving { tokens, pages, aux, .. } = &room.kind else { return };
+        room.records_peer(&mut self.engine, session);
         let ask = Ask::decode(params).filter(|ask| ask.tokens == *tokens);
         let (Some(ask), Some(Some(cache))) = (ask, self.caches.get(&session)) else {
             return self.engine.proto().mismatch(now, id);
@@ -687,21 +750,21 @@ impl Worker {
     }
 
     /// All bytes of a decode room are here.
-    fn landed(&mut self, now: u64, id: RoomId, aux: &[u8]) {
+    fn landed(&mut self, now: u64, id: RoomId, session: SessionId, aux: &[u8]) {
         // The last batch may have come in this very turn, at the end of which the room may be gone.
         self.show_arrivals();
-        let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&id) else { return };
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        room.records_peer(&mut self.engine, session);
+        let Kind::Decode(decode) = &mut room.kind else { return };
         let Some(answer) = Answer::decode(aux).filter(|answer| answer.tokens == decode.ask.tokens) else {
             return self.engine.proto().mismatch(now, id);
         };
         if decode.ask.checksums {
-            let (skip, tokens) = (decode.ask.skip_tokens, decode.ask.tokens);
-            let first_page = skip / self.layout.page_tokens();
-            let table = PageTable { layout: &self.layout, first_page, pages: &decode.pages };
-            let right = Checksums::decode(&answer.checksums).is_ok_and(|sums| {
-                let layers = overlap(&sums.layers(), &self.layout.layers());
-                sums.verify(&self.memory, &table, layers, skip..tokens).is_ok()
-            });
+            let Some(Some(cache)) = self.caches.get(&session) else {
+                return self.engine.proto().mismatch(now, id);
+            };
+            let table = local_table(&self.layout, &decode.pages, Direction::Read, &decode.ask);
+            let right = is_proven(&self.memory, &table, cache, &decode.ask, &answer.checksums);
             if !right && !is_planted(Planted::ChecksumUnchecked) {
                 return self.engine.proto().reject(now, id);
             }
@@ -711,7 +774,10 @@ impl Worker {
     }
 
     fn ended(&mut self, id: RoomId, ended: Ended) {
-        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let Some(room) = self.rooms.get_mut(&id).filter(|room| !room.is_told()) else { return };
+        if let (Some(peer), Some(port)) = (&ended.peer, ended.port) {
+            room.span.record("peer", &**peer).record("port", port);
+        }
         room.span.in_scope(|| match &ended.end {
             End::Delivered => tracing::debug!("{ended}"),
             end => tracing::warn!(retryable = end.is_retryable(), advice = end.advice(), "{ended}"),
@@ -846,6 +912,37 @@ impl Worker {
     }
 }
 
+impl Drop for Worker {
+    /// Ends everything: whoever holds a ticket of this node is told.
+    fn drop(&mut self) {
+        self.shared.close();
+        // What a panic has left half-done is not to be trusted with anybody's pages; but whoever waits is told.
+        if !std::thread::panicking() {
+            let now = if self.turned_ns == 0 { now_ns() } else { self.turned_ns };
+            self.engine.shut_down(now);
+            self.take_notices(now);
+            // Lanes that go down at once prove more; a peer's answer is not waited for.
+            for _ in 0..LAST_TURNS {
+                if !self.engine.turn_ports(now) {
+                    break;
+                }
+                self.take_notices(now);
+            }
+        }
+        for (_, up) in std::mem::take(&mut self.dialing) {
+            self.tell(up, Err(SessionEnd::ClosedHere));
+        }
+        let rooms: Vec<RoomId> = self.rooms.keys().copied().collect();
+        for room in rooms {
+            // Told already, unless by a panic. Pages that are not home stay out of their pool.
+            self.ended(room, Ended::alone(End::PeerLost { cause: SessionEnd::ClosedHere }));
+        }
+    }
+}
+
+/// Looks at the ports when a node ends.
+const LAST_TURNS: usize = 16;
+
 /// Longest sleep of a progress thread with nothing to do: everything that matters wakes it.
 const LONGEST_SLEEP_NS: u64 = 1_000_000_000;
 
@@ -956,8 +1053,17 @@ fn post_layers(engine: &mut Engine, now: u64, run: &mut Run, layers: Range<u32>,
     }
 }
 
+/// Whether the bytes here are those that the peer has summed, and it has summed all that it was to move: which layers
+/// that is follows from the two sides' layouts, and not from what the peer says.
+fn is_proven(memory: &[Memory], table: &PageTable<'_>, cache: &CacheLayout, ask: &Ask, sums: &[u8]) -> bool {
+    let layers = overlap(&table.layout.layers(), &cache.layers());
+    let tokens = ask.skip_tokens..ask.tokens;
+    Checksums::decode(sums).is_ok_and(|sums| sums.verify(memory, table, layers, tokens).is_ok())
+}
+
 fn span(role: &'static str, room: u64, use_count: u32, tokens: u32) -> tracing::Span {
-    tracing::debug_span!("room", role, room, use_count, tokens)
+    use tracing::field::Empty;
+    tracing::debug_span!("room", role, room, use_count, tokens, peer = Empty, port = Empty)
 }
 
 fn refused(error: RoomError) -> End {
@@ -973,4 +1079,50 @@ fn refused(error: RoomError) -> End {
 fn overlap(a: &Range<u32>, b: &Range<u32>) -> Range<u32> {
     let start = a.start.max(b.start);
     start..a.end.min(b.end).max(start)
+}
+
+#[cfg(test)]
+mod tests {
+    use crossdock_memory::AllocateOptions;
+
+    use super::*;
+    use crate::{CacheKind, Dtype, LayoutOptions, Placement};
+
+    fn layout(layers: Range<u32>) -> CacheLayout {
+        CacheLayout::new(LayoutOptions {
+            model: "m".into(),
+            model_layers: 4,
+            layers,
+            kind: CacheKind::Mla { latent_bytes: 24, rope_bytes: 0 },
+            dtype: Dtype::Bf16,
+            page_tokens: 16,
+            pages: 8,
+            placement: Placement::LayerMajor { region: 0 },
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn sums_prove_only_what_both_sides_layouts_say_was_moved() {
+        // Layers 1 and 2 are the ones that both hold.
+        let (here, peer) = (layout(1..4), layout(0..3));
+        let bytes = here.bytes_needed(0) as usize;
+        let memory = [Memory::allocate(bytes, &AllocateOptions::default()).unwrap()];
+        let pages = [5, 2];
+        let ask = Ask { tokens: 40, skip_tokens: 20, checksums: true };
+        let table = local_table(&here, &pages, Direction::Read, &ask);
+        let proven = |layers: Range<u32>, tokens: Range<u32>| {
+            let mut sums = Vec::new();
+            Checksums::compute(&memory, &table, layers, tokens).unwrap().encode(&mut sums);
+            is_proven(&memory, &table, &peer, &ask, &sums)
+        };
+        assert!(proven(1..3, 20..40));
+        for layers in [1..1, 2..2, 0..0, 1..2, 2..3, 1..4, 3..4] {
+            assert!(!proven(layers.clone(), 20..40), "{layers:?}");
+        }
+        for tokens in [20..20, 20..39, 21..40] {
+            assert!(!proven(1..3, tokens.clone()), "{tokens:?}");
+        }
+        assert!(!is_proven(&memory, &table, &peer, &ask, &[]), "no sums at all");
+    }
 }

@@ -4,6 +4,7 @@ use std::fmt;
 
 use crossdock_transport::DownCause;
 
+use crate::link_cause::LinkCause;
 use crate::message::Refusal;
 
 /// Which side did it.
@@ -122,11 +123,19 @@ pub enum SessionEnd {
     /// Closed by the peer, in order.
     ClosedByPeer,
     /// The control stream ended without a goodbye: the peer died, or the network failed.
-    StreamEnded,
+    StreamEnded {
+        /// What the network found.
+        cause: LinkCause,
+    },
     /// Nothing was heard of the peer for too long: it is stopped, or the network is cut.
     Silent {
         /// For how long.
         for_ns: u64,
+    },
+    /// No heartbeats can be exchanged with the peer.
+    NoHeartbeats {
+        /// What the network said.
+        cause: LinkCause,
     },
     /// The peer started again; what it was before is gone.
     Restarted,
@@ -138,7 +147,10 @@ pub enum SessionEnd {
     /// The handshake did not finish in time.
     HandshakeTimedOut,
     /// The peer could not be reached.
-    Unreachable,
+    Unreachable {
+        /// What the network found.
+        cause: LinkCause,
+    },
     /// The handshake was refused.
     Refused {
         /// By whom.
@@ -181,7 +193,9 @@ impl End {
             }
             End::Expired { .. } => "allow more time, or send less at once",
             End::PeerLost { cause } => cause.advice(),
-            End::Refused { why: RoomRefusal::Busy, .. } => "try again later, or raise the limit of rooms",
+            End::Refused { why: RoomRefusal::Busy, .. } => {
+                "try again later, or raise max_rooms, max_grants or max_parked of the side that refused"
+            }
             End::Refused { why: RoomRefusal::Mismatch, .. } => {
                 "both sides must ask for the same tokens of the same request"
             }
@@ -196,7 +210,7 @@ impl End {
             }
             End::Refused { why: RoomRefusal::TooLong { .. }, .. }
             | End::Failed { cause: Failure::TooLong { .. }, .. } => {
-                "use larger pages or shorter requests, or raise the limit of frames on all nodes"
+                "use larger pages or shorter requests, or raise max_frame_bytes on all nodes"
             }
             End::Failed { .. } => "send the request again; look at the peer's log if it repeats",
         }
@@ -208,6 +222,7 @@ impl SessionEnd {
     pub fn is_retryable(&self) -> bool {
         match self {
             SessionEnd::Refused { refusal, .. } => matches!(refusal, Refusal::Busy | Refusal::Duplicate),
+            SessionEnd::Unreachable { cause } | SessionEnd::NoHeartbeats { cause } => !cause.is_permanent(),
             SessionEnd::Misbehaved { .. } | SessionEnd::Port(_) => false,
             _ => true,
         }
@@ -217,11 +232,22 @@ impl SessionEnd {
     pub fn advice(&self) -> &'static str {
         match self {
             SessionEnd::ClosedHere | SessionEnd::ClosedByPeer => "nothing to do: closed in order",
-            SessionEnd::StreamEnded => "the peer's process has ended or its host is gone; it is dialed again",
+            SessionEnd::StreamEnded { .. } => {
+                "the peer's process has ended or its host is gone; it is dialed again"
+            }
             SessionEnd::Silent { .. } => "the peer is stopped, overloaded or cut off; it is dialed again",
+            SessionEnd::NoHeartbeats { .. } => {
+                "let both sides bind, or advertise, addresses of one family that reach each other"
+            }
             SessionEnd::Restarted => "the peer was started again; send the request again",
             SessionEnd::LanesLost { .. } => "look at the transport's cause; the peer is dialed again",
-            SessionEnd::HandshakeTimedOut | SessionEnd::Unreachable => {
+            SessionEnd::Unreachable { cause: LinkCause::BadAddress { .. } } => {
+                "give the peer's IP address and port; resolve names before"
+            }
+            SessionEnd::Unreachable { cause: LinkCause::Limit { .. } } => {
+                "raise max_sessions, or connect to fewer peers"
+            }
+            SessionEnd::HandshakeTimedOut | SessionEnd::Unreachable { .. } => {
                 "check that the peer runs, its address, and that nothing between filters the connection"
             }
             SessionEnd::Refused { refusal, .. } => match refusal {
@@ -230,7 +256,7 @@ impl SessionEnd {
                 Refusal::AuthMismatch => "turn authentication on (or off) on both sides",
                 Refusal::Fingerprint(_) => "serve the same model with the same cache dtype on both sides",
                 Refusal::NoRail { .. } => "open a port of one kind on both sides that can reach the other",
-                Refusal::Busy => "raise the peer's limit of sessions, or try again later",
+                Refusal::Busy => "raise max_sessions of the side that refused, or try again later",
                 Refusal::Duplicate => "nothing to do: the existing session is used",
                 Refusal::SameNode => "give each node a number of its own, and do not dial this node itself",
             },
@@ -298,12 +324,15 @@ impl fmt::Display for SessionEnd {
         match self {
             SessionEnd::ClosedHere => f.write_str("closed here"),
             SessionEnd::ClosedByPeer => f.write_str("closed by the peer"),
-            SessionEnd::StreamEnded => f.write_str("control stream ended without a goodbye"),
+            SessionEnd::StreamEnded { cause } => {
+                write!(f, "control stream ended without a goodbye: {cause}")
+            }
             SessionEnd::Silent { for_ns } => write!(f, "nothing heard for {} ms", for_ns / 1_000_000),
+            SessionEnd::NoHeartbeats { cause } => write!(f, "no heartbeats can be exchanged: {cause}"),
             SessionEnd::Restarted => f.write_str("the peer was restarted"),
             SessionEnd::LanesLost { cause } => write!(f, "no lane left: {cause}"),
             SessionEnd::HandshakeTimedOut => f.write_str("handshake timed out"),
-            SessionEnd::Unreachable => f.write_str("unreachable"),
+            SessionEnd::Unreachable { cause } => write!(f, "unreachable: {cause}"),
             SessionEnd::Refused { by, refusal } => write!(f, "refused by {by}: {refusal}"),
             SessionEnd::Misbehaved { what } => write!(f, "the peer broke the protocol: {what}"),
             SessionEnd::Port(error) => write!(f, "port failed: {error}"),

@@ -19,14 +19,16 @@ use crate::message::{Message, RoleKind, RoomOnWire};
 use crate::notice::{Homecoming, Notice, Start};
 use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId};
-use crate::room::{Fetch, Fetching, Moving, Role, Room, RoomError};
+use crate::room::{Fetch, Fetching, Moving, Role, Room, Unopened};
 
 impl Proto {
     /// Opens the decode end of a pull.
-    pub fn fetch(&mut self, now_ns: u64, fetch: Fetch) -> Result<RoomId, RoomError> {
+    pub fn fetch(&mut self, now_ns: u64, fetch: Fetch) -> Result<RoomId, Unopened> {
         self.now_ns = now_ns;
-        self.check_decode(fetch.peer, fetch.room, RoleKind::Fetching)?;
-        self.fits_a_frame(fetch.params.len())?;
+        let bytes = fetch.params.len();
+        if let Err(error) = self.check_decode(fetch.peer, fetch.room, RoleKind::Fetching, bytes) {
+            return Err(Unopened { error, pages: fetch.pages });
+        }
         let id = self.add_room(Room {
             name: fetch.room,
             serial: 0,
@@ -55,11 +57,14 @@ impl Proto {
     pub fn fetched(&mut self, now_ns: u64, room: RoomId) {
         self.now_ns = now_ns;
         let Some(r) = self.rooms.get_mut(&room) else { return };
-        let (Role::Fetching(f), None, Moving::Yes) = (&r.role, &r.end, r.moving) else { return };
+        let (Role::Fetching(f), None, Moving::Yes, Some(session)) = (&r.role, &r.end, r.moving, r.session)
+        else {
+            return;
+        };
         let aux = f.offer.to_vec();
         r.moving = Moving::No;
         r.stage = Stage::Verify;
-        self.tell(Notice::Landed { room, aux });
+        self.tell(Notice::Landed { room, session, aux });
     }
 
     pub(crate) fn want(&mut self, id: RoomId, session: SessionId) {

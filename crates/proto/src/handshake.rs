@@ -16,6 +16,7 @@ use crate::auth::{Side, same};
 use crate::config::Rail;
 use crate::end::{SessionEnd, Who};
 use crate::lanes::{Slot, SlotState};
+use crate::link_cause::LinkCause;
 use crate::message::{About, Identity, MAX_LANES, Message, RailOffer, Refusal, VERSION_MAX, VERSION_MIN};
 use crate::planted::{Planted, is_planted};
 use crate::proto::{LinkId, Proto, SessionId, TargetId, Timer};
@@ -61,16 +62,18 @@ impl Proto {
     }
 
     /// A control stream has ended.
-    pub fn link_closed(&mut self, now_ns: u64, link: LinkId) {
+    pub fn link_closed(&mut self, now_ns: u64, link: LinkId, cause: LinkCause) {
         self.now_ns = now_ns;
         match self.links.remove(&link) {
-            Some(Link::Dialing { target }) => self.target_failed(target, SessionEnd::Unreachable),
-            Some(Link::AwaitWelcome { target, .. }) => self.target_failed(target, SessionEnd::StreamEnded),
+            Some(Link::Dialing { target }) => self.target_failed(target, SessionEnd::Unreachable { cause }),
+            Some(Link::AwaitWelcome { target, .. }) => {
+                self.target_failed(target, SessionEnd::StreamEnded { cause });
+            }
             Some(Link::Bound(session)) => {
                 if let Some(s) = self.sessions.get_mut(&session) {
                     s.link = None;
                 }
-                self.end_session(session, SessionEnd::StreamEnded);
+                self.end_session(session, SessionEnd::StreamEnded { cause });
             }
             Some(Link::AwaitHello | Link::AwaitProve { .. } | Link::Closing) | None => {}
         }
@@ -220,7 +223,7 @@ impl Proto {
             let cause = match dialed_both_ways {
                 true => SessionEnd::Refused { by: Who::Here, refusal: Refusal::Duplicate },
                 // It has lost the session, and has found out before this side.
-                false => SessionEnd::StreamEnded,
+                false => SessionEnd::StreamEnded { cause: LinkCause::ClosedByPeer },
             };
             self.end_session(session, cause);
         } else if let Some(&earlier) = self.by_node.get(&peer.node) {

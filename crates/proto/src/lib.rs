@@ -17,6 +17,7 @@ mod fingerprint;
 mod grants;
 mod handshake;
 mod lanes;
+mod link_cause;
 mod message;
 mod notice;
 mod parked;
@@ -37,11 +38,12 @@ pub use auth::Auth;
 pub use config::{Config, Rail, Region};
 pub use end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
 pub use fingerprint::{Difference, Fingerprint};
+pub use link_cause::LinkCause;
 pub use message::{
     About, CancelWhy, Identity, MAX_LANES, Message, RailOffer, Refusal, RegionOffer, Released, RoleKind,
     RoomName, RoomOnWire, VERSION_MAX, VERSION_MIN,
 };
 pub use notice::{Homecoming, Notice, Start};
 pub use proto::{Counters, LinkId, PeerName, Proto, RoomId, SessionId, TargetId};
-pub use room::{Buffers, Fetch, Receive, RoomBuffer, RoomError, Send, Serve};
+pub use room::{Buffers, Fetch, Receive, RoomBuffer, RoomError, Send, Serve, Unopened};
 pub use wire::DecodeError;

@@ -35,6 +35,10 @@ pub enum Notice {
         session: Option<SessionId>,
         /// The target.
         target: Option<TargetId>,
+        /// The peer's name for people, if there was a session.
+        peer: Option<Arc<str>>,
+        /// The transport of its lanes.
+        port: Option<&'static str>,
         /// Why.
         cause: SessionEnd,
     },
@@ -58,6 +62,8 @@ pub enum Notice {
     Landed {
         /// Which room.
         room: RoomId,
+        /// From which session's peer.
+        session: SessionId,
         /// What the other side sent with the end (push) or the beginning (pull).
         aux: Vec<u8>,
     },

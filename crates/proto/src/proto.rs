@@ -109,6 +109,19 @@ pub struct Proto {
     pub(crate) next_room: u64,
 }
 
+impl Drop for Proto {
+    /// Pages that a peer may still read stay out of their pool, as do those that it may still write.
+    fn drop(&mut self) {
+        for room in self.rooms.values_mut() {
+            if let Role::Serving(serving) = &mut room.role
+                && serving.grant.is_some()
+            {
+                std::mem::forget(serving.pages.take());
+            }
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Timer {
     Link(LinkId),
@@ -203,6 +216,11 @@ impl Proto {
     /// The peer of a session, and its name for people.
     pub fn peer(&self, session: SessionId) -> Option<(Identity, Arc<str>)> {
         self.sessions.get(&session).map(|s| (s.peer, s.name.clone()))
+    }
+
+    /// The transport of a session's lanes.
+    pub fn port(&self, session: SessionId) -> Option<&'static str> {
+        self.sessions.get(&session).map(|s| s.port)
     }
 
     /// How many immediates of its current attempt a receiving room has counted: a word that only grows while

@@ -25,15 +25,17 @@ use crate::message::{CancelWhy, MAX_LANES, Message, RoleKind, RoomName, RoomOnWi
 use crate::notice::{Homecoming, Notice};
 use crate::planted::{Planted, is_planted};
 use crate::proto::{PeerName, Proto, RoomId, SessionId};
-use crate::room::{Finish, Moving, Receive, Receiving, Role, Room, RoomError};
+use crate::room::{Finish, Moving, Receive, Receiving, Role, Room, RoomError, Unopened};
 use crate::session::Session;
 
 impl Proto {
     /// Opens the decode end of a push: the peer may write these pages until the room ends.
-    pub fn receive(&mut self, now_ns: u64, receive: Receive) -> Result<RoomId, RoomError> {
+    pub fn receive(&mut self, now_ns: u64, receive: Receive) -> Result<RoomId, Unopened> {
         self.now_ns = now_ns;
-        self.check_decode(receive.peer, receive.room, RoleKind::Receiving)?;
-        self.fits_a_frame(receive.params.len() + 4 * receive.pages.len())?;
+        let bytes = receive.params.len() + 4 * receive.pages.len();
+        if let Err(error) = self.check_decode(receive.peer, receive.room, RoleKind::Receiving, bytes) {
+            return Err(Unopened { error, pages: receive.pages });
+        }
         let id = self.add_room(Room {
             name: receive.room,
             serial: 0,
@@ -88,12 +90,13 @@ impl Proto {
         }
     }
 
-    /// Refuses what cannot become a decode end.
+    /// Refuses what cannot become a decode end, of which so many bytes are told to the peer.
     pub(crate) fn check_decode(
         &self,
         peer: PeerName,
         name: RoomName,
         kind: RoleKind,
+        bytes: usize,
     ) -> Result<(), RoomError> {
         self.has_room_for_more()?;
         if let PeerName::Target(target) = peer
@@ -104,7 +107,7 @@ impl Proto {
         let open = self.session_of(peer).is_some_and(|s| self.bound.contains_key(&(kind, name, s)));
         match open || self.waiting.contains_key(&(peer, kind, name)) {
             true => Err(RoomError::Duplicate { room: name }),
-            false => Ok(()),
+            false => self.fits_a_frame(bytes),
         }
     }
 
@@ -131,8 +134,7 @@ impl Proto {
         let PeerName::Target(target) = peer else {
             return None;
         };
-        let (by, refusal) = self.targets.get(&target)?.refusal()?;
-        Some(End::Refused { by, why: RoomRefusal::Handshake(refusal) })
+        self.targets.get(&target)?.why_never()
     }
 
     /// The decode ends that wait for a session with a peer that is named so.
@@ -279,7 +281,7 @@ impl Proto {
         let Some(Room { role: Role::Receiving(r), stage, .. }) = self.rooms.get_mut(&id) else { return };
         *stage = Stage::Verify;
         let aux = r.finish.as_mut().map(|finish| std::mem::take(&mut finish.aux)).unwrap_or_default();
-        self.tell(Notice::Landed { room: id, aux });
+        self.tell(Notice::Landed { room: id, session, aux });
     }
 
     pub(crate) fn accept_landed(&mut self, id: RoomId) {

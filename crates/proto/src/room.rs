@@ -77,7 +77,17 @@ pub struct Serve {
     pub deadline_ns: u64,
 }
 
-/// Why a room was not opened. The pages have gone back to their pool.
+/// A decode end that was not opened.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct Unopened {
+    /// Why.
+    pub error: RoomError,
+    /// The pages, which nobody was granted.
+    pub pages: PageSet,
+}
+
+/// Why a room was not opened.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RoomError {

@@ -11,6 +11,7 @@ use crate::end::{End, SessionEnd, Stage, Who};
 use crate::grants::Given;
 use crate::handshake::Link;
 use crate::lanes::{Slot, SlotState};
+use crate::link_cause::LinkCause;
 use crate::message::{CancelWhy, Identity, Message, RegionOffer, Released, RoleKind, RoomOnWire};
 use crate::notice::Notice;
 use crate::planted::{Planted, is_planted};
@@ -143,6 +144,12 @@ impl Proto {
             let listened_ns = if is_planted(Planted::OwnPauseCounted) { self.now_ns } else { listened_ns };
             s.silent_ns = listened_ns.saturating_sub(heard_ns);
         }
+    }
+
+    /// The network cannot exchange heartbeats with a session's peer.
+    pub fn watch_failed(&mut self, now_ns: u64, session: SessionId, cause: LinkCause) {
+        self.now_ns = now_ns;
+        self.end_session(session, SessionEnd::NoHeartbeats { cause });
     }
 
     /// The peer's regions are attached on every lane that is up, or cannot be.
@@ -333,6 +340,7 @@ impl Proto {
         }
         s.phase = Phase::Over;
         let (link, peer, slots) = (s.link.take(), s.peer, s.slots.len() as u8);
+        let (name, port) = (Some(s.name.clone()), Some(s.port));
         let tick = s.next_tick_ns;
         self.disarm(tick, Timer::Session(session));
         if self.by_node.get(&peer.node) == Some(&session) {
@@ -354,12 +362,15 @@ impl Proto {
         self.unpark_all_of(session);
         let targets = self.targets_of(session);
         if targets.is_empty() {
-            self.tell(Notice::SessionDown { session: Some(session), target: None, cause: cause.clone() });
+            let (peer, cause) = (name.clone(), cause.clone());
+            self.tell(Notice::SessionDown { session: Some(session), target: None, peer, port, cause });
         }
         for target in targets {
             self.tell(Notice::SessionDown {
                 session: Some(session),
                 target: Some(target),
+                peer: name.clone(),
+                port,
                 cause: cause.clone(),
             });
             self.target_lost(target, &cause);

@@ -4,9 +4,10 @@
 //! a target whose peer was faster to dial this node.
 
 use crate::action::Action;
-use crate::end::{End, RoomRefusal, SessionEnd, Who};
+use crate::end::{End, RoomRefusal, SessionEnd};
 use crate::handshake::Link;
-use crate::message::{Identity, Refusal};
+use crate::link_cause::LinkCause;
+use crate::message::Identity;
 use crate::notice::Notice;
 use crate::proto::{LinkId, PeerName, Proto, SessionId, TargetId, Timer};
 
@@ -26,8 +27,8 @@ enum TargetState {
         until_ns: u64,
     },
     Session(SessionId),
-    /// Refused for good; not dialed again.
-    Refused(Who, Refusal),
+    /// For good; not dialed again.
+    Never(SessionEnd),
 }
 
 impl Target {
@@ -38,10 +39,10 @@ impl Target {
         }
     }
 
-    /// Why there will never be a session.
-    pub fn refusal(&self) -> Option<(Who, Refusal)> {
+    /// How rooms with it end, if there will never be a session.
+    pub fn why_never(&self) -> Option<End> {
         match &self.state {
-            TargetState::Refused(by, refusal) => Some((*by, refusal.clone())),
+            TargetState::Never(cause) => Some(end_of_rooms(cause)),
             _ => None,
         }
     }
@@ -69,7 +70,7 @@ impl Proto {
         let session = t.session();
         self.forget_target(target);
         let cause = SessionEnd::ClosedHere;
-        self.tell(Notice::SessionDown { session: None, target: Some(target), cause: cause.clone() });
+        self.tell_no_session(target, cause.clone());
         if let Some(session) = session
             && self.targets_of(session).is_empty()
         {
@@ -91,16 +92,16 @@ impl Proto {
         self.end_waiting(target, &End::PeerLost { cause: SessionEnd::ClosedHere });
     }
 
-    /// The network has taken a dial; `None`: it could not.
-    pub fn dialed(&mut self, now_ns: u64, target: TargetId, link: Option<LinkId>) {
+    /// The network has taken a dial, or could not.
+    pub fn dialed(&mut self, now_ns: u64, target: TargetId, link: Result<LinkId, LinkCause>) {
         self.now_ns = now_ns;
         match link {
-            Some(link) if self.targets.contains_key(&target) => {
+            Ok(link) if self.targets.contains_key(&target) => {
                 self.add_link(link, Link::Dialing { target });
             }
             // Nobody wants it any more.
-            Some(link) => self.close_link(link),
-            None => self.target_failed(target, SessionEnd::Unreachable),
+            Ok(link) => self.close_link(link),
+            Err(cause) => self.target_failed(target, SessionEnd::Unreachable { cause }),
         }
     }
 
@@ -162,21 +163,27 @@ impl Proto {
     /// A dial came to nothing.
     pub(crate) fn target_failed(&mut self, target: TargetId, cause: SessionEnd) {
         if self.targets.contains_key(&target) {
-            self.tell(Notice::SessionDown { session: None, target: Some(target), cause: cause.clone() });
+            self.tell_no_session(target, cause.clone());
             self.target_lost(target, &cause);
         }
+    }
+
+    fn tell_no_session(&mut self, target: TargetId, cause: SessionEnd) {
+        let (peer, port) = (None, None);
+        self.tell(Notice::SessionDown { session: None, target: Some(target), peer, port, cause });
     }
 
     /// A target has no session any more.
     pub(crate) fn target_lost(&mut self, target: TargetId, cause: &SessionEnd) {
         match cause {
-            SessionEnd::Refused { by, refusal } if !cause.is_retryable() => {
+            SessionEnd::Refused { .. } | SessionEnd::Unreachable { .. } | SessionEnd::NoHeartbeats { .. }
+                if !cause.is_retryable() =>
+            {
                 // Dialing again cannot help: whoever waits for this peer hears at once.
                 if let Some(t) = self.targets.get_mut(&target) {
-                    t.state = TargetState::Refused(*by, refusal.clone());
+                    t.state = TargetState::Never(cause.clone());
                 }
-                let why = RoomRefusal::Handshake(refusal.clone());
-                self.end_waiting(target, &End::Refused { by: *by, why });
+                self.end_waiting(target, &end_of_rooms(cause));
             }
             _ => self.pause_target(target),
         }
@@ -214,6 +221,14 @@ impl Proto {
         for room in self.waiting_for(PeerName::Target(target)) {
             self.end_room(room, end.clone(), None);
         }
+    }
+}
+
+/// How rooms end with a peer with which there will be no session for this reason.
+fn end_of_rooms(cause: &SessionEnd) -> End {
+    match cause.clone() {
+        SessionEnd::Refused { by, refusal } => End::Refused { by, why: RoomRefusal::Handshake(refusal) },
+        cause => End::PeerLost { cause },
     }
 }
 

@@ -35,7 +35,7 @@ pub enum Error {
     #[error(transparent)]
     Node(#[from] crossdock::Error),
     #[error(transparent)]
-    Busy(#[from] crossdock::Busy),
+    NotTaken(#[from] crossdock::NotTaken),
     #[error(transparent)]
     Send(#[from] crossdock::SendError),
     #[error("the session with the peer ended: {0}")]

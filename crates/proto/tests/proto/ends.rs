@@ -4,7 +4,7 @@
 use crossdock_proto::{End, RoomId, SessionEnd, Who};
 use crossdock_transport::{DownCause, Fence};
 
-use crate::world::{D, Landing, MS, P, S, World};
+use crate::world::{D, Landing, MS, P, S, STREAM_ENDED, World};
 
 const FENCES: [Fence; 3] = [Fence::Now, Fence::WhenDown, Fence::Never];
 
@@ -217,10 +217,10 @@ fn the_control_stream_breaks() {
         case.world.cut(P, D);
         case.world.settle();
         if case.at != At::Opened {
-            lost(case.decode_end(), SessionEnd::StreamEnded, &name);
+            lost(case.decode_end(), STREAM_ENDED, &name);
         }
         if !matches!(case.at, At::Asked | At::Opened) {
-            lost(case.prefill_end(), SessionEnd::StreamEnded, &name);
+            lost(case.prefill_end(), STREAM_ENDED, &name);
         }
         if let Some(decode) = case.decode
             && matches!(case.at, At::Moving | At::Posted)
@@ -243,7 +243,7 @@ fn the_peer_dies() {
         let name = case.name();
         case.world.kill(P, DownCause::PeerDied);
         case.world.settle();
-        lost(case.decode_end(), SessionEnd::StreamEnded, &name);
+        lost(case.decode_end(), STREAM_ENDED, &name);
         // The lane on which something was on its way is down when that has landed.
         case.world.release_lanes();
         case.world.settle();

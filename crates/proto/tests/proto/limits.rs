@@ -220,7 +220,7 @@ fn pages_and_parameters_fit_a_frame() {
             params: vec![0; params],
             deadline_ns: u64::MAX,
         };
-        world.call(D, |proto, now| proto.receive(now, receive))
+        world.call(D, |proto, now| proto.receive(now, receive).map_err(|not| not.error))
     };
     let too_long = |bytes| Err(RoomError::TooLong { bytes, limit: 840 });
     assert_eq!(open(841, 0), too_long(841));

@@ -4,7 +4,7 @@ use crossdock_proto::{End, PeerName, Refusal, RoomError, RoomRefusal, SessionEnd
 use crossdock_transport::DownCause;
 use proptest::prelude::*;
 
-use crate::world::{D, MS, P, S, World, address};
+use crate::world::{BAD_ADDRESS, D, MS, NO_ADDRESS, P, S, STREAM_ENDED, UNREACHED, World, address};
 
 fn lives(world: &World) -> Vec<usize> {
     world.nodes.iter().map(|node| node.proto.sessions_live()).collect()
@@ -24,7 +24,12 @@ fn an_address_where_nobody_listens_is_dialed_with_growing_pauses() {
     }
     let pauses: Vec<u64> = dials.windows(2).map(|pair| pair[1].1 - pair[0].1).collect();
     assert_eq!(pauses, [100, 200, 400, 800, 1600, 2000, 2000, 2000]);
-    assert!(world.nodes[D].downs.iter().all(|down| *down == (None, Some(target), SessionEnd::Unreachable)));
+    assert!(
+        world.nodes[D]
+            .downs
+            .iter()
+            .all(|down| *down == (None, Some(target), SessionEnd::Unreachable { cause: UNREACHED }))
+    );
     // Once there was a session, the next pause is short again.
     world.restart(P);
     world.run_for(3 * S);
@@ -41,7 +46,7 @@ fn a_peer_that_starts_again_is_found_again() {
     let target = world.nodes[D].ups[0].1;
     world.kill(P, DownCause::PeerDied);
     world.settle();
-    assert_eq!(world.nodes[D].downs[0].2, SessionEnd::StreamEnded);
+    assert_eq!(world.nodes[D].downs[0].2, STREAM_ENDED);
     world.restart(P);
     world.run_for(S);
     let (_, again, peer) = *world.nodes[D].ups.last().unwrap();
@@ -104,7 +109,7 @@ fn a_side_that_has_lost_the_stream_replaces_the_session() {
         world.nodes[b].holds_downs = true;
         world.cut_end(stream, end);
         world.run_for(100 * MS);
-        assert_eq!(world.nodes[b].downs[0].2, SessionEnd::StreamEnded);
+        assert_eq!(world.nodes[b].downs[0].2, STREAM_ENDED);
         assert!(world.session(a, b).is_some() && world.session(b, a).is_some());
         assert_eq!(lives(&world)[b], 2, "the lanes of the old one are not down yet");
         world.nodes[b].holds_downs = false;
@@ -218,6 +223,22 @@ fn a_target_can_be_given_up_at_any_time() {
     world.settle();
     assert_eq!(lives(&world), [0, 0]);
     assert_eq!(world.nodes[D].downs, [(None, Some(target), SessionEnd::ClosedHere)]);
+    world.finish();
+}
+
+#[test]
+fn an_address_that_cannot_be_dialed_is_given_up_with_its_reason() {
+    let mut world = World::unconnected(1);
+    let mut target = None;
+    world.call(D, |proto, now| target = Some(proto.connect(now, NO_ADDRESS)));
+    let name = PeerName::Target(target.unwrap());
+    let cause = SessionEnd::Unreachable { cause: BAD_ADDRESS };
+    assert_eq!(world.nodes[D].downs, [(None, target, cause.clone())]);
+    assert!(!cause.is_retryable() && cause.to_string().contains("not an address"), "{cause}");
+    let room = world.try_receive(D, name, 1, 10 * S).unwrap();
+    assert_eq!(world.nodes[D].end(room), Some(&End::PeerLost { cause }));
+    world.run_for(10 * S);
+    assert_eq!(world.nodes[D].dials, 1);
     world.finish();
 }
 

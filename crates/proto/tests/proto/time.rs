@@ -1,6 +1,6 @@
 //! Deadlines, round trips, heartbeats.
 
-use crossdock_proto::{End, SessionEnd, Stage, Who};
+use crossdock_proto::{End, LinkCause, SessionEnd, Stage, Who};
 use crossdock_transport::DownCause;
 
 use crate::world::{D, MS, P, S, World};
@@ -189,5 +189,18 @@ fn the_smallest_and_the_largest_times_do_no_harm() {
     world.run_for(10 * MS);
     world.restart(P);
     world.run_for(S);
+    world.finish();
+}
+
+#[test]
+fn heartbeats_that_cannot_be_exchanged_end_the_session_for_that_reason() {
+    let mut world = World::pair(1);
+    let room = world.receive(D, P, 7);
+    let session = world.session(D, P).unwrap();
+    let cause = LinkCause::BadAddress { reason: "an address of another family" };
+    world.call(D, |proto, now| proto.watch_failed(now, session, cause));
+    let cause = SessionEnd::NoHeartbeats { cause };
+    assert_eq!(world.nodes[D].end(room), Some(&End::PeerLost { cause: cause.clone() }));
+    assert!(!cause.is_retryable() && cause.to_string().contains("another family"), "{cause}");
     world.finish();
 }

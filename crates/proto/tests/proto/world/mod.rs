@@ -14,8 +14,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crossdock_memory::PageLayout;
 use crossdock_proto::{
-    Config, End, Fetch, Identity, PeerName, Proto, Rail, Receive, Region, RoomBuffer, RoomError, RoomId,
-    RoomName, RoomOnWire, Send, Serve, SessionId, TargetId,
+    Config, End, Fetch, Identity, LinkCause, PeerName, Proto, Rail, Receive, Region, RoomBuffer, RoomError,
+    RoomId, RoomName, RoomOnWire, Send, Serve, SessionEnd, SessionId, TargetId,
 };
 use crossdock_transport::{Access, Direction, DownCause, GrantId, RemoteKey};
 
@@ -34,6 +34,15 @@ pub const D: usize = 1;
 
 pub const MS: u64 = 1_000_000;
 pub const S: u64 = 1_000 * MS;
+/// What a stream's end finds that the other has broken.
+pub const STREAM_ENDED: SessionEnd = SessionEnd::StreamEnded { cause: LinkCause::ClosedByPeer };
+/// What a dial of an address finds where nobody listens.
+pub const UNREACHED: LinkCause = LinkCause::Broken { call: "connect", errno: 111 };
+/// What a dial finds of [`NO_ADDRESS`].
+pub const BAD_ADDRESS: LinkCause = LinkCause::BadAddress { reason: "not an address" };
+/// Cannot be dialed.
+pub const NO_ADDRESS: &str = "no address";
+
 /// Pages of each node's pool.
 pub const PAGES: u32 = 64;
 
@@ -149,7 +158,7 @@ impl World {
             params: b"ask".to_vec(),
             deadline_ns: self.now_ns + for_ns,
         };
-        self.open(node, true, |proto, now| proto.receive(now, receive))
+        self.open(node, true, |proto, now| proto.receive(now, receive).map_err(|not| not.error))
     }
 
     /// Opens the prefill end of a push.
@@ -183,7 +192,7 @@ impl World {
             params: b"ask".to_vec(),
             deadline_ns: self.now_ns + for_ns,
         };
-        self.open(node, true, |proto, now| proto.fetch(now, fetch))
+        self.open(node, true, |proto, now| proto.fetch(now, fetch).map_err(|not| not.error))
     }
 
     /// Opens the prefill end of a pull.

@@ -245,7 +245,7 @@ impl World {
         let n = &mut self.nodes[node];
         match notice {
             Notice::SessionUp { session, target, peer, .. } => n.ups.push((session, target, peer)),
-            Notice::SessionDown { session, target, cause } => n.downs.push((session, target, cause)),
+            Notice::SessionDown { session, target, cause, .. } => n.downs.push((session, target, cause)),
             Notice::Start(start) => {
                 let seen = n.seen(start.room);
                 assert!(seen.ends.is_empty(), "a room that has ended does not start");

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use crossdock_proto::{Identity, LinkId, Message};
+use crossdock_proto::{Identity, LinkCause, LinkId, Message};
 
-use super::{Channel, World, address};
+use super::{BAD_ADDRESS, Channel, NO_ADDRESS, UNREACHED, World, address};
 
 #[derive(Default)]
 pub struct Streams {
@@ -75,22 +75,23 @@ impl Stream {
 }
 
 impl World {
-    pub fn dial(&mut self, node: usize, to: &str) -> Option<LinkId> {
+    pub fn dial(&mut self, node: usize, to: &str) -> Result<LinkId, LinkCause> {
         let stream = self.streams.all.len();
         let other = match (0..self.nodes.len()).find(|&other| address(other) == to) {
             Some(other) if self.nodes[other].is_alive => {
                 End::Node(other, self.nodes[other].add_link(stream, 1))
             }
-            Some(_) => return None,
+            Some(_) => return Err(UNREACHED),
             None if to == RAW => End::Raw,
-            None => return None,
+            None if to == NO_ADDRESS => return Err(BAD_ADDRESS),
+            None => return Err(UNREACHED),
         };
         let link = self.nodes[node].add_link(stream, 0);
         let ends = [End::Node(node, link), other];
         self.streams.all.push(Stream::new(ends));
         self.put(stream, 0, Event::Opened);
         self.put(stream, 1, Event::Accepted);
-        Some(link)
+        Ok(link)
     }
 
     /// Lets the test speak in the place of a node, which is heard no more; its ports still answer.
@@ -185,7 +186,7 @@ impl World {
         let Some((stream, end)) = self.nodes[node].links.remove(&link) else { return };
         self.put(stream, 1 - end, Event::Closed);
         self.streams.all[stream].ends[end] = End::Closed;
-        self.nodes[node].proto.link_closed(self.now_ns, link);
+        self.nodes[node].proto.link_closed(self.now_ns, link, LinkCause::ClosedHere);
     }
 
     pub fn end_streams_of(&mut self, node: usize) {
@@ -211,7 +212,7 @@ impl World {
                 Event::Closed => {
                     self.nodes[node].links.remove(&link);
                     self.streams.all[stream].ends[end] = End::Closed;
-                    self.call(node, |proto, now| proto.link_closed(now, link));
+                    self.call(node, |proto, now| proto.link_closed(now, link, LinkCause::ClosedByPeer));
                 }
             },
         }
