@@ -1,24 +1,22 @@
 //! The process that measures.
 
-use std::io::BufReader;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
 
-use crossdock::trace::{Scale, TraceLimits, TraceReader};
-use crossdock::{Ended, Memory, PageRef, Peer, ReceiveRequest, Received, Receiving, SendRequest, Sending};
-use crossdock_benches::bare::{self, End, ThereMemory, Way as Direction};
-use crossdock_benches::{Sample, anonymous};
-use crossdock_shm::copy::{Copier, CopyThreads, Strategy};
-use rustix::process::Pid;
+use crossdock::Peer;
+use crossdock_benches::Sample;
 
 use crate::error::Error;
 use crate::latency;
-use crate::options::{MemoryName, OpName, Options, PortName};
+use crate::moving::Moving;
+use crate::options::{OpName, Options};
+use crate::passes::{LONGEST_ROOM, passes};
 use crate::process::Process;
 use crate::report::{Means, Report};
-use crate::setup::{Clock, Lists, Setup, Side, WAIT, allocate, rooms};
-use crate::talk::{Answer, Ask, Pass, Ready, Talk};
-use crate::target::{SETTLE, delivered};
+use crate::setup::{Lists, Setup, Side, WAIT, allocate};
+use crate::talk::{Answer, Ask, Pass, Talk};
+use crate::target::SETTLE;
+use crate::ways::{Beside, Timed, Way};
 
 pub fn run(options: &Options) -> Result<Report, Error> {
     if !(0.0..=3600.0).contains(&options.seconds) {
@@ -43,112 +41,14 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     Ok(report)
 }
 
-/// The rooms of each pass of a repeat, and the scale of a trace.
-fn passes(options: &Options, setup: &Setup) -> Result<(Vec<Vec<u32>>, Option<f64>), Error> {
-    let payload_pages = ((options.payload_mib << 20) / setup.slot_bytes()).max(1);
-    let too_small = |pages| Err(Error::PoolTooSmall { pages, pool_pages: setup.pool_pages });
-    let (passes, scale) = match &options.trace {
-        None => {
-            let pages = options.pages.map_or(payload_pages.min(LONGEST_ROOM.into()), u64::from);
-            let count = (payload_pages / pages).max(options.in_flight.into());
-            if pages * count > setup.pool_pages.into() {
-                return too_small(pages * count);
-            }
-            (vec![vec![pages as u32; count as usize]], None)
-        }
-        Some(_) if options.model.is_none() => return Err(Error::TraceWithoutModel),
-        Some(path) => {
-            let unreadable =
-                |error: &dyn std::fmt::Display| Error::Trace(format!("{}: {error}", path.display()));
-            let file = std::fs::File::open(path).map_err(|error| unreadable(&error))?;
-            let requests: Result<Vec<_>, _> =
-                TraceReader::new(BufReader::new(file), TraceLimits::default()).collect();
-            let mut requests = requests.map_err(|error| unreadable(&error))?;
-            let token_bytes = setup.token_bytes as f64 * f64::from(setup.layers);
-            let bytes = requests.iter().map(|r| f64::from(r.input_tokens) * token_bytes).sum::<f64>();
-            let scale = match options.scale {
-                Some(factor) => Scale::new(factor)?,
-                None => Scale::new((TRACE_BYTES / bytes).min(1.0))?,
-            };
-            requests.iter_mut().for_each(|request| request.scale_lengths(scale));
-            let mut passes = vec![Vec::new()];
-            let mut in_pass = 0;
-            for request in &requests {
-                let pages = request.pages(setup.page_tokens);
-                if in_pass + u64::from(pages) > payload_pages && in_pass > 0 {
-                    passes.push(Vec::new());
-                    in_pass = 0;
-                }
-                in_pass += u64::from(pages);
-                if in_pass > setup.pool_pages.into() {
-                    return too_small(in_pass);
-                }
-                passes.last_mut().expect("there is one").push(pages);
-            }
-            (passes, Some(scale.factor()))
-        }
-    };
-    match passes.iter().flatten().find(|&&pages| pages > LONGEST_ROOM) {
-        Some(&pages) => Err(Error::RoomTooLong { pages, limit: LONGEST_ROOM }),
-        None => Ok((passes, scale)),
-    }
-}
-
 struct Initiator {
     side: Side,
     talk: Talk<Answer>,
     peer: Peer,
-    /// The peer's pool, where it can be mapped, and an address in its process.
-    mapped: Option<Memory>,
-    there: Option<ThereMemory>,
-    /// Stands in for a pool of the peer that cannot be mapped, where memory is only copied for comparison.
-    scratch: Option<Memory>,
-    streams: SocketAddr,
-    connections: Vec<TcpStream>,
-    copy_threads: CopyThreads,
+    beside: Beside,
     rooms: u64,
     seeds: u64,
     open_ms: f64,
-}
-
-/// What one way of moving a pass took.
-#[derive(Default)]
-struct Timed {
-    seconds: f64,
-    cpu_here_s: f64,
-    cpu_there_s: f64,
-    room_us: Vec<f64>,
-}
-
-/// The ways to move a pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
-    Ours,
-    Memcpy,
-    Copied(Strategy),
-    /// By the port's own copy threads, all at once.
-    CopyThreads,
-    /// `process_vm_writev`, many pages a call.
-    Batched,
-    /// `process_vm_writev`, a call a page.
-    Single,
-    /// Bare connections.
-    Stream,
-}
-
-impl Way {
-    fn name(self) -> &'static str {
-        match self {
-            Way::Ours => "crossdock",
-            Way::Memcpy => "memcpy",
-            Way::Copied(Strategy::Streamed) => "streaming copy",
-            Way::Copied(Strategy::Cached) => "cached copy",
-            Way::CopyThreads => "copy threads",
-            Way::Batched => "process_vm, batched",
-            Way::Single => "process_vm, a page a call",
-            Way::Stream => "bare tcp",
-        }
-    }
 }
 
 impl Initiator {
@@ -170,31 +70,9 @@ impl Initiator {
         let met = side.driver.until("meeting the peer", WAIT, || Ok(up.poll()?))?;
         met.map_err(Error::Session)?;
         let open_ms = begin.elapsed().as_secs_f64() * 1e3;
-        let (mapped, there) = theirs(setup, &ready, side.memory.bytes(), peer_ip)?;
-        let scratch = match mapped {
-            Some(_) => None,
-            None => Some(anonymous(side.memory.bytes()).map_err(Error::io("allocating memory"))?),
-        };
-        let helpers = setup.copy_threads as usize - 1;
-        let copy_threads =
-            CopyThreads::start(Copier::detect(), helpers).map_err(Error::io("starting copy threads"))?;
-        let streams = SocketAddr::new(peer_ip, ready.stream_port);
-        let connections = Vec::new();
+        let beside = Beside::open(setup, &ready, side.memory.bytes(), peer_ip)?;
         let (rooms, seeds) = (1, 1);
-        Ok(Self {
-            side,
-            talk,
-            peer,
-            mapped,
-            there,
-            scratch,
-            streams,
-            connections,
-            copy_threads,
-            rooms,
-            seeds,
-            open_ms,
-        })
+        Ok(Self { side, talk, peer, beside, rooms, seeds, open_ms })
     }
 
     fn measure(
@@ -204,7 +82,7 @@ impl Initiator {
         hogs: &[Process],
         report: &mut Report,
     ) -> Result<(), Error> {
-        let ways = self.ways();
+        let ways = self.beside.ways(&self.side.setup);
         let mut means: Vec<Means> = ways.iter().map(|way| Means::new(way.name())).collect();
         let mut hogged = Sample::default();
         self.warm_up(&ways)?;
@@ -270,123 +148,30 @@ impl Initiator {
     }
 
     fn run(&mut self, way: Way, pass: &Pass, lists: &Lists, in_flight: usize) -> Result<Timed, Error> {
-        let write = self.side.setup.op == OpName::Write;
-        let threads = self.side.setup.copy_threads as usize;
-        let pages = self.side.setup.pages(lists);
-        if !matches!(way, Way::Ours | Way::Stream) {
-            // As long a rest after the source was written as the other ways need to set up.
-            std::thread::sleep(SETTLE);
-        }
-        let here = &self.side.memory;
         match way {
-            Way::Ours => self.move_rooms(pass, lists, in_flight),
-            Way::Stream => self.stream(pass, lists),
-            Way::Memcpy | Way::Copied(_) | Way::CopyThreads => {
-                let there = self.mapped.as_ref().or(self.scratch.as_ref()).expect("there is one of them");
-                let (source, target) = if write { (here, there) } else { (there, here) };
-                let clock = Clock::start();
-                match way {
-                    Way::Copied(strategy) => {
-                        bare::copy(Copier::detect().force(strategy), source, target, pages, threads);
-                    }
-                    Way::CopyThreads => bare::copy_shared(&mut self.copy_threads, source, target, pages),
-                    _ => bare::memcpy(source, target, pages, threads),
-                }
-                Ok(Timed { seconds: clock.seconds(), cpu_here_s: clock.cpu_s(), ..Timed::default() })
+            Way::Ours => {
+                let rooms = Moving::open(&mut self.side, self.peer, pass, lists)?;
+                self.ask(&Ask::Open(pass.clone()))?;
+                self.side.driver.settle(SETTLE)?;
+                self.talk.say(&Ask::Go)?;
+                let timed = Moving::all(rooms, &mut self.side, in_flight)?;
+                Ok(Timed { cpu_there_s: self.done()?, ..timed })
             }
-            Way::Batched | Way::Single => {
-                let there = self.there.expect("these ways are only for memory of a process on this host");
-                let direction = if write { Direction::Write } else { Direction::Read };
-                let pages_a_call = if way == Way::Single { 1 } else { usize::MAX };
-                let clock = Clock::start();
-                bare::process_memory(here, there, direction, pages, pages_a_call)
-                    .map_err(Error::io("process_vm"))?;
-                Ok(Timed { seconds: clock.seconds(), cpu_here_s: clock.cpu_s(), ..Timed::default() })
+            Way::Stream => {
+                let setup = &self.side.setup;
+                self.beside.connections(setup, setup.lanes.into())?;
+                self.talk.say(&Ask::Stream(pass.clone()))?;
+                // The other end makes its lists first.
+                std::thread::sleep(SETTLE);
+                let timed = self.beside.stream(&self.side, lists)?;
+                Ok(Timed { cpu_there_s: self.done()?, ..timed })
+            }
+            Way::Memcpy | Way::Copied(_) | Way::CopyThreads | Way::Batched | Way::Single => {
+                // As long a rest after the source was written as the other ways need to set up.
+                std::thread::sleep(SETTLE);
+                self.beside.copy(way, &self.side, lists)
             }
         }
-    }
-
-    /// A pass through the library.
-    fn move_rooms(&mut self, pass: &Pass, lists: &Lists, in_flight: usize) -> Result<Timed, Error> {
-        let write = self.side.setup.op == OpName::Write;
-        let mut waiting = Vec::with_capacity(pass.rooms.len());
-        for (room, pages) in rooms(pass, if write { &lists.from } else { &lists.to }) {
-            let tokens = self.side.setup.tokens(pages.len() as u32);
-            let pages = self.side.adopt(pages)?;
-            let handle = self.side.driver.handle();
-            waiting.push(match write {
-                true => {
-                    let pages = pages.share();
-                    let request =
-                        SendRequest { room, use_count: 0, tokens, pages: pages.clone(), deadline: WAIT };
-                    Moving::Sending { room, sending: handle.open(request)?, _pages: pages }
-                }
-                false => Moving::Wanted(Some(ReceiveRequest {
-                    peer: self.peer,
-                    room,
-                    use_count: 0,
-                    tokens,
-                    skip_tokens: 0,
-                    pages,
-                    deadline: WAIT,
-                })),
-            });
-        }
-        self.ask(&Ask::Open(pass.clone()))?;
-        self.side.driver.settle(SETTLE)?;
-        self.talk.say(&Ask::Go)?;
-
-        let mut waiting = waiting.into_iter();
-        let mut moving: Vec<(Instant, Moving)> = Vec::with_capacity(in_flight);
-        let mut room_us = Vec::with_capacity(pass.rooms.len());
-        let mut kept = Vec::new();
-        let layers = self.side.setup.layers;
-        let clock = Clock::start();
-        for mut room in waiting.by_ref().take(in_flight) {
-            let begin = Instant::now();
-            room.begin(&self.side, layers)?;
-            moving.push((begin, room));
-        }
-        while !moving.is_empty() {
-            let at = self.side.driver.until("waiting for a room", WAIT, || {
-                for (at, (_, room)) in moving.iter_mut().enumerate() {
-                    if room.has_ended()? {
-                        return Ok(Some(at));
-                    }
-                }
-                Ok(None)
-            })?;
-            let (begin, room) = moving.swap_remove(at);
-            room_us.push(begin.elapsed().as_secs_f64() * 1e6);
-            kept.push(room);
-            if let Some(mut room) = waiting.next() {
-                let begin = Instant::now();
-                room.begin(&self.side, layers)?;
-                moving.push((begin, room));
-            }
-        }
-        let (seconds, cpu_here_s) = (clock.seconds(), clock.cpu_s());
-        // Giving the pages back is not part of the move.
-        drop(kept);
-        let cpu_there_s = self.done()?;
-        Ok(Timed { seconds, cpu_here_s, cpu_there_s, room_us })
-    }
-
-    /// A pass over bare connections.
-    fn stream(&mut self, pass: &Pass, lists: &Lists) -> Result<Timed, Error> {
-        let count = usize::from(self.side.setup.lanes);
-        self.connect(count)?;
-        self.talk.say(&Ask::Stream(pass.clone()))?;
-        // The other end makes its lists first.
-        std::thread::sleep(SETTLE);
-        let clock = Clock::start();
-        let (setup, memory) = (&self.side.setup, &self.side.memory);
-        let end = if setup.op == OpName::Write { End::Sends } else { End::Receives };
-        bare::stream(&self.connections[..count], memory, setup.pages(lists), end)
-            .map_err(Error::io("moving pages over bare connections"))?;
-        let (seconds, cpu_here_s) = (clock.seconds(), clock.cpu_s());
-        let cpu_there_s = self.done()?;
-        Ok(Timed { seconds, cpu_here_s, cpu_there_s, room_us: Vec::new() })
     }
 
     fn measure_latency(&mut self, options: &Options, report: &mut Report) -> Result<(), Error> {
@@ -394,7 +179,7 @@ impl Initiator {
         let (mut ours, mut bare) = (Means::new(Way::Ours.name()), Means::new(Way::Stream.name()));
         let mut memcpy = Means::new(Way::Memcpy.name());
         let slot_bytes = self.side.setup.slot_bytes();
-        self.connect(1)?;
+        self.beside.connections(&self.side.setup, 1)?;
         for repeat in 0..=options.repeats {
             // Always the same pages: the first repeat touches them in both processes, so that no page fault is measured.
             let out = Pass { seed: 0, ..self.next_pass(vec![pages]) };
@@ -416,7 +201,8 @@ impl Initiator {
             }
             self.talk.say(&Ask::BareBounce(both.clone()))?;
             let (setup, pool) = (&self.side.setup, &self.side.memory);
-            let bare_trips = latency::bare_trips(&self.connections[0], setup, pool, &both, &lists.from)?;
+            let socket = &self.beside.connections(setup, 1)?[0];
+            let bare_trips = latency::bare_trips(socket, setup, pool, &both, &lists.from)?;
             self.done()?;
             let lists = self.side.setup.lists(&out);
             let copied = self.run(Way::Memcpy, &out, &lists, 1)?;
@@ -432,22 +218,6 @@ impl Initiator {
         report.rooms_a_pass = 2;
         report.take(vec![ours, memcpy, bare], Sample::default());
         Ok(())
-    }
-
-    /// Everything that the medium knows, ourselves first and memcpy second.
-    fn ways(&self) -> Vec<Way> {
-        let mut ways = vec![Way::Ours, Way::Memcpy];
-        match (self.side.setup.port, self.side.setup.memory) {
-            (PortName::Tcp, _) => ways.push(Way::Stream),
-            (_, MemoryName::Private) if self.there.is_some() => ways.extend([Way::Batched, Way::Single]),
-            _ => {
-                ways.extend([Way::Copied(Strategy::Streamed), Way::Copied(Strategy::Cached)]);
-                if self.side.setup.copy_threads > 1 {
-                    ways.push(Way::CopyThreads);
-                }
-            }
-        }
-        ways
     }
 
     /// Touches every page of both pools in every way, so that no page fault is measured.
@@ -468,32 +238,6 @@ impl Initiator {
         self.seeds += 1;
         self.rooms += pass.rooms.len() as u64;
         pass
-    }
-
-    fn connect(&mut self, count: usize) -> Result<(), Error> {
-        while self.connections.len() < count {
-            let socket = rustix::net::socket_with(
-                match self.streams {
-                    SocketAddr::V4(_) => rustix::net::AddressFamily::INET,
-                    SocketAddr::V6(_) => rustix::net::AddressFamily::INET6,
-                },
-                rustix::net::SocketType::STREAM,
-                rustix::net::SocketFlags::CLOEXEC,
-                None,
-            );
-            let connected = socket.and_then(|socket| {
-                if let Some(name) = &self.side.setup.congestion {
-                    rustix::net::sockopt::set_tcp_congestion(&socket, name)?;
-                }
-                rustix::net::sockopt::set_tcp_nodelay(&socket, true)?;
-                rustix::net::connect(&socket, &self.streams)?;
-                Ok(TcpStream::from(socket))
-            });
-            self.connections.push(
-                connected.map_err(|errno| Error::Io { what: "a bare connection", error: errno.into() })?,
-            );
-        }
-        Ok(())
     }
 
     /// Says something and waits for the answer.
@@ -519,77 +263,6 @@ impl Initiator {
     }
 }
 
-/// A room that this side moves.
-enum Moving {
-    /// Kept until the end, so that the pages go back when the clock stands.
-    Sending {
-        room: u64,
-        sending: Sending,
-        _pages: PageRef,
-    },
-    Wanted(Option<ReceiveRequest>),
-    Fetching(u64, Receiving, Option<Received>),
-}
-
-impl Moving {
-    fn begin(&mut self, side: &Side, layers: u32) -> Result<(), Error> {
-        match self {
-            Moving::Sending { sending, .. } => {
-                sending.send_layers(0..layers)?;
-                sending.finish(Vec::new())?;
-            }
-            Moving::Wanted(request) => {
-                if let Some(request) = request.take() {
-                    let room = request.room;
-                    *self = Moving::Fetching(room, side.driver.handle().fetch(request)?, None);
-                }
-            }
-            Moving::Fetching(..) => {}
-        }
-        Ok(())
-    }
-
-    fn has_ended(&mut self) -> Result<bool, Error> {
-        let end = |room: u64, ended: Option<&Ended>| match ended {
-            Some(ended) => delivered(room, ended).map(|()| true),
-            None => Ok(false),
-        };
-        match self {
-            Moving::Sending { room, sending, .. } => end(*room, sending.end.poll()?.as_ref()),
-            Moving::Wanted(_) => Ok(false),
-            Moving::Fetching(room, fetching, received) => {
-                if received.is_none() {
-                    *received = fetching.end.poll()?;
-                }
-                end(*room, received.as_ref().map(|received| &received.ended))
-            }
-        }
-    }
-}
-
-impl Way {
-    /// Whether what it moves can be checked at the destination.
-    fn arrives_at_the_peer(self) -> bool {
-        !matches!(self, Way::Memcpy)
-    }
-}
-
-/// The peer's pool, as this process can reach it beside the library.
-fn theirs(
-    setup: &Setup,
-    ready: &Ready,
-    bytes: usize,
-    peer_ip: IpAddr,
-) -> Result<(Option<Memory>, Option<ThereMemory>), Error> {
-    if setup.port != PortName::Shm || !peer_ip.is_loopback() {
-        return Ok((None, None));
-    }
-    let mapped = ready.descriptor.map(|descriptor| bare::open_theirs(ready.process, descriptor, bytes));
-    let mapped = mapped.transpose().map_err(Error::io("mapping the peer's pool"))?;
-    let there = Pid::from_raw(ready.process).map(|process| ThereMemory { process, base: ready.base, bytes });
-    Ok((mapped, there))
-}
-
 fn wait_for(talk: &Talk<Answer>) -> Result<Answer, Error> {
     let begin = Instant::now();
     loop {
@@ -611,9 +284,5 @@ fn unexpected(answer: Answer) -> Error {
     }
 }
 
-/// The list of a room's pages must fit into one control message.
-const LONGEST_ROOM: u32 = 131_072;
-/// What a trace is shortened to.
-const TRACE_BYTES: f64 = 4e9;
 /// Round trips of a repeat.
 const TRIPS: u32 = 4096;

@@ -5,12 +5,15 @@ mod driver;
 mod error;
 mod initiator;
 mod latency;
+mod moving;
 mod options;
+mod passes;
 mod process;
 mod report;
 mod setup;
 mod talk;
 mod target;
+mod ways;
 
 use std::process::ExitCode;
 

@@ -1,0 +1,186 @@
+//! What takes turns with the library over the same pages: the best means known for the medium, and a plain memcpy.
+
+use std::net::{IpAddr, SocketAddr, TcpStream};
+
+use crossdock::Memory;
+use crossdock_benches::anonymous;
+use crossdock_benches::bare::{self, End, ThereMemory, Way as Direction};
+use crossdock_shm::copy::{Copier, CopyThreads, Strategy};
+use rustix::process::Pid;
+
+use crate::error::Error;
+use crate::options::{MemoryName, OpName, PortName};
+use crate::setup::{Clock, Lists, Setup, Side};
+use crate::talk::Ready;
+
+/// The ways to move a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    Ours,
+    Memcpy,
+    Copied(Strategy),
+    /// By the port's own copy threads, all at once.
+    CopyThreads,
+    /// `process_vm_writev`, many pages a call.
+    Batched,
+    /// `process_vm_writev`, a call a page.
+    Single,
+    /// Bare connections.
+    Stream,
+}
+
+/// What one way of moving a pass took.
+#[derive(Default)]
+pub struct Timed {
+    pub seconds: f64,
+    pub cpu_here_s: f64,
+    pub cpu_there_s: f64,
+    pub room_us: Vec<f64>,
+}
+
+impl Way {
+    pub fn name(self) -> &'static str {
+        match self {
+            Way::Ours => "crossdock",
+            Way::Memcpy => "memcpy",
+            Way::Copied(Strategy::Streamed) => "streaming copy",
+            Way::Copied(Strategy::Cached) => "cached copy",
+            Way::CopyThreads => "copy threads",
+            Way::Batched => "process_vm, batched",
+            Way::Single => "process_vm, a page a call",
+            Way::Stream => "bare tcp",
+        }
+    }
+
+    /// Whether what it moves can be checked at the destination.
+    pub fn arrives_at_the_peer(self) -> bool {
+        !matches!(self, Way::Memcpy)
+    }
+}
+
+/// What the ways beside ours need.
+pub struct Beside {
+    /// The peer's pool, where it can be mapped, and an address in its process.
+    mapped: Option<Memory>,
+    there: Option<ThereMemory>,
+    /// Stands in for a pool of the peer that cannot be mapped, where memory is only copied for comparison.
+    scratch: Option<Memory>,
+    streams: SocketAddr,
+    connections: Vec<TcpStream>,
+    copy_threads: CopyThreads,
+}
+
+impl Beside {
+    pub fn open(setup: &Setup, ready: &Ready, bytes: usize, peer_ip: IpAddr) -> Result<Self, Error> {
+        let (mapped, there) = theirs(setup, ready, bytes, peer_ip)?;
+        let scratch = match mapped {
+            Some(_) => None,
+            None => Some(anonymous(bytes).map_err(Error::io("allocating memory"))?),
+        };
+        let helpers = setup.copy_threads as usize - 1;
+        let copy_threads =
+            CopyThreads::start(Copier::detect(), helpers).map_err(Error::io("starting copy threads"))?;
+        let streams = SocketAddr::new(peer_ip, ready.stream_port);
+        Ok(Self { mapped, there, scratch, streams, connections: Vec::new(), copy_threads })
+    }
+
+    /// Everything that the medium knows, ourselves first and memcpy second.
+    pub fn ways(&self, setup: &Setup) -> Vec<Way> {
+        let mut ways = vec![Way::Ours, Way::Memcpy];
+        match (setup.port, setup.memory) {
+            (PortName::Tcp, _) => ways.push(Way::Stream),
+            (_, MemoryName::Private) if self.there.is_some() => ways.extend([Way::Batched, Way::Single]),
+            _ => {
+                ways.extend([Way::Copied(Strategy::Streamed), Way::Copied(Strategy::Cached)]);
+                if setup.copy_threads > 1 {
+                    ways.push(Way::CopyThreads);
+                }
+            }
+        }
+        ways
+    }
+
+    /// A pass by a way that the peer has no part in.
+    pub fn copy(&mut self, way: Way, side: &Side, lists: &Lists) -> Result<Timed, Error> {
+        let write = side.setup.op == OpName::Write;
+        let threads = side.setup.copy_threads as usize;
+        let pages = side.setup.pages(lists);
+        let here = &side.memory;
+        let clock = Clock::start();
+        match way {
+            Way::Ours | Way::Stream => unreachable!("the peer has its part in these"),
+            Way::Memcpy | Way::Copied(_) | Way::CopyThreads => {
+                let there = self.mapped.as_ref().or(self.scratch.as_ref()).expect("there is one of them");
+                let (source, target) = if write { (here, there) } else { (there, here) };
+                match way {
+                    Way::Copied(strategy) => {
+                        bare::copy(Copier::detect().force(strategy), source, target, pages, threads);
+                    }
+                    Way::CopyThreads => bare::copy_shared(&mut self.copy_threads, source, target, pages),
+                    _ => bare::memcpy(source, target, pages, threads),
+                }
+            }
+            Way::Batched | Way::Single => {
+                let there = self.there.expect("these ways are only for memory of a process on this host");
+                let direction = if write { Direction::Write } else { Direction::Read };
+                let pages_a_call = if way == Way::Single { 1 } else { usize::MAX };
+                bare::process_memory(here, there, direction, pages, pages_a_call)
+                    .map_err(Error::io("process_vm"))?;
+            }
+        }
+        Ok(Timed { seconds: clock.seconds(), cpu_here_s: clock.cpu_s(), ..Timed::default() })
+    }
+
+    /// This end's part of a pass over bare connections, which exist.
+    pub fn stream(&self, side: &Side, lists: &Lists) -> Result<Timed, Error> {
+        let count = usize::from(side.setup.lanes);
+        let clock = Clock::start();
+        let end = if side.setup.op == OpName::Write { End::Sends } else { End::Receives };
+        bare::stream(&self.connections[..count], &side.memory, side.setup.pages(lists), end)
+            .map_err(Error::io("moving pages over bare connections"))?;
+        Ok(Timed { seconds: clock.seconds(), cpu_here_s: clock.cpu_s(), ..Timed::default() })
+    }
+
+    /// The bare connections, at least so many.
+    pub fn connections(&mut self, setup: &Setup, count: usize) -> Result<&[TcpStream], Error> {
+        while self.connections.len() < count {
+            let socket = rustix::net::socket_with(
+                match self.streams {
+                    SocketAddr::V4(_) => rustix::net::AddressFamily::INET,
+                    SocketAddr::V6(_) => rustix::net::AddressFamily::INET6,
+                },
+                rustix::net::SocketType::STREAM,
+                rustix::net::SocketFlags::CLOEXEC,
+                None,
+            );
+            let connected = socket.and_then(|socket| {
+                if let Some(name) = &setup.congestion {
+                    rustix::net::sockopt::set_tcp_congestion(&socket, name)?;
+                }
+                rustix::net::sockopt::set_tcp_nodelay(&socket, true)?;
+                rustix::net::connect(&socket, &self.streams)?;
+                Ok(TcpStream::from(socket))
+            });
+            self.connections.push(
+                connected.map_err(|errno| Error::Io { what: "a bare connection", error: errno.into() })?,
+            );
+        }
+        Ok(&self.connections)
+    }
+}
+
+/// The peer's pool, as this process can reach it beside the library.
+fn theirs(
+    setup: &Setup,
+    ready: &Ready,
+    bytes: usize,
+    peer_ip: IpAddr,
+) -> Result<(Option<Memory>, Option<ThereMemory>), Error> {
+    if setup.port != PortName::Shm || !peer_ip.is_loopback() {
+        return Ok((None, None));
+    }
+    let mapped = ready.descriptor.map(|descriptor| bare::open_theirs(ready.process, descriptor, bytes));
+    let mapped = mapped.transpose().map_err(Error::io("mapping the peer's pool"))?;
+    let there = Pid::from_raw(ready.process).map(|process| ThereMemory { process, base: ready.base, bytes });
+    Ok((mapped, there))
+}
