@@ -1,7 +1,7 @@
 //! The process that measures.
 
 use std::net::{SocketAddr, TcpStream};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossdock::Peer;
 use crossdock_benches::Sample;
@@ -10,7 +10,7 @@ use crate::error::Error;
 use crate::latency;
 use crate::moving::Moving;
 use crate::options::{OpName, Options};
-use crate::passes::{LONGEST_ROOM, passes};
+use crate::passes::{LONGEST_ROOM, Passes};
 use crate::process::Process;
 use crate::report::{Means, Report};
 use crate::setup::{Lists, Setup, Side, WAIT, allocate};
@@ -23,7 +23,7 @@ pub fn run(options: &Options) -> Result<Report, Error> {
         return Err(Error::Seconds);
     }
     let setup = Setup::new(options)?;
-    let (passes, scale) = passes(options, &setup)?;
+    let passes = Passes::new(options, &setup)?;
     // Before this process has threads and memory that a child would only have to forget.
     let hogs = Process::hogs(options.hog)?;
     let (_peer, address) = match options.connect {
@@ -31,8 +31,7 @@ pub fn run(options: &Options) -> Result<Report, Error> {
         None => Process::peer().map(|(peer, address)| (Some(peer), address))?,
     };
     let mut initiator = Initiator::open(&setup, address)?;
-    let room_pages = passes[0].first().copied().unwrap_or(0);
-    let mut report = Report::new(options, &setup, room_pages, initiator.open_ms, scale);
+    let mut report = Report::new(options, &setup, &passes, initiator.open_ms);
     if options.pages == Some(1) && options.in_flight == 1 && options.trace.is_none() {
         initiator.measure_latency(options, &mut report)?;
     } else {
@@ -78,7 +77,7 @@ impl Initiator {
     fn measure(
         &mut self,
         options: &Options,
-        passes: &[Vec<u32>],
+        passes: &Passes,
         hogs: &[Process],
         report: &mut Report,
     ) -> Result<(), Error> {
@@ -86,15 +85,16 @@ impl Initiator {
         let mut means: Vec<Means> = ways.iter().map(|way| Means::new(way.name())).collect();
         let mut hogged = Sample::default();
         self.warm_up(&ways)?;
-        for repeat in 0..options.repeats as usize {
+        for repeat in 0..options.repeats {
             let mut sums: Vec<(u64, Timed)> = ways.iter().map(|_| Default::default()).collect();
-            let mut at = 0;
-            // All groups of a trace, and as often as the asked time needs.
-            while at < passes.len() || sums[0].1.seconds < options.seconds {
-                let rooms = &passes[at % passes.len()];
+            let mut range = passes.of_repeat(repeat, options.repeats);
+            // The repeat's share of a trace, and as much more as the asked time needs.
+            while !range.is_empty() || sums[0].1.seconds < options.seconds {
+                let rooms = &passes.rooms[range.start % passes.rooms.len()];
+                range.start += 1;
                 for turn in 0..ways.len() {
                     // Nobody always follows the same other.
-                    let which = (turn + repeat) % ways.len();
+                    let which = (turn + repeat as usize) % ways.len();
                     let pass = self.next_pass(rooms.clone());
                     let timed = self.one(options, ways[which], &pass, report)?;
                     let (bytes, sum) = &mut sums[which];
@@ -104,13 +104,12 @@ impl Initiator {
                     sum.cpu_there_s += timed.cpu_there_s;
                     report.room_us.extend(timed.room_us);
                 }
-                at += 1;
             }
             for (means, (bytes, sum)) in means.iter_mut().zip(&sums) {
                 means.add(*bytes, sum.seconds, sum.cpu_here_s, sum.cpu_there_s);
             }
             if !hogs.is_empty() {
-                let pass = self.next_pass(passes[0].clone());
+                let pass = self.next_pass(passes.rooms[0].clone());
                 hogs.iter().for_each(|hog| hog.let_run(true));
                 let timed = self.one(options, Way::Ours, &pass, report);
                 hogs.iter().for_each(|hog| hog.let_run(false));
@@ -118,20 +117,62 @@ impl Initiator {
                 hogged.push(bytes as f64 / timed?.seconds / 1e9);
             }
         }
-        report.rooms_a_pass = passes[0].len();
+        if let Some(traced) = &passes.traced {
+            report.room_us = Sample::default();
+            for (rooms, arrivals) in passes.rooms.iter().zip(&traced.arrivals) {
+                self.replay(options, rooms, arrivals, report)?;
+            }
+        }
         report.take(means, hogged);
         Ok(())
+    }
+
+    /// Moves the rooms of a pass through the library when they arrive.
+    fn replay(
+        &mut self,
+        options: &Options,
+        rooms: &[u32],
+        arrivals: &[Duration],
+        report: &mut Report,
+    ) -> Result<(), Error> {
+        let lasts_ms = arrivals.last().map_or(0, |at| at.as_millis() as u64);
+        let pass = Pass { lasts_ms, ..self.next_pass(rooms.to_vec()) };
+        let lists = self.side.setup.lists(&pass);
+        self.fill(&pass, &lists)?;
+        let rooms = self.open_rooms(&pass, &lists)?;
+        let timed = Moving::replay(rooms, &mut self.side, arrivals)?;
+        self.done()?;
+        report.room_us.extend(timed.room_us);
+        self.check(options, &pass, &lists, report)
     }
 
     /// Fills, moves and, if asked, checks one pass.
     fn one(&mut self, options: &Options, way: Way, pass: &Pass, report: &mut Report) -> Result<Timed, Error> {
         let lists = self.side.setup.lists(pass);
+        self.fill(pass, &lists)?;
+        let timed = self.run(way, pass, &lists, options.in_flight as usize)?;
+        if way.arrives_at_the_peer() {
+            self.check(options, pass, &lists, report)?;
+        }
+        Ok(timed)
+    }
+
+    fn fill(&mut self, pass: &Pass, lists: &Lists) -> Result<(), Error> {
         match self.side.setup.op {
             OpName::Write => self.side.setup.content(pass.salt).write(&self.side.memory, &lists.from),
             OpName::Read => self.ask(&Ask::Fill(pass.clone())).map(drop)?,
         }
-        let timed = self.run(way, pass, &lists, options.in_flight as usize)?;
-        if options.verify && way.arrives_at_the_peer() {
+        Ok(())
+    }
+
+    fn check(
+        &mut self,
+        options: &Options,
+        pass: &Pass,
+        lists: &Lists,
+        report: &mut Report,
+    ) -> Result<(), Error> {
+        if options.verify {
             let wrong = match self.side.setup.op {
                 OpName::Write => match self.ask(&Ask::Check(pass.clone()))? {
                     Answer::Checked { wrong_pages } => wrong_pages,
@@ -144,16 +185,22 @@ impl Initiator {
             };
             report.wrong_pages += wrong;
         }
-        Ok(timed)
+        Ok(())
+    }
+
+    /// Opens the rooms of a pass at both ends, and tells the other end to wait for them.
+    fn open_rooms(&mut self, pass: &Pass, lists: &Lists) -> Result<Vec<Moving>, Error> {
+        let rooms = Moving::open(&mut self.side, self.peer, pass, lists)?;
+        self.ask(&Ask::Open(pass.clone()))?;
+        self.side.driver.settle(SETTLE)?;
+        self.talk.say(&Ask::Go)?;
+        Ok(rooms)
     }
 
     fn run(&mut self, way: Way, pass: &Pass, lists: &Lists, in_flight: usize) -> Result<Timed, Error> {
         match way {
             Way::Ours => {
-                let rooms = Moving::open(&mut self.side, self.peer, pass, lists)?;
-                self.ask(&Ask::Open(pass.clone()))?;
-                self.side.driver.settle(SETTLE)?;
-                self.talk.say(&Ask::Go)?;
+                let rooms = self.open_rooms(pass, lists)?;
                 let timed = Moving::all(rooms, &mut self.side, in_flight)?;
                 Ok(Timed { cpu_there_s: self.done()?, ..timed })
             }
@@ -215,7 +262,6 @@ impl Initiator {
                 report.bare_us.extend(bare_trips.values().iter().copied());
             }
         }
-        report.rooms_a_pass = 2;
         report.take(vec![ours, memcpy, bare], Sample::default());
         Ok(())
     }
@@ -234,7 +280,7 @@ impl Initiator {
     }
 
     fn next_pass(&mut self, rooms: Vec<u32>) -> Pass {
-        let pass = Pass { seed: self.seeds, salt: self.seeds, first_room: self.rooms, rooms };
+        let pass = Pass { seed: self.seeds, salt: self.seeds, first_room: self.rooms, rooms, lasts_ms: 0 };
         self.seeds += 1;
         self.rooms += pass.rooms.len() as u64;
         pass

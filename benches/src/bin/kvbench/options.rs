@@ -45,23 +45,24 @@ pub struct Options {
     /// Threads that copy, the progress thread among them (shm)
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub copy_threads: u32,
-    /// The cache of a model instead of plain pages: deepseek-r1
+    /// The cache of a model instead of plain pages: deepseek-r1 [default with --trace: deepseek-r1]
     #[arg(long)]
     pub model: Option<String>,
-    /// Tokens of a page, with --model
+    /// Tokens of a page of a model
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub page_tokens: u32,
-    /// Tensor parallelism of the prefill side
+    /// Tensor parallelism of the prefill side; only 1 with a model whose ranks all hold the same
     #[arg(long, default_value_t = 1)]
     pub prefill_tp: u32,
-    /// Tensor parallelism of the decode side
+    /// Tensor parallelism of the decode side; only 1 with a model whose ranks all hold the same
     #[arg(long, default_value_t = 1)]
     pub decode_tp: u32,
-    /// Requests whose lengths are the lengths of the rooms, with --model; arrival times are not replayed
+    /// Requests whose lengths are the lengths of the rooms: all ways move them as fast as they can, each repeat a part;
+    /// then ours moves them once more when they arrive, which gives the times of a room
     #[arg(long)]
     pub trace: Option<PathBuf>,
-    /// Shortens the requests of a trace [default: so that all of them come to 4 GB]
-    #[arg(long)]
+    /// By what the lengths and times of a trace are multiplied [default: so that a run moves 4 GB and takes a minute]
+    #[arg(long, requires = "trace")]
     pub scale: Option<f64>,
     /// Who calls the progress loop
     #[arg(long, value_enum, default_value_t = ProgressName::Thread)]

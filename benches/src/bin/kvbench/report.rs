@@ -4,6 +4,7 @@ use crossdock_benches::Sample;
 use serde::Serialize;
 
 use crate::options::{MemoryName, OpName, Options, PortName, ProgressName};
+use crate::passes::Passes;
 use crate::setup::Setup;
 
 /// What one way of moving the pages came to, a value a repeat.
@@ -41,7 +42,6 @@ pub struct Report {
     pub room_us: Sample,
     pub bare_us: Sample,
     pub wrong_pages: u64,
-    pub rooms_a_pass: usize,
 }
 
 /// The line for programs. The first keys, up to `verified`, keep their names and meaning.
@@ -81,6 +81,7 @@ struct Line {
     /// The median beside the processes of `--hog`.
     #[serde(skip_serializing_if = "Option::is_none")]
     hogged_gb_per_s: Option<f64>,
+    /// Of one pass; of a trace, of all its requests that were taken.
     rooms: usize,
     in_flight: u32,
     lanes: u8,
@@ -91,14 +92,14 @@ struct Line {
 }
 
 impl Report {
-    pub fn new(options: &Options, setup: &Setup, room_pages: u32, open_ms: f64, scale: Option<f64>) -> Self {
+    pub fn new(options: &Options, setup: &Setup, passes: &Passes, open_ms: f64) -> Self {
         let line = Line {
             bench: "kv",
             port: setup.port,
             memory: setup.memory,
             op: setup.op,
             page_bytes: setup.page_bytes(),
-            pages: room_pages,
+            pages: passes.rooms[0][0],
             gb_per_s: 0.0,
             gb_per_s_min: 0.0,
             gb_per_s_max: 0.0,
@@ -110,7 +111,7 @@ impl Report {
             memcpy_gb_per_s: 0.0,
             efficiency: 0.0,
             verified: false,
-            scale,
+            scale: passes.traced.as_ref().map(|traced| traced.scale),
             efficiency_paired: 0.0,
             floor: "",
             floor_cpu_s_per_gb: 0.0,
@@ -119,7 +120,7 @@ impl Report {
             ratios: Default::default(),
             bare_tcp_p50_us: None,
             hogged_gb_per_s: None,
-            rooms: 0,
+            rooms: passes.count(),
             in_flight: options.in_flight,
             lanes: setup.lanes,
             progress: setup.progress,
@@ -134,7 +135,6 @@ impl Report {
             room_us: Sample::default(),
             bare_us: Sample::default(),
             wrong_pages: 0,
-            rooms_a_pass: 0,
         }
     }
 
@@ -178,7 +178,6 @@ impl Report {
             others.iter().map(|other| (other.name, ours.gb_per_s.median_ratio(&other.gb_per_s))).collect();
         line.bare_tcp_p50_us = (!self.bare_us.values().is_empty()).then(|| self.bare_us.median());
         line.hogged_gb_per_s = (!self.hogged.values().is_empty()).then(|| self.hogged.median());
-        line.rooms = self.rooms_a_pass;
         line
     }
 
@@ -189,7 +188,7 @@ impl Report {
     pub fn table(&self) -> String {
         let line = self.line();
         let mut out = format!(
-            "{:?} {:?} {:?}, pages of {} bytes, {} rooms a pass, {} in flight, {} copy thread(s), {} lane(s), opened in {:.1} ms\n",
+            "{:?} {:?} {:?}, pages of {} bytes, {} rooms, {} in flight, {} copy thread(s), {} lane(s), opened in {:.1} ms\n",
             line.port,
             line.memory,
             line.op,
@@ -214,6 +213,11 @@ impl Report {
                 way.cpu_s_per_gb(),
                 way.cpu_there_s_per_gb.median(),
                 self.ways[0].gb_per_s.median_ratio(&way.gb_per_s),
+            );
+        }
+        if let Some(scale) = line.scale {
+            out += &format!(
+                "trace: lengths and times multiplied by {scale:.3e}; the next line is of its replay\n"
             );
         }
         out += &format!("a room: p50 {:.2} us, p99 {:.2} us", line.p50_us, line.p99_us);

@@ -3,12 +3,13 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
-use crate::setup::Setup;
+use crate::setup::{Setup, WAIT};
 
 /// From the initiator.
 #[derive(Debug, Serialize, Deserialize)]
@@ -71,11 +72,18 @@ pub struct Pass {
     pub first_room: u64,
     /// Pages of each room.
     pub rooms: Vec<u32>,
+    /// When the last of them begins, after the first.
+    pub lasts_ms: u64,
 }
 
 impl Pass {
     pub fn pages(&self) -> u32 {
         self.rooms.iter().sum()
+    }
+
+    /// Of its rooms, from their opening on.
+    pub fn deadline(&self) -> Duration {
+        WAIT + Duration::from_millis(self.lasts_ms)
     }
 }
 

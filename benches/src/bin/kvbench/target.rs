@@ -2,7 +2,7 @@
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossdock::{Ended, PageSet, Peer, ReceiveRequest, Received, Receiving, ServeRequest, Serving};
 use crossdock_benches::bare::{self, End};
@@ -45,7 +45,7 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
             None if began.elapsed() > WAIT => {
                 return Err(Error::TimedOut { what: "waiting for the setup", limit: WAIT });
             }
-            None => std::thread::sleep(std::time::Duration::from_millis(1)),
+            None => std::thread::sleep(Duration::from_millis(1)),
         }
     };
     let mut target = Target::open(setup, talk)?;
@@ -97,6 +97,8 @@ struct Target {
     listener: TcpListener,
     connections: Vec<TcpStream>,
     open: Vec<Open>,
+    /// Of those that are open.
+    deadline: Duration,
 }
 
 enum Open {
@@ -124,7 +126,7 @@ impl Target {
         };
         talk.say(&Answer::Ready(Box::new(ready)))?;
         let peer = Peer::node(0);
-        Ok(Self { side, peer, listener, connections: Vec::new(), open: Vec::new() })
+        Ok(Self { side, peer, listener, connections: Vec::new(), open: Vec::new(), deadline: WAIT })
     }
 
     fn open_rooms(&mut self, pass: &Pass) -> Result<(), Error> {
@@ -134,6 +136,8 @@ impl Target {
             OpName::Write => &lists.to,
             OpName::Read => &lists.from,
         };
+        let deadline = pass.deadline();
+        self.deadline = deadline;
         for (room, pages) in rooms(pass, list) {
             let tokens = self.side.setup.tokens(pages.len() as u32);
             let pages = self.side.adopt(pages)?;
@@ -147,14 +151,14 @@ impl Target {
                         tokens,
                         skip_tokens: 0,
                         pages,
-                        deadline: WAIT,
+                        deadline,
                     })?;
                     Open::Receiving(room, receiving, None)
                 }
                 OpName::Read => {
                     let pages = pages.share();
                     let aux = Vec::new();
-                    let request = ServeRequest { room, use_count: 0, tokens, pages, aux, deadline: WAIT };
+                    let request = ServeRequest { room, use_count: 0, tokens, pages, aux, deadline };
                     Open::Serving(room, handle.serve(request)?)
                 }
             });
@@ -166,7 +170,7 @@ impl Target {
     fn wait_for_rooms(&mut self) -> Result<f64, Error> {
         let clock = Clock::start();
         let open = &mut self.open;
-        self.side.driver.until("waiting for the rooms of a pass", WAIT, || {
+        self.side.driver.until("waiting for the rooms of a pass", self.deadline, || {
             while let Some(last) = open.last_mut() {
                 if !has_ended(last)? {
                     return Ok(None);
@@ -228,7 +232,7 @@ pub fn delivered(room: u64, ended: &Ended) -> Result<(), Error> {
 }
 
 /// How long an initiator may think.
-const IDLE: std::time::Duration = std::time::Duration::from_secs(3600);
+const IDLE: Duration = Duration::from_secs(3600);
 
 /// Enough for the grants of all rooms to be with the other side.
-pub const SETTLE: std::time::Duration = std::time::Duration::from_millis(10);
+pub const SETTLE: Duration = Duration::from_millis(10);
