@@ -7,14 +7,13 @@ use crossdock::Peer;
 use crossdock_benches::Sample;
 
 use crate::error::Error;
-use crate::latency;
 use crate::moving::Moving;
 use crate::options::{OpName, Options};
 use crate::passes::{LONGEST_ROOM, Passes};
 use crate::process::Process;
 use crate::report::{Means, Report};
 use crate::setup::{Lists, Setup, Side, WAIT, allocate};
-use crate::talk::{Answer, Ask, Pass, Talk};
+use crate::talk::{Answer, Ask, Pass, Place, Talk};
 use crate::target::SETTLE;
 use crate::ways::{Beside, Timed, Way};
 
@@ -32,7 +31,7 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     };
     let mut initiator = Initiator::open(&setup, address)?;
     let mut report = Report::new(options, &setup, &passes, initiator.open_ms);
-    if options.pages == Some(1) && options.in_flight == 1 && options.trace.is_none() {
+    if options.asks_for_latency() {
         initiator.measure_latency(options, &mut report)?;
     } else {
         initiator.measure(options, &passes, &hogs, &mut report)?;
@@ -40,12 +39,13 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     Ok(report)
 }
 
-struct Initiator {
-    side: Side,
-    talk: Talk<Answer>,
-    peer: Peer,
-    beside: Beside,
-    rooms: u64,
+/// The measuring process, once it has met its peer.
+pub struct Initiator {
+    pub side: Side,
+    pub talk: Talk<Answer>,
+    pub peer: Peer,
+    pub beside: Beside,
+    pub rooms: u64,
     seeds: u64,
     open_ms: f64,
 }
@@ -64,7 +64,7 @@ impl Initiator {
         let peer_ip = talk.peer_ip().map_err(Error::io("talking"))?;
         let begin = Instant::now();
         let mut side = Side::open("kvbench", setup.clone(), memory, ip)?;
-        talk.say(&Ask::Meet { node: side.driver.node().identity().node })?;
+        talk.say(&Ask::Meet { node: side.driver.node().identity().node, place: Place::of(&side.memory) })?;
         let (peer, mut up) = side.driver.handle().connect(&ready.address)?;
         let met = side.driver.until("meeting the peer", WAIT, || Ok(up.poll()?))?;
         met.map_err(Error::Session)?;
@@ -123,7 +123,8 @@ impl Initiator {
                 self.replay(options, rooms, arrivals, report)?;
             }
         }
-        report.take(means, hogged);
+        report.take(means);
+        report.hogged = hogged;
         Ok(())
     }
 
@@ -157,7 +158,7 @@ impl Initiator {
         Ok(timed)
     }
 
-    fn fill(&mut self, pass: &Pass, lists: &Lists) -> Result<(), Error> {
+    pub fn fill(&mut self, pass: &Pass, lists: &Lists) -> Result<(), Error> {
         match self.side.setup.op {
             OpName::Write => self.side.setup.content(pass.salt).write(&self.side.memory, &lists.from),
             OpName::Read => self.ask(&Ask::Fill(pass.clone())).map(drop)?,
@@ -165,7 +166,7 @@ impl Initiator {
         Ok(())
     }
 
-    fn check(
+    pub fn check(
         &mut self,
         options: &Options,
         pass: &Pass,
@@ -189,7 +190,7 @@ impl Initiator {
     }
 
     /// Opens the rooms of a pass at both ends, and tells the other end to wait for them.
-    fn open_rooms(&mut self, pass: &Pass, lists: &Lists) -> Result<Vec<Moving>, Error> {
+    pub fn open_rooms(&mut self, pass: &Pass, lists: &Lists) -> Result<Vec<Moving>, Error> {
         let rooms = Moving::open(&mut self.side, self.peer, pass, lists)?;
         self.ask(&Ask::Open(pass.clone()))?;
         self.side.driver.settle(SETTLE)?;
@@ -197,7 +198,7 @@ impl Initiator {
         Ok(rooms)
     }
 
-    fn run(&mut self, way: Way, pass: &Pass, lists: &Lists, in_flight: usize) -> Result<Timed, Error> {
+    pub fn run(&mut self, way: Way, pass: &Pass, lists: &Lists, in_flight: usize) -> Result<Timed, Error> {
         match way {
             Way::Ours => {
                 let rooms = self.open_rooms(pass, lists)?;
@@ -221,51 +222,6 @@ impl Initiator {
         }
     }
 
-    fn measure_latency(&mut self, options: &Options, report: &mut Report) -> Result<(), Error> {
-        let pages = TRIPS.min(self.side.setup.pool_pages / 2);
-        let (mut ours, mut bare) = (Means::new(Way::Ours.name()), Means::new(Way::Stream.name()));
-        let mut memcpy = Means::new(Way::Memcpy.name());
-        let slot_bytes = self.side.setup.slot_bytes();
-        self.beside.connections(&self.side.setup, 1)?;
-        for repeat in 0..=options.repeats {
-            // Always the same pages: the first repeat touches them in both processes, so that no page fault is measured.
-            let out = Pass { seed: 0, ..self.next_pass(vec![pages]) };
-            let both = Pass { rooms: vec![pages, pages], ..out.clone() };
-            self.rooms += 1;
-            let lists = self.side.setup.lists(&both);
-            self.side.setup.content(out.salt).write(&self.side.memory, &lists.from[..pages as usize]);
-            self.talk.say(&Ask::Bounce(both.clone()))?;
-            let (talk, peer) = (&self.talk, self.peer);
-            let trips = latency::trips(&mut self.side, peer, &both, &lists.from, |side| {
-                side.driver.keep_trying("waiting for the peer", WAIT, || talk.hear()).map(drop)
-            })?;
-            self.done()?;
-            if options.verify {
-                match self.ask(&Ask::Check(out.clone()))? {
-                    Answer::Checked { wrong_pages } => report.wrong_pages += wrong_pages,
-                    other => return Err(unexpected(other)),
-                }
-            }
-            self.talk.say(&Ask::BareBounce(both.clone()))?;
-            let (setup, pool) = (&self.side.setup, &self.side.memory);
-            let socket = &self.beside.connections(setup, 1)?[0];
-            let bare_trips = latency::bare_trips(socket, setup, pool, &both, &lists.from)?;
-            self.done()?;
-            let lists = self.side.setup.lists(&out);
-            let copied = self.run(Way::Memcpy, &out, &lists, 1)?;
-            // The first repeat warms up.
-            if repeat > 0 {
-                ours.add(slot_bytes, trips.median() / 1e6, 0.0, 0.0);
-                bare.add(slot_bytes, bare_trips.median() / 1e6, 0.0, 0.0);
-                memcpy.add(slot_bytes * u64::from(pages), copied.seconds, 0.0, 0.0);
-                report.room_us.extend(trips.values().iter().copied());
-                report.bare_us.extend(bare_trips.values().iter().copied());
-            }
-        }
-        report.take(vec![ours, memcpy, bare], Sample::default());
-        Ok(())
-    }
-
     /// Touches every page of both pools in every way, so that no page fault is measured.
     fn warm_up(&mut self, ways: &[Way]) -> Result<(), Error> {
         let pool_pages = self.side.setup.pool_pages;
@@ -279,7 +235,7 @@ impl Initiator {
         Ok(())
     }
 
-    fn next_pass(&mut self, rooms: Vec<u32>) -> Pass {
+    pub fn next_pass(&mut self, rooms: Vec<u32>) -> Pass {
         let pass = Pass { seed: self.seeds, salt: self.seeds, first_room: self.rooms, rooms, lasts_ms: 0 };
         self.seeds += 1;
         self.rooms += pass.rooms.len() as u64;
@@ -292,7 +248,7 @@ impl Initiator {
         self.answer()
     }
 
-    fn answer(&mut self) -> Result<Answer, Error> {
+    pub fn answer(&mut self) -> Result<Answer, Error> {
         let talk = &self.talk;
         match self.side.driver.keep_trying("waiting for the peer's answer", WAIT, || talk.hear())? {
             Answer::Failed { why } => Err(Error::Peer { said: why }),
@@ -301,7 +257,7 @@ impl Initiator {
     }
 
     /// The processor time of what the peer has done.
-    fn done(&mut self) -> Result<f64, Error> {
+    pub fn done(&mut self) -> Result<f64, Error> {
         match self.answer()? {
             Answer::Done { cpu_s } => Ok(cpu_s),
             other => Err(unexpected(other)),
@@ -323,12 +279,9 @@ fn wait_for(talk: &Talk<Answer>) -> Result<Answer, Error> {
     }
 }
 
-fn unexpected(answer: Answer) -> Error {
+pub fn unexpected(answer: Answer) -> Error {
     match answer {
         Answer::Failed { why } => Error::Peer { said: why },
         other => Error::Unexpected { said: format!("{other:?}") },
     }
 }
-
-/// Round trips of a repeat.
-const TRIPS: u32 = 4096;

@@ -1,6 +1,7 @@
 //! Moves scattered KV pages between two processes through the whole library, and compares with the best means known.
 #![forbid(unsafe_code)]
 
+mod bare_trips;
 mod driver;
 mod error;
 mod initiator;
@@ -13,6 +14,7 @@ mod report;
 mod setup;
 mod talk;
 mod target;
+mod trips;
 mod ways;
 
 use std::process::ExitCode;

@@ -116,7 +116,8 @@ impl Moving {
         Ok(Timed { seconds, cpu_here_s, cpu_there_s: 0.0, room_us })
     }
 
-    fn begin(&mut self, side: &Side) -> Result<(), Error> {
+    /// Gives it to the library.
+    pub fn begin(&mut self, side: &Side) -> Result<(), Error> {
         match self {
             Moving::Sending { sending, .. } => {
                 sending.send_layers(0..side.setup.layers)?;
@@ -133,7 +134,8 @@ impl Moving {
         Ok(())
     }
 
-    fn has_ended(&mut self) -> Result<bool, Error> {
+    /// Whether it was delivered; any other end is an error.
+    pub fn has_ended(&mut self) -> Result<bool, Error> {
         let end = |room: u64, ended: Option<&Ended>| match ended {
             Some(ended) => delivered(room, ended).map(|()| true),
             None => Ok(false),

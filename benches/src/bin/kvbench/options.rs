@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 /// Without --listen and --connect it starts its own peer process. Both pools are permuted at random for every pass;
 /// rooms are opened before the clock starts, which then runs from the first send until the last room is known here to
 /// be delivered. The best bare means for the medium (the floor) and a plain scattered memcpy take turns with it on the
-/// same page lists. With --pages 1 --in-flight 1, the time of one page is measured instead of a rate.
+/// same page lists. With --pages 1 --in-flight 1, the time of one
+/// page is measured instead of a rate, from submitting it until it is seen to have landed: pushed, as half of the way
+/// there and back; pulled, here.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "kvbench", version)]
 pub struct Options {
@@ -76,9 +78,9 @@ pub struct Options {
     /// The length of each pool
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
     pub pool_mib: u64,
-    /// What a pass moves
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
-    pub payload_mib: u64,
+    /// What a pass moves [default: 256, at most half of the pool]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub payload_mib: Option<u64>,
     /// Measure each repeat a second time beside so many processes that do nothing but use a core
     #[arg(long, default_value_t = 0)]
     pub hog: u32,
@@ -97,6 +99,13 @@ pub struct Options {
     /// Do nothing but use a core
     #[arg(long, hide = true)]
     pub burn: bool,
+}
+
+impl Options {
+    /// Whether the time of single pages is asked for, and not a rate.
+    pub fn asks_for_latency(&self) -> bool {
+        self.pages == Some(1) && self.in_flight == 1 && self.trace.is_none()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]

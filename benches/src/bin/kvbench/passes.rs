@@ -29,7 +29,14 @@ pub struct Traced {
 
 impl Passes {
     pub fn new(options: &Options, setup: &Setup) -> Result<Self, Error> {
-        let payload_pages = ((options.payload_mib << 20) / setup.slot_bytes()).max(1);
+        if options.asks_for_latency() {
+            return Ok(Self { rooms: vec![vec![1]], traced: None });
+        }
+        let payload_bytes = match options.payload_mib {
+            Some(mib) => mib << 20,
+            None => PAYLOAD_BYTES.min((options.pool_mib << 20) / 2),
+        };
+        let payload_pages = (payload_bytes / setup.slot_bytes()).max(1);
         let passes = match &options.trace {
             None => {
                 let pages = options.pages.map_or(payload_pages.min(LONGEST_ROOM.into()), u64::from);
@@ -171,6 +178,8 @@ fn read(path: &Path) -> Result<Vec<Request>, Error> {
 
 /// The list of a room's pages must fit into one control message.
 pub const LONGEST_ROOM: u32 = 131_072;
+/// What a pass moves if nothing else is asked for.
+const PAYLOAD_BYTES: u64 = 256 << 20;
 /// What a run moves of a trace at most, by all ways and in all repeats together.
 const TRACE_BYTES: u64 = 4_000_000_000;
 /// How often a trace is moved: by up to five ways in turn, and by ours when its requests arrive.

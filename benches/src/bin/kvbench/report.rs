@@ -37,10 +37,12 @@ impl Means {
 pub struct Report {
     line: Line,
     ways: Vec<Means>,
-    hogged: Sample,
+    pub hogged: Sample,
     verify: bool,
     pub room_us: Sample,
     pub bare_us: Sample,
+    /// A page, here and there.
+    pub wakeups: Option<(f64, f64)>,
     pub wrong_pages: u64,
 }
 
@@ -75,13 +77,18 @@ struct Line {
     cpu_s_per_gb_target: f64,
     /// Paired ratios to every way that took turns.
     ratios: std::collections::BTreeMap<&'static str, f64>,
-    /// Half of a round trip over a bare connection, where single pages are timed.
+    /// The time of a page by the floor's means, where single pages are timed.
     #[serde(skip_serializing_if = "Option::is_none")]
-    bare_tcp_p50_us: Option<f64>,
+    floor_p50_us: Option<f64>,
+    /// How often a progress thread woke for a page that found both ends asleep.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    wakeups_per_page_initiator: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    wakeups_per_page_target: Option<f64>,
     /// The median beside the processes of `--hog`.
     #[serde(skip_serializing_if = "Option::is_none")]
     hogged_gb_per_s: Option<f64>,
-    /// Of one pass; of a trace, of all its requests that were taken.
+    /// Of one pass, or of a single page; of a trace, of all its requests that were taken.
     rooms: usize,
     in_flight: u32,
     lanes: u8,
@@ -118,7 +125,9 @@ impl Report {
             cpu_s_per_gb_initiator: 0.0,
             cpu_s_per_gb_target: 0.0,
             ratios: Default::default(),
-            bare_tcp_p50_us: None,
+            floor_p50_us: None,
+            wakeups_per_page_initiator: None,
+            wakeups_per_page_target: None,
             hogged_gb_per_s: None,
             rooms: passes.count(),
             in_flight: options.in_flight,
@@ -134,13 +143,14 @@ impl Report {
             verify: options.verify,
             room_us: Sample::default(),
             bare_us: Sample::default(),
+            wakeups: None,
             wrong_pages: 0,
         }
     }
 
     /// Ours first, memcpy second, then whatever may be the floor.
-    pub fn take(&mut self, ways: Vec<Means>, hogged: Sample) {
-        (self.ways, self.hogged) = (ways, hogged);
+    pub fn take(&mut self, ways: Vec<Means>) {
+        self.ways = ways;
     }
 
     pub fn wrong_pages(&self) -> u64 {
@@ -176,7 +186,9 @@ impl Report {
         line.cpu_s_per_gb_target = ours.cpu_there_s_per_gb.median();
         line.ratios =
             others.iter().map(|other| (other.name, ours.gb_per_s.median_ratio(&other.gb_per_s))).collect();
-        line.bare_tcp_p50_us = (!self.bare_us.values().is_empty()).then(|| self.bare_us.median());
+        line.wakeups_per_page_initiator = self.wakeups.map(|(here, _)| here);
+        line.wakeups_per_page_target = self.wakeups.map(|(_, there)| there);
+        line.floor_p50_us = (!self.bare_us.values().is_empty()).then(|| self.bare_us.median());
         line.hogged_gb_per_s = (!self.hogged.values().is_empty()).then(|| self.hogged.median());
         line
     }
@@ -221,8 +233,13 @@ impl Report {
             );
         }
         out += &format!("a room: p50 {:.2} us, p99 {:.2} us", line.p50_us, line.p99_us);
-        if let Some(bare) = line.bare_tcp_p50_us {
-            out += &format!("; half of a bare tcp round trip: {bare:.2} us");
+        if let Some(floor) = line.floor_p50_us {
+            out += &format!("; by {} {floor:.2} us", line.floor);
+        }
+        if let Some((here, there)) = self.wakeups {
+            out += &format!(
+                "; wake-ups for a page that found both ends asleep: {here:.2} here, {there:.2} there"
+            );
         }
         if let Some(hogged) = line.hogged_gb_per_s {
             out += &format!("; beside hogs {hogged:.2} GB/s");

@@ -2,9 +2,11 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
+use crossdock::Memory;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -16,9 +18,10 @@ use crate::setup::{Setup, WAIT};
 #[serde(rename_all = "snake_case")]
 pub enum Ask {
     Setup(Box<Setup>),
-    /// The initiator's node is up; this is its number.
+    /// The initiator's node is up; this is its number, and where its pool is.
     Meet {
         node: u64,
+        place: Place,
     },
     /// Write the source pages of a pass.
     Fill(Pass),
@@ -32,8 +35,12 @@ pub enum Ask {
     Stream(Pass),
     /// Answer single pages, as many as the pass has.
     Bounce(Pass),
-    /// The same over a bare connection.
+    /// The same without the library.
     BareBounce(Pass),
+    /// Let single pages be fetched without the library.
+    BareServe(Pass),
+    /// Take single pages that come seldom, and count how often the progress thread sleeps.
+    Trickle(Pass),
 }
 
 /// From the target.
@@ -43,6 +50,7 @@ pub enum Answer {
     Ready(Box<Ready>),
     Done { cpu_s: f64 },
     Checked { wrong_pages: u64 },
+    Slept { times: u64 },
     Failed { why: String },
 }
 
@@ -55,10 +63,28 @@ pub struct Ready {
     pub node: u64,
     /// Where bare connections are taken.
     pub stream_port: u16,
-    /// Its process, and its pool in it: a descriptor, where it has one, and an address.
+    pub place: Place,
+    /// The descriptor of the words with which single pages are told of.
+    pub flags: Option<i32>,
+}
+
+/// A process and its pool in it: a descriptor, where it has one, and an address.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Place {
     pub process: i32,
     pub descriptor: Option<i32>,
     pub base: u64,
+}
+
+impl Place {
+    /// Of a pool of this process.
+    pub fn of(memory: &Memory) -> Self {
+        Self {
+            process: std::process::id() as i32,
+            descriptor: memory.fd().map(|fd| fd.as_fd().as_raw_fd()),
+            base: memory.base().expose_provenance() as u64,
+        }
+    }
 }
 
 /// One pass over fresh pages. Both processes make the same lists of it.

@@ -1,17 +1,18 @@
 //! The process at the other end: does what the initiator asks.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
-use crossdock::{Ended, PageSet, Peer, ReceiveRequest, Received, Receiving, ServeRequest, Serving};
-use crossdock_benches::bare::{self, End};
+use crossdock::{Ended, Memory, PageSet, Peer, ReceiveRequest, Received, Receiving, ServeRequest, Serving};
+use crossdock_benches::bare::{self, End, Flags, ThereMemory};
 
+use crate::bare_trips::Bare;
 use crate::error::Error;
-use crate::latency;
-use crate::options::OpName;
+use crate::options::{OpName, PortName};
 use crate::setup::{Clock, Setup, Side, WAIT, allocate, rooms};
-use crate::talk::{Answer, Ask, Pass, Ready, Talk};
+use crate::talk::{Answer, Ask, Pass, Place, Ready, Talk};
+use crate::trips;
+use crate::ways::theirs;
 
 /// Takes initiators, one after the other; a child takes one.
 pub fn listen(address: SocketAddr, child: bool) -> Result<(), Error> {
@@ -53,8 +54,9 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
         let answer =
             match target.side.driver.keep_trying("waiting for the initiator", IDLE, || talk.hear())? {
                 Ask::Setup(_) => return Err(Error::Unexpected { said: "a second setup".into() }),
-                Ask::Meet { node } => {
+                Ask::Meet { node, place } => {
                     target.peer = Peer::node(node);
+                    target.place = Some(place);
                     continue;
                 }
                 Ask::Fill(pass) => {
@@ -75,16 +77,24 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
                 }
                 Ask::Stream(pass) => Answer::Done { cpu_s: target.stream(&pass)? },
                 Ask::Bounce(pass) => {
-                    latency::bounce(&mut target.side, target.peer, &pass, || {
+                    let cpu_s = trips::bounce(&mut target.side, target.peer, &pass, || {
                         talk.say(&Answer::Done { cpu_s: 0.0 })
                     })?;
-                    Answer::Done { cpu_s: 0.0 }
+                    Answer::Done { cpu_s }
+                }
+                Ask::Trickle(pass) => {
+                    let times = trips::trickled(&mut target.side, target.peer, &pass, || {
+                        talk.say(&Answer::Done { cpu_s: 0.0 })
+                    })?;
+                    Answer::Slept { times }
                 }
                 Ask::BareBounce(pass) => {
-                    target.connect(1)?;
-                    let side = &target.side;
-                    latency::bare_bounce(&target.connections[0], &side.setup, &side.memory, &pass)?;
-                    Answer::Done { cpu_s: 0.0 }
+                    target.reach(talk)?;
+                    Answer::Done { cpu_s: target.bare()?.bounce(&target.side, &pass)? }
+                }
+                Ask::BareServe(pass) => {
+                    target.reach(talk)?;
+                    Answer::Done { cpu_s: target.bare()?.answer_pulls(&target.side, &pass)? }
                 }
             };
         talk.say(&answer)?;
@@ -94,6 +104,11 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
 struct Target {
     side: Side,
     peer: Peer,
+    /// The initiator's pool, and what of it can be reached.
+    place: Option<Place>,
+    mapped: Option<Memory>,
+    there: Option<ThereMemory>,
+    flags: Option<Flags>,
     listener: TcpListener,
     connections: Vec<TcpStream>,
     open: Vec<Open>,
@@ -115,18 +130,54 @@ impl Target {
             rustix::net::sockopt::set_tcp_congestion(&listener, name)
                 .map_err(|errno| Error::Io { what: "TCP_CONGESTION", error: errno.into() })?;
         }
+        let setup_port = setup.port;
         let side = Side::open("kvbench-target", setup, memory, ip)?;
+        let flags = match setup_port {
+            PortName::Shm => Some(Flags::new().map_err(Error::io("allocating flags"))?),
+            _ => None,
+        };
         let ready = Ready {
             address: side.driver.node().address().to_owned(),
             node: side.driver.node().identity().node,
             stream_port: listener.local_addr().map_err(Error::io("listening"))?.port(),
-            process: std::process::id() as i32,
-            descriptor: side.memory.fd().map(|fd| fd.as_fd().as_raw_fd()),
-            base: side.memory.base().expose_provenance() as u64,
+            place: Place::of(&side.memory),
+            flags: flags.as_ref().and_then(Flags::descriptor),
         };
         talk.say(&Answer::Ready(Box::new(ready)))?;
-        let peer = Peer::node(0);
-        Ok(Self { side, peer, listener, connections: Vec::new(), open: Vec::new(), deadline: WAIT })
+        Ok(Self {
+            side,
+            peer: Peer::node(0),
+            place: None,
+            mapped: None,
+            there: None,
+            flags,
+            listener,
+            connections: Vec::new(),
+            open: Vec::new(),
+            deadline: WAIT,
+        })
+    }
+
+    /// Makes the initiator's pool reachable beside the library, or has a connection to it.
+    fn reach(&mut self, talk: &Talk<Ask>) -> Result<(), Error> {
+        if let Some(place) = self.place.take() {
+            let peer_ip = talk.peer_ip().map_err(Error::io("talking"))?;
+            (self.mapped, self.there) = theirs(&self.side.setup, &place, self.side.memory.bytes(), peer_ip)?;
+        }
+        match self.there {
+            Some(_) => Ok(()),
+            None => self.connect(1),
+        }
+    }
+
+    /// What the initiator's is the other end of.
+    fn bare(&self) -> Result<Bare<'_>, Error> {
+        match (&self.flags, &self.mapped, self.there, self.connections.first()) {
+            (Some(flags), Some(mapped), ..) => Ok(Bare::Mapped(mapped, flags)),
+            (Some(flags), None, Some(there), _) => Ok(Bare::Process(there, flags)),
+            (.., Some(socket)) => Ok(Bare::Tcp(socket)),
+            _ => Err(Error::PeerGone),
+        }
     }
 
     fn open_rooms(&mut self, pass: &Pass) -> Result<(), Error> {

@@ -4,14 +4,15 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 
 use crossdock::Memory;
 use crossdock_benches::anonymous;
-use crossdock_benches::bare::{self, End, ThereMemory, Way as Direction};
+use crossdock_benches::bare::{self, End, Flags, ThereMemory, Way as Direction};
 use crossdock_shm::copy::{Copier, CopyThreads, Strategy};
 use rustix::process::Pid;
 
+use crate::bare_trips::Bare;
 use crate::error::Error;
 use crate::options::{MemoryName, OpName, PortName};
 use crate::setup::{Clock, Lists, Setup, Side};
-use crate::talk::Ready;
+use crate::talk::{Place, Ready};
 
 /// The ways to move a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +66,8 @@ pub struct Beside {
     there: Option<ThereMemory>,
     /// Stands in for a pool of the peer that cannot be mapped, where memory is only copied for comparison.
     scratch: Option<Memory>,
+    /// Where each end tells that a page has come, beside a pool that can be reached.
+    flags: Option<Flags>,
     streams: SocketAddr,
     connections: Vec<TcpStream>,
     copy_threads: CopyThreads,
@@ -72,16 +75,21 @@ pub struct Beside {
 
 impl Beside {
     pub fn open(setup: &Setup, ready: &Ready, bytes: usize, peer_ip: IpAddr) -> Result<Self, Error> {
-        let (mapped, there) = theirs(setup, ready, bytes, peer_ip)?;
+        let (mapped, there) = theirs(setup, &ready.place, bytes, peer_ip)?;
         let scratch = match mapped {
             Some(_) => None,
             None => Some(anonymous(bytes).map_err(Error::io("allocating memory"))?),
         };
+        let flags = match (there, ready.flags) {
+            (Some(_), Some(descriptor)) => Some(Flags::theirs(ready.place.process, descriptor)),
+            _ => None,
+        };
+        let flags = flags.transpose().map_err(Error::io("mapping the peer's flags"))?;
         let helpers = setup.copy_threads as usize - 1;
         let copy_threads =
             CopyThreads::start(Copier::detect(), helpers).map_err(Error::io("starting copy threads"))?;
         let streams = SocketAddr::new(peer_ip, ready.stream_port);
-        Ok(Self { mapped, there, scratch, streams, connections: Vec::new(), copy_threads })
+        Ok(Self { mapped, there, scratch, flags, streams, connections: Vec::new(), copy_threads })
     }
 
     /// Everything that the medium knows, ourselves first and memcpy second.
@@ -141,6 +149,18 @@ impl Beside {
         Ok(Timed { seconds: clock.seconds(), cpu_here_s: clock.cpu_s(), ..Timed::default() })
     }
 
+    /// The best means for a single page.
+    pub fn bare(&mut self, setup: &Setup) -> Result<Bare<'_>, Error> {
+        if self.flags.is_none() {
+            self.connections(setup, 1)?;
+        }
+        Ok(match (&self.flags, &self.mapped, self.there) {
+            (Some(flags), Some(mapped), _) => Bare::Mapped(mapped, flags),
+            (Some(flags), None, Some(there)) => Bare::Process(there, flags),
+            _ => Bare::Tcp(&self.connections[0]),
+        })
+    }
+
     /// The bare connections, at least so many.
     pub fn connections(&mut self, setup: &Setup, count: usize) -> Result<&[TcpStream], Error> {
         while self.connections.len() < count {
@@ -169,18 +189,18 @@ impl Beside {
     }
 }
 
-/// The peer's pool, as this process can reach it beside the library.
-fn theirs(
+/// A pool of another process, as this one can reach it beside the library: mapped, and by its address.
+pub fn theirs(
     setup: &Setup,
-    ready: &Ready,
+    place: &Place,
     bytes: usize,
     peer_ip: IpAddr,
 ) -> Result<(Option<Memory>, Option<ThereMemory>), Error> {
     if setup.port != PortName::Shm || !peer_ip.is_loopback() {
         return Ok((None, None));
     }
-    let mapped = ready.descriptor.map(|descriptor| bare::open_theirs(ready.process, descriptor, bytes));
+    let mapped = place.descriptor.map(|descriptor| bare::open_theirs(place.process, descriptor, bytes));
     let mapped = mapped.transpose().map_err(Error::io("mapping the peer's pool"))?;
-    let there = Pid::from_raw(ready.process).map(|process| ThereMemory { process, base: ready.base, bytes });
+    let there = Pid::from_raw(place.process).map(|process| ThereMemory { process, base: place.base, bytes });
     Ok((mapped, there))
 }
