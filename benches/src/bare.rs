@@ -256,6 +256,12 @@ pub fn stream(connections: &[TcpStream], pool: &Memory, pages: Pages<'_>, end: E
     })
 }
 
+/// Lets every call on a connection fail that has waited for the other end for so long.
+pub fn give_up_after(connection: &TcpStream, limit: Duration) -> io::Result<()> {
+    connection.set_read_timeout(Some(limit))?;
+    connection.set_write_timeout(Some(limit))
+}
+
 fn stream_pages(
     pool: &Memory,
     list: &[u32],

@@ -20,6 +20,8 @@ pub enum Error {
     PoolTooSmall { pages: u64, pool_pages: u32 },
     #[error("--seconds must be a time of up to an hour")]
     Seconds,
+    #[error("--hog is for rates: two ends that spin for single pages do not share their cores")]
+    HoggedLatency,
     #[error("cannot read the trace: {0}")]
     Trace(String),
     #[error(transparent)]

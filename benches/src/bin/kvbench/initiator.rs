@@ -21,6 +21,9 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     if !(0.0..=3600.0).contains(&options.seconds) {
         return Err(Error::Seconds);
     }
+    if options.hog > 0 && options.asks_for_latency() {
+        return Err(Error::HoggedLatency);
+    }
     let setup = Setup::new(options)?;
     let passes = Passes::new(options, &setup)?;
     // Before this process has threads and memory that a child would only have to forget.
@@ -52,7 +55,8 @@ pub struct Initiator {
 
 impl Initiator {
     fn open(setup: &Setup, address: SocketAddr) -> Result<Self, Error> {
-        let stream = TcpStream::connect(address).map_err(Error::io("connecting to the peer"))?;
+        let stream =
+            TcpStream::connect_timeout(&address, WAIT).map_err(Error::io("connecting to the peer"))?;
         let mut talk = Talk::new(stream).map_err(Error::io("talking"))?;
         talk.say(&Ask::Setup(Box::new(setup.clone())))?;
         let memory = allocate(setup)?;
@@ -82,40 +86,19 @@ impl Initiator {
         report: &mut Report,
     ) -> Result<(), Error> {
         let ways = self.beside.ways(&self.side.setup);
-        let mut means: Vec<Means> = ways.iter().map(|way| Means::new(way.name())).collect();
-        let mut hogged = Sample::default();
         self.warm_up(&ways)?;
+        let mut means: Vec<Means> = ways.iter().map(|way| Means::new(way.name())).collect();
         for repeat in 0..options.repeats {
-            let mut sums: Vec<(u64, Timed)> = ways.iter().map(|_| Default::default()).collect();
-            let mut range = passes.of_repeat(repeat, options.repeats);
-            // The repeat's share of a trace, and as much more as the asked time needs.
-            while !range.is_empty() || sums[0].1.seconds < options.seconds {
-                let rooms = &passes.rooms[range.start % passes.rooms.len()];
-                range.start += 1;
-                for turn in 0..ways.len() {
-                    // Nobody always follows the same other.
-                    let which = (turn + repeat as usize) % ways.len();
-                    let pass = self.next_pass(rooms.clone());
-                    let timed = self.one(options, ways[which], &pass, report)?;
-                    let (bytes, sum) = &mut sums[which];
-                    *bytes += u64::from(pass.pages()) * self.side.setup.slot_bytes();
-                    sum.seconds += timed.seconds;
-                    sum.cpu_here_s += timed.cpu_here_s;
-                    sum.cpu_there_s += timed.cpu_there_s;
-                    report.room_us.extend(timed.room_us);
-                }
+            self.repeat(options, passes, repeat, (&ways, &mut means), &[], report)?;
+        }
+        let floor = report.take(means);
+        if !hogs.is_empty() {
+            let ways = [Way::Ours, ways[floor]];
+            let mut means = ways.map(|way| Means::new(way.name()));
+            for repeat in 0..options.repeats {
+                self.repeat(options, passes, repeat, (&ways, &mut means), hogs, report)?;
             }
-            for (means, (bytes, sum)) in means.iter_mut().zip(&sums) {
-                means.add(*bytes, sum.seconds, sum.cpu_here_s, sum.cpu_there_s);
-            }
-            if !hogs.is_empty() {
-                let pass = self.next_pass(passes.rooms[0].clone());
-                hogs.iter().for_each(|hog| hog.let_run(true));
-                let timed = self.one(options, Way::Ours, &pass, report);
-                hogs.iter().for_each(|hog| hog.let_run(false));
-                let bytes = u64::from(pass.pages()) * self.side.setup.slot_bytes();
-                hogged.push(bytes as f64 / timed?.seconds / 1e9);
-            }
+            report.hogged = Some(means);
         }
         if let Some(traced) = &passes.traced {
             report.room_us = Sample::default();
@@ -123,8 +106,43 @@ impl Initiator {
                 self.replay(options, rooms, arrivals, report)?;
             }
         }
-        report.take(means);
-        report.hogged = hogged;
+        Ok(())
+    }
+
+    /// Every way in turn, beside processes that use a core where there are some.
+    fn repeat(
+        &mut self,
+        options: &Options,
+        passes: &Passes,
+        repeat: u32,
+        (ways, means): (&[Way], &mut [Means]),
+        hogs: &[Process],
+        report: &mut Report,
+    ) -> Result<(), Error> {
+        let mut sums: Vec<(u64, Timed)> = ways.iter().map(|_| Default::default()).collect();
+        let mut range = passes.of_repeat(repeat, options.repeats);
+        // The repeat's share of a trace, and as much more as the asked time needs.
+        while !range.is_empty() || sums[0].1.seconds < options.seconds {
+            let rooms = &passes.rooms[range.start % passes.rooms.len()];
+            range.start += 1;
+            for turn in 0..ways.len() {
+                // Nobody always follows the same other.
+                let which = (turn + repeat as usize) % ways.len();
+                let pass = self.next_pass(rooms.clone());
+                let timed = self.one(options, ways[which], &pass, hogs, report)?;
+                let (bytes, sum) = &mut sums[which];
+                *bytes += u64::from(pass.pages()) * self.side.setup.slot_bytes();
+                sum.seconds += timed.seconds;
+                sum.cpu_here_s += timed.cpu_here_s;
+                sum.cpu_there_s += timed.cpu_there_s;
+                if hogs.is_empty() {
+                    report.room_us.extend(timed.room_us);
+                }
+            }
+        }
+        for (means, (bytes, sum)) in means.iter_mut().zip(&sums) {
+            means.add(*bytes, sum.seconds, sum.cpu_here_s, sum.cpu_there_s);
+        }
         Ok(())
     }
 
@@ -148,10 +166,20 @@ impl Initiator {
     }
 
     /// Fills, moves and, if asked, checks one pass.
-    fn one(&mut self, options: &Options, way: Way, pass: &Pass, report: &mut Report) -> Result<Timed, Error> {
+    fn one(
+        &mut self,
+        options: &Options,
+        way: Way,
+        pass: &Pass,
+        hogs: &[Process],
+        report: &mut Report,
+    ) -> Result<Timed, Error> {
         let lists = self.side.setup.lists(pass);
         self.fill(pass, &lists)?;
-        let timed = self.run(way, pass, &lists, options.in_flight as usize)?;
+        hogs.iter().for_each(|hog| hog.let_run(true));
+        let timed = self.run(way, pass, &lists, options.in_flight as usize);
+        hogs.iter().for_each(|hog| hog.let_run(false));
+        let timed = timed?;
         if way.arrives_at_the_peer() {
             self.check(options, pass, &lists, report)?;
         }

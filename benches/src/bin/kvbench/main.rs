@@ -41,11 +41,14 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<(), Error> {
+    if let Some(parent) = options.parent {
+        process::end_with(parent)?;
+    }
     if options.burn {
         process::burn();
     }
     if let Some(address) = options.listen {
-        return target::listen(address, options.child);
+        return target::listen(address, options.parent.is_some());
     }
     let report = initiator::run(options)?;
     match options.json {

@@ -81,7 +81,7 @@ pub struct Options {
     /// What a pass moves [default: 256, at most half of the pool]
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     pub payload_mib: Option<u64>,
-    /// Measure each repeat a second time beside so many processes that do nothing but use a core
+    /// Measure ours and the floor once more, in turn, beside so many processes that do nothing but use a core
     #[arg(long, default_value_t = 0)]
     pub hog: u32,
     /// Wait here for kvbench on another host, and be its peer
@@ -93,9 +93,9 @@ pub struct Options {
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,
-    /// Serve one benchmark, then end
+    /// The process that has started this one, to serve one benchmark or to use a core, and to end with it
     #[arg(long, hide = true)]
-    pub child: bool,
+    pub parent: Option<i32>,
     /// Do nothing but use a core
     #[arg(long, hide = true)]
     pub burn: bool,

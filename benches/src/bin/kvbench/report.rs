@@ -37,7 +37,8 @@ impl Means {
 pub struct Report {
     line: Line,
     ways: Vec<Means>,
-    pub hogged: Sample,
+    /// Ours and the floor beside the processes of `--hog`.
+    pub hogged: Option<[Means; 2]>,
     verify: bool,
     pub room_us: Sample,
     pub bare_us: Sample,
@@ -85,9 +86,8 @@ struct Line {
     wakeups_per_page_initiator: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     wakeups_per_page_target: Option<f64>,
-    /// The median beside the processes of `--hog`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    hogged_gb_per_s: Option<f64>,
+    #[serde(flatten)]
+    hogged: Option<HoggedLine>,
     /// Of one pass, or of a single page; of a trace, of all its requests that were taken.
     rooms: usize,
     in_flight: u32,
@@ -96,6 +96,18 @@ struct Line {
     repeats: u32,
     /// From opening a node to the end of its first handshake.
     open_ms: f64,
+}
+
+/// Beside the processes of `--hog`.
+#[derive(Clone, Serialize)]
+struct HoggedLine {
+    hogged_gb_per_s: f64,
+    hogged_floor_gb_per_s: f64,
+    /// The median of the repeats' own ratios of the two.
+    hogged_efficiency_paired: f64,
+    /// What is left of each of the two, of its rate without hogs.
+    hogged_share: f64,
+    hogged_floor_share: f64,
 }
 
 impl Report {
@@ -128,7 +140,7 @@ impl Report {
             floor_p50_us: None,
             wakeups_per_page_initiator: None,
             wakeups_per_page_target: None,
-            hogged_gb_per_s: None,
+            hogged: None,
             rooms: passes.count(),
             in_flight: options.in_flight,
             lanes: setup.lanes,
@@ -139,7 +151,7 @@ impl Report {
         Self {
             line,
             ways: Vec::new(),
-            hogged: Sample::default(),
+            hogged: None,
             verify: options.verify,
             room_us: Sample::default(),
             bare_us: Sample::default(),
@@ -148,9 +160,19 @@ impl Report {
         }
     }
 
-    /// Ours first, memcpy second, then whatever may be the floor.
-    pub fn take(&mut self, ways: Vec<Means>) {
+    /// Ours first, memcpy second, then whatever may be the floor. Gives the position of the one that is.
+    pub fn take(&mut self, ways: Vec<Means>) -> usize {
         self.ways = ways;
+        self.floor()
+    }
+
+    /// Whatever is best beside ours, the plain memcpy too where bytes only have to be copied.
+    fn floor(&self) -> usize {
+        let is_copied = self.line.port == PortName::Shm && self.line.memory == MemoryName::Shared;
+        let first = if is_copied && self.bare_us.values().is_empty() { 1 } else { 2 };
+        let rate = |at: &usize| self.ways[*at].gb_per_s.median();
+        let others = (first..self.ways.len()).max_by(|a, b| rate(a).total_cmp(&rate(b)));
+        others.expect("memcpy and another one")
     }
 
     pub fn wrong_pages(&self) -> u64 {
@@ -160,15 +182,7 @@ impl Report {
     fn line(&self) -> Line {
         let mut line = self.line.clone();
         let Some((ours, others)) = self.ways.split_first() else { return line };
-        // Whatever is best is the floor, the plain memcpy too where bytes only have to be copied.
-        let floor = match self.line.port {
-            PortName::Shm if self.line.memory == MemoryName::Shared && self.bare_us.values().is_empty() => {
-                others
-            }
-            _ => &others[1..],
-        };
-        let floor = floor.iter().max_by(|a, b| a.gb_per_s.median().total_cmp(&b.gb_per_s.median()));
-        let Some(floor) = floor else { return line };
+        let floor = &self.ways[self.floor()];
         line.gb_per_s = ours.gb_per_s.median();
         line.gb_per_s_min = ours.gb_per_s.min();
         line.gb_per_s_max = ours.gb_per_s.max();
@@ -189,7 +203,13 @@ impl Report {
         line.wakeups_per_page_initiator = self.wakeups.map(|(here, _)| here);
         line.wakeups_per_page_target = self.wakeups.map(|(_, there)| there);
         line.floor_p50_us = (!self.bare_us.values().is_empty()).then(|| self.bare_us.median());
-        line.hogged_gb_per_s = (!self.hogged.values().is_empty()).then(|| self.hogged.median());
+        line.hogged = self.hogged.as_ref().map(|[hogged, hogged_floor]| HoggedLine {
+            hogged_gb_per_s: hogged.gb_per_s.median(),
+            hogged_floor_gb_per_s: hogged_floor.gb_per_s.median(),
+            hogged_efficiency_paired: hogged.gb_per_s.median_ratio(&hogged_floor.gb_per_s),
+            hogged_share: hogged.gb_per_s.median() / line.gb_per_s,
+            hogged_floor_share: hogged_floor.gb_per_s.median() / line.floor_gb_per_s,
+        });
         line
     }
 
@@ -241,8 +261,16 @@ impl Report {
                 "; wake-ups for a page that found both ends asleep: {here:.2} here, {there:.2} there"
             );
         }
-        if let Some(hogged) = line.hogged_gb_per_s {
-            out += &format!("; beside hogs {hogged:.2} GB/s");
+        if let Some(hogged) = &line.hogged {
+            out += &format!(
+                "; beside hogs {:.2} GB/s ({:.2} of the rate without), {} {:.2} GB/s ({:.2}), ours is {:.2} x",
+                hogged.hogged_gb_per_s,
+                hogged.hogged_share,
+                line.floor,
+                hogged.hogged_floor_gb_per_s,
+                hogged.hogged_floor_share,
+                hogged.hogged_efficiency_paired,
+            );
         }
         out += match (self.verify, self.wrong_pages) {
             (false, _) => "; not verified\n",

@@ -123,6 +123,7 @@ pub struct Talk<M> {
 impl<M: DeserializeOwned + Send + 'static> Talk<M> {
     pub fn new(stream: TcpStream) -> std::io::Result<Self> {
         stream.set_nodelay(true)?;
+        stream.set_write_timeout(Some(WAIT))?;
         let reader = BufReader::new(stream.try_clone()?);
         let (tell, heard) = channel();
         std::thread::Builder::new().name("talk".into()).spawn(move || {

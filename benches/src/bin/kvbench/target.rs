@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crossdock::{Ended, Memory, PageSet, Peer, ReceiveRequest, Received, Receiving, ServeRequest, Serving};
 use crossdock_benches::bare::{self, End, Flags, ThereMemory};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::bare_trips::Bare;
 use crate::error::Error;
@@ -14,12 +15,15 @@ use crate::talk::{Answer, Ask, Pass, Place, Ready, Talk};
 use crate::trips;
 use crate::ways::theirs;
 
-/// Takes initiators, one after the other; a child takes one.
-pub fn listen(address: SocketAddr, child: bool) -> Result<(), Error> {
+/// Takes initiators, one after the other; a child takes one, who comes at once or never.
+pub fn listen(address: SocketAddr, is_child: bool) -> Result<(), Error> {
     let listener = TcpListener::bind(address).map_err(Error::io("listening"))?;
     println!("{}", listener.local_addr().map_err(Error::io("listening"))?);
     loop {
-        let (stream, from) = listener.accept().map_err(Error::io("accepting"))?;
+        let (stream, from) = match is_child {
+            true => accept_within(&listener, "waiting for the initiator", WAIT)?,
+            false => listener.accept().map_err(Error::io("accepting"))?,
+        };
         let mut talk = Talk::new(stream).map_err(Error::io("talking"))?;
         match serve(&mut talk) {
             // How every benchmark ends.
@@ -31,9 +35,23 @@ pub fn listen(address: SocketAddr, child: bool) -> Result<(), Error> {
             }
             Ok(()) => {}
         }
-        if child {
+        if is_child {
             return Ok(());
         }
+    }
+}
+
+fn accept_within(
+    listener: &TcpListener,
+    what: &'static str,
+    limit: Duration,
+) -> Result<(TcpStream, SocketAddr), Error> {
+    let time = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+    match rustix::event::poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&time)) {
+        Ok(0) => Err(Error::TimedOut { what, limit }),
+        // Another connection in its place cannot be: nobody else takes from this listener.
+        Ok(_) => listener.accept().map_err(Error::io("accepting")),
+        Err(errno) => Err(Error::Io { what, error: errno.into() }),
     }
 }
 
@@ -236,8 +254,9 @@ impl Target {
     /// Takes the bare connections, as many as the initiator has dialed.
     fn connect(&mut self, count: usize) -> Result<(), Error> {
         while self.connections.len() < count {
-            let (stream, _) = self.listener.accept().map_err(Error::io("accepting a bare connection"))?;
+            let (stream, _) = accept_within(&self.listener, "waiting for a bare connection", WAIT)?;
             stream.set_nodelay(true).map_err(Error::io("TCP_NODELAY"))?;
+            bare::give_up_after(&stream, WAIT).map_err(Error::io("a bare connection"))?;
             self.connections.push(stream);
         }
         Ok(())

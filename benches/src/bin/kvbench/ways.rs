@@ -11,7 +11,7 @@ use rustix::process::Pid;
 use crate::bare_trips::Bare;
 use crate::error::Error;
 use crate::options::{MemoryName, OpName, PortName};
-use crate::setup::{Clock, Lists, Setup, Side};
+use crate::setup::{Clock, Lists, Setup, Side, WAIT};
 use crate::talk::{Place, Ready};
 
 /// The ways to move a pass.
@@ -173,17 +173,18 @@ impl Beside {
                 rustix::net::SocketFlags::CLOEXEC,
                 None,
             );
-            let connected = socket.and_then(|socket| {
+            let connected = socket.map_err(std::io::Error::from).and_then(|socket| {
                 if let Some(name) = &setup.congestion {
                     rustix::net::sockopt::set_tcp_congestion(&socket, name)?;
                 }
                 rustix::net::sockopt::set_tcp_nodelay(&socket, true)?;
+                let socket = TcpStream::from(socket);
+                // Before it connects: that has a deadline too.
+                bare::give_up_after(&socket, WAIT)?;
                 rustix::net::connect(&socket, &self.streams)?;
-                Ok(TcpStream::from(socket))
+                Ok(socket)
             });
-            self.connections.push(
-                connected.map_err(|errno| Error::Io { what: "a bare connection", error: errno.into() })?,
-            );
+            self.connections.push(connected.map_err(Error::io("a bare connection"))?);
         }
         Ok(&self.connections)
     }
