@@ -117,8 +117,8 @@ impl Initiator {
 }
 
 /// Round trips of a repeat.
-const TRIPS: u32 = 4096;
+const TRIPS: u32 = 1024;
 /// Pulled pages of a repeat: each is a room.
-const PULLS: u32 = 1024;
+const PULLS: u32 = 512;
 /// Pages that find both ends asleep.
 const TRICKLED: u32 = 200;
