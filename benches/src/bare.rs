@@ -5,10 +5,12 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use std::{io, ptr};
 
-use crossdock::Memory;
+use crossdock::{AllocateOptions, Memory};
 use crossdock_shm::copy::{Copier, CopyThreads, Pieces};
 use crossdock_shm::process_memory::{PeerProcess, ProcessPieces};
 use rustix::process::Pid;
@@ -254,6 +256,12 @@ pub fn stream(connections: &[TcpStream], pool: &Memory, pages: Pages<'_>, end: E
     })
 }
 
+/// Lets every call on a connection fail that has waited for the other end for so long.
+pub fn give_up_after(connection: &TcpStream, limit: Duration) -> io::Result<()> {
+    connection.set_read_timeout(Some(limit))?;
+    connection.set_write_timeout(Some(limit))
+}
+
 fn stream_pages(
     pool: &Memory,
     list: &[u32],
@@ -303,15 +311,30 @@ pub fn page_spinning(
     page_bytes: usize,
     end: End,
 ) -> io::Result<()> {
-    let socket = connection.as_raw_fd();
     let at = pool.at(page as usize * page_bytes, page_bytes).map_err(io::Error::other)?;
+    // SAFETY: the page lies in the pool, which outlives the call and to which there is no reference.
+    unsafe { spinning(connection, at, page_bytes, end) }
+}
+
+/// One end's part of asking for a page over such a connection: a word.
+pub fn word_spinning(connection: &TcpStream, end: End) -> io::Result<()> {
+    let mut word = [1; 8];
+    // SAFETY: the word outlives the call, and nothing else uses it meanwhile.
+    unsafe { spinning(connection, word.as_mut_ptr(), word.len(), end) }
+}
+
+/// # Safety
+/// The bytes must be readable, and writable where they are received, and nobody else may use them during the call.
+unsafe fn spinning(connection: &TcpStream, at: *mut u8, bytes: usize, end: End) -> io::Result<()> {
+    let socket = connection.as_raw_fd();
+    let mut patience = Patience::default();
     let mut done = 0;
-    while done < page_bytes {
-        let (rest, left) = (at.wrapping_add(done), page_bytes - done);
-        // SAFETY: the page lies in the pool, which outlives the call and to which there is no reference.
+    while done < bytes {
+        let (rest, left) = (at.wrapping_add(done), bytes - done);
+        // SAFETY: what is left is a part of what the caller vouches for.
         let moved = unsafe {
             match end {
-                End::Sends => libc::send(socket, rest.cast(), left, 0),
+                End::Sends => libc::send(socket, rest.cast(), left, libc::MSG_NOSIGNAL),
                 End::Receives => libc::recv(socket, rest.cast(), left, 0),
             }
         };
@@ -319,12 +342,86 @@ pub fn page_spinning(
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             1.. => done += moved as usize,
             _ => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::WouldBlock => std::hint::spin_loop(),
+                error if error.kind() == io::ErrorKind::WouldBlock => patience.spin()?,
                 error => return Err(error),
             },
         }
     }
     Ok(())
 }
+
+/// Two words in memory that two processes share: each end grows its own, and spins until it sees the other's grow.
+#[derive(Debug)]
+pub struct Flags(Memory);
+
+impl Flags {
+    /// Both words are 0.
+    pub fn new() -> io::Result<Self> {
+        Memory::allocate(FLAGS_BYTES, &AllocateOptions::default()).map(Self).map_err(io::Error::other)
+    }
+
+    /// Those that another process has made.
+    pub fn theirs(process: i32, descriptor: i32) -> io::Result<Self> {
+        open_theirs(process, descriptor, FLAGS_BYTES).map(Self)
+    }
+
+    /// What the other process opens.
+    pub fn descriptor(&self) -> Option<i32> {
+        self.0.fd().map(|fd| fd.as_fd().as_raw_fd())
+    }
+
+    /// Shows a number, and everything that was written before, to the other end.
+    pub fn show(&self, which: End, number: u64) {
+        self.word(which).store(number, Ordering::Release);
+    }
+
+    /// What an end has shown last.
+    pub fn shown(&self, which: End) -> u64 {
+        self.word(which).load(Ordering::Acquire)
+    }
+
+    /// Spins until an end has shown this number.
+    pub fn wait(&self, which: End, number: u64) -> io::Result<()> {
+        let mut patience = Patience::default();
+        while self.shown(which) < number {
+            patience.spin()?;
+        }
+        Ok(())
+    }
+
+    fn word(&self, which: End) -> &AtomicU64 {
+        // Far enough from each other that no line and no pair of lines holds both.
+        let offset = if which == End::Sends { 0 } else { 256 };
+        let at = self.0.at(offset, 8).expect("the memory is longer than that");
+        // SAFETY: mappings begin at a page, so the word is aligned; it lives as long as the memory, and both processes
+        // use it in no other way.
+        unsafe { AtomicU64::from_ptr(at.cast()) }
+    }
+}
+
+/// Spins, but not for ever: the other end may have died.
+#[derive(Default)]
+struct Patience {
+    spins: u32,
+    since: Option<Instant>,
+}
+
+impl Patience {
+    fn spin(&mut self) -> io::Result<()> {
+        std::hint::spin_loop();
+        self.spins = self.spins.wrapping_add(1);
+        if self.spins.is_multiple_of(1 << 12)
+            && self.since.get_or_insert_with(Instant::now).elapsed() > SPIN_LIMIT
+        {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
+}
+
+const FLAGS_BYTES: usize = 4096;
+
+/// How long the other end of a spinning one may take.
+const SPIN_LIMIT: Duration = Duration::from_secs(30);
 
 const PIECES_A_CALL: usize = 512;

@@ -9,5 +9,5 @@ mod random;
 
 pub use content::{Content, Wrong};
 pub use memory::anonymous;
-pub use numbers::{Sample, cpu_seconds};
+pub use numbers::{Sample, cpu_seconds, sleeps};
 pub use random::scattered;

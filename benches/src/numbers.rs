@@ -46,6 +46,12 @@ impl Sample {
     }
 }
 
+impl FromIterator<f64> for Sample {
+    fn from_iter<T: IntoIterator<Item = f64>>(values: T) -> Self {
+        Self(values.into_iter().collect())
+    }
+}
+
 impl Extend<f64> for Sample {
     fn extend<T: IntoIterator<Item = f64>>(&mut self, values: T) {
         self.0.extend(values);
@@ -56,6 +62,20 @@ impl Extend<f64> for Sample {
 pub fn cpu_seconds() -> f64 {
     let ticks = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     ticks.tv_sec as f64 + ticks.tv_nsec as f64 * 1e-9
+}
+
+/// How often the threads of this process that have this name have gone to sleep by themselves, so far.
+pub fn sleeps(thread: &str) -> std::io::Result<u64> {
+    let mut sleeps = 0;
+    for task in std::fs::read_dir("/proc/self/task")? {
+        let path = task?.path();
+        if std::fs::read_to_string(path.join("comm")).is_ok_and(|name| name.trim() == thread) {
+            let status = std::fs::read_to_string(path.join("status"))?;
+            let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            sleeps += line.and_then(|count| count.trim().parse::<u64>().ok()).unwrap_or(0);
+        }
+    }
+    Ok(sleeps)
 }
 
 #[cfg(test)]
@@ -71,5 +91,16 @@ mod tests {
         let mut half = Sample::default();
         half.extend([6.0, 4.0, 2.0]);
         assert_eq!(sample.median_ratio(&half), 0.5);
+    }
+
+    #[test]
+    fn sleeps_of_a_thread_are_counted() {
+        let counted = std::thread::Builder::new().name("sleeper".into()).spawn(|| {
+            let before = sleeps("sleeper").unwrap();
+            (0..3).for_each(|_| std::thread::sleep(std::time::Duration::from_millis(2)));
+            sleeps("sleeper").unwrap() - before
+        });
+        let counted = counted.unwrap().join().unwrap();
+        assert!((3..30).contains(&counted), "{counted} sleeps");
     }
 }

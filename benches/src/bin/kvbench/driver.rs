@@ -35,17 +35,26 @@ impl Driver {
         &mut self,
         what: &'static str,
         limit: Duration,
-        mut look: impl FnMut() -> Result<Option<T>, Error>,
+        look: impl FnMut() -> Result<Option<T>, Error>,
     ) -> Result<T, Error> {
+        self.within(limit, look)?.ok_or(Error::TimedOut { what, limit })
+    }
+
+    /// As [`until`](Driver::until), but nothing found is no error.
+    pub fn within<T>(
+        &mut self,
+        limit: Duration,
+        mut look: impl FnMut() -> Result<Option<T>, Error>,
+    ) -> Result<Option<T>, Error> {
         if self.is_caller {
-            return self.keep_trying(what, limit, look);
+            return self.try_within(limit, look);
         }
         let events = self.node.handle().event_fd();
         let deadline = Instant::now() + limit;
         loop {
             events.clear();
             if let Some(found) = look()? {
-                return Ok(found);
+                return Ok(Some(found));
             }
             let mut found = Ok(None);
             events.arm(|| {
@@ -53,11 +62,9 @@ impl Driver {
                 !matches!(found, Ok(None))
             });
             if let Some(found) = found? {
-                return Ok(found);
+                return Ok(Some(found));
             }
-            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
-                return Err(Error::TimedOut { what, limit });
-            };
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { return Ok(None) };
             let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             // A signal only makes it look once more.
             let _ = poll(&mut [PollFd::new(&events.as_fd(), PollFlags::IN)], Some(&left));
@@ -69,28 +76,36 @@ impl Driver {
         &mut self,
         what: &'static str,
         limit: Duration,
-        mut look: impl FnMut() -> Result<Option<T>, Error>,
+        look: impl FnMut() -> Result<Option<T>, Error>,
     ) -> Result<T, Error> {
+        self.try_within(limit, look)?.ok_or(Error::TimedOut { what, limit })
+    }
+
+    fn try_within<T>(
+        &mut self,
+        limit: Duration,
+        mut look: impl FnMut() -> Result<Option<T>, Error>,
+    ) -> Result<Option<T>, Error> {
         let begin = Instant::now();
         let mut active = begin;
         loop {
             if let Some(found) = look()? {
-                return Ok(found);
+                return Ok(Some(found));
             }
-            if self.is_caller && self.node.progress() == Turn::Active {
-                active = Instant::now();
-                continue;
-            }
+            let moved = self.is_caller && self.node.progress() == Turn::Active;
             let now = Instant::now();
-            if now.duration_since(begin) > limit {
-                return Err(Error::TimedOut { what, limit });
+            let left = limit.saturating_sub(now.duration_since(begin));
+            if left.is_zero() {
+                return Ok(None);
             }
-            if now.duration_since(active) < SPIN {
+            if moved {
+                active = now;
+            } else if now.duration_since(active) < SPIN {
                 std::hint::spin_loop();
             } else if self.is_caller {
-                self.node.park(NAP)?;
+                self.node.park(NAP.min(left))?;
             } else {
-                std::thread::sleep(NAP);
+                std::thread::sleep(NAP.min(left));
             }
         }
     }

@@ -8,9 +8,9 @@ pub enum Error {
     NotBuilt { what: &'static str },
     #[error("no model is called {name:?}: deepseek-r1 is known")]
     UnknownModel { name: String },
-    #[error("--trace needs --model: the lengths of its requests are in tokens")]
-    TraceWithoutModel,
-    #[error("tensor parallelism of 1 to 1 only: what these caches hold is the same on every rank")]
+    #[error(
+        "--prefill-tp and --decode-tp are 1 here: all ranks of a model with MLA hold the same bytes, so nothing is cut, and what one rank gets is measured with 1 and 1"
+    )]
     TensorParallel,
     #[error("a page of {page_bytes} bytes cannot be described; use a multiple of {unit} above that length")]
     PageBytes { page_bytes: u64, unit: u64 },
@@ -20,6 +20,8 @@ pub enum Error {
     PoolTooSmall { pages: u64, pool_pages: u32 },
     #[error("--seconds must be a time of up to an hour")]
     Seconds,
+    #[error("--hog is for rates: two ends that spin for single pages do not share their cores")]
+    HoggedLatency,
     #[error("cannot read the trace: {0}")]
     Trace(String),
     #[error(transparent)]

@@ -1,16 +1,21 @@
 //! Moves scattered KV pages between two processes through the whole library, and compares with the best means known.
 #![forbid(unsafe_code)]
 
+mod bare_trips;
 mod driver;
 mod error;
 mod initiator;
 mod latency;
+mod moving;
 mod options;
+mod passes;
 mod process;
 mod report;
 mod setup;
 mod talk;
 mod target;
+mod trips;
+mod ways;
 
 use std::process::ExitCode;
 
@@ -36,11 +41,14 @@ fn main() -> ExitCode {
 }
 
 fn run(options: &Options) -> Result<(), Error> {
+    if let Some(parent) = options.parent {
+        process::end_with(parent)?;
+    }
     if options.burn {
         process::burn();
     }
     if let Some(address) = options.listen {
-        return target::listen(address, options.child);
+        return target::listen(address, options.parent.is_some());
     }
     let report = initiator::run(options)?;
     match options.json {

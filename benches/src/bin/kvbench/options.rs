@@ -11,7 +11,9 @@ use serde::{Deserialize, Serialize};
 /// Without --listen and --connect it starts its own peer process. Both pools are permuted at random for every pass;
 /// rooms are opened before the clock starts, which then runs from the first send until the last room is known here to
 /// be delivered. The best bare means for the medium (the floor) and a plain scattered memcpy take turns with it on the
-/// same page lists. With --pages 1 --in-flight 1, the time of one page is measured instead of a rate.
+/// same page lists. With --pages 1 --in-flight 1, the time of one
+/// page is measured instead of a rate, from submitting it until it is seen to have landed: pushed, as half of the way
+/// there and back; pulled, here.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "kvbench", version)]
 pub struct Options {
@@ -45,23 +47,24 @@ pub struct Options {
     /// Threads that copy, the progress thread among them (shm)
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub copy_threads: u32,
-    /// The cache of a model instead of plain pages: deepseek-r1
+    /// The cache of a model instead of plain pages: deepseek-r1 [default with --trace: deepseek-r1]
     #[arg(long)]
     pub model: Option<String>,
-    /// Tokens of a page, with --model
+    /// Tokens of a page of a model
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub page_tokens: u32,
-    /// Tensor parallelism of the prefill side
+    /// Tensor parallelism of the prefill side; only 1 with a model whose ranks all hold the same
     #[arg(long, default_value_t = 1)]
     pub prefill_tp: u32,
-    /// Tensor parallelism of the decode side
+    /// Tensor parallelism of the decode side; only 1 with a model whose ranks all hold the same
     #[arg(long, default_value_t = 1)]
     pub decode_tp: u32,
-    /// Requests whose lengths are the lengths of the rooms, with --model; arrival times are not replayed
+    /// Requests whose lengths are the lengths of the rooms: all ways move them as fast as they can, each repeat a part;
+    /// then ours moves them once more when they arrive, which gives the times of a room
     #[arg(long)]
     pub trace: Option<PathBuf>,
-    /// Shortens the requests of a trace [default: so that all of them come to 4 GB]
-    #[arg(long)]
+    /// By what the lengths and times of a trace are multiplied [default: so that a run moves 4 GB and takes a minute]
+    #[arg(long, requires = "trace")]
     pub scale: Option<f64>,
     /// Who calls the progress loop
     #[arg(long, value_enum, default_value_t = ProgressName::Thread)]
@@ -75,10 +78,10 @@ pub struct Options {
     /// The length of each pool
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
     pub pool_mib: u64,
-    /// What a pass moves
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..))]
-    pub payload_mib: u64,
-    /// Measure each repeat a second time beside so many processes that do nothing but use a core
+    /// What a pass moves [default: 256, at most half of the pool]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub payload_mib: Option<u64>,
+    /// Measure ours and the floor once more, in turn, beside so many processes that do nothing but use a core
     #[arg(long, default_value_t = 0)]
     pub hog: u32,
     /// Wait here for kvbench on another host, and be its peer
@@ -90,12 +93,19 @@ pub struct Options {
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,
-    /// Serve one benchmark, then end
+    /// The process that has started this one, to serve one benchmark or to use a core, and to end with it
     #[arg(long, hide = true)]
-    pub child: bool,
+    pub parent: Option<i32>,
     /// Do nothing but use a core
     #[arg(long, hide = true)]
     pub burn: bool,
+}
+
+impl Options {
+    /// Whether the time of single pages is asked for, and not a rate.
+    pub fn asks_for_latency(&self) -> bool {
+        self.pages == Some(1) && self.in_flight == 1 && self.trace.is_none()
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]

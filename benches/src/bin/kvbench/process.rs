@@ -1,32 +1,50 @@
-//! Other processes of the benchmark: the peer, and those that only use a core. None outlives it.
+//! Other processes of the benchmark: the peer, and those that only use a core. None outlives it: it kills them, and the
+//! kernel does where it was killed itself.
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
 
 use crate::error::Error;
+use crate::setup::WAIT;
 
 /// A process that ends with this value.
 pub struct Process(Child);
 
 impl Process {
-    fn start(arguments: &[&str], output: Stdio) -> Result<Self, Error> {
+    fn start(arguments: &[&str]) -> Result<Self, Error> {
         let program = std::env::current_exe().map_err(Error::io("finding this program"))?;
-        let command = Command::new(program).args(arguments).stdin(Stdio::null()).stdout(output).spawn();
-        command.map(Self).map_err(Error::io("starting a process"))
+        let parent = std::process::id().to_string();
+        let mut command = Command::new(program);
+        command.args(["--parent", &parent]).args(arguments).stdin(Stdio::null()).stdout(Stdio::piped());
+        command.spawn().map(Self).map_err(Error::io("starting a process"))
     }
 
     /// A peer on this host, and where it listens.
     pub fn peer() -> Result<(Self, SocketAddr), Error> {
-        let mut peer = Self::start(&["--listen", "127.0.0.1:0", "--child"], Stdio::piped())?;
-        let mut line = String::new();
-        let Some(output) = peer.0.stdout.take() else { return Err(Error::PeerGone) };
-        BufReader::new(output).read_line(&mut line).map_err(Error::io("reading the peer's address"))?;
+        let mut peer = Self::start(&["--listen", "127.0.0.1:0"])?;
+        let line = peer.first_line()?;
         let address = line.trim().parse().map_err(|_| Error::Unexpected { said: line })?;
         Ok((peer, address))
+    }
+
+    /// What a process says when it is ready. It is read on a thread, so that it has a deadline; the thread ends with
+    /// the process.
+    fn first_line(&mut self) -> Result<String, Error> {
+        let Some(output) = self.0.stdout.take() else { return Err(Error::PeerGone) };
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut line = String::new();
+            let read = BufReader::new(output).read_line(&mut line);
+            // Where nobody listens any more, nobody needs it.
+            let _ = tell.send(read.map(|_| line));
+        });
+        let what = "waiting for a process that was started";
+        let line = told.recv_timeout(WAIT).map_err(|_| Error::TimedOut { what, limit: WAIT })?;
+        let line = line.map_err(Error::io("reading what a process says"))?;
+        if line.is_empty() { Err(Error::PeerGone) } else { Ok(line) }
     }
 
     /// Runs or stops, as a process that is in the way.
@@ -42,7 +60,9 @@ impl Process {
     pub fn hogs(count: u32) -> Result<Vec<Self>, Error> {
         (0..count)
             .map(|_| {
-                let hog = Self::start(&["--burn"], Stdio::null())?;
+                let mut hog = Self::start(&["--burn"])?;
+                // Stopped before it has asked to end with this process, it would outlive it.
+                hog.first_line()?;
                 hog.let_run(false);
                 Ok(hog)
             })
@@ -58,16 +78,20 @@ impl Drop for Process {
     }
 }
 
-/// Uses a core until killed, or until whoever started this is long gone.
+/// Lets the kernel kill this process when the one that has started it dies, which it may already have.
+pub fn end_with(parent: i32) -> Result<(), Error> {
+    set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(|errno| Error::Io { what: "asking to end with the parent", error: errno.into() })?;
+    match getppid().map(Pid::as_raw_pid) {
+        Some(now) if now == parent => Ok(()),
+        _ => Err(Error::PeerGone),
+    }
+}
+
+/// Uses a core until killed.
 pub fn burn() -> ! {
-    let parent = rustix::process::getppid();
+    println!("ready");
     loop {
-        let round = Instant::now();
-        while round.elapsed() < Duration::from_millis(100) {
-            std::hint::spin_loop();
-        }
-        if rustix::process::getppid() != parent {
-            std::process::exit(0);
-        }
+        std::hint::spin_loop();
     }
 }

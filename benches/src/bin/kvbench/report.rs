@@ -4,6 +4,7 @@ use crossdock_benches::Sample;
 use serde::Serialize;
 
 use crate::options::{MemoryName, OpName, Options, PortName, ProgressName};
+use crate::passes::Passes;
 use crate::setup::Setup;
 
 /// What one way of moving the pages came to, a value a repeat.
@@ -36,12 +37,14 @@ impl Means {
 pub struct Report {
     line: Line,
     ways: Vec<Means>,
-    hogged: Sample,
+    /// Ours and the floor beside the processes of `--hog`.
+    pub hogged: Option<[Means; 2]>,
     verify: bool,
     pub room_us: Sample,
     pub bare_us: Sample,
+    /// A page, here and there.
+    pub wakeups: Option<(f64, f64)>,
     pub wrong_pages: u64,
-    pub rooms_a_pass: usize,
 }
 
 /// The line for programs. The first keys, up to `verified`, keep their names and meaning.
@@ -75,12 +78,17 @@ struct Line {
     cpu_s_per_gb_target: f64,
     /// Paired ratios to every way that took turns.
     ratios: std::collections::BTreeMap<&'static str, f64>,
-    /// Half of a round trip over a bare connection, where single pages are timed.
+    /// The time of a page by the floor's means, where single pages are timed.
     #[serde(skip_serializing_if = "Option::is_none")]
-    bare_tcp_p50_us: Option<f64>,
-    /// The median beside the processes of `--hog`.
+    floor_p50_us: Option<f64>,
+    /// How often a progress thread woke for a page that found both ends asleep.
     #[serde(skip_serializing_if = "Option::is_none")]
-    hogged_gb_per_s: Option<f64>,
+    wakeups_per_page_initiator: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    wakeups_per_page_target: Option<f64>,
+    #[serde(flatten)]
+    hogged: Option<HoggedLine>,
+    /// Of one pass, or of a single page; of a trace, of all its requests that were taken.
     rooms: usize,
     in_flight: u32,
     lanes: u8,
@@ -90,15 +98,27 @@ struct Line {
     open_ms: f64,
 }
 
+/// Beside the processes of `--hog`.
+#[derive(Clone, Serialize)]
+struct HoggedLine {
+    hogged_gb_per_s: f64,
+    hogged_floor_gb_per_s: f64,
+    /// The median of the repeats' own ratios of the two.
+    hogged_efficiency_paired: f64,
+    /// What is left of each of the two, of its rate without hogs.
+    hogged_share: f64,
+    hogged_floor_share: f64,
+}
+
 impl Report {
-    pub fn new(options: &Options, setup: &Setup, room_pages: u32, open_ms: f64, scale: Option<f64>) -> Self {
+    pub fn new(options: &Options, setup: &Setup, passes: &Passes, open_ms: f64) -> Self {
         let line = Line {
             bench: "kv",
             port: setup.port,
             memory: setup.memory,
             op: setup.op,
             page_bytes: setup.page_bytes(),
-            pages: room_pages,
+            pages: passes.rooms[0][0],
             gb_per_s: 0.0,
             gb_per_s_min: 0.0,
             gb_per_s_max: 0.0,
@@ -110,16 +130,18 @@ impl Report {
             memcpy_gb_per_s: 0.0,
             efficiency: 0.0,
             verified: false,
-            scale,
+            scale: passes.traced.as_ref().map(|traced| traced.scale),
             efficiency_paired: 0.0,
             floor: "",
             floor_cpu_s_per_gb: 0.0,
             cpu_s_per_gb_initiator: 0.0,
             cpu_s_per_gb_target: 0.0,
             ratios: Default::default(),
-            bare_tcp_p50_us: None,
-            hogged_gb_per_s: None,
-            rooms: 0,
+            floor_p50_us: None,
+            wakeups_per_page_initiator: None,
+            wakeups_per_page_target: None,
+            hogged: None,
+            rooms: passes.count(),
             in_flight: options.in_flight,
             lanes: setup.lanes,
             progress: setup.progress,
@@ -129,18 +151,28 @@ impl Report {
         Self {
             line,
             ways: Vec::new(),
-            hogged: Sample::default(),
+            hogged: None,
             verify: options.verify,
             room_us: Sample::default(),
             bare_us: Sample::default(),
+            wakeups: None,
             wrong_pages: 0,
-            rooms_a_pass: 0,
         }
     }
 
-    /// Ours first, memcpy second, then whatever may be the floor.
-    pub fn take(&mut self, ways: Vec<Means>, hogged: Sample) {
-        (self.ways, self.hogged) = (ways, hogged);
+    /// Ours first, memcpy second, then whatever may be the floor. Gives the position of the one that is.
+    pub fn take(&mut self, ways: Vec<Means>) -> usize {
+        self.ways = ways;
+        self.floor()
+    }
+
+    /// Whatever is best beside ours, the plain memcpy too where bytes only have to be copied.
+    fn floor(&self) -> usize {
+        let is_copied = self.line.port == PortName::Shm && self.line.memory == MemoryName::Shared;
+        let first = if is_copied && self.bare_us.values().is_empty() { 1 } else { 2 };
+        let rate = |at: &usize| self.ways[*at].gb_per_s.median();
+        let others = (first..self.ways.len()).max_by(|a, b| rate(a).total_cmp(&rate(b)));
+        others.expect("memcpy and another one")
     }
 
     pub fn wrong_pages(&self) -> u64 {
@@ -150,15 +182,7 @@ impl Report {
     fn line(&self) -> Line {
         let mut line = self.line.clone();
         let Some((ours, others)) = self.ways.split_first() else { return line };
-        // Whatever is best is the floor, the plain memcpy too where bytes only have to be copied.
-        let floor = match self.line.port {
-            PortName::Shm if self.line.memory == MemoryName::Shared && self.bare_us.values().is_empty() => {
-                others
-            }
-            _ => &others[1..],
-        };
-        let floor = floor.iter().max_by(|a, b| a.gb_per_s.median().total_cmp(&b.gb_per_s.median()));
-        let Some(floor) = floor else { return line };
+        let floor = &self.ways[self.floor()];
         line.gb_per_s = ours.gb_per_s.median();
         line.gb_per_s_min = ours.gb_per_s.min();
         line.gb_per_s_max = ours.gb_per_s.max();
@@ -176,9 +200,16 @@ impl Report {
         line.cpu_s_per_gb_target = ours.cpu_there_s_per_gb.median();
         line.ratios =
             others.iter().map(|other| (other.name, ours.gb_per_s.median_ratio(&other.gb_per_s))).collect();
-        line.bare_tcp_p50_us = (!self.bare_us.values().is_empty()).then(|| self.bare_us.median());
-        line.hogged_gb_per_s = (!self.hogged.values().is_empty()).then(|| self.hogged.median());
-        line.rooms = self.rooms_a_pass;
+        line.wakeups_per_page_initiator = self.wakeups.map(|(here, _)| here);
+        line.wakeups_per_page_target = self.wakeups.map(|(_, there)| there);
+        line.floor_p50_us = (!self.bare_us.values().is_empty()).then(|| self.bare_us.median());
+        line.hogged = self.hogged.as_ref().map(|[hogged, hogged_floor]| HoggedLine {
+            hogged_gb_per_s: hogged.gb_per_s.median(),
+            hogged_floor_gb_per_s: hogged_floor.gb_per_s.median(),
+            hogged_efficiency_paired: hogged.gb_per_s.median_ratio(&hogged_floor.gb_per_s),
+            hogged_share: hogged.gb_per_s.median() / line.gb_per_s,
+            hogged_floor_share: hogged_floor.gb_per_s.median() / line.floor_gb_per_s,
+        });
         line
     }
 
@@ -189,7 +220,7 @@ impl Report {
     pub fn table(&self) -> String {
         let line = self.line();
         let mut out = format!(
-            "{:?} {:?} {:?}, pages of {} bytes, {} rooms a pass, {} in flight, {} copy thread(s), {} lane(s), opened in {:.1} ms\n",
+            "{:?} {:?} {:?}, pages of {} bytes, {} rooms, {} in flight, {} copy thread(s), {} lane(s), opened in {:.1} ms\n",
             line.port,
             line.memory,
             line.op,
@@ -216,12 +247,30 @@ impl Report {
                 self.ways[0].gb_per_s.median_ratio(&way.gb_per_s),
             );
         }
-        out += &format!("a room: p50 {:.2} us, p99 {:.2} us", line.p50_us, line.p99_us);
-        if let Some(bare) = line.bare_tcp_p50_us {
-            out += &format!("; half of a bare tcp round trip: {bare:.2} us");
+        if let Some(scale) = line.scale {
+            out += &format!(
+                "trace: lengths and times multiplied by {scale:.3e}; the next line is of its replay\n"
+            );
         }
-        if let Some(hogged) = line.hogged_gb_per_s {
-            out += &format!("; beside hogs {hogged:.2} GB/s");
+        out += &format!("a room: p50 {:.2} us, p99 {:.2} us", line.p50_us, line.p99_us);
+        if let Some(floor) = line.floor_p50_us {
+            out += &format!("; by {} {floor:.2} us", line.floor);
+        }
+        if let Some((here, there)) = self.wakeups {
+            out += &format!(
+                "; wake-ups for a page that found both ends asleep: {here:.2} here, {there:.2} there"
+            );
+        }
+        if let Some(hogged) = &line.hogged {
+            out += &format!(
+                "; beside hogs {:.2} GB/s ({:.2} of the rate without), {} {:.2} GB/s ({:.2}), ours is {:.2} x",
+                hogged.hogged_gb_per_s,
+                hogged.hogged_share,
+                line.floor,
+                hogged.hogged_floor_gb_per_s,
+                hogged.hogged_floor_share,
+                hogged.hogged_efficiency_paired,
+            );
         }
         out += match (self.verify, self.wrong_pages) {
             (false, _) => "; not verified\n",

@@ -44,7 +44,9 @@ impl Setup {
         if (options.prefill_tp, options.decode_tp) != (1, 1) {
             return Err(Error::TensorParallel);
         }
-        let (token_bytes, page_tokens, layers) = match options.model.as_deref() {
+        // The lengths of a trace are in tokens, which only a model gives a size.
+        let model = options.model.as_deref().or(options.trace.as_ref().map(|_| "deepseek-r1"));
+        let (token_bytes, page_tokens, layers) = match model {
             None => {
                 // A page is one token where it can be; a layout limits how long a token is.
                 let unit = options.page_bytes.div_ceil(CacheLayout::MAX_TOKEN_BYTES);

@@ -2,22 +2,26 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::Duration;
 
+use crossdock::Memory;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
-use crate::setup::Setup;
+use crate::setup::{Setup, WAIT};
 
 /// From the initiator.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Ask {
     Setup(Box<Setup>),
-    /// The initiator's node is up; this is its number.
+    /// The initiator's node is up; this is its number, and where its pool is.
     Meet {
         node: u64,
+        place: Place,
     },
     /// Write the source pages of a pass.
     Fill(Pass),
@@ -31,8 +35,12 @@ pub enum Ask {
     Stream(Pass),
     /// Answer single pages, as many as the pass has.
     Bounce(Pass),
-    /// The same over a bare connection.
+    /// The same without the library.
     BareBounce(Pass),
+    /// Let single pages be fetched without the library.
+    BareServe(Pass),
+    /// Take single pages that come seldom, and count how often the progress thread sleeps.
+    Trickle(Pass),
 }
 
 /// From the target.
@@ -42,6 +50,7 @@ pub enum Answer {
     Ready(Box<Ready>),
     Done { cpu_s: f64 },
     Checked { wrong_pages: u64 },
+    Slept { times: u64 },
     Failed { why: String },
 }
 
@@ -54,10 +63,28 @@ pub struct Ready {
     pub node: u64,
     /// Where bare connections are taken.
     pub stream_port: u16,
-    /// Its process, and its pool in it: a descriptor, where it has one, and an address.
+    pub place: Place,
+    /// The descriptor of the words with which single pages are told of.
+    pub flags: Option<i32>,
+}
+
+/// A process and its pool in it: a descriptor, where it has one, and an address.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Place {
     pub process: i32,
     pub descriptor: Option<i32>,
     pub base: u64,
+}
+
+impl Place {
+    /// Of a pool of this process.
+    pub fn of(memory: &Memory) -> Self {
+        Self {
+            process: std::process::id() as i32,
+            descriptor: memory.fd().map(|fd| fd.as_fd().as_raw_fd()),
+            base: memory.base().expose_provenance() as u64,
+        }
+    }
 }
 
 /// One pass over fresh pages. Both processes make the same lists of it.
@@ -71,11 +98,18 @@ pub struct Pass {
     pub first_room: u64,
     /// Pages of each room.
     pub rooms: Vec<u32>,
+    /// When the last of them begins, after the first.
+    pub lasts_ms: u64,
 }
 
 impl Pass {
     pub fn pages(&self) -> u32 {
         self.rooms.iter().sum()
+    }
+
+    /// Of its rooms, from their opening on.
+    pub fn deadline(&self) -> Duration {
+        WAIT + Duration::from_millis(self.lasts_ms)
     }
 }
 
@@ -89,6 +123,7 @@ pub struct Talk<M> {
 impl<M: DeserializeOwned + Send + 'static> Talk<M> {
     pub fn new(stream: TcpStream) -> std::io::Result<Self> {
         stream.set_nodelay(true)?;
+        stream.set_write_timeout(Some(WAIT))?;
         let reader = BufReader::new(stream.try_clone()?);
         let (tell, heard) = channel();
         std::thread::Builder::new().name("talk".into()).spawn(move || {

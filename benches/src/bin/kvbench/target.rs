@@ -1,24 +1,29 @@
 //! The process at the other end: does what the initiator asks.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossdock::{Ended, PageSet, Peer, ReceiveRequest, Received, Receiving, ServeRequest, Serving};
-use crossdock_benches::bare::{self, End};
+use crossdock::{Ended, Memory, PageSet, Peer, ReceiveRequest, Received, Receiving, ServeRequest, Serving};
+use crossdock_benches::bare::{self, End, Flags, ThereMemory};
+use rustix::event::{PollFd, PollFlags, Timespec};
 
+use crate::bare_trips::Bare;
 use crate::error::Error;
-use crate::latency;
-use crate::options::OpName;
+use crate::options::{OpName, PortName};
 use crate::setup::{Clock, Setup, Side, WAIT, allocate, rooms};
-use crate::talk::{Answer, Ask, Pass, Ready, Talk};
+use crate::talk::{Answer, Ask, Pass, Place, Ready, Talk};
+use crate::trips;
+use crate::ways::theirs;
 
-/// Takes initiators, one after the other; a child takes one.
-pub fn listen(address: SocketAddr, child: bool) -> Result<(), Error> {
+/// Takes initiators, one after the other; a child takes one, who comes at once or never.
+pub fn listen(address: SocketAddr, is_child: bool) -> Result<(), Error> {
     let listener = TcpListener::bind(address).map_err(Error::io("listening"))?;
     println!("{}", listener.local_addr().map_err(Error::io("listening"))?);
     loop {
-        let (stream, from) = listener.accept().map_err(Error::io("accepting"))?;
+        let (stream, from) = match is_child {
+            true => accept_within(&listener, "waiting for the initiator", WAIT)?,
+            false => listener.accept().map_err(Error::io("accepting"))?,
+        };
         let mut talk = Talk::new(stream).map_err(Error::io("talking"))?;
         match serve(&mut talk) {
             // How every benchmark ends.
@@ -30,9 +35,23 @@ pub fn listen(address: SocketAddr, child: bool) -> Result<(), Error> {
             }
             Ok(()) => {}
         }
-        if child {
+        if is_child {
             return Ok(());
         }
+    }
+}
+
+fn accept_within(
+    listener: &TcpListener,
+    what: &'static str,
+    limit: Duration,
+) -> Result<(TcpStream, SocketAddr), Error> {
+    let time = Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() };
+    match rustix::event::poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&time)) {
+        Ok(0) => Err(Error::TimedOut { what, limit }),
+        // Another connection in its place cannot be: nobody else takes from this listener.
+        Ok(_) => listener.accept().map_err(Error::io("accepting")),
+        Err(errno) => Err(Error::Io { what, error: errno.into() }),
     }
 }
 
@@ -45,7 +64,7 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
             None if began.elapsed() > WAIT => {
                 return Err(Error::TimedOut { what: "waiting for the setup", limit: WAIT });
             }
-            None => std::thread::sleep(std::time::Duration::from_millis(1)),
+            None => std::thread::sleep(Duration::from_millis(1)),
         }
     };
     let mut target = Target::open(setup, talk)?;
@@ -53,8 +72,9 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
         let answer =
             match target.side.driver.keep_trying("waiting for the initiator", IDLE, || talk.hear())? {
                 Ask::Setup(_) => return Err(Error::Unexpected { said: "a second setup".into() }),
-                Ask::Meet { node } => {
+                Ask::Meet { node, place } => {
                     target.peer = Peer::node(node);
+                    target.place = Some(place);
                     continue;
                 }
                 Ask::Fill(pass) => {
@@ -75,16 +95,24 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
                 }
                 Ask::Stream(pass) => Answer::Done { cpu_s: target.stream(&pass)? },
                 Ask::Bounce(pass) => {
-                    latency::bounce(&mut target.side, target.peer, &pass, || {
+                    let cpu_s = trips::bounce(&mut target.side, target.peer, &pass, || {
                         talk.say(&Answer::Done { cpu_s: 0.0 })
                     })?;
-                    Answer::Done { cpu_s: 0.0 }
+                    Answer::Done { cpu_s }
+                }
+                Ask::Trickle(pass) => {
+                    let times = trips::trickled(&mut target.side, target.peer, &pass, || {
+                        talk.say(&Answer::Done { cpu_s: 0.0 })
+                    })?;
+                    Answer::Slept { times }
                 }
                 Ask::BareBounce(pass) => {
-                    target.connect(1)?;
-                    let side = &target.side;
-                    latency::bare_bounce(&target.connections[0], &side.setup, &side.memory, &pass)?;
-                    Answer::Done { cpu_s: 0.0 }
+                    target.reach(talk)?;
+                    Answer::Done { cpu_s: target.bare()?.bounce(&target.side, &pass)? }
+                }
+                Ask::BareServe(pass) => {
+                    target.reach(talk)?;
+                    Answer::Done { cpu_s: target.bare()?.answer_pulls(&target.side, &pass)? }
                 }
             };
         talk.say(&answer)?;
@@ -94,9 +122,16 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
 struct Target {
     side: Side,
     peer: Peer,
+    /// The initiator's pool, and what of it can be reached.
+    place: Option<Place>,
+    mapped: Option<Memory>,
+    there: Option<ThereMemory>,
+    flags: Option<Flags>,
     listener: TcpListener,
     connections: Vec<TcpStream>,
     open: Vec<Open>,
+    /// Of those that are open.
+    deadline: Duration,
 }
 
 enum Open {
@@ -113,18 +148,54 @@ impl Target {
             rustix::net::sockopt::set_tcp_congestion(&listener, name)
                 .map_err(|errno| Error::Io { what: "TCP_CONGESTION", error: errno.into() })?;
         }
+        let setup_port = setup.port;
         let side = Side::open("kvbench-target", setup, memory, ip)?;
+        let flags = match setup_port {
+            PortName::Shm => Some(Flags::new().map_err(Error::io("allocating flags"))?),
+            _ => None,
+        };
         let ready = Ready {
             address: side.driver.node().address().to_owned(),
             node: side.driver.node().identity().node,
             stream_port: listener.local_addr().map_err(Error::io("listening"))?.port(),
-            process: std::process::id() as i32,
-            descriptor: side.memory.fd().map(|fd| fd.as_fd().as_raw_fd()),
-            base: side.memory.base().expose_provenance() as u64,
+            place: Place::of(&side.memory),
+            flags: flags.as_ref().and_then(Flags::descriptor),
         };
         talk.say(&Answer::Ready(Box::new(ready)))?;
-        let peer = Peer::node(0);
-        Ok(Self { side, peer, listener, connections: Vec::new(), open: Vec::new() })
+        Ok(Self {
+            side,
+            peer: Peer::node(0),
+            place: None,
+            mapped: None,
+            there: None,
+            flags,
+            listener,
+            connections: Vec::new(),
+            open: Vec::new(),
+            deadline: WAIT,
+        })
+    }
+
+    /// Makes the initiator's pool reachable beside the library, or has a connection to it.
+    fn reach(&mut self, talk: &Talk<Ask>) -> Result<(), Error> {
+        if let Some(place) = self.place.take() {
+            let peer_ip = talk.peer_ip().map_err(Error::io("talking"))?;
+            (self.mapped, self.there) = theirs(&self.side.setup, &place, self.side.memory.bytes(), peer_ip)?;
+        }
+        match self.there {
+            Some(_) => Ok(()),
+            None => self.connect(1),
+        }
+    }
+
+    /// What the initiator's is the other end of.
+    fn bare(&self) -> Result<Bare<'_>, Error> {
+        match (&self.flags, &self.mapped, self.there, self.connections.first()) {
+            (Some(flags), Some(mapped), ..) => Ok(Bare::Mapped(mapped, flags)),
+            (Some(flags), None, Some(there), _) => Ok(Bare::Process(there, flags)),
+            (.., Some(socket)) => Ok(Bare::Tcp(socket)),
+            _ => Err(Error::PeerGone),
+        }
     }
 
     fn open_rooms(&mut self, pass: &Pass) -> Result<(), Error> {
@@ -134,6 +205,8 @@ impl Target {
             OpName::Write => &lists.to,
             OpName::Read => &lists.from,
         };
+        let deadline = pass.deadline();
+        self.deadline = deadline;
         for (room, pages) in rooms(pass, list) {
             let tokens = self.side.setup.tokens(pages.len() as u32);
             let pages = self.side.adopt(pages)?;
@@ -147,14 +220,14 @@ impl Target {
                         tokens,
                         skip_tokens: 0,
                         pages,
-                        deadline: WAIT,
+                        deadline,
                     })?;
                     Open::Receiving(room, receiving, None)
                 }
                 OpName::Read => {
                     let pages = pages.share();
                     let aux = Vec::new();
-                    let request = ServeRequest { room, use_count: 0, tokens, pages, aux, deadline: WAIT };
+                    let request = ServeRequest { room, use_count: 0, tokens, pages, aux, deadline };
                     Open::Serving(room, handle.serve(request)?)
                 }
             });
@@ -166,7 +239,7 @@ impl Target {
     fn wait_for_rooms(&mut self) -> Result<f64, Error> {
         let clock = Clock::start();
         let open = &mut self.open;
-        self.side.driver.until("waiting for the rooms of a pass", WAIT, || {
+        self.side.driver.until("waiting for the rooms of a pass", self.deadline, || {
             while let Some(last) = open.last_mut() {
                 if !has_ended(last)? {
                     return Ok(None);
@@ -181,8 +254,9 @@ impl Target {
     /// Takes the bare connections, as many as the initiator has dialed.
     fn connect(&mut self, count: usize) -> Result<(), Error> {
         while self.connections.len() < count {
-            let (stream, _) = self.listener.accept().map_err(Error::io("accepting a bare connection"))?;
+            let (stream, _) = accept_within(&self.listener, "waiting for a bare connection", WAIT)?;
             stream.set_nodelay(true).map_err(Error::io("TCP_NODELAY"))?;
+            bare::give_up_after(&stream, WAIT).map_err(Error::io("a bare connection"))?;
             self.connections.push(stream);
         }
         Ok(())
@@ -228,7 +302,7 @@ pub fn delivered(room: u64, ended: &Ended) -> Result<(), Error> {
 }
 
 /// How long an initiator may think.
-const IDLE: std::time::Duration = std::time::Duration::from_secs(3600);
+const IDLE: Duration = Duration::from_secs(3600);
 
 /// Enough for the grants of all rooms to be with the other side.
-pub const SETTLE: std::time::Duration = std::time::Duration::from_millis(10);
+pub const SETTLE: Duration = Duration::from_millis(10);
