@@ -358,7 +358,7 @@ impl Proto {
         self.by_node.insert(peer.node, id);
         let plan = PulsePlan {
             peer_address: about.pulse_address,
-            interval_ns: about.heartbeat_ns.max(1_000_000),
+            interval_ns: about.heartbeat_ns.clamp(SHORTEST_INTERVAL_NS, LONGEST_INTERVAL_NS),
             send_token,
             expect_token,
         };
@@ -431,6 +431,11 @@ impl Proto {
 
 /// The longest frame of a handshake.
 const MAX_HANDSHAKE_BYTES: usize = 64 << 10;
+
+/// A peer gets its heartbeats as often as it asks, within these: what it asks for must neither flood the network nor
+/// overflow a clock.
+const SHORTEST_INTERVAL_NS: u64 = 1_000_000;
+const LONGEST_INTERVAL_NS: u64 = 60_000_000_000;
 
 fn offer(rail: &Rail) -> RailOffer {
     RailOffer { kind: rail.kind.into(), reach: rail.reach.clone(), bytes_per_second: rail.bytes_per_second }

@@ -9,7 +9,7 @@ use crossdock_proto::{
 use crossdock_transport::{Access, Direction, Error, Fence, GrantId};
 
 use super::lanes::Transfer;
-use super::{PAGES, World};
+use super::{MS, PAGES, S, World};
 
 pub struct Node {
     pub proto: Proto,
@@ -189,7 +189,8 @@ impl World {
             Action::Send { link, frame } => self.send_frame(node, link, frame),
             Action::CloseLink { link } => self.close_stream(node, link),
             Action::Watch { session, plan } => {
-                assert!(plan.interval_ns > 0 && plan.send_token != plan.expect_token, "{plan:?}");
+                assert!((MS..=60 * S).contains(&plan.interval_ns), "{plan:?}");
+                assert!(plan.send_token != plan.expect_token, "{plan:?}");
                 let before = self.nodes[node].watched.insert(session, now);
                 assert_eq!(before, None, "a session is watched once");
             }
