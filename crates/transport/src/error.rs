@@ -54,7 +54,7 @@ pub enum Error {
     /// The region is still used by an op or a grant.
     #[error("region is in use by {by}")]
     RegionInUse {
-        /// `"an op"` or `"a grant"`.
+        /// `"an op"`, `"a grant"`, or a revoked grant whose peer may still write by itself.
         by: &'static str,
     },
     /// The grant cannot be given as asked.

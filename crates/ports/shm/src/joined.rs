@@ -135,6 +135,11 @@ impl Joined {
         matches!(self.phase, Phase::Closing { .. })
     }
 
+    /// Whether the peer has said that it touches this side's memory no more, or cannot.
+    pub(crate) fn peer_has_stopped(&self) -> bool {
+        self.heard.closed || self.heard.dead || self.peer.is_dead()
+    }
+
     /// Stops using the lane. The first cause counts, but a death explains a broken connection.
     pub(crate) fn close(&mut self, cause: DownCause) {
         match &mut self.phase {

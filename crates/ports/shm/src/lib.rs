@@ -19,6 +19,11 @@
 //! may live on. A stopped process delays `Down` until it continues or dies. A lane that has not come so far that memory
 //! was shown ends at once.
 //!
+//! **Private memory** that a peer may still write must not go back to its owner. So a region under a grant that was
+//! revoked stays in use until every lane of that peer is down, and `deregister` is refused until then; and a port that is
+//! dropped while a peer has not stopped never drops its handles of private memory ([`regions_left_exposed`]). The rule for
+//! the owner is that of [`Memory::from_raw`](crossdock_memory::Memory::from_raw).
+//!
 //! **Distrust.** A peer runs as the same user, but it may be broken. Descriptors are mapped only if sealed against a
 //! change of their length; what a peer writes into shared memory is read once and checked; queues have limits; nothing
 //! that a peer does or leaves undone makes a call wait.
@@ -52,4 +57,4 @@ mod sync;
 mod watch;
 
 pub use counters::ShmCounters;
-pub use port::{ShmOptions, ShmPort};
+pub use port::{ShmOptions, ShmPort, regions_left_exposed};
