@@ -349,6 +349,7 @@ impl Proto {
                 next_tick_ns: tick,
                 rtt_max_ns: 0,
                 rooms: BTreeSet::new(),
+                parked_use: Default::default(),
                 grants: 0,
                 held: BTreeMap::new(),
             },
