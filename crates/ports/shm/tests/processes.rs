@@ -67,7 +67,7 @@ fn a_stopped_peer_delays_the_end() {
     pair.worker.ask(&format!("flood {}", hex(pair.key.bytes())));
     let lane = pair.lane;
     pair.side.wait("a flood of writes", |side| side.arrived(lane) > 100);
-    pair.worker.signal(Signal::STOP);
+    pair.worker.stop();
     pair.side.port.close(lane);
     pair.stays_not_down();
     pair.worker.signal(Signal::CONT);
@@ -89,7 +89,7 @@ fn private_memory_is_not_given_back_before_its_writer_has_stopped() {
     pair.worker.ask(&format!("flood {}", hex(pair.key.bytes())));
     let lane = pair.lane;
     pair.side.wait("a flood of writes", |side| side.arrived(lane) > 100);
-    pair.worker.signal(Signal::STOP);
+    pair.worker.stop();
     assert_eq!(pair.side.port.revoke(GrantId::new(0, 0)), Fence::WhenDown);
     assert!(in_use(&mut pair), "the writer only sleeps");
     pair.side.port.close(lane);
@@ -113,7 +113,7 @@ fn a_dropped_port_keeps_the_private_memory_of_writers_that_go_on() {
     pair.worker.ask(&format!("flood {}", hex(pair.key.bytes())));
     let lane = pair.lane;
     pair.side.wait("a flood of writes", |side| side.arrived(lane) > 100);
-    pair.worker.signal(Signal::STOP);
+    pair.worker.stop();
     let Pair { side, worker, mut memory, .. } = pair;
     drop(side);
     assert!(!memory.is_last_handle(), "its owner must not free it");
@@ -335,6 +335,15 @@ impl Worker {
 
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.process), signal).expect("the worker has not been waited for");
+    }
+
+    /// Stops it; returns when its last thread stands still, which is some time after the signal was sent.
+    fn stop(&self) {
+        self.signal(Signal::STOP);
+        let pid = Pid::from_child(&self.process);
+        let status = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::UNTRACED);
+        let (_, status) = status.expect("the worker is a child").expect("a change is waited for");
+        assert!(status.stopped(), "the worker has stopped: {status:?}");
     }
 
     fn kill(&mut self) {
