@@ -9,6 +9,7 @@ use crossdock_memory::{Memory, MemoryKind};
 use crossdock_transport::{DownCause, Event, Events, LaneId, Token};
 
 use crate::counters::ShmCounters;
+use crate::descriptors::Descriptors;
 use crate::doorbell::Doorbell;
 use crate::link::{Link, Received, Sent};
 use crate::message::{Greeting, Message, Place};
@@ -106,13 +107,18 @@ pub(crate) struct Introduction {
 
 impl Joined {
     /// Has the peer to be told of all regions first. So many ends of ops may wait to be polled.
-    pub(crate) fn new(introduction: Introduction, regions: &Numbered<Region>, max_dones: usize) -> Self {
+    pub(crate) fn new(
+        introduction: Introduction,
+        regions: &Numbered<Region>,
+        descriptors: &Descriptors,
+        max_dones: usize,
+    ) -> Self {
         let Introduction { leash, peer, bell, greeting, outbound, inbound, deadline } = introduction;
         let mut outbox: VecDeque<_> = regions.iter().map(|(number, _)| Outgoing::Region(number)).collect();
         outbox.push_back(Outgoing::Announced);
         let process = PeerProcess::new(peer.pid());
         Self {
-            remote: RemoteRegions::new(greeting.port, greeting.port_address, process),
+            remote: RemoteRegions::new(greeting.port, greeting.port_address, process, descriptors.clone()),
             leash: Arc::new(leash),
             peer,
             bell,
@@ -204,8 +210,8 @@ impl Joined {
             }
             match self.leash.link.receive() {
                 Received::Message(message, [fd, _]) => {
-                    if let Err(what) = self.hear(message, fd, counters) {
-                        self.close(DownCause::PeerMisbehaved { what });
+                    if let Err(cause) = self.hear(message, fd, counters) {
+                        self.close(cause);
                     }
                 }
                 Received::Nothing => return,
@@ -226,13 +232,14 @@ impl Joined {
         message: Message,
         fd: Option<OwnedFd>,
         counters: &mut ShmCounters,
-    ) -> Result<(), &'static str> {
+    ) -> Result<(), DownCause> {
+        let misbehaved = |what| Err(DownCause::PeerMisbehaved { what });
         match (message, self.phase) {
             (Message::Closed, _) => {
                 self.heard.closed = true;
                 self.close(DownCause::ClosedByPeer);
             }
-            (Message::Hello(_) | Message::Welcome(_), _) => return Err("greeted twice"),
+            (Message::Hello(_) | Message::Welcome(_), _) => return misbehaved("greeted twice"),
             // Said before it heard of the end.
             (_, Phase::Closing { .. }) => {}
             (Message::Region { number, bytes, place }, _) => {
@@ -244,7 +251,7 @@ impl Joined {
                 self.phase = Phase::Up;
                 (self.has_been_up, self.report_up) = (true, true);
             }
-            (Message::Announced, Phase::Up) => return Err("announced itself twice"),
+            (Message::Announced, Phase::Up) => return misbehaved("announced itself twice"),
         }
         Ok(())
     }

@@ -36,6 +36,7 @@
 mod address;
 pub mod copy;
 mod counters;
+mod descriptors;
 mod doorbell;
 mod guests;
 mod handshake;

@@ -16,6 +16,7 @@ use rustix::process::PTracer;
 use crate::address::{Address, Key, Secret, secret};
 use crate::copy::{Copier, CopyThreads};
 use crate::counters::ShmCounters;
+use crate::descriptors::Descriptors;
 use crate::doorbell::Doorbell;
 use crate::guests::Guests;
 use crate::joined::{Joined, Outgoing, Phase};
@@ -41,6 +42,7 @@ pub struct ShmPort {
     pub(crate) lanes: Numbered<Lane>,
     next_lane: u32,
     pub(crate) guests: Guests,
+    pub(crate) descriptors: Descriptors,
     pub(crate) regions: Numbered<Region>,
     next_region: u32,
     grants: GrantTable,
@@ -76,6 +78,10 @@ pub struct ShmOptions {
     pub max_lanes: usize,
     /// How many regions may be registered at a time; at most 4096.
     pub max_regions: usize,
+    /// How many file descriptors of peers' shared regions may be kept at a time, over all lanes; no more than half of
+    /// what the process may have when the port is opened (`RLIMIT_NOFILE`). A lane whose peer passes one more ends with
+    /// [`DownCause::LimitReached`].
+    pub max_peer_descriptors: usize,
     /// How many immediates may be on their way on a lane, and how many ends of ops may wait to be polled there. Rounded
     /// up to a power of two, up to 65,536.
     pub immediates_per_lane: u32,
@@ -98,6 +104,7 @@ impl Default for ShmOptions {
             copy_threads: 1,
             max_lanes: 1024,
             max_regions: 1024,
+            max_peer_descriptors: 65_536,
             immediates_per_lane: 1024,
             bytes_per_turn: 4 << 20,
             connect_timeout: Duration::from_secs(10),
@@ -156,6 +163,7 @@ impl ShmPort {
             lanes: Numbered::default(),
             next_lane: 0,
             guests: Guests::new(options.max_lanes),
+            descriptors: Descriptors::new(options.max_peer_descriptors),
             regions: Numbered::default(),
             next_region: 0,
             grants: GrantTable::new(),
