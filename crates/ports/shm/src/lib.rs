@@ -25,8 +25,10 @@
 //! the owner is that of [`Memory::from_raw`](crossdock_memory::Memory::from_raw).
 //!
 //! **Distrust.** A peer runs as the same user, but it may be broken. Descriptors are mapped only if sealed against a
-//! change of their length; what a peer writes into shared memory is read once and checked; queues have limits; nothing
-//! that a peer does or leaves undone makes a call wait.
+//! change of their length; what a peer writes into shared memory is read once and checked; queues and
+//! descriptors have limits; and nothing that a peer does or leaves undone makes a call wait, but for one thing: the eventfd
+//! that wakes a peer is the peer's, too, and a peer that makes it blocking *and* fills its counter between two system calls
+//! of a `post` or a `poll` can hold up the thread that rings it.
 //!
 //! **Forks.** Mappings are not inherited by a forked child, and descriptors close with the execution of another program,
 //! so that no child keeps a peer's memory. A port cannot be used in a forked child; dropping it there does no harm.
