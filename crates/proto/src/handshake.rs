@@ -80,7 +80,8 @@ impl Proto {
     pub fn frame(&mut self, now_ns: u64, link: LinkId, bytes: &[u8]) {
         self.now_ns = now_ns;
         self.counters.messages_in += 1;
-        // Nothing long is kept or looked at before the peer has proven who it is.
+        // Nothing long is kept or looked at before the peer has proven who it is. The network keeps it from coming, but
+        // for one frame behind the last of the handshake.
         let is_bound = matches!(self.links.get(&link), Some(Link::Bound(_)));
         if !is_bound && bytes.len() > MAX_HANDSHAKE_BYTES {
             return self.misbehaved(link, "sent a frame too long for a handshake");
@@ -356,6 +357,7 @@ impl Proto {
         );
         self.arm(tick, Timer::Session(id));
         self.links.insert(link, Link::Bound(id));
+        self.act(Action::Trust { link });
         self.by_node.insert(peer.node, id);
         let plan = PulsePlan {
             peer_address: about.pulse_address,

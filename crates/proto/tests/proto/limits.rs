@@ -370,6 +370,7 @@ fn a_stranger_does_not_send_long_frames() {
         world.raw_send(stream, from, &Message::Hello { version_min: 1, version_max: 1, about });
         world.settle();
         assert_eq!(world.raw_heard(stream).len(), usize::from(is_taken));
+        assert!(world.nodes[P].trusted.is_empty(), "a good first word proves nothing");
         assert_eq!(world.is_closed(stream), !is_taken);
     }
     world.finish();

@@ -1,6 +1,6 @@
 //! One node of the world: its protocol, what its ports know, and what its user has heard.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crossdock_memory::PagePool;
 use crossdock_proto::{
@@ -40,6 +40,8 @@ pub struct Node {
     pub granted: BTreeMap<GrantId, Granted>,
     /// Sessions with heartbeats: when the peer was last heard.
     pub watched: BTreeMap<SessionId, u64>,
+    /// The streams whose peers have proven who they are.
+    pub trusted: BTreeSet<LinkId>,
     pub links: BTreeMap<LinkId, (usize, usize)>,
     pub dials: u32,
     next_link: u32,
@@ -97,6 +99,7 @@ impl Node {
             transfers: BTreeMap::new(),
             granted: BTreeMap::new(),
             watched: BTreeMap::new(),
+            trusted: BTreeSet::new(),
             links: BTreeMap::new(),
             dials: 0,
             next_link: 0,
@@ -117,6 +120,7 @@ impl Node {
         self.transfers.clear();
         self.granted.clear();
         self.watched.clear();
+        self.trusted.clear();
         self.links.clear();
     }
 
@@ -188,6 +192,9 @@ impl World {
             }
             Action::Send { link, frame } => self.send_frame(node, link, frame),
             Action::CloseLink { link } => self.close_stream(node, link),
+            Action::Trust { link } => {
+                assert!(self.nodes[node].trusted.insert(link), "a stream is trusted once");
+            }
             Action::Watch { session, plan } => {
                 assert!((MS..=60 * S).contains(&plan.interval_ns), "{plan:?}");
                 assert!(plan.send_token != plan.expect_token, "{plan:?}");
