@@ -658,6 +658,7 @@ impl Engine {
                 Some(backlog) => backlog.then_close = true,
                 None => self.network.close(LinkId(link.0)),
             },
+            Action::Trust { link } => self.network.trust(LinkId(link.0)),
             Action::Watch { session, plan } => {
                 let pulse = Pulse {
                     peer_address: plan.peer_address,

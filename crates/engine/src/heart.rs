@@ -82,6 +82,8 @@ struct Watched {
 
 /// Heartbeats are never sent more often than this.
 const SHORTEST_INTERVAL_NS: u64 = 1_000_000;
+/// Nor less often: the peer names the interval, and what it names must not overflow a clock.
+const LONGEST_INTERVAL_NS: u64 = 60_000_000_000;
 /// Room for so many from the beginning, whatever the limit is.
 const USUAL_SESSIONS: usize = 4096;
 
@@ -152,7 +154,7 @@ impl Heart {
         let watched = Watched {
             serial: self.serial,
             peer,
-            interval_ns: pulse.interval_ns.max(SHORTEST_INTERVAL_NS),
+            interval_ns: pulse.interval_ns.clamp(SHORTEST_INTERVAL_NS, LONGEST_INTERVAL_NS),
             send_token: pulse.send_token,
             expect_token: pulse.expect_token,
             vital: vital.clone(),
@@ -361,6 +363,30 @@ mod tests {
         say(&beat(22, 8));
         assert!(hears_after(&heart, 1, heard));
         assert_eq!(heart.echoed_ns(1), Some(watched), "a peer that hears nothing echoes nothing");
+    }
+
+    #[test]
+    fn an_absurd_interval_neither_stops_the_thread_nor_floods() {
+        for interval_ns in [u64::MAX, u64::MAX - 1, 1 << 63, 0] {
+            let mut heart = heart();
+            let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+            peer.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+            let pulse = Pulse { interval_ns, ..pulse(&peer.local_addr().unwrap().to_string(), 11, 22) };
+            heart.watch(1, &pulse).unwrap();
+            let (mut bytes, mut received) = ([0; 128], 0);
+            let deadline = Instant::now() + Duration::from_millis(300);
+            while Instant::now() < deadline && peer.recv_from(&mut bytes).is_ok() {
+                received += 1;
+            }
+            if interval_ns == 0 {
+                assert!((2..=301).contains(&received), "a heartbeat a millisecond at most: {received}");
+            } else {
+                assert_eq!(received, 1, "one heartbeat in the first minute");
+            }
+            let before = now_ns();
+            peer.send_to(&Datagram { token: 22, sequence: 1, echo: 0 }.to_bytes(), heart.address()).unwrap();
+            assert!(hears_after(&heart, 1, before), "the thread lives");
+        }
     }
 
     fn hears_after(heart: &Heart, session: u32, time_ns: u64) -> bool {

@@ -22,6 +22,13 @@ pub trait Network: Send {
     /// blocks. Answered by [`LinkEvent::Opened`] or [`LinkEvent::Closed`], by a deadline of the network's own.
     fn dial(&mut self, address: &str) -> Result<LinkId, NetworkError>;
 
+    /// The peer of a link has proven who it is. Until then a network may take only short frames of it (no frame of a
+    /// handshake is longer than 64 KiB), and may close its link to make room for others. Called in the turn in which the
+    /// proof was polled. A network that keeps nothing of strangers has nothing to do.
+    fn trust(&mut self, link: LinkId) {
+        let _ = link;
+    }
+
     /// Queues a frame: all of it or, with an error, nothing. It leaves with the next
     /// [`flush`](Network::flush), [`poll`](Network::poll) or [`arm`](Network::arm).
     fn send(&mut self, link: LinkId, frame: &[u8]) -> Result<(), SendError>;

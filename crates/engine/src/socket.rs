@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags};
 
-use self::frames::HEADER_BYTES;
+use self::frames::{HEADER_BYTES, STRANGER_FRAME_BYTES};
 use self::link::{Link, Stage};
 use self::links::Links;
 use crate::clock::timespec;
@@ -26,7 +26,8 @@ use crate::{
 
 /// Control streams over TCP, in frames of a four-byte length and so many bytes, and heartbeats over UDP.
 ///
-/// Its memory is bounded: by the links, by the send buffer of each, and by what peers have really sent of a frame.
+/// Its memory is bounded: by the links, by the send buffer of each, and by what peers have really sent of a frame. A peer
+/// that is not [trusted](Network::trust) sends no frame of more than 64 KiB, and its link is one of a few.
 #[derive(Debug)]
 pub struct SocketNetwork {
     options: SocketOptions,
@@ -54,6 +55,9 @@ pub struct SocketOptions {
     pub max_links: usize,
     /// The most links that were accepted and have said nothing yet.
     pub max_silent_links: usize,
+    /// The most links that were accepted and are not [trusted](Network::trust) yet, the silent ones included. Each may
+    /// hold 64 KiB of a frame.
+    pub max_stranger_links: usize,
     /// The most sessions whose heartbeats are watched at once.
     pub max_sessions: usize,
     /// The longest frame, either way.
@@ -78,6 +82,7 @@ impl SocketOptions {
             advertise: None,
             max_links: 4096,
             max_silent_links: 64,
+            max_stranger_links: 256,
             max_sessions: 2048,
             max_frame_bytes: 1 << 20,
             send_buffer_bytes: 4 << 20,
@@ -95,6 +100,9 @@ impl SocketOptions {
         }
         if self.max_silent_links == 0 {
             return bad("max_silent_links", "at least 1: every accepted peer is silent at first");
+        }
+        if self.max_stranger_links == 0 {
+            return bad("max_stranger_links", "at least 1: every accepted peer is a stranger at first");
         }
         if self.max_frame_bytes > u32::MAX as usize {
             return bad("max_frame_bytes", "at most what four bytes of length can say");
@@ -125,6 +133,12 @@ const BACKLOG: i32 = 1024;
 /// How long the listener rests when the process is out of descriptors, and how long a silent link is safe from
 /// being closed in favour of a newer one.
 const REST_NS: u64 = 100_000_000;
+
+/// How long a stranger that has spoken is safe from being closed in favour of a newer one: many times a handshake.
+const STRANGER_GRACE_NS: u64 = 500_000_000;
+
+const _: () =
+    assert!(READ_AT_ONCE_BYTES <= STRANGER_FRAME_BYTES, "one read holds no more than one long frame");
 
 impl SocketNetwork {
     /// Binds the sockets and starts the heart.
@@ -190,6 +204,14 @@ impl SocketNetwork {
                 self.rest_until(until_ns);
                 return;
             }
+            let strange = self.links.strangers() >= self.options.max_stranger_links;
+            if strange
+                && let Err(until_ns) =
+                    self.links.drop_stranger(now, STRANGER_GRACE_NS, &mut self.scratch, take)
+            {
+                self.rest_until(until_ns);
+                return;
+            }
             let stream = match rustix::net::accept_with(
                 &self.listener,
                 SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
@@ -217,8 +239,8 @@ impl SocketNetwork {
                 self.links.expect_first_frame(id, now, self.options.first_frame_timeout);
                 take(LinkEvent::Accepted { link: id });
             }
-            if crowded {
-                // Another silent one makes room only if somebody else waits, which epoll says next time.
+            if crowded || strange {
+                // Another one makes room only if somebody else waits, which epoll says next time.
                 return;
             }
         }
@@ -310,6 +332,10 @@ impl Network for SocketNetwork {
         let id = self.links.insert(Link::new(stream, stage, &self.options))?;
         self.links.expect_answer(id, now_ns(), self.options.connect_timeout);
         Ok(id)
+    }
+
+    fn trust(&mut self, link: LinkId) {
+        self.links.trust(link);
     }
 
     fn send(&mut self, link: LinkId, frame: &[u8]) -> Result<(), SendError> {

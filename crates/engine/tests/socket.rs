@@ -139,6 +139,8 @@ fn pair(a: SocketOptions, b: SocketOptions) -> (Node, LinkId, Node, LinkId) {
     let ours = a.dial(&b.address());
     a.until(|a| a.seen.contains(&Seen::Opened(ours)).then_some(()));
     let theirs = b.until_accepted();
+    a.network.trust(ours);
+    b.network.trust(theirs);
     (a, ours, b, theirs)
 }
 
@@ -483,6 +485,63 @@ fn the_silent_are_bounded_and_make_room() {
     drop(silent);
 }
 
+/// Peers that say a good first word, begin a long frame, and never prove who they are.
+#[test]
+fn strangers_hold_little_and_make_room() {
+    let mut node = Node::new(SocketOptions { max_stranger_links: 3, max_links: 16, ..options() });
+    let address = node.address();
+    let stranger = |node: &mut Node, at: usize| {
+        let mut peer = TcpStream::connect(&address).unwrap();
+        peer.write_all(&[frame(b"hello"), (1u32 << 20).to_le_bytes().to_vec(), vec![1; 100]].concat())
+            .unwrap();
+        let link = node.until(|n| n.accepted().get(at).copied());
+        node.until(|n| n.frames(link).first().cloned());
+        (peer, link)
+    };
+    let mut proven = TcpStream::connect(&address).unwrap();
+    proven.write_all(&frame(b"hello")).unwrap();
+    let trusted = node.until_accepted();
+    node.until(|n| n.frames(trusted).first().cloned());
+    node.network.trust(trusted);
+    let strangers: Vec<_> = (1..4).map(|at| stranger(&mut node, at)).collect();
+    // One more takes the place of the oldest, and not of who has proven itself.
+    let (_late, late) = stranger(&mut node, 4);
+    assert_eq!(node.end(strangers[0].1), Some(LinkCause::Unproven));
+    assert_eq!([trusted, strangers[1].1, strangers[2].1, late].map(|link| node.end(link)), [None; 4]);
+    // A long frame of a stranger ends its link; a trusted one's is taken.
+    let (mut peer, link) = (&strangers[1].0, strangers[1].1);
+    let _ = peer.write_all(&[1; 200_000]);
+    assert!(matches!(node.until_ended(link), LinkCause::PeerMisbehaved { .. }));
+    let long = vec![3; 1 << 20];
+    let sent = frame(&long);
+    let writer = std::thread::spawn(move || proven.write_all(&sent).map(|()| proven));
+    node.until(|n| (n.frames(trusted).len() == 2).then_some(()));
+    assert!(node.frames(trusted)[1] == long);
+    drop(writer.join());
+}
+
+/// Those that were refused and never hang up are strangers, too.
+#[test]
+fn who_is_being_closed_makes_room_as_well() {
+    let mut node = Node::new(SocketOptions {
+        max_stranger_links: 2,
+        close_timeout: Duration::from_secs(600),
+        ..options()
+    });
+    let address = node.address();
+    let mut refused = Vec::new();
+    for at in 0..4 {
+        let mut peer = TcpStream::connect(&address).unwrap();
+        peer.write_all(&frame(b"hello")).unwrap();
+        let link = node.until(|n| n.accepted().get(at).copied());
+        node.until(|n| n.frames(link).first().cloned());
+        node.network.close(link);
+        refused.push((peer, link));
+    }
+    assert_eq!(node.network.links(), 2);
+    assert_eq!(node.end(refused[0].1), Some(LinkCause::ClosedHere));
+}
+
 #[test]
 fn a_crowd_that_speaks_is_never_turned_away() {
     let mut node = Node::new(SocketOptions { max_silent_links: 4, ..options() });
@@ -627,6 +686,7 @@ fn bad_options_and_addresses_are_refused() {
     };
     assert_eq!(refused(|o| o.max_links = 0), "max_links");
     assert_eq!(refused(|o| o.max_silent_links = 0), "max_silent_links");
+    assert_eq!(refused(|o| o.max_stranger_links = 0), "max_stranger_links");
     assert_eq!(refused(|o| o.max_frame_bytes = 1 << 33), "max_frame_bytes");
     assert_eq!(refused(|o| o.send_buffer_bytes = o.max_frame_bytes), "send_buffer_bytes");
     assert_eq!(refused(|o| o.unacknowledged_timeout = Duration::ZERO), "unacknowledged_timeout");

@@ -81,6 +81,12 @@ impl Memory {
     /// - `base .. base + bytes` stays mapped, readable and writable;
     /// - no Rust reference to any of these bytes is used, since peers, devices and the methods of every handle may
     ///   read and write them at any time, from any thread; raw pointers and atomics remain allowed.
+    ///
+    /// How the owner of the bytes knows that the last handle is dropped: it keeps one itself, and frees the bytes, or
+    /// uses them as its own again, only once [`is_last_handle`](Memory::is_last_handle) has said so of that one. To
+    /// deregister the memory everywhere, or to drop the ports, is not enough. A port keeps its handle for as long as a
+    /// peer could still write by itself; a port that is dropped while such a peer is still connected never lets go of
+    /// it, and the bytes must then stay as they are until the process ends.
     pub unsafe fn from_raw(base: *mut u8, bytes: usize) -> Result<Memory, MemoryError> {
         check_length(bytes)?;
         let base = NonNull::new(base).ok_or(MemoryError::NullBase)?;
@@ -88,6 +94,14 @@ impl Memory {
             return Err(MemoryError::Wraps { base: base.addr().get(), bytes });
         }
         Ok(Memory { range: Arc::new(Range { base, bytes, origin: Origin::Caller }) })
+    }
+
+    /// Whether no other handle to the range is left, in this program or in a port: nobody but the caller can reach the
+    /// bytes through this library any more.
+    pub fn is_last_handle(&mut self) -> bool {
+        // With the only handle borrowed exclusively, no other can be made meanwhile; and what others did with theirs
+        // before they dropped them happened before this.
+        Arc::get_mut(&mut self.range).is_some()
     }
 
     /// Where the range begins.

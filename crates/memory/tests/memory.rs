@@ -240,12 +240,16 @@ fn memory_of_the_caller_is_private_and_stays_the_callers() {
     let base = Box::into_raw(owner);
     {
         // SAFETY: the allocation outlives the handle and no reference to it is used while the handle lives.
-        let memory = unsafe { Memory::from_raw(base.cast(), 100) }.unwrap();
+        let mut memory = unsafe { Memory::from_raw(base.cast(), 100) }.unwrap();
         assert_eq!((memory.bytes(), memory.kind()), (100, MemoryKind::Private));
         assert_eq!(memory.base(), base.cast());
         assert!(memory.fd().is_none());
         memory.clone().write(98, &[1, 2]).unwrap();
         assert!(memory.write(99, &[1, 2]).is_err());
+        let other = memory.clone();
+        assert!(!memory.is_last_handle(), "somebody else may write");
+        drop(other);
+        assert!(memory.is_last_handle());
     }
     // SAFETY: it came from `Box::into_raw`, and the only handle is gone.
     let owner = unsafe { Box::from_raw(base) };

@@ -27,6 +27,11 @@ pub enum Action {
         /// Which.
         link: LinkId,
     },
+    /// The peer of a control stream has proven who it is: frames of full length may come from it.
+    Trust {
+        /// Which.
+        link: LinkId,
+    },
     /// Begin to exchange heartbeats.
     Watch {
         /// With whose session.

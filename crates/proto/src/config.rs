@@ -48,6 +48,14 @@ pub struct Config {
     pub max_grants: u32,
     /// Grants and wants of peers for rooms that are not open here yet; as many ended rooms are remembered.
     pub max_parked: u32,
+    /// How many bytes those of all peers hold.
+    pub max_parked_bytes: usize,
+    /// How many of them one session may have.
+    pub max_parked_per_session: u32,
+    /// How many bytes those of one session may hold.
+    pub max_parked_bytes_per_session: usize,
+    /// How long one waits at most, however long its peer would.
+    pub max_parked_ns: u64,
     /// The longest frame that the network takes, either way. Every node of a cluster takes the same.
     pub max_frame_bytes: usize,
 }
@@ -98,6 +106,10 @@ impl Config {
             max_rooms: 65_536,
             max_grants: 65_536,
             max_parked: 65_536,
+            max_parked_bytes: 256 << 20,
+            max_parked_per_session: 16_384,
+            max_parked_bytes_per_session: 64 << 20,
+            max_parked_ns: 600_000 * MS,
             max_frame_bytes: 1 << 20,
         }
     }

@@ -83,7 +83,8 @@ impl Proto {
     pub fn frame(&mut self, now_ns: u64, link: LinkId, bytes: &[u8]) {
         self.now_ns = now_ns;
         self.counters.messages_in += 1;
-        // Nothing long is kept or looked at before the peer has proven who it is.
+        // Nothing long is kept or looked at before the peer has proven who it is. The network keeps it from coming, but
+        // for one frame behind the last of the handshake.
         let is_bound = matches!(self.links.get(&link), Some(Link::Bound(_)));
         if !is_bound && bytes.len() > MAX_HANDSHAKE_BYTES {
             return self.misbehaved(link, "sent a frame too long for a handshake");
@@ -352,16 +353,18 @@ impl Proto {
                 next_tick_ns: tick,
                 rtt_max_ns: 0,
                 rooms: BTreeSet::new(),
+                parked_use: Default::default(),
                 grants: 0,
                 held: BTreeMap::new(),
             },
         );
         self.arm(tick, Timer::Session(id));
         self.links.insert(link, Link::Bound(id));
+        self.act(Action::Trust { link });
         self.by_node.insert(peer.node, id);
         let plan = PulsePlan {
             peer_address: about.pulse_address,
-            interval_ns: about.heartbeat_ns.max(1_000_000),
+            interval_ns: about.heartbeat_ns.clamp(SHORTEST_INTERVAL_NS, LONGEST_INTERVAL_NS),
             send_token,
             expect_token,
         };
@@ -434,6 +437,11 @@ impl Proto {
 
 /// The longest frame of a handshake.
 const MAX_HANDSHAKE_BYTES: usize = 64 << 10;
+
+/// A peer gets its heartbeats as often as it asks, within these: what it asks for must neither flood the network nor
+/// overflow a clock.
+const SHORTEST_INTERVAL_NS: u64 = 1_000_000;
+const LONGEST_INTERVAL_NS: u64 = 60_000_000_000;
 
 fn offer(rail: &Rail) -> RailOffer {
     RailOffer { kind: rail.kind.into(), reach: rail.reach.clone(), bytes_per_second: rail.bytes_per_second }

@@ -21,6 +21,8 @@ pub enum LinkCause {
     ConnectTimedOut,
     /// The peer dialled and then said nothing.
     Silent,
+    /// The peer had not proven who it is, and others needed the place.
+    Unproven,
     /// The peer sent what cannot be read.
     PeerMisbehaved {
         /// What it did.
@@ -61,6 +63,7 @@ impl fmt::Display for LinkCause {
             Self::Broken { call, errno } => write!(f, "{call}: {}", io::Error::from_raw_os_error(*errno)),
             Self::ConnectTimedOut => f.write_str("the other end did not answer in time"),
             Self::Silent => f.write_str("the peer dialled and then said nothing"),
+            Self::Unproven => f.write_str("the peer had not proven who it is, and others needed its place"),
             Self::PeerMisbehaved { what } => write!(f, "the peer broke the protocol: {what}"),
             Self::NotRead { bytes } => write!(f, "the peer did not read {bytes} bytes that waited for it"),
             Self::BadAddress { reason } => f.write_str(reason),

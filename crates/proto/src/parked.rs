@@ -9,7 +9,31 @@ use crate::room::{Room, RoomError};
 /// A grant or a want for a room that is not open here yet.
 pub(crate) struct Parked {
     pub message: Message,
+    /// When the request's own time is over.
     pub expires_ns: u64,
+    /// When it is given up: then, or earlier, when it has been kept for the longest time allowed.
+    kept_until_ns: u64,
+}
+
+/// What the parked requests of one session, or of all, take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ParkedUse {
+    pub requests: u32,
+    pub bytes: usize,
+}
+
+impl ParkedUse {
+    fn and(self, bytes: usize) -> Self {
+        Self { requests: self.requests + 1, bytes: self.bytes + bytes }
+    }
+
+    fn without(self, bytes: usize) -> Self {
+        Self { requests: self.requests - 1, bytes: self.bytes - bytes }
+    }
+
+    fn is_within(self, requests: u32, bytes: usize) -> bool {
+        self.requests <= requests && self.bytes <= bytes
+    }
 }
 
 /// Whose asking is parked: the end that is missing here, the room, and the session that asks.
@@ -71,18 +95,35 @@ impl Proto {
         if let Some(why) = self.ended_names.get(&(kind, name)).map(|ended| ended.why) {
             return self.turn_away(key, &message, why);
         }
-        if self.parked.len() >= self.config.max_parked as usize {
+        let bytes = held_bytes(&message);
+        let of_all = self.parked_use.and(bytes);
+        let of_session = self.sessions.get(&session).map(|s| s.parked_use).unwrap_or_default().and(bytes);
+        let config = &self.config;
+        if !of_all.is_within(config.max_parked, config.max_parked_bytes)
+            || !of_session.is_within(config.max_parked_per_session, config.max_parked_bytes_per_session)
+        {
             return self.turn_away(key, &message, CancelWhy::Busy);
         }
         let expires_ns = self.now_ns.saturating_add(duration_ns);
-        self.arm(expires_ns, Timer::Parked(kind, name, session));
-        self.parked.insert(key, Parked { message, expires_ns });
+        let kept_until_ns = expires_ns.min(self.now_ns.saturating_add(self.config.max_parked_ns));
+        self.arm(kept_until_ns, Timer::Parked(kind, name, session));
+        self.count_parked(session, |used| used.and(bytes));
+        self.parked.insert(key, Parked { message, expires_ns, kept_until_ns });
+    }
+
+    fn count_parked(&mut self, session: SessionId, change: impl Fn(ParkedUse) -> ParkedUse) {
+        self.parked_use = change(self.parked_use);
+        if let Some(s) = self.sessions.get_mut(&session) {
+            s.parked_use = change(s.parked_use);
+        }
     }
 
     /// Forgets a request. Whoever does gives back what was granted with it.
     pub(crate) fn unpark(&mut self, key: ParkedKey) -> Option<Parked> {
         let parked = self.parked.remove(&key)?;
-        self.disarm(parked.expires_ns, Timer::Parked(key.0, key.1, key.2));
+        self.disarm(parked.kept_until_ns, Timer::Parked(key.0, key.1, key.2));
+        let bytes = held_bytes(&parked.message);
+        self.count_parked(key.2, |used| used.without(bytes));
         Some(parked)
     }
 
@@ -100,10 +141,11 @@ impl Proto {
         }
     }
 
-    /// The time of a request is over, and its room was never opened here.
+    /// The time of a request is over, or it was kept for long enough, and its room was never opened here.
     pub(crate) fn parked_overdue(&mut self, key: ParkedKey) {
         if let Some(parked) = self.unpark(key) {
-            self.turn_away(key, &parked.message, CancelWhy::Expired);
+            let why = if parked.expires_ns <= self.now_ns { CancelWhy::Expired } else { CancelWhy::Busy };
+            self.turn_away(key, &parked.message, why);
         }
     }
 
@@ -141,6 +183,16 @@ impl Proto {
             }
         }
     }
+}
+
+/// How much memory a request holds while it waits: what its peer chose the length of, and the rest by the way.
+fn held_bytes(message: &Message) -> usize {
+    let lists = match message {
+        Message::Grant { params, pages, .. } => params.len() + size_of_val(&pages[..]),
+        Message::Want { params, .. } => params.len(),
+        _ => 0,
+    };
+    size_of::<(ParkedKey, Parked)>() + lists
 }
 
 /// All sessions in which an end of this name may be.

@@ -13,7 +13,7 @@ use crate::grants::{Grants, Revocation};
 use crate::handshake::Link;
 use crate::message::{CancelWhy, Identity, Message, RoleKind, RoomName};
 use crate::notice::Notice;
-use crate::parked::{Ended, Parked, ParkedKey};
+use crate::parked::{Ended, Parked, ParkedKey, ParkedUse};
 use crate::room::{Buffers, Moving, Role, Room};
 use crate::session::Session;
 use crate::targets::Target;
@@ -87,6 +87,8 @@ pub struct Proto {
     pub(crate) waiting: BTreeMap<(PeerName, RoleKind, RoomName), RoomId>,
     /// What decode sides asked for before the room was opened here.
     pub(crate) parked: BTreeMap<ParkedKey, Parked>,
+    /// What all of that takes.
+    pub(crate) parked_use: ParkedUse,
     /// Prefill ends that ended lately without a decode side: one that asks for such an end hears so at once.
     pub(crate) ended_names: BTreeMap<(RoleKind, RoomName), Ended>,
     /// The same in the order of their ends, by serial.
@@ -152,6 +154,7 @@ impl Proto {
             bound: BTreeMap::new(),
             waiting: BTreeMap::new(),
             parked: BTreeMap::new(),
+            parked_use: ParkedUse::default(),
             ended: VecDeque::new(),
             ended_names: BTreeMap::new(),
             ended_serial: 0,

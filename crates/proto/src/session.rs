@@ -14,6 +14,7 @@ use crate::lanes::{Slot, SlotState};
 use crate::link_cause::LinkCause;
 use crate::message::{CancelWhy, Identity, Message, RegionOffer, Released, RoleKind, RoomOnWire};
 use crate::notice::Notice;
+use crate::parked::ParkedUse;
 use crate::planted::{Planted, is_planted};
 use crate::proto::{LinkId, PeerName, Proto, RoomId, SessionId, TargetId, Timer};
 use crate::room::{Moving, Role};
@@ -40,6 +41,8 @@ pub(crate) struct Session {
     pub rtt_max_ns: u64,
     /// Rooms bound to this session, ended ones whose pages or ops are not home included.
     pub rooms: BTreeSet<RoomId>,
+    /// What the peer's requests take that wait for their rooms.
+    pub parked_use: ParkedUse,
     /// Grants given to the peer whose index is not free.
     pub grants: usize,
     /// Grants of earlier sessions that the peer still holds pages for, by the room whose ops under them have not

@@ -54,7 +54,7 @@ pub enum Error {
     /// The region is still used by an op or a grant.
     #[error("region is in use by {by}")]
     RegionInUse {
-        /// `"an op"` or `"a grant"`.
+        /// `"an op"`, `"a grant"`, or a revoked grant whose peer may still write by itself.
         by: &'static str,
     },
     /// The grant cannot be given as asked.
@@ -130,6 +130,13 @@ pub enum DownCause {
     },
     /// The other end did not connect in time.
     ConnectTimedOut,
+    /// The peer wanted this port to keep more than its limit allows, for all its lanes together.
+    LimitReached {
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        limit: u64,
+    },
     /// The device reported an error for an op.
     Device {
         /// The device's own code.
@@ -150,6 +157,7 @@ impl std::fmt::Display for DownCause {
             Self::NotAuthentic => f.write_str("the peer did not prove that it belongs to the session"),
             Self::PeerMisbehaved { what } => write!(f, "the peer broke the protocol: {what}"),
             Self::ConnectTimedOut => f.write_str("the other end did not connect in time"),
+            Self::LimitReached { what, limit } => write!(f, "limit reached: {what} ({limit})"),
             Self::Device { status } => write!(f, "the device reported status {status}"),
         }
     }

@@ -175,6 +175,12 @@ impl GrantTable {
         }
     }
 
+    /// The peer of a live grant, and the buffers that it covers.
+    pub fn covered_by(&self, id: GrantId) -> Option<(PeerId, &[GrantedBuffer])> {
+        let entry = self.entries.get(id.index() as usize)?.as_ref().filter(|entry| entry.id == id)?;
+        Some((entry.peer, &entry.buffers))
+    }
+
     /// Whether a grant covers this region.
     pub fn uses(&self, region: LocalId) -> bool {
         self.entries.iter().flatten().any(|e| e.buffers.iter().any(|b| b.region == region))

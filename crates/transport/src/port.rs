@@ -22,7 +22,8 @@ pub trait Port: Send {
     /// [`deregister`](Port::deregister).
     fn register(&mut self, memory: &Memory) -> Result<(LocalId, RemoteKey)>;
 
-    /// Ends a registration. [`Error::RegionInUse`] while an op or a grant still uses the region.
+    /// Ends a registration. [`Error::RegionInUse`] while an op or a grant still uses the region, and where its memory is
+    /// the caller's, as long as the peer of a revoked grant could still write there by itself.
     fn deregister(&mut self, region: LocalId) -> Result<()>;
 
     /// Makes one end of a connection to `peer`. The address goes to the other end.

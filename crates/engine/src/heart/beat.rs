@@ -115,7 +115,7 @@ impl Beat {
             if beating.due_ns <= now {
                 beating.sent += 1;
                 // Counted from now: after a pause one heartbeat is sent, not all that were missed.
-                beating.due_ns = now + beating.watched.interval_ns;
+                beating.due_ns = now.saturating_add(beating.watched.interval_ns);
                 let datagram = Datagram {
                     token: beating.watched.send_token,
                     sequence: beating.sent,

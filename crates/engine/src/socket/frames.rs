@@ -10,10 +10,16 @@ pub(super) const HEADER_BYTES: usize = 4;
 /// frames should not be paid for ever after.
 const KEPT_BYTES: usize = 64 << 10;
 
+/// The longest frame of a peer that has not proven yet who it is; no frame of a handshake is longer. Not shorter than one
+/// read, so that no read holds more of a frame that is too long than there is of it.
+pub(super) const STRANGER_FRAME_BYTES: usize = 64 << 10;
+
 /// The receiving end: cuts frames out of what arrives.
 #[derive(Debug)]
 pub(super) struct Inbox {
     max_frame_bytes: usize,
+    /// The longest frame now: shorter until the peer is trusted.
+    limit_bytes: usize,
     /// The beginning of a frame, with its header. It grows as bytes arrive and never because of what a header
     /// claims.
     partial: Vec<u8>,
@@ -25,10 +31,19 @@ pub(super) struct FrameTooLong;
 
 impl Inbox {
     pub fn new(max_frame_bytes: usize) -> Self {
-        Self { max_frame_bytes, partial: Vec::new() }
+        Self { max_frame_bytes, limit_bytes: max_frame_bytes.min(STRANGER_FRAME_BYTES), partial: Vec::new() }
+    }
+
+    /// Takes frames of full length from now on.
+    pub fn trust(&mut self) {
+        self.limit_bytes = self.max_frame_bytes;
     }
 
     /// Takes in what has arrived, and gives each frame that is complete by it.
+    ///
+    /// The frame that makes a peer trusted may have one of full length right behind it, in the same read, and nobody has
+    /// said yet that the peer is trusted. So what has come of a long frame is kept, at most one read of it, and the
+    /// stream ends only if the next read still finds a stranger.
     pub fn take(&mut self, mut bytes: &[u8], mut give: impl FnMut(&[u8])) -> Result<(), FrameTooLong> {
         if !self.partial.is_empty() && !self.complete_partial(&mut bytes, &mut give)? {
             return Ok(());
@@ -36,6 +51,9 @@ impl Inbox {
         // Frames that have arrived whole are given from where they lie.
         while let Some((header, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() {
             let frame_bytes = self.frame_bytes(header)?;
+            if frame_bytes > self.limit_bytes {
+                break;
+            }
             let Some((frame, rest)) = rest.split_at_checked(frame_bytes) else { break };
             give(frame);
             bytes = rest;
@@ -59,7 +77,15 @@ impl Inbox {
             return Ok(false);
         }
         let header = std::array::from_fn(|at| self.partial[at]);
-        if !self.fill_to(HEADER_BYTES + self.frame_bytes(&header)?, bytes) {
+        let frame_bytes = self.frame_bytes(&header)?;
+        if frame_bytes > self.limit_bytes {
+            return Err(FrameTooLong);
+        }
+        debug_assert!(
+            self.partial.len() <= HEADER_BYTES + frame_bytes,
+            "no more was kept than the frame has"
+        );
+        if !self.fill_to(HEADER_BYTES + frame_bytes, bytes) {
             return Ok(false);
         }
         give(&self.partial[HEADER_BYTES..]);
@@ -148,8 +174,39 @@ mod tests {
             assert!(inbox.partial.capacity() <= 16);
         }
         let mut inbox = Inbox::new(usize::MAX);
+        inbox.trust();
         assert_eq!(take_all(&mut inbox, &[0xff, 0xff, 0xff, 0xff, 1, 2]).1, Ok(()));
         assert!(inbox.partial.capacity() < 100, "four thousand million bytes were announced, six have come");
+    }
+
+    #[test]
+    fn strangers_send_short_frames_only() {
+        let long = vec![7; STRANGER_FRAME_BYTES + 1];
+        let mut outbox = Outbox::new(usize::MAX);
+        outbox.push(&[1]).unwrap();
+        outbox.push(&long).unwrap();
+        outbox.push(&[2]).unwrap();
+        let wire = outbox.queued.make_contiguous().to_vec();
+        for cut in [5, 6, 9, 10, 1000, STRANGER_FRAME_BYTES] {
+            // Trusted between two reads, as the first frame asks for.
+            let mut inbox = Inbox::new(1 << 20);
+            assert_eq!(take_all(&mut inbox, &wire[..cut]), (vec![vec![1]], Ok(())));
+            inbox.trust();
+            assert_eq!(take_all(&mut inbox, &wire[cut..]), (vec![long.clone(), vec![2]], Ok(())));
+            // Not trusted: no more than one read is held.
+            let mut inbox = Inbox::new(1 << 20);
+            assert_eq!(take_all(&mut inbox, &wire[..cut]), (vec![vec![1]], Ok(())));
+            assert!(inbox.partial.len() <= STRANGER_FRAME_BYTES);
+            let mut rest = wire[cut..].chunks(1000);
+            let mut ended = false;
+            while let (false, Some(part)) = (ended, rest.next()) {
+                let (frames, result) = take_all(&mut inbox, part);
+                assert_eq!(frames.len(), 0);
+                assert!(inbox.partial.len() <= STRANGER_FRAME_BYTES);
+                ended = result == Err(FrameTooLong);
+            }
+            assert!(ended, "at the first sight or the second");
+        }
     }
 
     #[test]
@@ -179,6 +236,7 @@ mod tests {
         outbox.sent(wire.len());
         assert!(outbox.queued.capacity() <= 2 * KEPT_BYTES);
         let mut inbox = Inbox::new(long.len());
+        inbox.trust();
         assert_eq!(take_all(&mut inbox, &wire[..wire.len() - 1]).0.len(), 0);
         assert_eq!(take_all(&mut inbox, &wire[wire.len() - 1..]).0, [long]);
         assert!(inbox.partial.capacity() <= 2 * KEPT_BYTES);

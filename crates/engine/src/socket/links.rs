@@ -19,6 +19,9 @@ pub(super) struct Links {
     deadlines: BTreeSet<(u64, u32)>,
     /// Accepted and silent so far, with the time of accepting.
     silent: BTreeMap<u32, u64>,
+    /// Accepted and not trusted so far, those that are silent and those that are being closed included, with the time of
+    /// accepting.
+    strangers: BTreeMap<u32, u64>,
     /// Which have queued frames since the last flush.
     unflushed: Vec<u32>,
     /// Which have ended without epoll saying so.
@@ -36,6 +39,7 @@ impl Links {
             next: 0,
             deadlines: BTreeSet::new(),
             silent: BTreeMap::new(),
+            strangers: BTreeMap::new(),
             unflushed: Vec::new(),
             ended: Vec::new(),
             epoll,
@@ -53,6 +57,19 @@ impl Links {
     /// How many were accepted and have said nothing yet.
     pub fn silent(&self) -> usize {
         self.silent.len()
+    }
+
+    /// How many were accepted and are not trusted yet.
+    pub fn strangers(&self) -> usize {
+        self.strangers.len()
+    }
+
+    /// The peer has proven who it is.
+    pub fn trust(&mut self, id: LinkId) {
+        if let Some(link) = self.table.get_mut(&id.0) {
+            link.trust();
+            self.strangers.remove(&id.0);
+        }
     }
 
     pub fn has_ended(&self) -> bool {
@@ -87,6 +104,7 @@ impl Links {
     pub fn expect_first_frame(&mut self, id: LinkId, now: u64, timeout: Duration) {
         self.set_deadline(id.0, Some(after(now, timeout)));
         self.silent.insert(id.0, now);
+        self.strangers.insert(id.0, now);
     }
 
     pub fn send(&mut self, id: LinkId, frame: &[u8]) -> Result<(), SendError> {
@@ -184,6 +202,34 @@ impl Links {
             return Err(safe_until_ns);
         }
         self.end_unless_awake(oldest, scratch, take);
+        Ok(())
+    }
+
+    /// Makes room among those that have not proven who they are: closes the oldest if it is older than `grace_ns` and has
+    /// said nothing new, and says otherwise when to try again.
+    pub fn drop_stranger(
+        &mut self,
+        now: u64,
+        grace_ns: u64,
+        scratch: &mut [u8],
+        take: &mut Take<'_>,
+    ) -> Result<(), u64> {
+        let Some((&oldest, &accepted_ns)) = self.strangers.first_key_value() else { return Ok(()) };
+        let safe_until_ns = accepted_ns.saturating_add(grace_ns);
+        if now < safe_until_ns {
+            return Err(safe_until_ns);
+        }
+        // If this thread was held up, the proof may have come. A peer that has none has at most two frames to say.
+        let mut unlimited_bytes = usize::MAX;
+        if self.read_one(oldest, scratch, &mut unlimited_bytes, take) > 0 {
+            return Err(now.saturating_add(LAST_CHANCE_NS));
+        }
+        let cause = match self.table.get(&oldest).map(|link| link.stage) {
+            None => return Ok(()),
+            Some(Stage::Closing | Stage::Ended { .. }) => LinkCause::ClosedHere,
+            Some(_) => LinkCause::Unproven,
+        };
+        self.finish(oldest, cause, take);
         Ok(())
     }
 
@@ -287,10 +333,17 @@ impl Links {
         }
     }
 
-    fn read_one(&mut self, id: u32, scratch: &mut [u8], budget_bytes: &mut usize, take: &mut Take<'_>) {
-        let Some(link) = self.table.get_mut(&id) else { return };
+    /// Reads once; how many frames it gave.
+    fn read_one(
+        &mut self,
+        id: u32,
+        scratch: &mut [u8],
+        budget_bytes: &mut usize,
+        take: &mut Take<'_>,
+    ) -> usize {
+        let Some(link) = self.table.get_mut(&id) else { return 0 };
         if !matches!(link.stage, Stage::Open | Stage::Closing) {
-            return;
+            return 0;
         }
         let read = link.read(scratch, |bytes| take(LinkEvent::Frame { link: LinkId(id), bytes }));
         let closing = link.stage == Stage::Closing;
@@ -301,15 +354,18 @@ impl Links {
                 if frames > 0 && self.silent.remove(&id).is_some() {
                     self.set_deadline(id, None);
                 }
+                return frames;
             }
             Read::End { .. } if closing => self.finish(id, LinkCause::ClosedHere, take),
             Read::End { cause } => self.finish(id, cause, take),
         }
+        0
     }
 
     fn finish(&mut self, id: u32, cause: LinkCause, take: &mut Take<'_>) {
         self.set_deadline(id, None);
         self.silent.remove(&id);
+        self.strangers.remove(&id);
         let Some(link) = self.table.remove(&id) else { return };
         // Closing the descriptor would do both, were it not for children that the process has forked: they keep
         // the stream, so that epoll would go on reporting it and the peer would never see its end.
@@ -339,6 +395,9 @@ impl Links {
         }
     }
 }
+
+/// How long a stranger that has just spoken is left, so that what it said can be acted on.
+const LAST_CHANCE_NS: u64 = 10_000_000;
 
 fn after(now: u64, timeout: Duration) -> u64 {
     now.saturating_add(u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX))

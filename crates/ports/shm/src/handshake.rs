@@ -198,7 +198,7 @@ impl ShmPort {
 
     fn join(&mut self, id: u32, introduction: Introduction) {
         let max_dones = self.options.immediates_per_lane as usize;
-        let mut joined = Box::new(Joined::new(introduction, &self.regions, max_dones));
+        let mut joined = Box::new(Joined::new(introduction, &self.regions, &self.descriptors, max_dones));
         joined.flush(&self.regions);
         if let Some(lane) = self.lanes.get_mut(id) {
             lane.stage = Stage::Joined(joined);

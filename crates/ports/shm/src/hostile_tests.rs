@@ -20,6 +20,7 @@ use crate::{ShmOptions, ShmPort};
 const OURS: [u8; 32] = [0xAA; 32];
 const THEIRS: [u8; 32] = [0xBB; 32];
 const IMMEDIATES: u32 = 8;
+const DESCRIPTORS: usize = 12;
 
 /// A port with one lane, and what the rogue needs to be its other end.
 struct Victim {
@@ -44,6 +45,7 @@ impl Victim {
             immediates_per_lane: IMMEDIATES,
             connect_timeout: Duration::from_millis(200),
             max_lanes: 4,
+            max_peer_descriptors: DESCRIPTORS,
             ..ShmOptions::default()
         };
         let mut port = ShmPort::open(options).expect("a port can be opened");
@@ -102,11 +104,24 @@ impl Victim {
     /// A lane with a rogue, which plays by the rules so far: the victim's lane is up.
     fn with_rogue() -> (Self, Rogue) {
         let mut victim = Self::open();
-        let mut rogue = Rogue::dial(&mut victim, THEIRS);
-        rogue.welcome(&mut victim);
-        rogue.say(&Message::Announced);
-        victim.wait("up", |victim| victim.events == [Event::Up { lane: victim.lane }]);
+        let rogue = victim.meet_rogue();
         (victim, rogue)
+    }
+
+    fn meet_rogue(&mut self) -> Rogue {
+        let mut rogue = Rogue::dial(self, THEIRS);
+        rogue.welcome(self);
+        rogue.say(&Message::Announced);
+        self.wait("up", |victim| victim.events == [Event::Up { lane: victim.lane }]);
+        rogue
+    }
+
+    /// Another lane of the same port, with another rogue.
+    fn meet_another(&mut self) -> Rogue {
+        let (lane, address) = self.port.open_lane(PeerId(1)).expect("a lane can be opened");
+        (self.lane, self.address) = (lane, Address::decode(&address).expect("its own address"));
+        self.events.clear();
+        self.meet_rogue()
     }
 
     fn misbehaviour(what: &'static str) -> DownCause {
@@ -403,6 +418,63 @@ fn announcements_are_limited() {
     }
     rogue.close(&mut victim);
     assert_eq!(victim.wait_down(), Victim::misbehaviour("announced more regions than a port can have"));
+}
+
+/// All that peers pass counts together, until it is retired, unmapped, or goes with its lane.
+#[test]
+fn descriptors_of_peers_are_limited() {
+    let limit = DownCause::LimitReached { what: "descriptors of peers' regions", limit: DESCRIPTORS as u64 };
+    let shared = memory(4096);
+    let pass = |rogue: &Rogue, numbers: std::ops::Range<u32>| {
+        numbers.for_each(|number| rogue.region(number, 4096, shared.fd().expect("shared memory")));
+    };
+    let (mut victim, first) = Victim::with_rogue();
+    let open_at_first = descriptors_of(&shared);
+    pass(&first, 0..8);
+    victim.turn();
+    assert_eq!(victim.attach(&first, 3, 4096), Ok(()));
+    assert_eq!(victim.attach(&first, 4, 4096), Ok(()));
+    // Mapped, a region still counts, and once only; retired, it does not.
+    pass(&first, 8..12);
+    victim.turn();
+    assert_eq!((victim.down(), descriptors_of(&shared) - open_at_first), (None, DESCRIPTORS));
+    for number in [3, 9] {
+        first.say(&Message::Retire { number });
+    }
+    pass(&first, 12..14);
+    victim.turn();
+    assert_eq!((victim.down(), descriptors_of(&shared) - open_at_first), (None, DESCRIPTORS));
+
+    // Another peer finds nothing left, and only its own lane ends.
+    let second = victim.meet_another();
+    pass(&second, 0..40);
+    second.close(&mut victim);
+    assert_eq!(victim.wait_down(), limit);
+    assert_eq!(descriptors_of(&shared) - open_at_first, DESCRIPTORS);
+
+    // What goes with the first lane is there for others.
+    first.say(&Message::Closed);
+    victim.events.clear();
+    assert_eq!(victim.wait_down(), DownCause::ClosedByPeer);
+    assert_eq!(descriptors_of(&shared), open_at_first);
+    let third = victim.meet_another();
+    pass(&third, 0..DESCRIPTORS as u32);
+    victim.turn();
+    assert_eq!(victim.down(), None);
+    pass(&third, 100..101);
+    third.close(&mut victim);
+    assert_eq!(victim.wait_down(), limit);
+    assert_eq!(descriptors_of(&shared), open_at_first);
+}
+
+/// How many descriptors of this process are of this memory.
+fn descriptors_of(memory: &Memory) -> usize {
+    let stat = |fd| rustix::fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino));
+    let of = stat(memory.fd().expect("shared memory")).expect("a memfd has numbers");
+    let open = std::fs::read_dir("/proc/self/fd").expect("a list of descriptors");
+    open.filter_map(|entry| rustix::fs::stat(entry.ok()?.path()).ok())
+        .filter(|stat| (stat.st_dev, stat.st_ino) == of)
+        .count()
 }
 
 #[test]

@@ -9,6 +9,7 @@ use crossdock_memory::{Memory, MemoryKind};
 use crossdock_transport::{DownCause, Event, Events, LaneId, Token};
 
 use crate::counters::ShmCounters;
+use crate::descriptors::Descriptors;
 use crate::doorbell::Doorbell;
 use crate::link::{Link, Received, Sent};
 use crate::message::{Greeting, Message, Place};
@@ -106,13 +107,18 @@ pub(crate) struct Introduction {
 
 impl Joined {
     /// Has the peer to be told of all regions first. So many ends of ops may wait to be polled.
-    pub(crate) fn new(introduction: Introduction, regions: &Numbered<Region>, max_dones: usize) -> Self {
+    pub(crate) fn new(
+        introduction: Introduction,
+        regions: &Numbered<Region>,
+        descriptors: &Descriptors,
+        max_dones: usize,
+    ) -> Self {
         let Introduction { leash, peer, bell, greeting, outbound, inbound, deadline } = introduction;
         let mut outbox: VecDeque<_> = regions.iter().map(|(number, _)| Outgoing::Region(number)).collect();
         outbox.push_back(Outgoing::Announced);
         let process = PeerProcess::new(peer.pid());
         Self {
-            remote: RemoteRegions::new(greeting.port, greeting.port_address, process),
+            remote: RemoteRegions::new(greeting.port, greeting.port_address, process, descriptors.clone()),
             leash: Arc::new(leash),
             peer,
             bell,
@@ -133,6 +139,11 @@ impl Joined {
 
     pub(crate) fn is_closing(&self) -> bool {
         matches!(self.phase, Phase::Closing { .. })
+    }
+
+    /// Whether the peer has said that it touches this side's memory no more, or cannot.
+    pub(crate) fn peer_has_stopped(&self) -> bool {
+        self.heard.closed || self.heard.dead || self.peer.is_dead()
     }
 
     /// Stops using the lane. The first cause counts, but a death explains a broken connection.
@@ -199,8 +210,8 @@ impl Joined {
             }
             match self.leash.link.receive() {
                 Received::Message(message, [fd, _]) => {
-                    if let Err(what) = self.hear(message, fd, counters) {
-                        self.close(DownCause::PeerMisbehaved { what });
+                    if let Err(cause) = self.hear(message, fd, counters) {
+                        self.close(cause);
                     }
                 }
                 Received::Nothing => return,
@@ -221,13 +232,14 @@ impl Joined {
         message: Message,
         fd: Option<OwnedFd>,
         counters: &mut ShmCounters,
-    ) -> Result<(), &'static str> {
+    ) -> Result<(), DownCause> {
+        let misbehaved = |what| Err(DownCause::PeerMisbehaved { what });
         match (message, self.phase) {
             (Message::Closed, _) => {
                 self.heard.closed = true;
                 self.close(DownCause::ClosedByPeer);
             }
-            (Message::Hello(_) | Message::Welcome(_), _) => return Err("greeted twice"),
+            (Message::Hello(_) | Message::Welcome(_), _) => return misbehaved("greeted twice"),
             // Said before it heard of the end.
             (_, Phase::Closing { .. }) => {}
             (Message::Region { number, bytes, place }, _) => {
@@ -239,7 +251,7 @@ impl Joined {
                 self.phase = Phase::Up;
                 (self.has_been_up, self.report_up) = (true, true);
             }
-            (Message::Announced, Phase::Up) => return Err("announced itself twice"),
+            (Message::Announced, Phase::Up) => return misbehaved("announced itself twice"),
         }
         Ok(())
     }

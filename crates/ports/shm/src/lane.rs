@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crossdock_transport::{DownCause, LaneTags};
+use crossdock_transport::{DownCause, LaneTags, PeerId};
 
 use crate::address::{Address, Secret};
 use crate::joined::{Joined, Phase};
@@ -12,6 +12,8 @@ use crate::watch::Watch;
 
 /// One end of a connection.
 pub(crate) struct Lane {
+    /// Whose lane it is.
+    pub(crate) peer: PeerId,
     /// Names this end to the other one, which alone was told.
     pub(crate) cookie: Secret,
     pub(crate) stage: Stage,

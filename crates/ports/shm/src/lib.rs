@@ -19,9 +19,16 @@
 //! may live on. A stopped process delays `Down` until it continues or dies. A lane that has not come so far that memory
 //! was shown ends at once.
 //!
+//! **Private memory** that a peer may still write must not go back to its owner. So a region under a grant that was
+//! revoked stays in use until every lane of that peer is down, and `deregister` is refused until then; and a port that is
+//! dropped while a peer has not stopped never drops its handles of private memory ([`regions_left_exposed`]). The rule for
+//! the owner is that of [`Memory::from_raw`](crossdock_memory::Memory::from_raw).
+//!
 //! **Distrust.** A peer runs as the same user, but it may be broken. Descriptors are mapped only if sealed against a
-//! change of their length; what a peer writes into shared memory is read once and checked; queues have limits; nothing
-//! that a peer does or leaves undone makes a call wait.
+//! change of their length; what a peer writes into shared memory is read once and checked; queues and
+//! descriptors have limits; and nothing that a peer does or leaves undone makes a call wait, but for one thing: the eventfd
+//! that wakes a peer is the peer's, too, and a peer that makes it blocking *and* fills its counter between two system calls
+//! of a `post` or a `poll` can hold up the thread that rings it.
 //!
 //! **Forks.** Mappings are not inherited by a forked child, and descriptors close with the execution of another program,
 //! so that no child keeps a peer's memory. A port cannot be used in a forked child; dropping it there does no harm.
@@ -31,6 +38,7 @@
 mod address;
 pub mod copy;
 mod counters;
+mod descriptors;
 mod doorbell;
 mod guests;
 mod handshake;
@@ -52,4 +60,4 @@ mod sync;
 mod watch;
 
 pub use counters::ShmCounters;
-pub use port::{ShmOptions, ShmPort};
+pub use port::{ShmOptions, ShmPort, regions_left_exposed};

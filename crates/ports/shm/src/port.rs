@@ -1,6 +1,8 @@
 //! The port: its tables, and the methods that its owner calls.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossdock_memory::{Memory, MemoryKind};
@@ -14,6 +16,7 @@ use rustix::process::PTracer;
 use crate::address::{Address, Key, Secret, secret};
 use crate::copy::{Copier, CopyThreads};
 use crate::counters::ShmCounters;
+use crate::descriptors::Descriptors;
 use crate::doorbell::Doorbell;
 use crate::guests::Guests;
 use crate::joined::{Joined, Outgoing, Phase};
@@ -39,9 +42,13 @@ pub struct ShmPort {
     pub(crate) lanes: Numbered<Lane>,
     next_lane: u32,
     pub(crate) guests: Guests,
+    pub(crate) descriptors: Descriptors,
     pub(crate) regions: Numbered<Region>,
     next_region: u32,
     grants: GrantTable,
+    /// Private regions under grants that were revoked while their peer had a lane: it may still write there by itself,
+    /// until all its lanes are down.
+    exposed: BTreeSet<(PeerId, u32)>,
     copier: CopyThreads,
     pub(crate) watch: Watch,
     pub(crate) listener: Listener,
@@ -71,6 +78,10 @@ pub struct ShmOptions {
     pub max_lanes: usize,
     /// How many regions may be registered at a time; at most 4096.
     pub max_regions: usize,
+    /// How many file descriptors of peers' shared regions may be kept at a time, over all lanes; no more than half of
+    /// what the process may have when the port is opened (`RLIMIT_NOFILE`). A lane whose peer passes one more ends with
+    /// [`DownCause::LimitReached`].
+    pub max_peer_descriptors: usize,
     /// How many immediates may be on their way on a lane, and how many ends of ops may wait to be polled there. Rounded
     /// up to a power of two, up to 65,536.
     pub immediates_per_lane: u32,
@@ -93,6 +104,7 @@ impl Default for ShmOptions {
             copy_threads: 1,
             max_lanes: 1024,
             max_regions: 1024,
+            max_peer_descriptors: 65_536,
             immediates_per_lane: 1024,
             bytes_per_turn: 4 << 20,
             connect_timeout: Duration::from_secs(10),
@@ -151,9 +163,11 @@ impl ShmPort {
             lanes: Numbered::default(),
             next_lane: 0,
             guests: Guests::new(options.max_lanes),
+            descriptors: Descriptors::new(options.max_peer_descriptors),
             regions: Numbered::default(),
             next_region: 0,
             grants: GrantTable::new(),
+            exposed: BTreeSet::new(),
             copier,
             watch,
             listener,
@@ -303,19 +317,22 @@ impl Port for ShmPort {
         if self.grants.uses(region) {
             return Err(Error::RegionInUse { by: "a grant" });
         }
+        if self.exposed.iter().any(|(_, exposed)| *exposed == region.0) {
+            return Err(Error::RegionInUse { by: "a revoked grant whose peer has a lane that is not down" });
+        }
         self.tell_all(Outgoing::Retire(region.0));
         self.regions.remove(region.0);
         Ok(())
     }
 
-    fn open_lane(&mut self, _peer: PeerId) -> Result<(LaneId, LaneAddress)> {
+    fn open_lane(&mut self, peer: PeerId) -> Result<(LaneId, LaneAddress)> {
         if self.lanes.len() >= self.options.max_lanes {
             return Err(Error::Limit { what: "lanes", limit: self.options.max_lanes as u64 });
         }
         let cookie = secret()?;
         let id = self.next_lane;
         self.next_lane += 1;
-        self.lanes.push(id, Lane { cookie, stage: Stage::Open });
+        self.lanes.push(id, Lane { peer, cookie, stage: Stage::Open });
         Ok((LaneId(id), Address { socket: self.socket, cookie }.encode()))
     }
 
@@ -370,6 +387,15 @@ impl Port for ShmPort {
     }
 
     fn revoke(&mut self, grant: GrantId) -> Fence {
+        if let Some((peer, buffers)) = self.grants.covered_by(grant)
+            && self.lanes.iter().any(|(_, lane)| lane.peer == peer)
+        {
+            // Shared memory may go: the peer has a mapping of its own, and what it stores there reaches nobody any more.
+            let is_private = |region: &Region| region.memory.kind() == MemoryKind::Private;
+            let regions = buffers.iter().map(|buffer| buffer.region.0);
+            let private = regions.filter(|region| self.regions.get(*region).is_some_and(is_private));
+            self.exposed.extend(private.map(|region| (peer, region)));
+        }
         // The peer writes by itself, and nothing here can stop it.
         if self.grants.remove(grant) { Fence::WhenDown } else { Fence::Now }
     }
@@ -484,6 +510,24 @@ impl ShmPort {
         }
     }
 
+    /// A peer that has not said that it has stopped, and is not proven dead, may go on writing into private memory after
+    /// this port is gone, and nobody is left who would hear of its end. So the handles of that memory are never dropped:
+    /// it stays as it is, as the contract of [`Memory::from_raw`] demands. Shared memory needs no such care, since the
+    /// peer's mapping is its own; and a lane that is not joined has shown no memory.
+    fn keep_exposed_memory(&mut self) {
+        let can_write =
+            |lane: &Lane| matches!(&lane.stage, Stage::Joined(joined) if !joined.peer_has_stopped());
+        if !self.lanes.iter().any(|(_, lane)| can_write(lane)) {
+            return;
+        }
+        for (_, region) in self.regions.iter() {
+            if region.memory.kind() == MemoryKind::Private {
+                std::mem::forget(region.memory.clone());
+                REGIONS_LEFT_EXPOSED.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// Forgets the lanes whose `Down` is among the events from `before` on.
     fn bury(&mut self, events: &Events, before: usize) {
         for event in events.iter().skip(before) {
@@ -491,6 +535,9 @@ impl ShmPort {
                 && let Some(lane) = self.lanes.remove(lane.0)
             {
                 self.guests.dismiss(&lane.cookie, &self.watch);
+                if !self.lanes.iter().any(|(_, other)| other.peer == lane.peer) {
+                    self.exposed.retain(|(peer, _)| *peer != lane.peer);
+                }
             }
         }
     }
@@ -498,6 +545,9 @@ impl ShmPort {
 
 impl Drop for ShmPort {
     fn drop(&mut self) {
+        if self.owner == std::process::id() {
+            self.keep_exposed_memory();
+        }
         // In a forked child there are no copy threads, and what waiting for their end does there is undefined.
         if self.owner != std::process::id()
             && let Ok(none) = CopyThreads::start(self.copier.copier(), 0)
@@ -517,6 +567,15 @@ impl std::fmt::Debug for ShmPort {
             .finish_non_exhaustive()
     }
 }
+
+/// How many registrations of private memory ports of this process have left behind for good, because they were dropped
+/// while a peer could still write there. Their [`Memory`] is never the caller's alone again. It stays zero if every lane
+/// is closed, and its `Down` waited for, before a port is dropped.
+pub fn regions_left_exposed() -> u64 {
+    REGIONS_LEFT_EXPOSED.load(Ordering::Relaxed)
+}
+
+static REGIONS_LEFT_EXPOSED: AtomicU64 = AtomicU64::new(0);
 
 /// Keeps deadlines within what a clock can tell.
 const LONGEST_CONNECT: Duration = Duration::from_secs(24 * 3600);

@@ -1,13 +1,14 @@
 //! The peer's regions on one lane: announced, attached, retired.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use crossdock_memory::{Memory, MemoryError};
-use crossdock_transport::{Attached, Error, MappedBytes, Mapping, RemoteId, Result};
+use crossdock_transport::{Attached, DownCause, Error, MappedBytes, Mapping, RemoteId, Result};
 use rustix::fs::SealFlags;
 
 use crate::address::{Key, Secret};
+use crate::descriptors::{Descriptors, PeerFd, Share};
 use crate::doorbell::{Doorbell, RingOnDrop};
 use crate::link::Link;
 use crate::message::{Message, Place};
@@ -21,6 +22,7 @@ pub(crate) struct RemoteRegions {
     /// Where `port` lies in the peer's memory.
     port_address: u64,
     process: PeerProcess,
+    descriptors: Descriptors,
     announced: Numbered<Remote>,
     /// The last number that was ever announced.
     last: Option<u32>,
@@ -35,7 +37,7 @@ pub(crate) struct Remote {
 /// How far a region is usable here.
 pub(crate) enum RemoteState {
     /// A memfd, not mapped yet.
-    Offered(OwnedFd),
+    Offered(PeerFd),
     /// Mapped: ops are copies.
     Mapped(Arc<RemoteMapping>),
     /// At this address of the peer, not attached yet.
@@ -44,10 +46,11 @@ pub(crate) enum RemoteState {
     There(u64),
 }
 
-/// A peer's memory, mapped here. Its fields are dropped in this order: the mapping ends, then the leash knows it, then
-/// the port is woken to see it.
+/// A peer's memory, mapped here. Its fields are dropped in this order: the mapping ends, with the descriptor that it
+/// keeps, then the leash knows it, then the port is woken to see it.
 pub(crate) struct RemoteMapping {
     memory: Memory,
+    _share: Share,
     _leash: Arc<Leash>,
     _bell: RingOnDrop,
 }
@@ -91,8 +94,13 @@ impl MappedBytes for RemoteMapping {
 }
 
 impl RemoteRegions {
-    pub(crate) fn new(port: Secret, port_address: u64, process: PeerProcess) -> Self {
-        Self { port, port_address, process, announced: Numbered::default(), last: None }
+    pub(crate) fn new(
+        port: Secret,
+        port_address: u64,
+        process: PeerProcess,
+        descriptors: Descriptors,
+    ) -> Self {
+        Self { port, port_address, process, descriptors, announced: Numbered::default(), last: None }
     }
 
     /// The peer's process, for regions that are [there](RemoteState::There).
@@ -108,29 +116,36 @@ impl RemoteRegions {
         }
     }
 
-    /// Takes an announcement in; the error says what a peer that makes it does wrong.
+    /// Takes an announcement in, or says why the lane ends by it.
     pub(crate) fn announce(
         &mut self,
         number: u32,
         bytes: u64,
         place: Place,
         fd: Option<OwnedFd>,
-    ) -> std::result::Result<(), &'static str> {
+    ) -> std::result::Result<(), DownCause> {
+        let misbehaved = |what| Err(DownCause::PeerMisbehaved { what });
         if self.last.is_some_and(|last| number <= last) {
-            return Err("announced a region twice");
+            return misbehaved("announced a region twice");
         }
         if self.announced.len() >= MAX_REGIONS {
-            return Err("announced more regions than a port can have");
+            return misbehaved("announced more regions than a port can have");
         }
         if bytes == 0 || isize::try_from(bytes).is_err() {
-            return Err("announced a region of an impossible length");
+            return misbehaved("announced a region of an impossible length");
         }
         let state = match (place, fd) {
-            (Place::Shared, Some(fd)) => RemoteState::Offered(fd),
+            (Place::Shared, Some(fd)) => match self.descriptors.keep(fd) {
+                Some(fd) => RemoteState::Offered(fd),
+                None => {
+                    let limit = self.descriptors.limit() as u64;
+                    return Err(DownCause::LimitReached { what: "descriptors of peers' regions", limit });
+                }
+            },
             (Place::Private { address }, None) if address.checked_add(bytes).is_some() => {
                 RemoteState::OfferedThere(address)
             }
-            _ => return Err("announced a region at an impossible place"),
+            _ => return misbehaved("announced a region at an impossible place"),
         };
         self.last = Some(number);
         self.announced.push(number, Remote { bytes, state });
@@ -173,7 +188,8 @@ impl RemoteRegions {
         match &remote.state {
             RemoteState::Offered(fd) => {
                 let mapping = RemoteMapping {
-                    memory: map(fd, remote.bytes)?,
+                    memory: map(fd.as_fd(), remote.bytes)?,
+                    _share: fd.share(),
                     _leash: leash.clone(),
                     _bell: RingOnDrop(bell.clone()),
                 };
@@ -194,7 +210,7 @@ impl RemoteRegions {
 }
 
 /// Maps a peer's memfd, if its length can never change under the mapping.
-fn map(fd: &OwnedFd, bytes: u64) -> Result<Memory> {
+fn map(fd: BorrowedFd<'_>, bytes: u64) -> Result<Memory> {
     let os = |call, errno| Error::Os { call, errno };
     // What has no seals at all answers with an error.
     let seals = rustix::fs::fcntl_get_seals(fd).unwrap_or(SealFlags::empty());

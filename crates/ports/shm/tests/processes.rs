@@ -9,10 +9,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use common::{Side, content, private, private_memory_can_be_reached, shared, tags, write};
-use crossdock_memory::Memory;
-use crossdock_shm::ShmOptions;
+use crossdock_memory::{Memory, PageLayout};
+use crossdock_shm::{ShmOptions, regions_left_exposed};
 use crossdock_transport::{
-    Attached, DownCause, Error, Event, LaneAddress, LaneId, LocalId, Op, Port, RemoteKey,
+    Access, Attached, DownCause, Error, Event, Fence, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId,
+    LocalId, Op, PeerId, Port, RemoteKey,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -66,12 +67,66 @@ fn a_stopped_peer_delays_the_end() {
     pair.worker.ask(&format!("flood {}", hex(pair.key.bytes())));
     let lane = pair.lane;
     pair.side.wait("a flood of writes", |side| side.arrived(lane) > 100);
-    pair.worker.signal(Signal::STOP);
+    pair.worker.stop();
     pair.side.port.close(lane);
     pair.stays_not_down();
     pair.worker.signal(Signal::CONT);
     pair.side.wait("the end", |side| side.down(lane).is_some());
     assert_eq!(pair.side.down(lane), Some(DownCause::ClosedHere));
+}
+
+/// A grant of private memory is revoked, and the peer, which was stopped in the middle, goes on writing later: the
+/// memory stays this port's until the lane is down.
+#[test]
+fn private_memory_is_not_given_back_before_its_writer_has_stopped() {
+    if !private_memory_can_be_reached() {
+        return;
+    }
+    let mut pair = Pair::new("private");
+    let in_use =
+        |pair: &mut Pair| matches!(pair.side.port.deregister(pair.local), Err(Error::RegionInUse { .. }));
+    pair.grant(0);
+    pair.worker.ask(&format!("flood {}", hex(pair.key.bytes())));
+    let lane = pair.lane;
+    pair.side.wait("a flood of writes", |side| side.arrived(lane) > 100);
+    pair.worker.stop();
+    assert_eq!(pair.side.port.revoke(GrantId::new(0, 0)), Fence::WhenDown);
+    assert!(in_use(&mut pair), "the writer only sleeps");
+    pair.side.port.close(lane);
+    pair.stays_not_down();
+    assert!(in_use(&mut pair) && !pair.memory.is_last_handle());
+    pair.worker.signal(Signal::CONT);
+    pair.side.wait("the end", |side| side.down(lane).is_some());
+    assert_eq!(pair.side.port.deregister(pair.local), Ok(()));
+    assert!(pair.memory.is_last_handle(), "now it may be freed");
+}
+
+/// The port is dropped, and the peer goes on writing: the handles are never dropped.
+#[test]
+fn a_dropped_port_keeps_the_private_memory_of_writers_that_go_on() {
+    if !private_memory_can_be_reached() {
+        return;
+    }
+    let left_before = regions_left_exposed();
+    let mut pair = Pair::new("private");
+    pair.grant(0);
+    pair.worker.ask(&format!("flood {}", hex(pair.key.bytes())));
+    let lane = pair.lane;
+    pair.side.wait("a flood of writes", |side| side.arrived(lane) > 100);
+    pair.worker.stop();
+    let Pair { side, worker, mut memory, .. } = pair;
+    drop(side);
+    assert!(!memory.is_last_handle(), "its owner must not free it");
+    // Other tests of this process add to it, too.
+    assert!(regions_left_exposed() > left_before);
+    worker.signal(Signal::CONT);
+    // Where the writer has ended first, everything is given back.
+    let mut pair = Pair::new("private");
+    pair.grant(0);
+    pair.worker.kill();
+    let Pair { side, mut memory, .. } = pair;
+    drop(side);
+    assert!(memory.is_last_handle());
 }
 
 /// A child that the peer has forked inherits its sockets, and no mapping: it neither keeps the lane up nor can it write.
@@ -194,6 +249,20 @@ impl Pair {
         assert_eq!(self.side.port.post(self.lane, ops).map(|posted| posted.ops), Ok(ops.len()));
     }
 
+    /// Grants the worker the whole memory, as one page.
+    fn grant(&mut self, index: u32) {
+        let page_bytes = BYTES as u64;
+        let layout = PageLayout { offset: 0, stride_bytes: page_bytes, page_bytes, pages: 1 };
+        let grant = Grant {
+            id: GrantId::new(index, 0),
+            peer: PeerId(0),
+            access: Access::Write,
+            buffers: &[GrantedBuffer { region: self.local, layout }],
+            pages: &[0],
+        };
+        self.side.port.grant(&grant).expect("the page lies in the region");
+    }
+
     fn stays_not_down(&mut self) {
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_millis(100) {
@@ -266,6 +335,15 @@ impl Worker {
 
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.process), signal).expect("the worker has not been waited for");
+    }
+
+    /// Stops it; returns when its last thread stands still, which is some time after the signal was sent.
+    fn stop(&self) {
+        self.signal(Signal::STOP);
+        let pid = Pid::from_child(&self.process);
+        let status = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::UNTRACED);
+        let (_, status) = status.expect("the worker is a child").expect("a change is waited for");
+        assert!(status.stopped(), "the worker has stopped: {status:?}");
     }
 
     fn kill(&mut self) {

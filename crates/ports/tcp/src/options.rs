@@ -23,9 +23,10 @@ pub struct TcpOptions {
     pub max_lanes: u32,
     /// How many regions are registered at once.
     pub max_regions: u32,
-    /// How long [`connect`](crossdock_transport::Port::connect) may take until the lane is up.
+    /// How long [`connect`](crossdock_transport::Port::connect) may take until the lane is up; at most a day.
     pub connect_timeout: Duration,
-    /// How long a closing lane goes on sending what was posted, and then waits for the peer to hear of the end.
+    /// How long a closing lane goes on sending what was posted, and then waits for the peer to hear of the end; at
+    /// most a day.
     pub close_timeout: Duration,
     /// The congestion control of the connections, by its name in the kernel; `None` leaves the host's default.
     pub congestion: Option<String>,
@@ -69,6 +70,15 @@ impl TcpOptions {
         Ok(ip)
     }
 
+    /// The same, with times that can be added to a clock's.
+    pub(crate) fn clamped(self) -> Self {
+        Self {
+            connect_timeout: self.connect_timeout.min(LONGEST_TIMEOUT),
+            close_timeout: self.close_timeout.min(LONGEST_TIMEOUT),
+            ..self
+        }
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         let limits = [("lanes", self.max_lanes, LANES_MAX), ("regions", self.max_regions, REGIONS_MAX)];
         for (what, asked, limit) in limits {
@@ -80,5 +90,7 @@ impl TcpOptions {
     }
 }
 
+/// Longer ones are taken for this.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 const LANES_MAX: u32 = 1 << 16;
 const REGIONS_MAX: u32 = 1 << 20;

@@ -57,6 +57,7 @@ impl TcpPort {
     /// Opens a port: it listens from now on.
     pub fn open(options: TcpOptions) -> Result<Self> {
         options.check()?;
+        let options = options.clamped();
         let ip = options.reachable_ip()?;
         let sockets = Sockets::new(&options);
         let (listener, bound) = sockets.listen(options.bind)?;

@@ -25,6 +25,10 @@ pub(crate) enum Taken {
 pub(crate) struct Continuation {
     local_end: usize,
     remote_end: usize,
+    /// How many pages are left in each list. Lists that end in the same places and are not of one length are not the
+    /// rest of an op, and have to be refused.
+    local_left: usize,
+    remote_left: usize,
     sides: [Side; 2],
     piece_bytes: u64,
 }
@@ -167,6 +171,8 @@ impl Connection {
         let this = Continuation {
             local_end: local_pages.as_ptr_range().end.addr(),
             remote_end: remote_pages.as_ptr_range().end.addr(),
+            local_left: local_pages.len(),
+            remote_left: remote_pages.len(),
             sides: [here, there],
             piece_bytes,
         };
@@ -191,7 +197,8 @@ impl Connection {
         while at < local_pages.len() {
             let wanted = frame_pages.min(local_pages.len() - at);
             let Some(room) = self.room(op.direction, wanted, share, domain) else {
-                self.continuation = Some(this);
+                let left = local_pages.len() - at;
+                self.continuation = Some(Continuation { local_left: left, remote_left: left, ..this });
                 return Ok(Taken::Within(at as u64));
             };
             let end = at + room;

@@ -57,6 +57,11 @@ pub fn corpus() -> Vec<Message> {
     let roles = [RoleKind::Receiving, RoleKind::Sending, RoleKind::Fetching, RoleKind::Serving];
     let mut corpus = vec![
         Message::Hello { version_min: 1, version_max: 1, about: about() },
+        Message::Hello {
+            version_min: 0,
+            version_max: u16::MAX,
+            about: About { heartbeat_ns: u64::MAX, lanes_per_rail: u8::MAX, ..about() },
+        },
         Message::Welcome { version: 1, about: about(), proof: [8; 32] },
         Message::Prove { proof: [7; 32] },
         Message::Setup { lanes: Vec::new(), regions: Vec::new(), app: Vec::new(), held: Vec::new() },

@@ -55,6 +55,22 @@ fn two_nodes_meet() {
 }
 
 #[test]
+fn heartbeats_are_sent_at_a_sane_pace_whatever_the_peer_asks_for() {
+    for heartbeat_ns in [0, 1, u64::MAX] {
+        let mut world = World::new();
+        world.add(|_| ());
+        world.add(move |config| config.heartbeat_ns = heartbeat_ns);
+        // Heartbeats are looked after every millisecond, and something is on its way for less than that.
+        world.latency_ns = 1_000;
+        // The world holds each interval against the limits.
+        world.connect(D, P);
+        world.settle();
+        assert!(world.session(D, P).is_some());
+        world.finish();
+    }
+}
+
+#[test]
 fn a_shared_key_is_proven_both_ways() {
     let mut world = World::new();
     for _ in [P, D] {

@@ -175,6 +175,107 @@ fn requests_that_wait_for_a_room() {
     world.finish();
 }
 
+/// Asks from D for rooms that P does not open, each with parameters of so many bytes; how each ended at once, if it did.
+fn asked(world: &mut World, node: usize, numbers: std::ops::Range<u64>, bytes: usize) -> Vec<Option<End>> {
+    let rooms: Vec<RoomId> = numbers
+        .map(|number| {
+            let receive = Receive {
+                peer: world.name(P),
+                room: room_name(number),
+                pages: world.nodes[node].pool.take(4).unwrap(),
+                buffers: Vec::new().into(),
+                params: vec![7; bytes],
+                deadline_ns: u64::MAX,
+            };
+            world
+                .open(node, true, |proto, now| proto.receive(now, receive).map_err(|not| not.error))
+                .expect("a room")
+        })
+        .collect();
+    world.settle();
+    rooms.iter().map(|&room| world.nodes[node].end(room).cloned()).collect()
+}
+
+#[test]
+fn what_waiting_requests_hold() {
+    const LONG: usize = 10_000;
+    let busy = Some(End::Refused { by: Who::Peer, why: RoomRefusal::Busy });
+    let limits: [fn(&mut Config); 4] = [
+        |config| config.max_parked_bytes = 3 * LONG + LONG / 2,
+        |config| config.max_parked_bytes_per_session = 3 * LONG + LONG / 2,
+        |config| config.max_parked_per_session = 3,
+        |config| config.max_parked = 3,
+    ];
+    for limit in limits {
+        let mut world = World::new();
+        world.add(limit);
+        world.add(|_| ());
+        world.connect(D, P);
+        world.settle();
+        assert_eq!(asked(&mut world, D, 0..5, LONG), [None, None, None, busy.clone(), busy.clone()]);
+        // What is taken up, given up, or goes with its session makes room.
+        let sending = world.send(P, 0);
+        world.settle();
+        world.cancel(P, sending);
+        let rooms: Vec<RoomId> = world.nodes[D].rooms.keys().copied().collect();
+        world.cancel(D, rooms[1]);
+        world.settle();
+        assert_eq!(asked(&mut world, D, 10..13, LONG), [None, None, busy.clone()]);
+        world.kill(D, DownCause::PeerDied);
+        world.restart(D);
+        world.connect(D, P);
+        world.settle();
+        assert_eq!(asked(&mut world, D, 20..24, LONG), [None, None, None, busy.clone()]);
+        world.kill(D, DownCause::PeerDied);
+        world.restart(D);
+        world.finish();
+    }
+}
+
+#[test]
+fn one_sessions_waiting_requests_leave_room_for_anothers() {
+    let mut world = World::new();
+    world.add(|config| {
+        config.max_parked_per_session = 2;
+        config.max_parked = 4;
+    });
+    world.add(|_| ());
+    let third = world.add(|_| ());
+    world.connect(D, P);
+    world.connect(third, P);
+    world.settle();
+    let busy = Some(End::Refused { by: Who::Peer, why: RoomRefusal::Busy });
+    assert_eq!(asked(&mut world, D, 0..3, 0), [None, None, busy.clone()]);
+    assert_eq!(asked(&mut world, third, 0..3, 0), [None, None, busy]);
+    for node in [D, third] {
+        world.kill(node, DownCause::PeerDied);
+        world.restart(node);
+    }
+    world.finish();
+}
+
+#[test]
+fn requests_do_not_wait_for_ever() {
+    let mut world = World::new();
+    world.add(|config| config.max_parked_ns = 30 * S);
+    world.add(|_| ());
+    world.connect(D, P);
+    world.settle();
+    let forever = world.try_receive(D, world.name(P), 1, u64::MAX / 2).unwrap();
+    let taken_up = world.try_receive(D, world.name(P), 2, 90 * S).unwrap();
+    world.run_for(29 * S);
+    assert_eq!([forever, taken_up].map(|room| world.nodes[D].end(room).cloned()), [None, None]);
+    // The longest wait shortens the wait only, and not the room.
+    let sending = world.try_send(P, 2, 500 * S).unwrap();
+    world.run_for(20 * S);
+    assert_eq!(world.nodes[D].end(forever), Some(&End::Refused { by: Who::Peer, why: RoomRefusal::Busy }));
+    assert_eq!(world.nodes[D].end(taken_up), None);
+    world.move_all(P, sending, 1);
+    world.settle();
+    assert_eq!(world.nodes[D].end(taken_up), Some(&End::Delivered));
+    world.finish();
+}
+
 #[test]
 fn sessions() {
     let mut world = World::new();
@@ -271,6 +372,7 @@ fn a_stranger_does_not_send_long_frames() {
         world.raw_send(stream, from, &Message::Hello { version_min: 1, version_max: 1, about });
         world.settle();
         assert_eq!(world.raw_heard(stream).len(), usize::from(is_taken));
+        assert!(world.nodes[P].trusted.is_empty(), "a good first word proves nothing");
         assert_eq!(world.is_closed(stream), !is_taken);
     }
     world.finish();

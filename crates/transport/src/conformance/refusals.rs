@@ -187,12 +187,16 @@ pub fn regions_in_use_stay(rig: &mut dyn Rig) {
     let granted = stage.region(0, 4096);
     stage.grant_all(0, &granted, GrantId::new(10, 0), 1, Access::Write);
     assert_eq!(stage.port(0).deregister(granted.local), in_use, "a granted region");
-    stage.port(0).revoke(GrantId::new(10, 0));
-    assert_eq!(stage.port(0).deregister(granted.local), Ok(()));
-    assert_eq!(
-        stage.port(0).deregister(granted.local),
-        Err(Error::UnknownRegion { side: "local", region: granted.local.0 })
-    );
+    let fence = stage.port(0).revoke(GrantId::new(10, 0));
+    match stage.port(0).deregister(granted.local) {
+        Ok(()) => assert_eq!(
+            stage.port(0).deregister(granted.local),
+            Err(Error::UnknownRegion { side: "local", region: granted.local.0 })
+        ),
+        // The peer may write there by itself until its lanes are down.
+        Err(Error::RegionInUse { .. }) if fence != Fence::Now => {}
+        other => panic!("deregistering after the grant: {other:?}"),
+    }
 
     for direction in [Direction::Write, Direction::Read] {
         let busy = stage.region(0, BYTES);

@@ -72,6 +72,18 @@ fn a_close_is_heard_on_both_sides_once() {
 }
 
 #[test]
+fn times_without_end_are_times() {
+    let endless = |options: &mut TcpOptions| {
+        options.connect_timeout = Duration::MAX;
+        options.close_timeout = Duration::MAX;
+    };
+    let mut pair = Pair::with(endless, 4096);
+    pair.a.port.close(pair.a.lane);
+    pair.until("both ends are down", |pair| pair.a.down().is_some() && pair.b.down().is_some());
+    assert_eq!(pair.a.down(), Some(DownCause::ClosedHere));
+}
+
+#[test]
 fn both_sides_can_close_at_once() {
     let mut pair = Pair::new(4096);
     pair.a.port.close(pair.a.lane);

@@ -156,6 +156,30 @@ fn a_full_socket_makes_posts_short_within_an_op() {
     assert_eq!(pair.b.bytes(), sent);
 }
 
+/// What is posted after a short post ends where the op ended, and its lists are not of one length.
+#[test]
+fn a_rest_of_unequal_lists_is_refused() {
+    const PAGES: u32 = 16 * 1024;
+    for (local_cut, remote_cut) in [(0, 1), (1, 0), (3, 700), (700, 3)] {
+        let mut pair = Pair::new(4096 * PAGES as usize);
+        pair.b.grant_all(G(0), Access::Write, 4096);
+        let sent = pair.a.fill(9);
+        let pages: (Vec<u32>, Vec<u32>) = (shuffled(1, PAGES), shuffled(1, PAGES));
+        let op = pair.pages(Direction::Write, G(0), 4096, &pages.0, &pages.1);
+        let posted = pair.a.port.post(pair.a.lane, &[op]).unwrap();
+        assert!(posted.ops == 0 && posted.within > 0, "64 MiB do not fit: {posted:?}");
+        let within = posted.within as usize;
+        let (local, remote) = (&pages.0[within + local_cut..], &pages.1[within + remote_cut..]);
+        let bad = pair.pages(Direction::Write, G(0), 4096, local, remote);
+        let refused = pair.a.port.post(pair.a.lane, &[bad]);
+        assert!(matches!(refused, Err(Error::BadOp { .. })), "{refused:?}");
+        // The right rest is still taken.
+        pair.post(&[told(op.advance(posted.within), Some(1), None)]);
+        pair.until("it arrived", |pair| pair.b.arrived() == [1]);
+        assert!(pair.b.bytes() == sent);
+    }
+}
+
 #[test]
 fn a_span_is_cut_as_well() {
     let small = |options: &mut crossdock_tcp::TcpOptions| {

@@ -210,7 +210,7 @@ impl World {
         self.open(node, false, |proto, now| proto.serve(now, serve))
     }
 
-    fn open(
+    pub fn open(
         &mut self,
         node: usize,
         is_decode: bool,

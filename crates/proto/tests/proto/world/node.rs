@@ -1,6 +1,6 @@
 //! One node of the world: its protocol, what its ports know, and what its user has heard.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crossdock_memory::PagePool;
 use crossdock_proto::{
@@ -9,7 +9,7 @@ use crossdock_proto::{
 use crossdock_transport::{Access, Direction, Error, Fence, GrantId};
 
 use super::lanes::Transfer;
-use super::{PAGES, World};
+use super::{MS, PAGES, S, World};
 
 pub struct Node {
     pub proto: Proto,
@@ -40,6 +40,8 @@ pub struct Node {
     pub granted: BTreeMap<GrantId, Granted>,
     /// Sessions with heartbeats: when the peer was last heard.
     pub watched: BTreeMap<SessionId, u64>,
+    /// The streams whose peers have proven who they are.
+    pub trusted: BTreeSet<LinkId>,
     pub links: BTreeMap<LinkId, (usize, usize)>,
     pub dials: u32,
     next_link: u32,
@@ -97,6 +99,7 @@ impl Node {
             transfers: BTreeMap::new(),
             granted: BTreeMap::new(),
             watched: BTreeMap::new(),
+            trusted: BTreeSet::new(),
             links: BTreeMap::new(),
             dials: 0,
             next_link: 0,
@@ -117,6 +120,7 @@ impl Node {
         self.transfers.clear();
         self.granted.clear();
         self.watched.clear();
+        self.trusted.clear();
         self.links.clear();
     }
 
@@ -188,8 +192,12 @@ impl World {
             }
             Action::Send { link, frame } => self.send_frame(node, link, frame),
             Action::CloseLink { link } => self.close_stream(node, link),
+            Action::Trust { link } => {
+                assert!(self.nodes[node].trusted.insert(link), "a stream is trusted once");
+            }
             Action::Watch { session, plan } => {
-                assert!(plan.interval_ns > 0 && plan.send_token != plan.expect_token, "{plan:?}");
+                assert!((MS..=60 * S).contains(&plan.interval_ns), "{plan:?}");
+                assert!(plan.send_token != plan.expect_token, "{plan:?}");
                 let before = self.nodes[node].watched.insert(session, now);
                 assert_eq!(before, None, "a session is watched once");
             }
