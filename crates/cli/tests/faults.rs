@@ -4,7 +4,7 @@
 //! nothing hangs or stays behind. Each run takes other moments and, of the kinds of faults, other ones; it begins by
 //! printing its seed. A failure shows its case, all that the demo said, and the command that plans the same case again.
 //!
-//! `CROSSDOCK_FAULT_SEED=S` chooses the plan. `CROSSDOCK_FAULT_CASES=N` runs N cases (`N=500` takes half an hour), and
+//! `CROSSDOCK_FAULT_SEED=S` chooses the plan. `CROSSDOCK_FAULT_CASES=N` runs N cases (`N=500` takes about 16 minutes), and
 //! `CROSSDOCK_FAULT_ONLY=K` runs the one with number K.
 
 mod demo;
