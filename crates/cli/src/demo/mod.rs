@@ -59,9 +59,12 @@ pub struct Options {
     /// Begins no hand-over after so many seconds; what is under way then still ends by its deadline
     #[arg(long, default_value_t = 55, value_parser = value_parser!(u64).range(1..=86_400))]
     within_s: u64,
-    /// Also prints a line when a room begins and when it ends on either side
+    /// Also prints a line when a room begins and when it ends on either side, and after how many milliseconds
     #[arg(long)]
     each_room: bool,
+    /// Who moves the bytes; for the tests
+    #[arg(long, hide = true, default_value = "write")]
+    op: OpName,
 }
 
 /// The ports that the demo shows.
@@ -76,6 +79,24 @@ impl PortName {
         match self {
             PortName::Shm => "shm",
             PortName::Tcp => "tcp",
+        }
+    }
+}
+
+/// How the bytes move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OpName {
+    /// The prefill side pushes.
+    Write,
+    /// The decode side pulls.
+    Read,
+}
+
+impl OpName {
+    fn name(self) -> &'static str {
+        match self {
+            OpName::Write => "write",
+            OpName::Read => "read",
         }
     }
 }

@@ -86,7 +86,7 @@ impl Scene {
         }
         if *quarantined > 0 {
             let what = format!("{quarantined} pages in quarantine: {held_by}, neither gone nor heard of");
-            self.trouble(format!("the {name} process: {what}, could still write them"));
+            self.trouble(format!("the {name} process: {what}, could still reach them"));
         }
     }
 

@@ -92,6 +92,8 @@ impl Router {
                     &options.deadline_s.to_string(),
                     "--in-flight",
                     &options.in_flight.to_string(),
+                    "--op",
+                    options.op.name(),
                 ],
             )?;
             child.listen(at, events.clone())?;
@@ -230,7 +232,8 @@ impl Router {
         let Worker { child, standing } = &self.workers[at];
         let room = ended.room;
         if self.each_room {
-            println!("{}: room {room}, {}: {}", self.port.name(), child.name(), ended.how);
+            let (port, name) = (self.port.name(), child.name());
+            println!("{port}: room {room}, {name}, {} ms: {}", ended.after_ms, ended.how);
         }
         match self.open.get_mut(&room) {
             Some(Room { open_at, .. }) if open_at[at] => {

@@ -38,6 +38,8 @@ pub struct Ended {
     /// When the prefill side began to send and when the decode side had it all, on the host's monotonic clock.
     pub begin_ns: u64,
     pub end_ns: u64,
+    /// When the end was told, counted from when the worker took the request up: from where its deadline counts.
+    pub after_ms: u64,
     /// Whether every byte was what it should be.
     pub right: bool,
 }
@@ -50,8 +52,8 @@ pub struct Bye {
     /// Rooms and grants that are neither over nor held up by a quarantine; should be 0.
     pub rooms: u64,
     pub grants: u64,
-    /// Pages that a peer which is stopped or cut off can still write, and who that is. They come home when it
-    /// continues or dies.
+    /// Pages that a peer which is stopped or cut off can still write, or read, and who that is. They come home when
+    /// it continues or dies.
     pub quarantined: u64,
     pub held_by: String,
     /// Immediates that came too late to be counted.

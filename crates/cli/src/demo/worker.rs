@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use crossdock::{
     CacheLayout, Config, Handle, Memory, Node, PagePool, PageSet, Peer, PortConfig, ReceiveRequest,
-    SendRequest, ShmOptions, now_ns,
+    SendRequest, ServeRequest, ShmOptions, now_ns,
 };
 use crossdock_bootstrap::{
     Address, Client, ClientConfig, Incarnation, Labels, NodeId, Query, Rank, Registration, Role,
@@ -18,7 +18,7 @@ use crossdock_bootstrap::{
 
 use super::content::Content;
 use super::talk::{Bye, Ended, Said, Tell};
-use super::{PAGE_TOKENS, PortName};
+use super::{OpName, PAGE_TOKENS, PortName};
 
 #[derive(Args)]
 pub struct WorkerOptions {
@@ -34,6 +34,8 @@ pub struct WorkerOptions {
     deadline_s: u64,
     #[arg(long)]
     in_flight: usize,
+    #[arg(long)]
+    op: OpName,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -51,6 +53,7 @@ struct Bench {
     pool: PagePool,
     peer: Option<Peer>,
     deadline: Duration,
+    op: OpName,
 }
 
 pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
@@ -108,6 +111,7 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
         pool: pool.clone(),
         peer,
         deadline: Duration::from_secs(options.deadline_s),
+        op: options.op,
     };
     serve(options, &bench)?;
     say(&Said::Bye(farewell(&bench)));
@@ -127,11 +131,12 @@ fn serve(options: &WorkerOptions, bench: &Bench) -> Result<(), Box<dyn Error>> {
             let (bench, taken) = (bench.clone(), taken.clone());
             std::thread::Builder::new().name("request".into()).spawn(move || {
                 while let Some((room, tokens)) = next(&taken) {
+                    let begin = Instant::now();
                     let ended = match role {
-                        RoleName::Prefill => bench.prefill(room, tokens),
-                        RoleName::Decode => bench.decode(room, tokens),
+                        RoleName::Prefill => bench.prefill(room, tokens, begin),
+                        RoleName::Decode => bench.decode(room, tokens, begin),
                     };
-                    say(&Said::Ended(ended.unwrap_or_else(|error| failed(room, &error.to_string()))));
+                    say(&Said::Ended(ended.unwrap_or_else(|error| failed(room, &error.to_string(), begin))));
                 }
             })
         })
@@ -155,8 +160,8 @@ fn next(orders: &Mutex<Receiver<(u64, u32)>>) -> Option<(u64, u32)> {
 }
 
 impl Bench {
-    fn prefill(&self, room: u64, tokens: u32) -> Result<Ended, Box<dyn Error>> {
-        let until = Instant::now() + self.deadline;
+    fn prefill(&self, room: u64, tokens: u32, begin: Instant) -> Result<Ended, Box<dyn Error>> {
+        let until = begin + self.deadline;
         let pages = self.take(tokens, until)?;
         let ids = pages.ids().to_vec();
         let content = Content { layout: &self.layout, memory: &self.memory, room, tokens };
@@ -164,10 +169,21 @@ impl Bench {
         let begin_ns = now_ns();
         let pages = pages.share();
         let deadline = until.saturating_duration_since(Instant::now());
-        let mut sending = self.handle.open(SendRequest { room, use_count: 0, tokens, pages, deadline })?;
-        sending.send_layers(self.layout.layers())?;
-        sending.finish(begin_ns.to_le_bytes().to_vec())?;
-        let ended = sending.end.wait_until(until + GRACE)?;
+        let aux = begin_ns.to_le_bytes().to_vec();
+        let ended = match self.op {
+            OpName::Write => {
+                let request = SendRequest { room, use_count: 0, tokens, pages, deadline };
+                let mut sending = self.handle.open(request)?;
+                sending.send_layers(self.layout.layers())?;
+                sending.finish(aux)?;
+                sending.end.wait_until(until + GRACE)?
+            }
+            OpName::Read => {
+                let request = ServeRequest { room, use_count: 0, tokens, pages, aux, deadline };
+                self.handle.serve(request)?.end.wait_until(until + GRACE)?
+            }
+        };
+        let after_ms = begin.elapsed().as_millis() as u64;
         Ok(Ended {
             room,
             delivered: ended.is_delivered(),
@@ -176,20 +192,24 @@ impl Bench {
             bytes: u64::from(tokens) * self.layout.token_bytes() * self.layout.layers().len() as u64,
             begin_ns,
             end_ns: now_ns(),
+            after_ms,
             right: true,
         })
     }
 
-    fn decode(&self, room: u64, tokens: u32) -> Result<Ended, Box<dyn Error>> {
-        let until = Instant::now() + self.deadline;
+    fn decode(&self, room: u64, tokens: u32, begin: Instant) -> Result<Ended, Box<dyn Error>> {
+        let until = begin + self.deadline;
         let pages = self.take(tokens, until)?;
         let ids = pages.ids().to_vec();
         let deadline = until.saturating_duration_since(Instant::now());
         let peer = self.peer.ok_or("a prefill worker does not decode")?;
         let request = ReceiveRequest { peer, room, use_count: 0, tokens, skip_tokens: 0, pages, deadline };
-        let mut receiving = self.handle.receive(request)?;
+        let mut receiving = match self.op {
+            OpName::Write => self.handle.receive(request)?,
+            OpName::Read => self.handle.fetch(request)?,
+        };
         let received = receiving.end.wait_until(until + GRACE)?;
-        let end_ns = now_ns();
+        let (end_ns, after_ms) = (now_ns(), begin.elapsed().as_millis() as u64);
         let delivered = received.ended.is_delivered();
         let mut right = true;
         let mut begin_ns = end_ns;
@@ -207,6 +227,7 @@ impl Bench {
             bytes: u64::from(tokens) * self.layout.token_bytes() * self.layout.layers().len() as u64,
             begin_ns,
             end_ns,
+            after_ms,
             right,
         })
     }
@@ -238,14 +259,22 @@ fn farewell(bench: &Bench) -> Bye {
             // A progress loop that does not answer holds everything.
             return Bye { pages: u64::from(pool.pages), ..Bye::default() };
         };
-        let held = !quarantine.is_empty();
+        // Pages that a peer was granted to read are no quarantine of the pool's: nobody writes them. They stay shared.
+        let lends = bench.op == OpName::Read && bench.peer.is_none() && stats.grants > 0;
+        let lent = if lends { pool.shared } else { 0 };
+        let held_by = match quarantine.first() {
+            Some(entry) => entry.peer.to_string(),
+            None if lent > 0 => "decode-0".to_owned(),
+            None => String::new(),
+        };
+        let held = !held_by.is_empty();
         let bye = Bye {
-            pages: u64::from(pool.pages - pool.free - pool.quarantined),
-            // The room and the grant of a quarantined page stay as long as the page does.
+            pages: u64::from(pool.pages - pool.free - pool.quarantined - lent),
+            // The room and the grant of a held page stay as long as the page does.
             rooms: if held { 0 } else { stats.rooms as u64 },
             grants: if held { 0 } else { stats.grants as u64 },
-            quarantined: u64::from(pool.quarantined),
-            held_by: quarantine.first().map(|entry| entry.peer.to_string()).unwrap_or_default(),
+            quarantined: u64::from(pool.quarantined + lent),
+            held_by,
             stale: stats.counters.stale_arrivals,
         };
         if bye.pages + bye.rooms + bye.grants + bye.quarantined == 0 || Instant::now() >= until {
@@ -255,9 +284,10 @@ fn farewell(bench: &Bench) -> Bye {
     }
 }
 
-fn failed(room: u64, how: &str) -> Ended {
+fn failed(room: u64, how: &str, begin: Instant) -> Ended {
+    let after_ms = begin.elapsed().as_millis() as u64;
     let how = how.to_owned();
-    Ended { room, delivered: false, how, pages: 0, bytes: 0, begin_ns: 0, end_ns: 0, right: true }
+    Ended { room, delivered: false, how, pages: 0, bytes: 0, begin_ns: 0, end_ns: 0, after_ms, right: true }
 }
 
 fn say(what: &Said) {

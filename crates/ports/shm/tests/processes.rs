@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 
 use common::{Side, content, private, private_memory_can_be_reached, shared, tags, write};
 use crossdock_memory::{Memory, PageLayout};
+use crossdock_shm::process_memory::{PeerProcess, ProcessMemoryError};
 use crossdock_shm::{ShmOptions, regions_left_exposed};
 use crossdock_transport::{
     Access, Attached, DownCause, Error, Event, Fence, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId,
     LocalId, Op, PeerId, Port, RemoteKey,
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{DumpableBehavior, Pid, Signal, kill_process};
+use rustix::thread::CapabilitySet;
 
 /// Memory of both kinds, moved both ways between two processes.
 #[test]
@@ -38,6 +40,40 @@ fn bytes_cross_between_processes_both_ways() {
         pair.side.wait("the worker's write", |side| side.events.contains(&Event::Arrived { lane, imm: 99 }));
         assert!(content(&pair.memory) == expected, "pushed from {kind} memory");
     }
+}
+
+/// A peer whose memory the kernel keeps from its like: `attach` says so, and what to do, and the lane lives.
+#[test]
+fn private_memory_that_the_kernel_guards_is_refused_with_advice() {
+    let mut undumpable = Worker::spawn("private");
+    assert_eq!(undumpable.ask("become undumpable"), "undumpable");
+    let mut side = Side::open(options());
+    let (lane, key) = undumpable.meet(&mut side);
+    let refusal = without_ptrace(|| {
+        let there = PeerProcess::new(Pid::from_child(&undumpable.process));
+        match there.probe() {
+            // The kernel's own answer, so that the rest is not blamed on the port.
+            Err(ProcessMemoryError::Refused { .. }) => Ok(side.port.attach(lane, &key)),
+            other => Err(format!("the kernel answers {other:?} for a process that is not dumpable")),
+        }
+    });
+    match refusal {
+        Ok(Err(Error::Unsupported { what, advice })) => {
+            assert_eq!(what, "access to the peer's private memory");
+            for word in ["register memory that crossdock allocated", "allow_ptrace", "CAP_SYS_PTRACE"] {
+                assert!(advice.contains(word), "no '{word}' in: {advice}");
+            }
+        }
+        Ok(other) => panic!("attached, or refused otherwise: {other:?}"),
+        Err(why) => {
+            eprintln!("skipped: {why}");
+            return;
+        }
+    }
+    // The lane lives: an immediate crosses, for which this order waits.
+    assert_eq!(side.port.post(lane, &[Op::notify(7)]).map(|posted| posted.ops), Ok(1));
+    undumpable.ask("checksum");
+    assert_eq!(side.down(lane), None);
 }
 
 /// Killed while it writes without pause: one `Down`, for the right reason, and memory at rest behind it.
@@ -462,6 +498,11 @@ impl Work {
                 let status = status.expect("the child is waited for").expect("the child has ended").1;
                 answer(if status.exit_status() == Some(0) { "dropped" } else { "failed" });
             }
+            ["become", "undumpable"] => {
+                rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
+                    .expect("every process may give up being dumped");
+                answer("undumpable");
+            }
             ["exec"] => {
                 let error = Command::new("sleep").arg("100").exec();
                 panic!("sleep cannot be executed: {error}");
@@ -489,6 +530,21 @@ impl Work {
         };
         Op { imm: Some(imm), ..write(self.local, remote, BYTES as u64) }
     }
+}
+
+/// Runs something on a thread that may not reach into every process, as root's threads may; capabilities are a
+/// thread's own.
+fn without_ptrace<T: Send>(run: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let refused = |errno| format!("CAP_SYS_PTRACE cannot be given up: {errno}");
+            let mut sets = rustix::thread::capabilities(None).map_err(refused)?;
+            sets.effective.remove(CapabilitySet::SYS_PTRACE);
+            rustix::thread::set_capabilities(None, sets).map_err(refused)?;
+            run()
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 fn options() -> ShmOptions {
