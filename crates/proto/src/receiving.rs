@@ -75,7 +75,10 @@ impl Proto {
         match (&mut room.role, &room.end) {
             (Role::Receiving(r), None) if r.grant.is_some_and(|current| is_same(current, grant)) => {
                 self.counters.arrivals += 1;
-                r.arrivals[usize::from(slot) % MAX_LANES] += 1;
+                if r.count(slot).is_none() {
+                    let what = "sent more immediates than a finish can name";
+                    return self.end_session(session, SessionEnd::Misbehaved { what });
+                }
                 if room.stage == Stage::Grant {
                     room.stage = Stage::Transfer;
                 }
@@ -357,5 +360,39 @@ impl Proto {
             _ => {}
         }
         self.settle(id);
+    }
+}
+
+impl Receiving {
+    /// Counts an immediate of this attempt; `None` if there were as many as can be counted.
+    fn count(&mut self, slot: u8) -> Option<()> {
+        let arrivals = &mut self.arrivals[usize::from(slot) % MAX_LANES];
+        *arrivals = arrivals.checked_add(1)?;
+        Some(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrivals_are_counted_as_far_as_a_number_goes() {
+        let mut arrivals = [0; MAX_LANES];
+        arrivals[3] = u32::MAX - 1;
+        let mut receiving = Receiving {
+            pages: None,
+            buffers: Vec::new().into(),
+            params: Vec::new(),
+            attempt: 0,
+            grant: None,
+            grants: Vec::new(),
+            arrivals,
+            has_grown: false,
+            finish: None,
+        };
+        assert_eq!((receiving.count(3), receiving.arrivals[3]), (Some(()), u32::MAX));
+        assert_eq!((receiving.count(3), receiving.arrivals[3]), (None, u32::MAX));
+        assert_eq!(receiving.count(4), Some(()), "each lane has its own number");
     }
 }

@@ -134,10 +134,13 @@ impl Proto {
             return self
                 .end_session(session, SessionEnd::Misbehaved { what: "granted an earlier attempt again" });
         }
-        if let Some((_, skipped)) = s.regrant.replace((attempt, grant)) {
-            s.owed.push(skipped);
-        }
+        let skipped = s.regrant.replace((attempt, grant));
         room.stage = Stage::Transfer;
+        // Nothing was ever posted under it, so it need not wait for the ops under the one before; and the list of what
+        // is owed does not grow with what the peer says.
+        if let Some((_, skipped)) = skipped {
+            self.release(session, &[skipped], 0, false);
+        }
         self.stop_sending(id);
     }
 

@@ -267,6 +267,34 @@ fn what_no_honest_receiver_says() {
     }
 }
 
+/// A receiver that grants again and again while the sender's op is still out: what it skips comes back at once.
+#[test]
+fn attempts_that_are_skipped_pile_nothing_up() {
+    const ATTEMPTS: u32 = 50;
+    let (mut world, receiving, sending) = begun(1);
+    world.nodes[D].fence = Fence::WhenDown;
+    world.post(P, sending, 0, 1);
+    let lane = world.lane(D, P, 0);
+    world.hold_lane(lane, true);
+    let heard_before = world.nodes[D].proto.counters().messages_in;
+    for attempt in 1..=ATTEMPTS {
+        let grant = GrantId::new(1000 + attempt, 0);
+        world.forge(D, P, &Message::Regrant { room: on_wire(7, 1), attempt, grant });
+    }
+    world.settle();
+    assert_eq!(world.nodes[P].rooms[&sending].starts.len(), 1, "the first attempt's op is still out");
+    let heard = world.nodes[D].proto.counters().messages_in - heard_before;
+    assert_eq!(heard, u64::from(ATTEMPTS) - 1, "each but the last was released");
+    world.hold_lane(lane, false);
+    world.settle();
+    assert_eq!(world.nodes[P].start(sending).attempt, ATTEMPTS);
+    // The node whose words were forged knows of its first grant only, and that has come back.
+    world.cancel(P, sending);
+    world.settle();
+    assert!(world.nodes[D].is_home(receiving));
+    world.finish();
+}
+
 #[test]
 fn bytes_that_are_not_right() {
     let (mut world, receiving, sending) = begun(2);
