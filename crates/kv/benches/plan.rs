@@ -6,18 +6,27 @@
 //! cargo bench -p crossdock-kv --bench plan -- 1-1     # one case
 //! ```
 //!
-//! An *input* is one page of the source in one layer; the limit is 20 ns for each. Where time is noisy, count
-//! the instructions of one request:
+//! An *input* is one page of the source in one layer; the limit is 20 ns for each. *Whole node* is the same request
+//! through a worker, its engine, its protocol and a control stream to a second node: the sender's turns in which
+//! anything happened, from opening its room until it has ended. Where time is noisy, count the instructions of one
+//! request (`apt-get install valgrind`; the `--cfg` is for the whole node, since valgrind hides what rustix's
+//! own system calls look for):
 //!
 //! ```text
 //! cargo bench -p crossdock-kv --bench plan --no-run
 //! valgrind --tool=callgrind --callgrind-out-file=/dev/null --collect-atstart=no \
 //!     --toggle-collect='*move_request*' target/release/deps/plan-???????????????? --once 1-1
+//! RUSTFLAGS='--cfg rustix_use_libc' cargo bench -p crossdock-kv --bench plan --no-run --target-dir target/callgrind
+//! valgrind --tool=callgrind --callgrind-out-file=/dev/null --collect-atstart=no \
+//!     --toggle-collect='*sender_turn*' target/callgrind/release/deps/plan-???????????????? --whole 1-1
 //! ```
 //!
 //! It prints both the inputs and what was collected. Recorded with rustc 1.95 and valgrind 3.19 on x86-64, instructions
 //! an input: 1-1 70.6, 64-64 58.4, 64-64-merged 22.7, 1-1-merged 2.7, 1-64 70.8, 64-16 177.9 (four pieces an input),
-//! 48-64-padded 74.3, 1-1-in-runs 7.5.
+//! 48-64-padded 74.3, 1-1-in-runs 7.5. Of the sender's turns of a whole node: 1-1 59, 64-64 43, 64-64-merged 11. (The
+//! first count also holds what a process does only once, which the handshake has done before the second begins.)
+#[path = "plan/node.rs"]
+mod node;
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -26,12 +35,16 @@ use crossdock_kv::{
     CacheKind, CacheLayout, Dtype, LayerBuffer, LayoutOptions, PageTable, Placement, Plan, PlanInput, Route,
 };
 use crossdock_transport::{Direction, GrantId, LocalId, Op, Posted, RemoteId, Shape};
+use node::Nodes;
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let (flags, names): (Vec<_>, Vec<_>) = arguments.iter().partition(|argument| argument.starts_with("--"));
     for case in cases().iter().filter(|case| names.is_empty() || names.contains(&&case.name.to_string())) {
-        if flags.iter().any(|flag| *flag == "--once") {
+        if flags.iter().any(|flag| *flag == "--whole") {
+            let _ = Nodes::new(case).move_request(case);
+            println!("{}: {} inputs", case.name, case.inputs());
+        } else if flags.iter().any(|flag| *flag == "--once") {
             let port = move_request(case);
             println!("{}: {} inputs, {} pieces", case.name, case.inputs(), port.pieces);
         } else {
@@ -80,9 +93,13 @@ fn measure(case: &Case) {
     let build = timed(&mut || _ = black_box(case.plan()));
     let post = timed(&mut || _ = black_box(post_all(&plan, case)));
     let whole = timed(&mut || _ = black_box(move_request(case)));
+    let mut nodes = Nodes::new(case);
+    let mut engine: Vec<Duration> = (0..9).map(|_| nodes.move_request(case)).collect();
+    engine.sort_unstable();
+    let each = |time: Duration| time.as_nanos() as f64 / case.inputs() as f64;
     println!(
         "{:<14} {:>7} inputs {:>4} ops a layer | ns an input, least (median): build {:5.2} ({:5.2})  post {:5.2} \
-         ({:5.2})  both {:5.2} ({:5.2})",
+         ({:5.2})  both {:5.2} ({:5.2})  whole node {:5.2} ({:5.2})",
         case.name,
         case.inputs(),
         plan.ops_per_layer(0),
@@ -92,6 +109,8 @@ fn measure(case: &Case) {
         post.1,
         whole.0,
         whole.1,
+        each(engine[0]),
+        each(engine[engine.len() / 2]),
     );
 }
 
