@@ -4,7 +4,7 @@
 //! nothing hangs or stays behind. Each run takes other moments and, of the kinds of faults, other ones; it begins by
 //! printing its seed. A failure shows its case, all that the demo said, and the command that plans the same case again.
 //!
-//! `CROSSDOCK_FAULT_SEED=S` chooses the plan. `CROSSDOCK_FAULT_CASES=N` runs N cases (`N=500` takes about 16 minutes), and
+//! `CROSSDOCK_FAULT_SEED=S` chooses the plan. `CROSSDOCK_FAULT_CASES=N` runs N cases (`N=500` takes about 20 minutes), and
 //! `CROSSDOCK_FAULT_ONLY=K` runs the one with number K.
 
 mod demo;
@@ -68,13 +68,14 @@ enum Moment {
 }
 
 /// Cases of an ordinary run: so many that each victim meets each fault, over one of the ports at least.
-const CASES: u64 = 22;
+const CASES: u64 = 20;
 /// Cases that run beside each other: most of their time they wait for deadlines.
-const AT_ONCE: usize = 6;
+const AT_ONCE: usize = 5;
 /// A room's deadline.
 const DEADLINE_MS: u64 = 3_000;
-/// How much later than its deadline a room may end on a machine that has too much to do.
-const MARGIN_MS: u64 = 500;
+/// How much later than its deadline a room's end may be heard on a machine that has too much to do: a thread that has been
+/// woken waits for a processor, too. Mostly it is less than 30 ms.
+const MARGIN_MS: u64 = 1_500;
 /// So many requests that no demo is done before its time is over.
 const REQUESTS: usize = 2_000;
 /// How long after its time a demo may take to end: a room's deadline, what the router and the farewell wait beyond it,
@@ -210,13 +211,14 @@ impl Case {
         Self { number, kind, op, moment, after_ms, pause_ms }
     }
 
-    /// How long the demo begins rooms. One with a fault that ends it begins none after that.
+    /// How long the demo begins rooms, counted from its start, which takes seconds itself on a busy machine. One with a
+    /// fault that ends it begins none after that.
     fn within_s(&self) -> u64 {
         match (self.kind.victim, self.kind.fault, self.moment) {
             // Rooms begin after the last of those that the fault delays.
-            (_, Fault::Pause, _) => 14,
-            (_, Fault::Blink, _) => 10,
-            (Victim::Bootstrap, _, _) | (_, _, Moment::Meeting) => 7,
+            (_, Fault::Pause, _) => 16,
+            (_, Fault::Blink, _) => 12,
+            (Victim::Bootstrap, _, _) | (_, _, Moment::Meeting) => 10,
             _ => 30,
         }
     }
