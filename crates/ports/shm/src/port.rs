@@ -85,8 +85,8 @@ pub struct ShmOptions {
     /// How many immediates may be on their way on a lane, and how many ends of ops may wait to be polled there. Rounded
     /// up to a power of two, up to 65,536.
     pub immediates_per_lane: u32,
-    /// How many bytes one call of `post` moves before it comes back short, so that the thread that owns the port
-    /// serves its other lanes in time. One piece of a paged op is moved in any case.
+    /// How many bytes each copy thread moves in one call of `post` before it comes back short, so that the thread that
+    /// owns the port serves its other lanes in time. One piece of a paged op is moved in any case.
     pub bytes_per_turn: u64,
     /// How long a lane may take to connect.
     pub connect_timeout: Duration,
@@ -420,7 +420,9 @@ impl Port for ShmPort {
             regions: &self.regions,
             copier: &mut self.copier,
             counters: &mut self.counters,
-            budget_bytes: self.options.bytes_per_turn,
+            // More threads move more in the time that the other lanes can wait; and a short call is where they wait
+            // for each other.
+            budget_bytes: self.options.bytes_per_turn.saturating_mul(self.options.copy_threads as u64),
             is_fresh: true,
         };
         joined.short = None;

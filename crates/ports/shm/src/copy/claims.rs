@@ -43,11 +43,11 @@ impl Claims {
         Claims { unclaimed: Futex::new(0), unfinished: Futex::new(0), sleepers: AtomicU32::new(0) }
     }
 
-    /// Opens a job of `chunks` to the helpers that are awake, and wakes at most `wake` of the others.
+    /// Opens a job of `chunks` to the helpers that are awake, and says whether others sleep, whom [`Claims::wake`] wakes.
     ///
     /// Only the owner calls it, after it wrote the job, and only after [`Claims::all_finished`] ended the
     /// job before.
-    pub(super) fn publish(&self, chunks: u32, wake: u32) {
+    pub(super) fn publish(&self, chunks: u32) -> bool {
         assert!(chunks <= MAX_CHUNKS, "{chunks} chunks exceed the counter");
         debug_assert_eq!(self.unfinished.word.load(Relaxed), 0, "the job before is over");
         // Relaxed: whoever decrements it has first claimed a chunk, and the store below orders that.
@@ -56,9 +56,12 @@ impl Claims {
         // thread sees the sleeper, or the sleeper sees the chunks. (A sleeper that nobody wakes would cost speed
         // and nothing else, since the owner takes every chunk that is left.)
         self.unclaimed.word.store(chunks, SeqCst);
-        if wake > 0 && self.sleepers.load(SeqCst) > 0 {
-            self.unclaimed.wake(wake);
-        }
+        self.sleepers.load(SeqCst) > 0
+    }
+
+    /// Wakes at most this many of the helpers that sleep.
+    pub(super) fn wake(&self, helpers: u32) {
+        self.unclaimed.wake(helpers);
     }
 
     /// Takes a chunk of the present job, if one is left.
@@ -177,7 +180,9 @@ mod tests {
                 // SAFETY: loom checks that no helper reads the job at this time.
                 bench.job.with_mut(|slot| unsafe { *slot = job });
                 // The helper may sleep through the second job; it must still see the stop.
-                bench.claims.publish(2, u32::from(job == 1));
+                if bench.claims.publish(2) && job == 1 {
+                    bench.claims.wake(1);
+                }
                 while matches!(work(&bench), Claim::Chunk(_)) {}
                 if !bench.claims.all_finished() {
                     bench.claims.sleep_until_finished();

@@ -2,9 +2,11 @@
 
 use core::cell::UnsafeCell;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use rustix::process::Pid;
 
 use super::claims::{Claim, Claims, MAX_CHUNKS};
 use super::{Copier, Pieces};
@@ -22,6 +24,8 @@ pub struct CopyThreads {
     copier: Copier,
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
+    /// What the kernel calls the helpers.
+    threads: Vec<Pid>,
     /// When the last shared call ended.
     last_end: Instant,
 }
@@ -52,16 +56,28 @@ impl CopyThreads {
         let shared = Arc::new(Shared { claims: Claims::new(), job: UnsafeCell::new(None) });
         // Threads that are already running must end if a later one cannot start: the drop of this value sees
         // to it.
-        let mut threads =
-            CopyThreads { copier, shared, helpers: Vec::with_capacity(helpers), last_end: Instant::now() };
+        let mut threads = CopyThreads {
+            copier,
+            shared,
+            helpers: Vec::with_capacity(helpers),
+            threads: Vec::with_capacity(helpers),
+            last_end: Instant::now(),
+        };
+        let (here, there) = mpsc::channel();
         for helper in 0..helpers {
-            let shared = threads.shared.clone();
+            let (shared, here) = (threads.shared.clone(), here.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("crossdock-copy{helper}"))
                 .stack_size(HELPER_STACK_BYTES)
-                .spawn(move || help(&shared))?;
+                .spawn(move || {
+                    // The other end is there until all have said it.
+                    let _ = here.send(rustix::thread::gettid());
+                    drop(here);
+                    help(&shared);
+                })?;
             threads.helpers.push(thread);
         }
+        threads.threads.extend(there.iter().take(helpers));
         Ok(threads)
     }
 
@@ -101,7 +117,11 @@ impl CopyThreads {
         // SAFETY: `&mut self` makes this thread the only owner, and the job before has ended: the last call
         // left only when all its chunks were finished.
         unsafe { *self.shared.job.get() = Some(job) };
-        self.shared.claims.publish(job.chunks, self.helpers_to_wake(&job));
+        let sleepers = self.shared.claims.publish(job.chunks);
+        let helpers = self.helpers_to_wake(&job);
+        if sleepers && helpers > 0 {
+            elsewhere(&self.threads, || self.shared.claims.wake(helpers));
+        }
         while let Claim::Chunk(chunk) = self.shared.claims.claim() {
             // SAFETY: the chunk is part of what the caller vouches for, and the claim makes it ours alone.
             unsafe { job.copy_chunk(chunk) };
@@ -140,8 +160,9 @@ impl Drop for CopyThreads {
 /// running, and the processor that it waits for may be this one.
 const CALLER_AWAKE: Duration = Duration::from_micros(20);
 
-/// A helper stays awake between the calls of a steady stream, and no longer.
-const HELPER_AWAKE: Duration = Duration::from_micros(20);
+/// A helper stays awake between the calls of a steady stream, and no longer: the turn of a progress loop that lies
+/// between two calls takes up to this long where the processors are shared.
+const HELPER_AWAKE: Duration = Duration::from_micros(100);
 
 /// The copy needs next to none; the rest is for an unoptimised build and a sanitizer.
 const HELPER_STACK_BYTES: usize = 256 << 10;
@@ -150,8 +171,9 @@ const HELPER_STACK_BYTES: usize = 256 << 10;
 /// the start of each, where nothing is prefetched yet, does not show.
 const CHUNK_BYTES: core::ops::RangeInclusive<usize> = 64 << 10..=1 << 20;
 
-/// With so many chunks for each thread, the last ones end at about the same time.
-const CHUNKS_PER_THREAD: usize = 4;
+/// With so many chunks for each thread, the last ones end at about the same time. With 4 instead of 16, calls of 4 MiB a
+/// thread lost a tenth of their rate to waiting for the last one.
+const CHUNKS_PER_THREAD: usize = 16;
 
 fn help(shared: &Shared) {
     let mut awake_until = Instant::now() + HELPER_AWAKE;
@@ -176,6 +198,36 @@ fn help(shared: &Shared) {
         }
     }
 }
+
+/// Wakes sleeping helpers on other processors than the caller's.
+///
+/// A kernel that is short of time for the search puts a thread that is woken where its waker runs, though another
+/// processor idles; there the two would take turns for several milliseconds, until it looks again. So for the moment of
+/// waking, that processor is none of the helpers'. Where the kernel does not allow it, they are woken anywhere.
+fn elsewhere(threads: &[Pid], wake: impl FnOnce()) {
+    let here = rustix::thread::sched_getcpu();
+    let keep_off = |&thread: &Pid| {
+        let allowed = rustix::thread::sched_getaffinity(Some(thread)).ok()?;
+        let mut others = allowed;
+        others.unset(here);
+        let has_others = others.count() > 0 && others.count() < allowed.count();
+        let kept_off = has_others && rustix::thread::sched_setaffinity(Some(thread), &others).is_ok();
+        kept_off.then_some((thread, allowed))
+    };
+    // The caller must not allocate: its helpers are few, and the first ones matter most.
+    let mut before = [None; KEPT_OFF_MAX];
+    for (slot, thread) in before.iter_mut().zip(threads) {
+        *slot = keep_off(thread);
+    }
+    wake();
+    for (thread, allowed) in before.into_iter().flatten() {
+        // It fails only where the thread has ended, which is when nobody needs it any more.
+        let _ = rustix::thread::sched_setaffinity(Some(thread), &allowed);
+    }
+}
+
+/// More helpers than this are left to the kernel.
+const KEPT_OFF_MAX: usize = 16;
 
 fn wait_awake(limit: Duration, mut done: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + limit;
