@@ -243,7 +243,7 @@ enum Pumped {
 /// Ops offered to a port at once.
 const BATCH: usize = 16;
 /// Bytes that one room posts before the next has its turn.
-const SHARE_BYTES: u64 = 4 << 20;
+const SHARE_BYTES: u64 = 8 << 20;
 /// Commands taken in one turn.
 const COMMANDS: usize = 256;
 /// Layers and chunks that one room may have sent.

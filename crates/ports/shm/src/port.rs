@@ -106,7 +106,7 @@ impl Default for ShmOptions {
             max_regions: 1024,
             max_peer_descriptors: 65_536,
             immediates_per_lane: 1024,
-            bytes_per_turn: 4 << 20,
+            bytes_per_turn: 8 << 20,
             connect_timeout: Duration::from_secs(10),
             bytes_per_second: 10_000_000_000,
             allow_ptrace: false,
