@@ -2,7 +2,8 @@
 
 use core::cell::UnsafeCell;
 use std::io;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,8 +25,6 @@ pub struct CopyThreads {
     copier: Copier,
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
-    /// What the kernel calls the helpers.
-    threads: Vec<Pid>,
     /// When the last shared call ended.
     last_end: Instant,
 }
@@ -34,6 +33,8 @@ struct Shared {
     claims: Claims,
     /// Written by the owner between jobs; read by whoever has claimed a chunk of the job.
     job: UnsafeCell<Option<Job>>,
+    /// What the kernel calls the helpers; 0 for one that does not run yet.
+    threads: Box<[AtomicI32]>,
 }
 
 // SAFETY: `claims` orders all accesses to `job`: the owner writes it only while no chunk is claimed or to be
@@ -53,31 +54,28 @@ impl CopyThreads {
 
     /// Starts the helpers; with none, every call copies in the caller.
     pub fn start(copier: Copier, helpers: usize) -> io::Result<CopyThreads> {
-        let shared = Arc::new(Shared { claims: Claims::new(), job: UnsafeCell::new(None) });
+        let shared = Arc::new(Shared {
+            claims: Claims::new(),
+            job: UnsafeCell::new(None),
+            threads: (0..helpers).map(|_| AtomicI32::new(0)).collect(),
+        });
         // Threads that are already running must end if a later one cannot start: the drop of this value sees
         // to it.
-        let mut threads = CopyThreads {
-            copier,
-            shared,
-            helpers: Vec::with_capacity(helpers),
-            threads: Vec::with_capacity(helpers),
-            last_end: Instant::now(),
-        };
-        let (here, there) = mpsc::channel();
+        let mut threads =
+            CopyThreads { copier, shared, helpers: Vec::with_capacity(helpers), last_end: Instant::now() };
         for helper in 0..helpers {
-            let (shared, here) = (threads.shared.clone(), here.clone());
+            let shared = threads.shared.clone();
             let thread = std::thread::Builder::new()
                 .name(format!("crossdock-copy{helper}"))
                 .stack_size(HELPER_STACK_BYTES)
                 .spawn(move || {
-                    // The other end is there until all have said it.
-                    let _ = here.send(rustix::thread::gettid());
-                    drop(here);
+                    let thread = rustix::thread::gettid().as_raw_nonzero().get();
+                    // Relaxed: a number that publishes nothing else.
+                    shared.threads[helper].store(thread, Ordering::Relaxed);
                     help(&shared);
                 })?;
             threads.helpers.push(thread);
         }
-        threads.threads.extend(there.iter().take(helpers));
         Ok(threads)
     }
 
@@ -120,7 +118,7 @@ impl CopyThreads {
         let sleepers = self.shared.claims.publish(job.chunks);
         let helpers = self.helpers_to_wake(&job);
         if sleepers && helpers > 0 {
-            elsewhere(&self.threads, || self.shared.claims.wake(helpers));
+            elsewhere(&self.shared.threads, || self.shared.claims.wake(helpers));
         }
         while let Claim::Chunk(chunk) = self.shared.claims.claim() {
             // SAFETY: the chunk is part of what the caller vouches for, and the claim makes it ours alone.
@@ -204,9 +202,10 @@ fn help(shared: &Shared) {
 /// A kernel that is short of time for the search puts a thread that is woken where its waker runs, though another
 /// processor idles; there the two would take turns for several milliseconds, until it looks again. So for the moment of
 /// waking, that processor is none of the helpers'. Where the kernel does not allow it, they are woken anywhere.
-fn elsewhere(threads: &[Pid], wake: impl FnOnce()) {
+fn elsewhere(threads: &[AtomicI32], wake: impl FnOnce()) {
     let here = rustix::thread::sched_getcpu();
-    let keep_off = |&thread: &Pid| {
+    let keep_off = |thread: &AtomicI32| {
+        let thread = Pid::from_raw(thread.load(Ordering::Relaxed))?;
         let allowed = rustix::thread::sched_getaffinity(Some(thread)).ok()?;
         let mut others = allowed;
         others.unset(here);
