@@ -2,7 +2,7 @@
 //! the faults stop is checked at the end: every room has ended once on each side with ends that fit each other, every
 //! page is home, and nothing is left of any session.
 
-use crossdock_proto::{End, RoomId, RoomRefusal, Stage};
+use crossdock_proto::{End, RoomId};
 use crossdock_transport::{DownCause, Fence};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -353,13 +353,6 @@ fn fit(prefill: &End, decode: &End) -> bool {
         (End::Delivered, other) => *other == End::Delivered,
         // The prefill side had given up, or lost the peer, before it heard.
         (prefill, End::Delivered) => by(prefill) != Some(Peer),
-        // A request that waited there was turned away, before the room was opened that it waited for.
-        (prefill, End::Expired { by: Peer, stage: Stage::Grant })
-        | (prefill, End::Refused { by: Peer, why: RoomRefusal::Busy })
-            if by(prefill) != Some(Peer) =>
-        {
-            true
-        }
         // Whoever ends by the other's word ends in the way that the other did.
         (prefill, decode) => match (by(prefill), by(decode)) {
             (Some(Peer), Some(Here)) | (Some(Here), Some(Peer)) => {
