@@ -13,14 +13,17 @@
 //! | 4 | tokens a block |
 //! | 4 × blocks | CRC32C of each block |
 
+mod summing;
+
 use std::num::NonZeroU32;
 use std::ops::Range;
 
 use crossdock_memory::{Memory, OutOfRange};
 
+pub(crate) use self::summing::Summing;
 use crate::fields::{Fields, Truncated};
 use crate::random::mix;
-use crate::{LayerBuffer, PageTable, PageTableError};
+use crate::{CacheLayout, PageTable, PageTableError};
 
 /// CRC32C sums of what was moved: computed at the source, compared at the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,16 +48,11 @@ impl Checksums {
         layers: Range<u32>,
         tokens: Range<u32>,
     ) -> Result<Self, ChecksumError> {
-        // Where possible a block is a whole number of pages, and so a page has one sum.
-        let page_tokens = table.layout.page_tokens();
-        let mut block_tokens = page_tokens * Self::MIN_BLOCK_TOKENS.div_ceil(page_tokens);
-        while blocks(&tokens, block_tokens) > Self::MAX_BLOCKS {
-            block_tokens = block_tokens.saturating_mul(2);
+        let mut summing = Summing::compute(memory, table, layers, tokens)?;
+        match summing.advance(memory, table, &mut u64::MAX.clone()) {
+            Err(VerifyError::NotComputed(error)) => Err(error),
+            Ok(_) | Err(_) => Ok(summing.into_sums()),
         }
-        let mut checksums = Self { layers, tokens, block_tokens, sums: Vec::new() };
-        let mut reader = Reader::new(memory, table, &checksums.layers, &checksums.tokens)?;
-        checksums.sums = checksums.blocks().map(|block| reader.sum(&block)).collect::<Result<_, _>>()?;
-        Ok(checksums)
     }
 
     /// Compares with what arrived. `layers` and `tokens` are what the room has moved: sums of anything else would
@@ -66,24 +64,8 @@ impl Checksums {
         layers: Range<u32>,
         tokens: Range<u32>,
     ) -> Result<(), VerifyError> {
-        if (&self.layers, &self.tokens) != (&layers, &tokens) {
-            return Err(VerifyError::OtherExtent {
-                layers,
-                tokens,
-                summed_layers: self.layers.clone(),
-                summed_tokens: self.tokens.clone(),
-            });
-        }
-        let mut reader = Reader::new(memory, table, &layers, &tokens)?;
-        for (block, &expected) in self.blocks().zip(&self.sums) {
-            let found = reader.sum(&block)?;
-            if found != expected {
-                let first = block.start / table.layout.page_tokens() - table.first_page;
-                let page = table.pages[first as usize];
-                return Err(VerifyError::Mismatch { tokens: block, page, expected, found });
-            }
-        }
-        Ok(())
+        let mut summing = Summing::compare(self.clone(), memory, table, layers, tokens)?;
+        summing.advance(memory, table, &mut u64::MAX.clone()).map(|_| ())
     }
 
     /// Which layers are summed.
@@ -126,14 +108,25 @@ impl Checksums {
         Ok(Self { layers, tokens, block_tokens, sums })
     }
 
-    /// The tokens of each block; the first and the last may be cut.
-    fn blocks(&self) -> impl Iterator<Item = Range<u32>> + use<> {
-        let (tokens, block_tokens) = (self.tokens.clone(), self.block_tokens);
-        let first = tokens.start / block_tokens;
-        (0..blocks(&tokens, block_tokens)).map(move |nth| {
-            let start = (first + nth) * block_tokens;
-            start.max(tokens.start)..start.saturating_add(block_tokens).min(tokens.end)
-        })
+    /// What sums of these tokens look like before the first.
+    fn empty(layout: &CacheLayout, layers: Range<u32>, tokens: Range<u32>) -> Self {
+        // Where possible a block is a whole number of pages, and so a page has one sum.
+        let page_tokens = layout.page_tokens();
+        let mut block_tokens = page_tokens * Self::MIN_BLOCK_TOKENS.div_ceil(page_tokens);
+        while blocks(&tokens, block_tokens) > Self::MAX_BLOCKS {
+            block_tokens = block_tokens.saturating_mul(2);
+        }
+        Self { layers, tokens, block_tokens, sums: Vec::new() }
+    }
+
+    fn blocks(&self) -> u32 {
+        blocks(&self.tokens, self.block_tokens)
+    }
+
+    /// The tokens of a block; the first and the last may be cut.
+    fn block(&self, nth: u32) -> Range<u32> {
+        let start = (self.tokens.start / self.block_tokens + nth) * self.block_tokens;
+        start.max(self.tokens.start)..start.saturating_add(self.block_tokens).min(self.tokens.end)
     }
 }
 
@@ -167,73 +160,6 @@ impl Verify {
             Self::OneIn(n) => mix(room).is_multiple_of(u64::from(n.get())),
         }
     }
-}
-
-/// Sums blocks of one table. Others may write the memory meanwhile, so bytes are copied before they are summed.
-struct Reader<'a> {
-    table: &'a PageTable<'a>,
-    /// Of the layers to be summed.
-    buffers: Vec<(&'a Memory, LayerBuffer)>,
-    copy: Box<[u8]>,
-}
-
-impl<'a> Reader<'a> {
-    /// Finds the buffers, and checks once that the table covers all of the tokens.
-    fn new(
-        memory: &'a [Memory],
-        table: &'a PageTable<'a>,
-        layers: &Range<u32>,
-        tokens: &Range<u32>,
-    ) -> Result<Self, ChecksumError> {
-        table.covering(tokens).map_err(ChecksumError::Pages)?;
-        let buffer = |layer| {
-            let here = table.layout.layers();
-            let buffer = table.layout.buffer(layer).ok_or(ChecksumError::LayerNotHere { layer, here })?;
-            let memory = memory.get(buffer.region as usize);
-            Ok((memory.ok_or(ChecksumError::UnknownRegion { region: buffer.region })?, buffer))
-        };
-        let buffers = layers.clone().map(buffer).collect::<Result<_, _>>()?;
-        Ok(Self { table, buffers, copy: vec![0; COPY_BYTES].into() })
-    }
-
-    fn sum(&mut self, block: &Range<u32>) -> Result<u32, ChecksumError> {
-        let token_bytes = self.table.layout.token_bytes();
-        let pages = self.table.covering(block).map_err(ChecksumError::Pages)?;
-        let mut sum = 0;
-        for (memory, buffer) in &self.buffers {
-            let mut walk = self.table.walk(pages, block);
-            let mut left = block.end - block.start;
-            while left > 0 {
-                let tokens = walk.left().min(left);
-                let (page, token) = walk.place();
-                let in_page = u64::from(token) * token_bytes;
-                let offset = buffer.offset + u64::from(page) * buffer.stride_bytes + in_page;
-                sum = add(sum, memory, offset, u64::from(tokens) * token_bytes, &mut self.copy)?;
-                walk.advance(tokens);
-                left -= tokens;
-            }
-        }
-        Ok(sum)
-    }
-}
-
-fn add(
-    mut sum: u32,
-    memory: &Memory,
-    offset: u64,
-    bytes: u64,
-    copy: &mut [u8],
-) -> Result<u32, ChecksumError> {
-    let mut done = 0;
-    while done < bytes {
-        let part = (bytes - done).min(copy.len() as u64) as usize;
-        // An offset that no address can have is out of range like any other.
-        let at = usize::try_from(offset + done).unwrap_or(usize::MAX);
-        memory.read(at, &mut copy[..part]).map_err(ChecksumError::OutOfRange)?;
-        sum = crc32c::crc32c_append(sum, &copy[..part]);
-        done += part as u64;
-    }
-    Ok(sum)
 }
 
 /// Why sums cannot be computed.
@@ -348,5 +274,3 @@ impl From<Truncated> for ChecksumDecodeError {
 }
 
 const VERSION: u8 = 1;
-/// Small enough to stay in the first-level cache between the copy and the sum.
-const COPY_BYTES: usize = 16 << 10;

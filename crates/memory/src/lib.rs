@@ -14,6 +14,7 @@ mod layout;
 mod memory;
 mod pages;
 mod pool;
+mod prefetch;
 
 pub use layout::{LayoutError, PageLayout};
 pub use memory::{AllocateOptions, HugePages, Memory, MemoryError, MemoryKind, OutOfRange};
@@ -21,3 +22,4 @@ pub use pages::{GrantedPages, PageRef, PageSet};
 pub use pool::{
     MAX_PAGES, PagePool, PoolError, PoolOptions, PoolStats, QuarantineEntry, QuarantineReason, Until,
 };
+pub use prefetch::{prefetch_head_read, prefetch_head_write, prefetch_read, prefetch_write};

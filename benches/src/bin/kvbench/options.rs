@@ -72,7 +72,7 @@ pub struct Options {
     /// Data connections between the two nodes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
     pub lanes: u8,
-    /// The congestion control of tcp connections [default: the host's]
+    /// The congestion control of tcp connections [default: the host's, and reno within one host]
     #[arg(long)]
     pub congestion: Option<String>,
     /// The length of each pool

@@ -33,6 +33,11 @@ pub struct Setup {
 }
 
 impl Setup {
+    /// The tcp port's options, as far as they do not depend on where it is.
+    pub fn tcp(&self) -> TcpOptions {
+        TcpOptions { congestion: self.congestion.clone(), ..TcpOptions::default() }
+    }
+
     pub fn new(options: &Options) -> Result<Self, Error> {
         let not_built = |what| Err(Error::NotBuilt { what });
         match (options.port, options.memory) {
@@ -177,11 +182,7 @@ impl Side {
                 allow_ptrace: setup.memory == MemoryName::Private,
                 ..ShmOptions::default()
             }),
-            PortName::Tcp => PortConfig::Tcp(Some(TcpOptions {
-                bind: config.bind,
-                congestion: setup.congestion.clone(),
-                ..TcpOptions::default()
-            })),
+            PortName::Tcp => PortConfig::Tcp(Some(TcpOptions { bind: config.bind, ..setup.tcp() })),
             PortName::Verbs | PortName::Cuda => return Err(Error::NotBuilt { what: "the port" }),
         }];
         let driver = Driver::new(Node::open(config)?);

@@ -144,7 +144,7 @@ impl Target {
         let memory = allocate(&setup)?;
         let ip = talk.local_ip().map_err(Error::io("talking"))?;
         let listener = TcpListener::bind((ip, 0)).map_err(Error::io("listening"))?;
-        if let Some(name) = &setup.congestion {
+        if let Some(name) = setup.tcp().congestion_at(ip) {
             rustix::net::sockopt::set_tcp_congestion(&listener, name)
                 .map_err(|errno| Error::Io { what: "TCP_CONGESTION", error: errno.into() })?;
         }

@@ -174,7 +174,7 @@ impl Beside {
                 None,
             );
             let connected = socket.map_err(std::io::Error::from).and_then(|socket| {
-                if let Some(name) = &setup.congestion {
+                if let Some(name) = setup.tcp().congestion_at(self.streams.ip()) {
                     rustix::net::sockopt::set_tcp_congestion(&socket, name)?;
                 }
                 rustix::net::sockopt::set_tcp_nodelay(&socket, true)?;

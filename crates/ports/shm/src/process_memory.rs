@@ -8,6 +8,7 @@
 
 use std::io;
 
+use crossdock_memory::{prefetch_head_read, prefetch_head_write};
 use rustix::io::Errno;
 use rustix::process::Pid;
 use thiserror::Error;
@@ -160,6 +161,7 @@ impl PeerProcess {
         let mut copied_bytes = 0;
         while copied_bytes < total_bytes {
             let batch = Batch::after(&pieces, copied_bytes);
+            direction.prefetch(batch.local.filled());
             // SAFETY: the batch is made of the pieces that the caller vouches for, without what is copied.
             let result = unsafe { direction.call(self.pid, batch.local.filled(), batch.remote.filled()) };
             match result {
@@ -203,6 +205,16 @@ impl Direction {
         match self {
             Direction::Read => "process_vm_readv",
             Direction::Write => "process_vm_writev",
+        }
+    }
+
+    /// Asks for what the kernel is about to touch on this side.
+    fn prefetch(self, local: &[libc::iovec]) {
+        for range in local {
+            match self {
+                Direction::Read => prefetch_head_write(range.iov_base.cast(), range.iov_len),
+                Direction::Write => prefetch_head_read(range.iov_base.cast(), range.iov_len),
+            }
         }
     }
 

@@ -14,10 +14,7 @@ use crate::TcpOptions;
 
 /// How connections are made: the part of the options that is about sockets.
 pub(crate) struct Sockets {
-    local_ip: IpAddr,
-    congestion: Option<String>,
-    send_buffer_bytes: Option<usize>,
-    receive_buffer_bytes: Option<usize>,
+    options: TcpOptions,
 }
 
 /// What an event of epoll is about.
@@ -32,12 +29,7 @@ pub(crate) enum Source {
 
 impl Sockets {
     pub fn new(options: &TcpOptions) -> Self {
-        Self {
-            local_ip: options.bind.ip(),
-            congestion: options.congestion.clone(),
-            send_buffer_bytes: options.send_buffer_bytes,
-            receive_buffer_bytes: options.receive_buffer_bytes,
-        }
+        Self { options: options.clone() }
     }
 
     /// Listens at `address`, and says at which it is.
@@ -53,9 +45,10 @@ impl Sockets {
     /// Begins to connect. The socket becomes writable when that has succeeded or failed.
     pub fn dial(&self, to: SocketAddr) -> std::result::Result<OwnedFd, Errno> {
         let socket = self.open(to.ip())?;
-        if !self.local_ip.is_unspecified() && self.local_ip.is_ipv4() == to.is_ipv4() {
+        let local_ip = self.options.bind.ip();
+        if !local_ip.is_unspecified() && local_ip.is_ipv4() == to.is_ipv4() {
             // The bytes are to leave by the device that this port was opened for.
-            rustix::net::bind(&socket, &SocketAddr::new(self.local_ip, 0))?;
+            rustix::net::bind(&socket, &SocketAddr::new(local_ip, 0))?;
         }
         match rustix::net::connect(&socket, &to) {
             Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
@@ -76,13 +69,13 @@ impl Sockets {
         let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))?;
         sockopt::set_tcp_nodelay(&socket, true)?;
         // The buffers' sizes decide on the window scale, so they are set before there is a connection.
-        if let Some(bytes) = self.send_buffer_bytes {
+        if let Some(bytes) = self.options.send_buffer_bytes {
             sockopt::set_socket_send_buffer_size(&socket, bytes)?;
         }
-        if let Some(bytes) = self.receive_buffer_bytes {
+        if let Some(bytes) = self.options.receive_buffer_bytes {
             sockopt::set_socket_recv_buffer_size(&socket, bytes)?;
         }
-        if let Some(name) = &self.congestion {
+        if let Some(name) = self.options.congestion_at(ip) {
             sockopt::set_tcp_congestion(&socket, name)?;
         }
         Ok(socket)

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
-use crossdock_memory::{Memory, OutOfRange};
+use crossdock_memory::{Memory, OutOfRange, prefetch_head_read, prefetch_head_write};
 use crossdock_transport::{GrantId, LocalId};
 use rustix::io::Errno;
 
@@ -147,6 +147,7 @@ impl Gather {
             let piece_bytes = payload.places.piece_bytes as usize;
             for offset in payload.places.offsets() {
                 let at = payload.memory.at(offset as usize, piece_bytes).expect("the op was checked");
+                prefetch_head_read(at, piece_bytes);
                 self.push(at, piece_bytes, 0);
             }
             self.queued += payload.places.bytes();
@@ -304,6 +305,7 @@ impl Scatter {
         let memory = self.memory.as_ref().expect("a payload has begun");
         let (offset, bytes) = (offset as usize, bytes as usize);
         let at = memory.at(offset, bytes)?;
+        prefetch_head_write(at, bytes);
         self.left += bytes as u64;
         if self.end > self.first {
             let last = &mut self.pieces[self.end - 1];

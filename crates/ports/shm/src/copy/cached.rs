@@ -1,6 +1,8 @@
 //! The copy through the cache: the C library's `memcpy` for each piece, with the next pieces asked for
 //! early where they are short.
 
+use crossdock_memory::{prefetch_read, prefetch_write};
+
 use super::Pieces;
 
 /// # Safety
@@ -41,46 +43,3 @@ fn prefetch_piece(pieces: &Pieces<'_>, piece: usize) {
         prefetch_write(dst.wrapping_add(offset));
     }
 }
-
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn prefetch_read(address: *const u8) {
-    use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    // SAFETY: a prefetch never faults, whatever the address.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn prefetch_write(address: *mut u8) {
-    // The intrinsic would fall back to a prefetch for reading unless the whole build assumes the instruction;
-    // 64-bit processors without it take it for a no-operation.
-    // SAFETY: a prefetch never faults and changes neither memory nor flags.
-    unsafe {
-        core::arch::asm!("prefetchw [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
-    }
-}
-
-#[cfg(target_arch = "aarch64")]
-#[inline(always)]
-fn prefetch_read(address: *const u8) {
-    // SAFETY: a prefetch never faults and changes neither memory nor flags.
-    unsafe {
-        core::arch::asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
-    }
-}
-
-#[cfg(target_arch = "aarch64")]
-#[inline(always)]
-fn prefetch_write(address: *mut u8) {
-    // SAFETY: a prefetch never faults and changes neither memory nor flags.
-    unsafe {
-        core::arch::asm!("prfm pstl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly));
-    }
-}
-
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn prefetch_read(_address: *const u8) {}
-
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-fn prefetch_write(_address: *mut u8) {}
