@@ -122,8 +122,8 @@ impl PrefillTicket {
 impl Decode {
     /// Lets go of the ticket for the pages.
     pub fn drop_pages_ticket(&mut self) {
-        let (_, nobody): (_, Ticket<PageSet>) = crossdock_engine::ticket();
-        self.receiving.pages = nobody;
+        let (_, nobody): (_, Ticket<Homecoming>) = crossdock_engine::ticket();
+        self.receiving.pages = nobody.into();
         self.is_careless = true;
     }
 }

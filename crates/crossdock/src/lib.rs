@@ -59,8 +59,8 @@ pub use node::Node;
 pub use crossdock_engine::{Abandoned, EventFd, RailStats, Ticket, TicketError, now_ns};
 pub use crossdock_kv::{
     CacheKind, CacheLayout, CacheLayoutError, Dtype, Ended, FetchRequest, Handle, LayerBuffer, LayoutOptions,
-    NotTaken, Peer, PeerUp, Placement, ReceiveRequest, Received, Receiving, SendError, SendRequest, Sending,
-    ServeRequest, Serving, Turn, Verify, Worker, trace,
+    NotTaken, PagesTicket, Peer, PeerUp, Placement, ReceiveRequest, Received, Receiving, SendError,
+    SendRequest, Sending, ServeRequest, Serving, Turn, Verify, Worker, trace,
 };
 pub use crossdock_memory::{
     AllocateOptions, HugePages, Memory, MemoryError, MemoryKind, PageLayout, PagePool, PageRef, PageSet,

@@ -51,7 +51,7 @@ impl Checksums {
         let mut summing = Summing::compute(memory, table, layers, tokens)?;
         match summing.advance(memory, table, &mut u64::MAX.clone()) {
             Err(VerifyError::NotComputed(error)) => Err(error),
-            Ok(_) | Err(_) => Ok(summing.into_sums()),
+            Ok(_) | Err(_) => Ok(summing.sums().clone()),
         }
     }
 

@@ -12,6 +12,7 @@ mod fields;
 mod handle;
 mod layout;
 mod page_table;
+mod pages_ticket;
 mod params;
 mod plan;
 mod random;
@@ -25,6 +26,7 @@ pub use layout::{
     CacheKind, CacheLayout, CacheLayoutError, Dtype, LayerBuffer, LayoutDecodeError, LayoutOptions, Placement,
 };
 pub use page_table::{PageTable, PageTableError};
+pub use pages_ticket::PagesTicket;
 pub use plan::{Cursor, Ops, OpsError, Plan, PlanError, PlanInput, Route};
 pub use request::{
     Ended, FetchRequest, Peer, PeerUp, ReceiveRequest, Received, Receiving, SendError, SendRequest, Sending,

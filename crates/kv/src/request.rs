@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use crossdock_engine::{Promise, RailStats, Ticket, ticket};
 use crossdock_memory::{PageRef, PageSet};
-use crossdock_proto::{Counters, End, Identity, RoomName, SessionEnd};
+use crossdock_proto::{Counters, End, Homecoming, Identity, RoomName, SessionEnd};
 
+use crate::PagesTicket;
 use crate::handle::{Handle, NotTaken};
 
 /// A peer that is dialed, or that has dialed this node.
@@ -150,7 +151,7 @@ pub struct Receiving {
     pub end: Ticket<Received>,
     /// The pages. Whoever drops this ticket leaves it to the pool to take them back when they come home. Abandoned, if
     /// the node is gone before anything has proven that nobody writes them: they stay out of their pool then.
-    pub pages: Ticket<PageSet>,
+    pub pages: PagesTicket,
     pub(crate) control: RoomControl,
 }
 
@@ -366,7 +367,7 @@ impl Command {
         match self {
             Command::Connect { up, .. } => drop(up.tell(Err(cause))),
             Command::Receive { request, told, .. } => {
-                drop(told.pages.tell(request.pages));
+                drop(told.pages.tell(request.pages.into()));
                 drop(told.end.tell(Received { ended, aux: Vec::new() }));
             }
             Command::Open { end, .. } | Command::Serve { end, .. } => drop(end.tell(ended)),
@@ -384,7 +385,7 @@ impl Command {
 /// What a decode end has promised.
 pub(crate) struct DecodePromises {
     pub end: Promise<Received>,
-    pub pages: Promise<PageSet>,
+    pub pages: Promise<Homecoming>,
     pub arrivals: Arc<AtomicU64>,
 }
 
@@ -393,7 +394,8 @@ pub(crate) fn decode_tickets(handle: &Handle, key: u64) -> (DecodePromises, Rece
     let (pages, pages_ticket) = ticket();
     let arrivals = Arc::new(AtomicU64::new(0));
     let control = RoomControl { handle: handle.clone(), key, arrivals: arrivals.clone() };
-    (DecodePromises { end, pages, arrivals }, Receiving { end: end_ticket, pages: pages_ticket, control })
+    let receiving = Receiving { end: end_ticket, pages: pages_ticket.into(), control };
+    (DecodePromises { end, pages, arrivals }, receiving)
 }
 
 pub(crate) fn name(room: u64, use_count: u32) -> RoomName {

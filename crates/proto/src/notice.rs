@@ -95,26 +95,46 @@ pub enum Notice {
 /// Pages that no write can land in any more, on their way to their owner.
 ///
 /// Counting a long list of pages home takes longer than to end its room, and the peer should not wait for it: so it is
-/// done by whoever takes the notice, when the peer has been told. Dropped, they go home to their pool.
+/// done by whoever takes them in the end, and not by the progress loop. Dropped, they go home to their pool.
 #[derive(Debug)]
-pub struct Homecoming(Option<GrantedPages>);
+pub struct Homecoming(Option<Coming>);
+
+#[derive(Debug)]
+enum Coming {
+    Granted(GrantedPages),
+    /// They were never granted, or are counted already.
+    Owned(PageSet),
+}
 
 impl Homecoming {
     pub(crate) fn new(pages: GrantedPages) -> Self {
-        Self(Some(pages))
+        Self(Some(Coming::Granted(pages)))
     }
 
     /// The pages, as their owner's again.
     pub fn into_pages(mut self) -> PageSet {
-        self.0.take().expect("pages come home once").come_home()
+        self.0.take().expect("pages come home once").home()
+    }
+}
+
+impl Coming {
+    fn home(self) -> PageSet {
+        match self {
+            Coming::Granted(pages) => pages.come_home(),
+            Coming::Owned(pages) => pages,
+        }
+    }
+}
+
+impl From<PageSet> for Homecoming {
+    fn from(pages: PageSet) -> Self {
+        Self(Some(Coming::Owned(pages)))
     }
 }
 
 impl Drop for Homecoming {
     fn drop(&mut self) {
-        if let Some(pages) = self.0.take() {
-            drop(pages.come_home());
-        }
+        drop(self.0.take().map(Coming::home));
     }
 }
 

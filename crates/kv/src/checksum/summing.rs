@@ -77,8 +77,8 @@ impl Summing {
     }
 
     /// What was computed.
-    pub fn into_sums(self) -> Checksums {
-        self.sums
+    pub fn sums(&self) -> &Checksums {
+        &self.sums
     }
 
     fn take(&mut self, table: &PageTable<'_>, block: Range<u32>) -> Result<(), VerifyError> {
@@ -205,7 +205,7 @@ mod tests {
                     let done = summing.advance(&memory, &table, &mut left)?;
                     assert!(done || left == 0, "all of the share is used");
                     if done {
-                        return Ok((summing.into_sums(), round));
+                        return Ok((summing.sums, round));
                     }
                 }
                 unreachable!()
@@ -215,14 +215,15 @@ mod tests {
             // No share is left unused, or much exceeded: a token may be read whole.
             let bytes = 6 * u64::from(tokens.end - tokens.start) * layout.token_bytes();
             let longest = shares.iter().max().unwrap() + layout.token_bytes();
-            prop_assert!(rounds as u64 >= (bytes / longest).saturating_sub(1), "{rounds} rounds for {bytes} bytes");
+            prop_assert!(rounds as u64 >= (bytes / longest).saturating_sub(1), "{} rounds for {} bytes", rounds, bytes);
 
             let compare = |sums| Summing::compare(sums, &memory, &table, 3..9, tokens.clone()).and_then(run);
             prop_assert!(compare(whole.clone()).is_ok());
             let mut wrong = whole.clone();
             if let Some(last) = wrong.sums.last_mut() {
                 *last ^= 1;
-                prop_assert!(matches!(compare(wrong), Err(VerifyError::Mismatch { .. })));
+                let differs = matches!(compare(wrong), Err(VerifyError::Mismatch { .. }));
+                prop_assert!(differs);
             }
         }
     }

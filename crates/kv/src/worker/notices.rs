@@ -1,0 +1,227 @@
+//! What the protocol tells, of sessions and rooms.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crossdock_engine::Promise;
+use crossdock_proto::planted::{Planted, is_planted};
+use crossdock_proto::{End, Notice, RoomId, SessionId, Start};
+use crossdock_transport::Direction;
+
+use super::Worker;
+use super::posting::{Run, local_table, plan_input};
+use super::proof::{Proof, moved_sums};
+use super::room::{Decode, Kind, Room, SendingRoom, ServingRoom};
+use crate::params::{Answer, Ask};
+use crate::request::{Ended, PeerUp, Received};
+use crate::{CacheLayout, PageTable, Plan};
+
+impl Worker {
+    pub(super) fn take_notices(&mut self, now: u64) -> bool {
+        let mut active = false;
+        loop {
+            let Some(notice) = self.engine.next_notice() else {
+                // What a notice led to may have decided more.
+                if active && self.engine.carry_out(now) {
+                    continue;
+                }
+                return active;
+            };
+            active = true;
+            self.notice(now, notice);
+        }
+    }
+
+    fn notice(&mut self, now: u64, notice: Notice) {
+        match notice {
+            Notice::SessionUp { session, target, peer, name, port, app } => {
+                tracing::info!(peer = &*name, node = peer.node, port, "session up");
+                self.caches.insert(session, CacheLayout::decode(&app).ok().map(Arc::new));
+                if let Some(up) = target.and_then(|target| self.dialing.remove(&target)) {
+                    self.tell(up, Ok(PeerUp { identity: peer, name }));
+                }
+            }
+            Notice::SessionDown { session, target, peer, port, cause } => {
+                let address = target.and_then(|target| self.addresses.get(&target));
+                let (peer, address) = (peer.as_deref(), address.map(String::as_str));
+                tracing::info!(peer, port, address, advice = cause.advice(), "session down: {cause}");
+                if let Some(session) = session {
+                    self.caches.remove(&session);
+                }
+                // A peer that may still come is waited for; one that refuses never will.
+                if !cause.is_retryable()
+                    && let Some(up) = target.and_then(|target| self.dialing.remove(&target))
+                {
+                    self.tell(up, Err(cause));
+                }
+            }
+            Notice::Start(start) => self.start(now, start),
+            Notice::Stop { room } => {
+                match self.rooms.get_mut(&room).map(|room| &mut room.kind) {
+                    Some(Kind::Sending(sending)) => sending.run = None,
+                    Some(Kind::Decode(decode)) => decode.reads = None,
+                    Some(Kind::Serving(_)) | None => {}
+                };
+            }
+            Notice::Wanted { room, session, params } => self.wanted(now, room, session, &params),
+            Notice::Landed { room, session, aux } => self.landed(now, room, session, &aux),
+            Notice::Ended { room, end, peer, port } => self.ended(room, Ended { end, peer, port }),
+            Notice::Unread { pages } => drop(pages),
+            Notice::Home { room, pages } => {
+                let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&room) else { return };
+                if let Some(home) = decode.home.take() {
+                    self.tell(home, pages);
+                }
+                self.forget(room);
+            }
+        }
+    }
+
+    fn start(&mut self, now: u64, start: Start) {
+        let id = start.room;
+        // Stopped again before it was told here.
+        let Some(transfer) = self.engine.transfer(id) else { return };
+        let cache = self.caches.get(&start.session).cloned().flatten();
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        let (ask, pages): (_, &[u32]) = match &room.kind {
+            Kind::Sending(sending) => {
+                let ask = Ask::decode(&start.params).filter(|ask| ask.tokens == sending.tokens);
+                (ask, &sending.pages)
+            }
+            Kind::Decode(decode) => {
+                let answer = Answer::decode(&start.params);
+                let ask = answer.filter(|answer| answer.tokens == decode.ask.tokens).map(|_| decode.ask);
+                (ask, &decode.pages)
+            }
+            Kind::Serving(_) => (None, &[]),
+        };
+        room.records_peer(&mut self.engine, start.session);
+        let (Some(ask), Some(cache)) = (ask, cache) else { return self.engine.proto().mismatch(now, id) };
+        let local = local_table(&self.layout, pages, start.direction, &ask);
+        let tokens = ask.skip_tokens..ask.tokens;
+        let input = plan_input(local, &cache, &start.remote_pages, start.direction, &ask, tokens);
+        let Ok(plan) = Plan::build(&input) else { return self.engine.proto().mismatch(now, id) };
+        room.span
+            .in_scope(|| tracing::debug!(attempt = start.attempt, pages = start.remote_pages.len(), "start"));
+        let run = Run {
+            transfer,
+            direction: start.direction,
+            grant: start.grant,
+            ask,
+            cache,
+            remote_pages: start.remote_pages,
+            plan,
+            at: usize::from(start.attempt > 0 && is_planted(Planted::NotSentAgain)),
+            cursor: None,
+            lane: None,
+            posted_bytes: 0,
+            sums: None,
+            posted_all: false,
+        };
+        match &mut room.kind {
+            Kind::Sending(sending) => sending.run = Some(run),
+            Kind::Decode(decode) => decode.reads = Some(run),
+            Kind::Serving(_) => {}
+        }
+        self.wake(id);
+    }
+
+    /// A reader asks for a room that is served here.
+    fn wanted(&mut self, now: u64, id: RoomId, session: SessionId, params: &[u8]) {
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        room.records_peer(&mut self.engine, session);
+        let Kind::Serving(serving) = &mut room.kind else { return };
+        // What an earlier reader has asked for is of no use to this one.
+        serving.sums = None;
+        let ask = Ask::decode(params).filter(|ask| ask.tokens == serving.tokens);
+        let (Some(ask), Some(Some(cache))) = (ask, self.caches.get(&session)) else {
+            return self.engine.proto().mismatch(now, id);
+        };
+        if !ask.checksums {
+            let answer = Answer { tokens: ask.tokens, aux: serving.aux.clone(), checksums: Vec::new() };
+            return self.engine.proto().offer(now, id, answer.encode());
+        }
+        let table = PageTable::new(&self.layout, &serving.pages);
+        match moved_sums(&self.memory, &table, cache, &ask) {
+            Ok(sums) => {
+                serving.sums = Some(sums);
+                self.wake(id);
+            }
+            Err(_) => self.engine.proto().mismatch(now, id),
+        }
+    }
+
+    /// All bytes of a decode room are here.
+    fn landed(&mut self, now: u64, id: RoomId, session: SessionId, aux: &[u8]) {
+        // The last batch may have come in this very turn, at the end of which the room may be gone.
+        self.show_arrivals();
+        let Some(room) = self.rooms.get_mut(&id) else { return };
+        room.records_peer(&mut self.engine, session);
+        let Kind::Decode(decode) = &mut room.kind else { return };
+        let Some(answer) = Answer::decode(aux).filter(|answer| answer.tokens == decode.ask.tokens) else {
+            return self.engine.proto().mismatch(now, id);
+        };
+        decode.aux = answer.aux;
+        if !decode.ask.checksums {
+            return self.engine.proto().accept(now, id);
+        }
+        let Some(Some(cache)) = self.caches.get(&session) else {
+            return self.engine.proto().mismatch(now, id);
+        };
+        let table = local_table(&self.layout, &decode.pages, Direction::Read, &decode.ask);
+        decode.proof = Some(Proof::begin(&self.memory, &table, cache, &decode.ask, &answer.checksums));
+        self.wake(id);
+    }
+
+    pub(super) fn ended(&mut self, id: RoomId, ended: Ended) {
+        let Some(room) = self.rooms.get_mut(&id).filter(|room| !room.is_told()) else { return };
+        if let (Some(peer), Some(port)) = (&ended.peer, ended.port) {
+            room.span.record("peer", &**peer).record("port", port);
+        }
+        room.span.in_scope(|| match &ended.end {
+            End::Delivered => tracing::debug!("{ended}"),
+            end => tracing::warn!(retryable = end.is_retryable(), advice = end.advice(), "{ended}"),
+        });
+        self.keys.remove(&room.key);
+        match &mut room.kind {
+            Kind::Decode(decode) => {
+                decode.proof = None;
+                // Nobody may believe what was not proven.
+                let aux = if ended.is_delivered() { std::mem::take(&mut decode.aux) } else { Vec::new() };
+                if let Some(promise) = decode.end.take() {
+                    self.tell(promise, Received { ended, aux });
+                }
+            }
+            Kind::Sending(SendingRoom { end: promise, .. })
+            | Kind::Serving(ServingRoom { end: promise, .. }) => {
+                if let Some(promise) = promise.take() {
+                    self.tell(promise, ended);
+                }
+                self.rooms.remove(&id);
+            }
+        }
+    }
+
+    fn forget(&mut self, id: RoomId) {
+        if let Some(Room { kind: Kind::Decode(Decode { end: None, home: None, .. }), .. }) =
+            self.rooms.get(&id)
+        {
+            self.rooms.remove(&id);
+        }
+    }
+
+    pub(super) fn tell<T>(&self, promise: Promise<T>, what: T) {
+        // Where the ticket was dropped nobody looks; pages that come back so return to their pool by being
+        // dropped.
+        drop(promise.tell(what));
+        self.shared.told.raise();
+    }
+
+    pub(super) fn show_arrivals(&mut self) {
+        while let Some((id, arrivals)) = self.engine.proto().next_arrivals() {
+            if let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get(&id) {
+                decode.arrivals.store(arrivals, Ordering::Release);
+            }
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! What has been planned goes out: each room that has something to post gets its share of the ports.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crossdock_engine::{Engine, LaneRegions, TransferFailed, TransferId};
+use crossdock_proto::RoomId;
+use crossdock_proto::planted::{Planted, is_planted};
+use crossdock_transport::{Direction, GrantId, Op};
+
+use super::Worker;
+use super::proof::{SUM_SHARE_BYTES, moved_sums};
+use super::room::{Decode, Item, Kind, SendingRoom};
+use crate::checksum::Summing;
+use crate::params::{Answer, Ask};
+use crate::{CacheLayout, Cursor, PageTable, Plan, PlanInput, Route};
+
+/// One attempt at moving a room's bytes.
+pub(super) struct Run {
+    pub transfer: TransferId,
+    pub direction: Direction,
+    pub grant: GrantId,
+    pub ask: Ask,
+    pub cache: Arc<CacheLayout>,
+    pub remote_pages: Arc<[u32]>,
+    /// Built for the whole room when the run begins, while nobody waits, and then used for whatever is posted.
+    pub plan: Plan,
+    /// Which item is next, and how far it has been posted.
+    pub at: usize,
+    pub cursor: Option<Cursor>,
+    /// The lane that was offered ops last.
+    pub lane: Option<LaneRegions>,
+    pub posted_bytes: u64,
+    /// Everything has been posted, and the peer wants sums of it.
+    pub sums: Option<Summing>,
+    pub posted_all: bool,
+}
+
+/// What came of one room's turn at the ports.
+pub(super) enum Pumped {
+    /// The ports take no more in this turn.
+    Full { progress: bool },
+    /// There is more, and the room's share of this turn is used up.
+    More,
+    /// Nothing to post until something changes.
+    Nothing,
+    /// The two sides' layouts, pages or tokens do not fit together.
+    Mismatch,
+}
+
+/// Ops offered to a port at once.
+const BATCH: usize = 16;
+
+/// Bytes that one room posts before the next has its turn.
+const SHARE_BYTES: u64 = 8 << 20;
+
+impl Worker {
+    pub(super) fn wake(&mut self, id: RoomId) {
+        if let Some(room) = self.rooms.get_mut(&id)
+            && !std::mem::replace(&mut room.is_ready, true)
+        {
+            self.ready.push_back(id);
+        }
+    }
+
+    /// Gives each room that has something to post its share of the ports.
+    pub(super) fn pump(&mut self, now: u64) -> bool {
+        let mut active = false;
+        for _ in 0..self.ready.len() {
+            let Some(id) = self.ready.pop_front() else { break };
+            let pumped = self.pump_room(now, id);
+            if let Some(room) = self.rooms.get_mut(&id) {
+                room.is_ready = matches!(pumped, Pumped::Full { .. } | Pumped::More);
+            }
+            match pumped {
+                // Nothing was taken: the port wakes the loop when it takes more.
+                Pumped::Full { progress: false } => self.ready.push_back(id),
+                Pumped::Full { progress: true } | Pumped::More => {
+                    self.ready.push_back(id);
+                    active = true;
+                }
+                Pumped::Nothing => active = true,
+                Pumped::Mismatch => {
+                    active = true;
+                    self.engine.proto().mismatch(now, id);
+                }
+            }
+        }
+        active
+    }
+
+    fn pump_room(&mut self, now: u64, id: RoomId) -> Pumped {
+        let Some(room) = self.rooms.get_mut(&id) else { return Pumped::Nothing };
+        match &mut room.kind {
+            Kind::Sending(sending) => {
+                let SendingRoom { run: Some(run), pages, items, finish, tokens, .. } = sending else {
+                    return Pumped::Nothing;
+                };
+                let local = local_table(&self.layout, pages, Direction::Write, &run.ask);
+                if let Some(pumped) = post_items(&mut self.engine, now, run, &local, items) {
+                    return pumped;
+                }
+                let (false, Some(aux)) = (run.posted_all, finish) else { return Pumped::Nothing };
+                let mut checksums = Vec::new();
+                if run.ask.checksums {
+                    if run.sums.is_none() {
+                        run.sums = moved_sums(&self.memory, &local, &run.cache, &run.ask).ok();
+                    }
+                    let Some(sums) = &mut run.sums else { return Pumped::Mismatch };
+                    match sums.advance(&self.memory, &local, &mut SUM_SHARE_BYTES.clone()) {
+                        Ok(false) => return Pumped::More,
+                        Ok(true) => sums.sums().encode(&mut checksums),
+                        Err(_) => return Pumped::Mismatch,
+                    }
+                }
+                run.posted_all = true;
+                run.sums = None;
+                // Kept, because another attempt may have to say it again.
+                let answer = Answer { tokens: *tokens, aux: aux.clone(), checksums }.encode();
+                self.engine.posted_all(now, run.transfer, answer);
+            }
+            Kind::Decode(Decode { proof: Some(proof), pages, ask, .. }) => {
+                let local = local_table(&self.layout, pages, Direction::Read, ask);
+                match proof.advance(&self.memory, &local, &mut SUM_SHARE_BYTES.clone()) {
+                    None => return Pumped::More,
+                    Some(false) if !is_planted(Planted::ChecksumUnchecked) => {
+                        self.engine.proto().reject(now, id);
+                    }
+                    Some(_) => self.engine.proto().accept(now, id),
+                }
+            }
+            Kind::Decode(Decode { reads: Some(run), pages, ask, .. }) => {
+                let local = local_table(&self.layout, pages, Direction::Read, ask);
+                let layers = overlap(&self.layout.layers(), &run.cache.layers());
+                let whole = [Item { layers, tokens: 0..ask.tokens }];
+                if let Some(pumped) = post_items(&mut self.engine, now, run, &local, &whole) {
+                    return pumped;
+                }
+                if !std::mem::replace(&mut run.posted_all, true) {
+                    self.engine.posted_all(now, run.transfer, Vec::new());
+                }
+            }
+            Kind::Serving(serving) => {
+                let Some(sums) = &mut serving.sums else { return Pumped::Nothing };
+                let table = PageTable::new(&self.layout, &serving.pages);
+                match sums.advance(&self.memory, &table, &mut SUM_SHARE_BYTES.clone()) {
+                    Ok(false) => return Pumped::More,
+                    Ok(true) => {
+                        let mut checksums = Vec::new();
+                        sums.sums().encode(&mut checksums);
+                        serving.sums = None;
+                        let answer = Answer { tokens: serving.tokens, aux: serving.aux.clone(), checksums };
+                        self.engine.proto().offer(now, id, answer.encode());
+                    }
+                    Err(_) => return Pumped::Mismatch,
+                }
+            }
+            Kind::Decode(_) => {}
+        }
+        Pumped::Nothing
+    }
+}
+
+/// Posts a room's share of its items. `None`: all of them have been posted.
+fn post_items(
+    engine: &mut Engine,
+    now: u64,
+    run: &mut Run,
+    local: &PageTable<'_>,
+    items: &[Item],
+) -> Option<Pumped> {
+    let mut left = SHARE_BYTES;
+    while let Some(item) = items.get(run.at) {
+        match post_item(engine, now, run, local, item, &mut left) {
+            Pumped::Nothing => {
+                run.at += 1;
+                run.cursor = None;
+            }
+            other => return Some(other),
+        }
+    }
+    None
+}
+
+/// Posts what is left of one item. [`Pumped::Nothing`]: all of it has been.
+fn post_item(
+    engine: &mut Engine,
+    now: u64,
+    run: &mut Run,
+    local: &PageTable<'_>,
+    item: &Item,
+    left: &mut u64,
+) -> Pumped {
+    let tokens = item.tokens.start.max(run.ask.skip_tokens)..item.tokens.end.max(run.ask.skip_tokens);
+    if tokens.is_empty() {
+        return Pumped::Nothing;
+    }
+    if run.plan.tokens() != tokens {
+        let input = plan_input(*local, &run.cache, &run.remote_pages, run.direction, &run.ask, tokens);
+        if run.plan.renew(&input).is_err() {
+            return Pumped::Mismatch;
+        }
+    }
+    let layers = overlap(&item.layers, &run.plan.layers());
+    post_layers(engine, now, run, layers, left)
+}
+
+/// This side's pages of a run: a decode side lists them from the first one that it lacks, a prefill side all of them.
+pub(super) fn local_table<'a>(
+    layout: &'a CacheLayout,
+    pages: &'a [u32],
+    direction: Direction,
+    ask: &Ask,
+) -> PageTable<'a> {
+    let first_page = match direction {
+        Direction::Write => 0,
+        Direction::Read => ask.skip_tokens / layout.page_tokens(),
+    };
+    PageTable { layout, first_page, pages }
+}
+
+pub(super) fn plan_input<'a>(
+    local: PageTable<'a>,
+    cache: &'a CacheLayout,
+    remote_pages: &'a [u32],
+    direction: Direction,
+    ask: &Ask,
+    tokens: Range<u32>,
+) -> PlanInput<'a> {
+    let first_page = match direction {
+        Direction::Write => ask.skip_tokens / cache.page_tokens(),
+        Direction::Read => 0,
+    };
+    let remote = PageTable { layout: cache, first_page, pages: remote_pages };
+    match direction {
+        Direction::Write => PlanInput { source: local, destination: remote, tokens },
+        Direction::Read => PlanInput { source: remote, destination: local, tokens },
+    }
+}
+
+fn post_layers(engine: &mut Engine, now: u64, run: &mut Run, layers: Range<u32>, left: &mut u64) -> Pumped {
+    let posted_before = run.posted_bytes;
+    loop {
+        let full = Pumped::Full { progress: run.posted_bytes > posted_before };
+        let Some(slot) = engine.lane(run.transfer) else { return full };
+        if run.lane.as_ref().is_none_or(|lane| lane.slot != slot) {
+            run.lane = engine.lane_regions(run.transfer, slot);
+        }
+        let Some(LaneRegions { local, remote, .. }) = &run.lane else { return full };
+        let route = Route { direction: run.direction, grant: run.grant, local, remote };
+        let Ok(ops) = run.plan.ops(route, layers.clone()) else { return Pumped::Mismatch };
+        let cursor = run.cursor.unwrap_or_else(|| ops.start());
+        if ops.is_done(cursor) {
+            return Pumped::Nothing;
+        }
+        // Of the many short chunks each is one op, and need not make room for more.
+        let (mut one, mut many);
+        let batch: &mut [Op<'_>] = if ops.is_last(cursor) {
+            one = [Op::notify(0)];
+            &mut one
+        } else {
+            many = [Op::notify(0); BATCH];
+            &mut many
+        };
+        let filled = ops.fill(cursor, batch);
+        let posted = match engine.post(now, run.transfer, slot, &mut batch[..filled]) {
+            Ok(posted) => posted,
+            // The room has ended; the protocol says the rest.
+            Err(TransferFailed { .. }) => return Pumped::Nothing,
+        };
+        let bytes: u64 = batch[..posted.ops].iter().filter_map(Op::bytes).sum();
+        let part = batch.get(posted.ops).map_or(0, |op| op.part_bytes(posted.within));
+        run.posted_bytes += bytes + part;
+        *left = left.saturating_sub(bytes + part);
+        let cursor = ops.advance(cursor, posted);
+        run.cursor = Some(cursor);
+        if ops.is_done(cursor) {
+            return Pumped::Nothing;
+        }
+        if *left == 0 {
+            return Pumped::More;
+        }
+    }
+}
+
+pub(super) fn overlap(a: &Range<u32>, b: &Range<u32>) -> Range<u32> {
+    let start = a.start.max(b.start);
+    start..a.end.min(b.end).max(start)
+}
