@@ -56,15 +56,17 @@ pub use config::{Config, PortConfig, Progress};
 pub use error::Error;
 pub use node::Node;
 
-pub use crossdock_engine::{Abandoned, EventFd, RailStats, Ticket, TicketError, now_ns};
+pub use crossdock_engine::{
+    Abandoned, EventFd, NetworkError, OsError, RailStats, Ticket, TicketError, now_ns,
+};
 pub use crossdock_kv::{
     CacheKind, CacheLayout, CacheLayoutError, Dtype, Ended, FetchRequest, Handle, LayerBuffer, LayoutOptions,
     NotTaken, PagesTicket, Peer, PeerUp, Placement, ReceiveRequest, Received, Receiving, SendError,
-    SendRequest, Sending, ServeRequest, Serving, Turn, Verify, Worker, trace,
+    SendRequest, Sending, ServeRequest, Serving, Stats, Turn, Verify, Worker, WorkerError, trace,
 };
 pub use crossdock_memory::{
     AllocateOptions, HugePages, Memory, MemoryError, MemoryKind, PageLayout, PagePool, PageRef, PageSet,
-    PoolError, PoolOptions, PoolStats, QuarantineEntry,
+    PoolError, PoolOptions, PoolStats, QuarantineEntry, QuarantineReason, Until,
 };
 pub use crossdock_proto::{
     Auth, Counters, Difference, End, Failure, Identity, LinkCause, Refusal, RoomRefusal, SessionEnd, Stage,
@@ -72,4 +74,4 @@ pub use crossdock_proto::{
 };
 pub use crossdock_shm::ShmOptions;
 pub use crossdock_tcp::TcpOptions;
-pub use crossdock_transport::{DownCause, PortInfo};
+pub use crossdock_transport::{DownCause, Error as PortError, PortInfo};

@@ -92,6 +92,7 @@ impl Node {
                 memory: config.memory,
                 verify: config.verify,
                 max_commands: config.max_commands,
+                turn_bytes: WorkerOptions::TURN_BYTES,
             },
         )?;
         worker.count_from_calls();
