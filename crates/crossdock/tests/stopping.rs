@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    CacheKind, CacheLayout, Config, Dtype, End, Handle, LayoutOptions, Node, NotTaken, PagePool, Peer,
-    Placement, PortConfig, Progress, ReceiveRequest, Receiving, SendRequest, Sending, ServeRequest,
-    SessionEnd, ShmOptions, Ticket, TicketError,
+    CacheKind, CacheLayout, Config, Dtype, End, Handle, LayoutOptions, Node, NotTaken, PagePool, PageSet,
+    PagesTicket, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, SendRequest, Sending,
+    ServeRequest, SessionEnd, ShmOptions, Ticket, TicketError,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -62,7 +62,16 @@ fn send(handle: &Handle, pool: &PagePool, pages: u32, room: u64) -> Result<Sendi
 
 /// What a ticket tells, whatever it is, but within a time in which only a promise that nobody keeps says nothing.
 fn told<T>(ticket: &mut Ticket<T>) -> Option<T> {
-    match ticket.wait_until(Instant::now() + WAIT) {
+    said(ticket.wait_until(Instant::now() + WAIT))
+}
+
+/// The same of pages.
+fn home(ticket: &mut PagesTicket) -> Option<PageSet> {
+    said(ticket.wait_until(Instant::now() + WAIT))
+}
+
+fn said<T>(told: Result<T, TicketError>) -> Option<T> {
+    match told {
         Ok(told) => Some(told),
         Err(TicketError::Abandoned(_)) => None,
         Err(TicketError::TimedOut) => panic!("nothing will ever be told"),
@@ -99,7 +108,7 @@ fn what_waits_for_a_node_that_is_dropped_is_told() {
     drop(node);
     told(&mut up).unwrap().unwrap_err();
     assert!(!told(&mut receiving.end).unwrap().ended.is_delivered());
-    assert_eq!(told(&mut receiving.pages).unwrap().len(), pages as usize);
+    assert_eq!(home(&mut receiving.pages).unwrap().len(), pages as usize);
     assert!(!told(&mut sending.end).unwrap().is_delivered());
     assert_eq!(told(&mut stats), None);
     assert_eq!(pool.stats().free, pool.stats().pages);
@@ -181,8 +190,8 @@ fn the_rooms_of_a_node_that_is_dropped_end_as_closed_here() {
             assert_eq!(told(&mut sending.end).unwrap().end, GONE);
             assert_eq!(told(&mut serving.end).unwrap().end, GONE);
             // Reads of one's own have ended; what a peer may write is home only where the port refuses it.
-            assert_eq!(told(&mut fetching.pages).map(|set| set.len()), Some(pages as usize));
-            let home = told(&mut receiving.pages).map(|set| set.len());
+            assert_eq!(home(&mut fetching.pages).map(|set| set.len()), Some(pages as usize));
+            let home = home(&mut receiving.pages).map(|set| set.len());
             assert_eq!(home, is_tcp.then_some(pages as usize), "{port:?} {progress:?}");
             let out = if is_tcp { 0 } else { pages as usize };
             assert_eq!(pool.stats().free as usize + out, pool.stats().pages as usize);
@@ -257,7 +266,7 @@ fn race(port: &PortConfig, progress: Progress) {
                 }
                 for room in &mut receiving {
                     assert_eq!(told(&mut room.end).unwrap().ended.end, GONE);
-                    let home = told(&mut room.pages);
+                    let home = home(&mut room.pages);
                     assert!(home.is_some() || !is_tcp);
                 }
                 for room in &mut sending {
