@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use crossdock_kv::{CacheLayout, Verify};
 use crossdock_memory::Memory;
-use crossdock_proto::Auth;
 use crossdock_shm::ShmOptions;
 use crossdock_tcp::TcpOptions;
 
@@ -29,8 +28,8 @@ pub struct Config {
     pub ports: Vec<PortConfig>,
     /// Lanes for each rail and peer.
     pub lanes_per_rail: u8,
-    /// Whether peers must prove a shared key. Off: anybody who can reach `bind` may connect.
-    pub auth: Auth,
+    /// Whether peers must prove a shared key.
+    pub authentication: Authentication,
     /// Which rooms this node's decode side verifies by checksums.
     pub verify: Verify,
     /// Who makes progress.
@@ -59,6 +58,17 @@ pub struct Config {
     pub max_commands: usize,
 }
 
+/// Whether peers must prove a shared key. It has no default: a node that lets anybody in was told to.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Authentication {
+    /// Both sides prove that they know this key, by HMAC-SHA256 over the handshake. It should be 32 random bytes and is
+    /// at least [`Authentication::SHORTEST_KEY_BYTES`] long: whoever dials hears a proof under it, and can try keys on
+    /// that for as long as they like. Payloads and later control messages are neither encrypted nor authenticated.
+    PreSharedKey(Vec<u8>),
+    /// Anybody who can reach [`Config::bind`] may connect, and be granted what this node grants its peers.
+    Off,
+}
+
 /// A port to open.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -82,9 +92,14 @@ pub enum Progress {
 }
 
 impl Config {
-    /// A node on this host: shared memory where the peer is on the same host, else TCP; loopback addresses, no
-    /// authentication, a progress thread.
-    pub fn new(name: impl Into<String>, layout: CacheLayout, memory: Vec<Memory>) -> Self {
+    /// A node on this host: shared memory where the peer is on the same host, else TCP; loopback addresses, a progress
+    /// thread. Both sides of a session need the same `authentication`.
+    pub fn new(
+        name: impl Into<String>,
+        layout: CacheLayout,
+        memory: Vec<Memory>,
+        authentication: Authentication,
+    ) -> Self {
         Self {
             name: name.into(),
             node: None,
@@ -94,7 +109,7 @@ impl Config {
             advertise: None,
             ports: vec![PortConfig::Shm(ShmOptions::default()), PortConfig::Tcp(None)],
             lanes_per_rail: 1,
-            auth: Auth::Off,
+            authentication,
             verify: Verify::Off,
             progress: Progress::Thread { spin: Duration::from_micros(50) },
             heartbeat: Duration::from_millis(200),
@@ -108,5 +123,20 @@ impl Config {
             max_frame_bytes: 1 << 20,
             max_commands: 65_536,
         }
+    }
+}
+
+impl Authentication {
+    /// A [pre-shared key](Authentication::PreSharedKey) that is shorter is refused when the node is opened.
+    pub const SHORTEST_KEY_BYTES: usize = 16;
+}
+
+/// Without the key: configurations are logged.
+impl std::fmt::Debug for Authentication {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Authentication::PreSharedKey(_) => "PreSharedKey(..)",
+            Authentication::Off => "Off",
+        })
     }
 }

@@ -9,9 +9,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    Auth, CacheKind, CacheLayout, Config, Dtype, End, LayoutOptions, Memory, Node, NotTaken, PagePool, Peer,
-    Placement, PortConfig, Progress, ReceiveRequest, Receiving, Refusal, RoomRefusal, SendError, SendRequest,
-    Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
+    Authentication, CacheKind, CacheLayout, Config, Dtype, End, Error, LayoutOptions, Memory, Node, NotTaken,
+    PagePool, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, Refusal, RoomRefusal,
+    SendError, SendRequest, Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -39,7 +39,7 @@ fn layout(dtype: Dtype) -> CacheLayout {
 fn worker_with(name: &str, dtype: Dtype, change: impl FnOnce(&mut Config)) -> Worker {
     let layout = layout(dtype);
     let (memory, pool): (Vec<Memory>, PagePool) = crossdock::allocate(&layout).unwrap();
-    let mut config = Config::new(name, layout.clone(), memory);
+    let mut config = Config::new(name, layout.clone(), memory, Authentication::Off);
     change(&mut config);
     Worker { node: Node::open(config).unwrap(), layout, pool }
 }
@@ -88,6 +88,10 @@ fn end_of(mut receiving: Receiving) -> End {
     receiving.end.wait_until(Instant::now() + WAIT).unwrap().ended.end
 }
 
+fn key(text: &str) -> Authentication {
+    Authentication::PreSharedKey(text.as_bytes().to_vec())
+}
+
 fn ports() -> [PortConfig; 2] {
     [PortConfig::Shm(ShmOptions::default()), PortConfig::Tcp(None)]
 }
@@ -125,17 +129,59 @@ fn what_is_no_address_is_refused_at_once() {
 
 #[test]
 fn both_sides_must_know_the_key() {
-    let key = |key: &str| Auth::PreSharedKey(key.as_bytes().to_vec());
-    let prefill = worker_with("prefill", Dtype::Bf16, |config| config.auth = key("one"));
-    for (auth, fits) in [(key("one"), true), (key("other"), false), (Auth::Off, false)] {
-        let decode = worker_with("decode", Dtype::Bf16, |config| config.auth = auth);
-        let (_, mut up) = decode.node.handle().connect(prefill.node.address()).unwrap();
+    let one = || key("one key that is long enough");
+    let other = || key("another that is long enough");
+    let mismatch = Some(Refusal::AuthMismatch);
+    let cases = [
+        (one(), one(), None),
+        (Authentication::Off, Authentication::Off, None),
+        (one(), other(), Some(Refusal::NotAuthentic)),
+        (one(), Authentication::Off, mismatch.clone()),
+        (Authentication::Off, one(), mismatch),
+    ];
+    for (theirs, ours, refused) in cases {
+        let prefill = worker_with("prefill", Dtype::Bf16, |config| config.authentication = theirs);
+        let decode = worker_with("decode", Dtype::Bf16, |config| config.authentication = ours);
+        let (peer, mut up) = decode.node.handle().connect(prefill.node.address()).unwrap();
         let up = up.wait_until(Instant::now() + WAIT).unwrap();
-        assert_eq!(up.is_ok(), fits, "{up:?}");
-        if let Err(SessionEnd::Refused { refusal, .. }) = up {
-            assert!(matches!(refusal, Refusal::NotAuthentic | Refusal::AuthMismatch), "{refusal}");
+        let receiving = decode.receive(peer, 1, WAIT);
+        match (up, refused) {
+            (Ok(_), None) => {
+                let mut sending = prefill.send(1, WAIT);
+                sending.send_layers(0..3).unwrap();
+                sending.finish(vec![]).unwrap();
+                assert_eq!(end_of(receiving), End::Delivered);
+            }
+            (Err(SessionEnd::Refused { refusal, .. }), Some(expected)) => {
+                assert_eq!(refusal, expected);
+                let end = end_of(receiving);
+                let End::Refused { why: RoomRefusal::Handshake(why), .. } = &end else { panic!("{end}") };
+                assert_eq!(*why, expected);
+                assert!(!end.is_retryable() && end.advice().contains("both sides"), "{}", end.advice());
+            }
+            (up, expected) => panic!("{up:?} where {expected:?} was expected"),
         }
+        decode.settles();
     }
+}
+
+#[test]
+fn a_key_is_neither_shown_nor_guessable() {
+    let layout = layout(Dtype::Bf16);
+    let config = |key| {
+        let (memory, _) = crossdock::allocate(&layout).unwrap();
+        Config::new("prefill", layout.clone(), memory, Authentication::PreSharedKey(key))
+    };
+    let shown = format!("{:?} {0:#?}", config(vec![0xAB; 32]));
+    assert!(shown.contains("PreSharedKey(..)"), "{shown}");
+    // Neither as a number nor as text.
+    assert!(!shown.contains("171") && !shown.to_lowercase().contains("abab"), "{shown}");
+    for bytes in [0, Authentication::SHORTEST_KEY_BYTES - 1] {
+        let refused = Node::open(config(vec![b'k'; bytes])).unwrap_err();
+        assert!(matches!(refused, Error::ShortKey { bytes: told } if told == bytes), "{refused}");
+        assert!(!refused.is_retryable() && refused.advice().contains("random"), "{}", refused.advice());
+    }
+    Node::open(config(vec![b'k'; Authentication::SHORTEST_KEY_BYTES])).unwrap();
 }
 
 #[test]
@@ -318,7 +364,7 @@ fn each_limit_can_be_raised_as_its_advice_says() {
     }
     let layout = layout(Dtype::Bf16);
     let (memory, _pool) = crossdock::allocate(&layout).unwrap();
-    let mut config = Config::new("none", layout, memory);
+    let mut config = Config::new("none", layout, memory, Authentication::Off);
     config.max_frame_bytes = 1000;
     let refused = Node::open(config).unwrap_err();
     assert!(refused.to_string().contains("max_frame_bytes"), "{refused}");

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    CacheKind, CacheLayout, Config, Dtype, End, Handle, LayoutOptions, Node, NotTaken, PagePool, PageSet,
-    PagesTicket, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, SendRequest, Sending,
-    ServeRequest, SessionEnd, ShmOptions, Ticket, TicketError,
+    Authentication, CacheKind, CacheLayout, Config, Dtype, End, Handle, LayoutOptions, Node, NotTaken,
+    PagePool, PageSet, PagesTicket, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving,
+    SendRequest, Sending, ServeRequest, SessionEnd, ShmOptions, Ticket, TicketError,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -31,7 +31,7 @@ fn worker(name: &str, change: impl FnOnce(&mut Config)) -> Worker {
     })
     .unwrap();
     let (memory, pool) = crossdock::allocate(&layout).unwrap();
-    let mut config = Config::new(name, layout.clone(), memory);
+    let mut config = Config::new(name, layout.clone(), memory, Authentication::Off);
     change(&mut config);
     Worker { node: Node::open(config).unwrap(), pool, pages: layout.pages_for(TOKENS) }
 }
