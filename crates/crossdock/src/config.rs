@@ -42,15 +42,29 @@ pub struct Config {
     pub warm_up_grace: Duration,
     /// For a whole handshake.
     pub handshake_timeout: Duration,
-    /// Sessions at once: peers that this node has dialed or that have dialed it. 1024 by default; how many lanes there
-    /// may be is told to the ports.
+    /// Sessions at once: peers that this node has dialed or that have dialed it. 1024 by default. How many lanes there
+    /// may be is told to the ports, in `ports`: [`ShmOptions::max_lanes`] and [`TcpOptions::max_lanes`]; and how many
+    /// file descriptors of the peers' regions shm keeps, by [`ShmOptions::max_peer_descriptors`], 65 536 by default: a
+    /// session that brings more ends, and is dialed again until there is room.
     pub max_sessions: u32,
+    /// Connections at once that were accepted and whose peer has not finished the handshake; beyond it the oldest are
+    /// closed. Each may hold 64 KiB. 256 by default, at least 1.
+    pub max_stranger_links: usize,
     /// Rooms at once, those whose pages are still in quarantine included. 65 536 by default.
     pub max_rooms: u32,
     /// Grants at once, those that are not quiescent included. 65 536 by default, and never more than 262 144.
     pub max_grants: u32,
-    /// What peers may ask for before the room is opened here; as many ended rooms are remembered. 65 536 by default.
+    /// Requests of all peers at once for rooms that are not open here yet; as many ended rooms are remembered. 65 536 by
+    /// default. One that is too many, by this or any of the next four, is refused as busy.
     pub max_parked: u32,
+    /// How many bytes they may hold. 256 MiB by default.
+    pub max_parked_bytes: usize,
+    /// How many of them may be of one session. 16 384 by default.
+    pub max_parked_per_session: u32,
+    /// How many bytes those of one session may hold. 64 MiB by default.
+    pub max_parked_bytes_per_session: usize,
+    /// How long one waits, however long its peer would. 10 minutes by default.
+    pub max_parked_time: Duration,
     /// The longest control message, either way: a list of pages takes 4 bytes each. 1 MiB by default, at least 64 KiB,
     /// and the same on all nodes that talk to each other.
     pub max_frame_bytes: usize,
@@ -117,9 +131,14 @@ impl Config {
             warm_up_grace: Duration::ZERO,
             handshake_timeout: Duration::from_secs(5),
             max_sessions: 1024,
+            max_stranger_links: 256,
             max_rooms: 65_536,
             max_grants: 65_536,
             max_parked: 65_536,
+            max_parked_bytes: 256 << 20,
+            max_parked_per_session: 16_384,
+            max_parked_bytes_per_session: 64 << 20,
+            max_parked_time: Duration::from_secs(600),
             max_frame_bytes: 1 << 20,
             max_commands: 65_536,
         }

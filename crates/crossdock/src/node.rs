@@ -54,6 +54,7 @@ impl Node {
         // Dials that cross, and sessions that end while the next one begins.
         network.max_sessions = sessions.saturating_mul(2);
         network.max_links = sessions.saturating_mul(4);
+        network.max_stranger_links = config.max_stranger_links;
         network.max_frame_bytes = config.max_frame_bytes;
         network.send_buffer_bytes = network.send_buffer_bytes.max(config.max_frame_bytes.saturating_mul(4));
         let network = SocketNetwork::open(network)?;
@@ -80,6 +81,10 @@ impl Node {
         proto.max_rooms = config.max_rooms;
         proto.max_grants = config.max_grants;
         proto.max_parked = config.max_parked;
+        proto.max_parked_bytes = config.max_parked_bytes;
+        proto.max_parked_per_session = config.max_parked_per_session;
+        proto.max_parked_bytes_per_session = config.max_parked_bytes_per_session;
+        proto.max_parked_ns = duration_ns(config.max_parked_time);
         proto.max_frame_bytes = config.max_frame_bytes;
         let identity = proto.identity;
         let mut options = EngineOptions::default();
