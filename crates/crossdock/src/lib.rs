@@ -5,7 +5,7 @@
 //!
 //! ```no_run
 //! use std::time::{Duration, Instant};
-//! use crossdock::{CacheLayout, Config, Node, PagePool, ReceiveRequest, SendRequest};
+//! use crossdock::{Authentication, CacheLayout, Config, Node, PagePool, ReceiveRequest, SendRequest};
 //!
 //! # fn prefill(node: &Node, pages: crossdock::PageRef) -> Result<(), Box<dyn std::error::Error>> {
 //! // On the prefill side: open the room, send layers as they are computed, finish.
@@ -19,10 +19,11 @@
 //! # Ok(())
 //! # }
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! // On the decode side: a cache, a node over it, a peer, a room.
+//! // On the decode side: a cache, a node over it, a peer, a room. All nodes have the same key, 32 random bytes.
 //! let layout = CacheLayout::deepseek_r1(64, 256)?;
 //! let (memory, pool) = crossdock::allocate(&layout)?;
-//! let node = Node::open(Config::new("decode-0", layout.clone(), memory))?;
+//! let key = Authentication::PreSharedKey(std::fs::read("/run/secrets/crossdock")?);
+//! let node = Node::open(Config::new("decode-0", layout.clone(), memory, key))?;
 //! let (peer, _up) = node.handle().connect("127.0.0.1:7000")?;
 //! let mut room = node.handle().receive(ReceiveRequest {
 //!     peer,
@@ -52,7 +53,7 @@ mod error;
 mod node;
 
 pub use cache::allocate;
-pub use config::{Config, PortConfig, Progress};
+pub use config::{Authentication, Config, PortConfig, Progress};
 pub use error::Error;
 pub use node::Node;
 
@@ -69,8 +70,7 @@ pub use crossdock_memory::{
     PoolError, PoolOptions, PoolStats, QuarantineEntry, QuarantineReason, Until,
 };
 pub use crossdock_proto::{
-    Auth, Counters, Difference, End, Failure, Identity, LinkCause, Refusal, RoomRefusal, SessionEnd, Stage,
-    Who,
+    Counters, Difference, End, Failure, Identity, LinkCause, Refusal, RoomRefusal, SessionEnd, Stage, Who,
 };
 pub use crossdock_shm::ShmOptions;
 pub use crossdock_tcp::TcpOptions;

@@ -19,9 +19,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    CacheKind, CacheLayout, Config, Counters, Dtype, End, LayoutOptions, Memory, Node, PagePool, PageSet,
-    Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, SendRequest, Sending, ServeRequest,
-    Serving, ShmOptions,
+    Authentication, CacheKind, CacheLayout, Config, Counters, Dtype, End, LayoutOptions, Memory, Node,
+    PagePool, PageSet, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, SendRequest,
+    Sending, ServeRequest, Serving, ShmOptions,
 };
 
 /// One test, because every thread's allocations count.
@@ -304,7 +304,7 @@ impl Side {
         })
         .unwrap();
         let (memory, _) = crossdock::allocate(&layout).unwrap();
-        let mut config = Config::new(name, layout.clone(), memory.clone());
+        let mut config = Config::new(name, layout.clone(), memory.clone(), Authentication::Off);
         config.ports = vec![port.clone()];
         config.lanes_per_rail = lanes;
         config.progress = Progress::Caller;
