@@ -115,7 +115,7 @@ impl Process {
             memory: memory.clone(),
             verify: plan.verify,
             max_commands: scenario.max_commands,
-            turn_bytes: WorkerOptions::TURN_BYTES,
+            turn_bytes: scenario.turn_bytes,
         };
         let (worker, handle) = Worker::new(engine, options)?;
         let mut process = Self {

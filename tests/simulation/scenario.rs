@@ -3,11 +3,13 @@
 use std::num::NonZeroU32;
 
 use crossdock_engine::EngineOptions;
-use crossdock_kv::{CacheKind, CacheLayout, Dtype, LayerBuffer, LayoutOptions, Placement, Verify};
+use crossdock_kv::{
+    CacheKind, CacheLayout, Dtype, LayerBuffer, LayoutOptions, Placement, Verify, WorkerOptions,
+};
 use crossdock_proto::Auth;
 use crossdock_sim::{Between, FabricOptions, OneIn, Semantics, SimPortOptions};
 
-use crate::chance::Chance;
+use crate::chance::{Chance, mix};
 use crate::faults::Fault;
 
 pub const US: u64 = 1_000;
@@ -37,6 +39,8 @@ pub struct Scenario {
     /// another.
     pub is_scribbled: bool,
     /// The faults that come, and how long after each other. None: fair weather.
+    /// What a node posts and sums in a turn: with little, faults come between two shares of a room.
+    pub turn_bytes: u64,
     pub faults: Vec<Fault>,
     pub fault_gap_ns: u64,
 }
@@ -106,6 +110,10 @@ impl Scenario {
             room_gap_ns: *chance.pick(&[40 * US, 150 * US, 400 * US, 800 * US]),
             cancel_one_in: *chance.pick(&[3, 6, 12]),
             is_scribbled: false,
+            turn_bytes: match mix(seed ^ 0x7475_726e) {
+                word if word.is_multiple_of(3) => 64 + word / 3 % 1024,
+                _ => WorkerOptions::TURN_BYTES,
+            },
             faults,
             fault_gap_ns,
         };
