@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crossbeam_queue::ArrayQueue;
 use crossdock_engine::{AddressCheck, Doorbell, EventFd, Ticket, now_ns, ticket};
 use crossdock_proto::SessionEnd;
 
+use crate::queue::{Queue, Rejected};
 use crate::request::{
     Command, FetchRequest, Peer, PeerKey, PeerUp, ReceiveRequest, Receiving, RoomControl, SendRequest,
     Sending, ServeRequest, Serving, Stats, decode_tickets,
@@ -56,9 +56,7 @@ impl NotTaken {
 }
 
 pub(crate) struct Shared {
-    commands: ArrayQueue<Command>,
-    /// Nobody takes commands any more.
-    closed: AtomicBool,
+    commands: Queue<Command>,
     /// Calls note when they were made.
     counts_from_calls: AtomicBool,
     pub doorbell: Doorbell,
@@ -77,15 +75,12 @@ impl Shared {
         layers: Range<u32>,
         address_check: AddressCheck,
     ) -> Self {
-        let (closed, keys) = (AtomicBool::new(false), AtomicU64::new(0));
-        let counts_from_calls = AtomicBool::new(false);
         Self {
-            commands: ArrayQueue::new(commands),
-            closed,
-            counts_from_calls,
+            commands: Queue::new(commands),
+            counts_from_calls: AtomicBool::new(false),
             doorbell,
             told,
-            keys,
+            keys: AtomicU64::new(0),
             layers,
             address_check,
         }
@@ -111,29 +106,23 @@ impl Shared {
 
     /// Takes no more commands, and ends those that wait.
     pub fn close(&self) {
-        self.closed.store(true, Ordering::SeqCst);
+        self.commands.close();
         self.end_if_closed();
     }
 
     fn push(&self, command: Command) -> Result<(), NotTaken> {
-        if self.closed.load(Ordering::Acquire) {
-            return Err(NotTaken::Stopped);
-        }
-        self.commands.push(command).map_err(|_| NotTaken::Busy)?;
+        self.commands.push(command).map_err(|rejected| match rejected {
+            Rejected::Full => NotTaken::Busy,
+            Rejected::Closed => NotTaken::Stopped,
+        })?;
         self.doorbell.ring();
         // The queue may have been closed, and emptied for the last time, since the first look.
         self.end_if_closed();
         Ok(())
     }
 
-    /// Whoever closes and whoever pushes each do their part, then look for the other's: with the fences between, one
-    /// of them sees what the other did, and so no command is left behind.
     fn end_if_closed(&self) {
-        fence(Ordering::SeqCst);
-        if self.closed.load(Ordering::Relaxed) {
-            while let Some(command) = self.next() {
-                command.end();
-            }
+        if self.commands.end_if_closed(Command::end) {
             self.told.raise();
         }
     }

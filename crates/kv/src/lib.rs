@@ -15,6 +15,7 @@ mod page_table;
 mod pages_ticket;
 mod params;
 mod plan;
+mod queue;
 mod random;
 mod request;
 pub mod trace;
