@@ -8,6 +8,7 @@
 //! `CROSSDOCK_FAULT_ONLY=K` runs the one with number K.
 
 mod demo;
+mod registry;
 
 use std::collections::BTreeMap;
 use std::fmt;
