@@ -5,8 +5,7 @@ use std::ops::Range;
 
 use crossdock_engine::{Abandoned, Ticket};
 use crossdock_kv::{Ended, Receiving, Sending, Serving};
-use crossdock_memory::PageSet;
-use crossdock_proto::{End, Who};
+use crossdock_proto::{End, Homecoming, Who};
 
 use crate::chance::{Chance, mix};
 use crate::scenario::{MS, US};

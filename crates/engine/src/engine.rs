@@ -201,8 +201,7 @@ impl Engine {
     /// Makes progress: takes what came, decides, acts. Never blocks, and its work is bounded. True if anything
     /// happened.
     pub fn turn(&mut self, now_ns: u64) -> bool {
-        let links = self.take_links(now_ns);
-        self.turn_ports(now_ns) | links
+        self.turn_links(now_ns) | self.turn_ports(now_ns)
     }
 
     /// As [`turn`](Engine::turn), but takes nothing from the network, which costs a system call: for a loop that looks

@@ -41,6 +41,8 @@ pub struct Worker {
     ready: VecDeque<RoomId>,
     /// When everything was looked at last, the network too.
     turned_ns: u64,
+    /// For how long the network may be left out after that.
+    glances_ns: u64,
     stopped: bool,
 }
 
@@ -150,6 +152,7 @@ impl Worker {
             keys: BTreeMap::new(),
             ready: VecDeque::with_capacity(64),
             turned_ns: 0,
+            glances_ns: GLANCES_NS.start,
             stopped: false,
         };
         Ok((worker, handle))
@@ -191,26 +194,31 @@ impl Worker {
     /// Makes progress; never blocks.
     pub fn turn(&mut self, now_ns: u64) -> Turn {
         self.turned_ns = now_ns;
-        self.progress(now_ns, Engine::turn)
+        self.progress(now_ns, true)
     }
 
     /// A [`turn`](Worker::turn), but one that follows another within microseconds leaves the network out: what a loop
-    /// that spins on a page does most of the time should not be system calls. Before a sleep nothing is left out, since
-    /// [`park`](Worker::park) watches everything.
+    /// that spins on a page does most of the time should not be system calls. The longer nothing has come from there,
+    /// the longer it is left out. Before a sleep nothing is, since [`park`](Worker::park) watches everything.
     pub fn turn_or_glance(&mut self, now_ns: u64) -> Turn {
-        match now_ns.saturating_sub(self.turned_ns) < GLANCES_NS {
-            true => self.progress(now_ns, Engine::turn_ports),
+        match now_ns.saturating_sub(self.turned_ns) < self.glances_ns {
+            true => self.progress(now_ns, false),
             false => self.turn(now_ns),
         }
     }
 
-    fn progress(&mut self, now_ns: u64, turn: fn(&mut Engine, u64) -> bool) -> Turn {
+    fn progress(&mut self, now_ns: u64, with_network: bool) -> Turn {
         // What was asked for leaves before anything else is looked at.
         let mut active = self.take_commands(now_ns);
         if active {
             self.pump(now_ns);
         }
-        active |= turn(&mut self.engine, now_ns);
+        if with_network {
+            let came = self.engine.turn_links(now_ns);
+            self.glances_ns = if came { GLANCES_NS.start } else { (self.glances_ns * 2).min(GLANCES_NS.end) };
+            active |= came;
+        }
+        active |= self.engine.turn_ports(now_ns);
         active |= self.take_notices(now_ns);
         active |= self.pump(now_ns);
         if self.engine.carry_out(now_ns) {
@@ -301,8 +309,9 @@ const LAST_TURNS: usize = 16;
 /// Longest sleep of a progress thread with nothing to do: everything that matters wakes it.
 const LONGEST_SLEEP_NS: u64 = 1_000_000_000;
 
-/// How long after a look at the network a loop that spins looks at ports and commands alone.
-const GLANCES_NS: u64 = 5_000;
+/// How long after a look at the network a loop that spins looks at ports and commands alone: while control messages
+/// come, and when none has come for some looks.
+const GLANCES_NS: std::ops::Range<u64> = 5_000..20_000;
 
 /// Longest sleep while a port is full.
 const FULL_SLEEP_NS: u64 = 200_000;

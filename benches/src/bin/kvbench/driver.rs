@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 use crossdock::{Handle, Node, Turn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::de::DeserializeOwned;
 
 use crate::error::Error;
+use crate::talk::Talk;
 
 /// A node and who drives it.
 pub struct Driver {
@@ -69,6 +71,21 @@ impl Driver {
             // A signal only makes it look once more.
             let _ = poll(&mut [PollFd::new(&events.as_fd(), PollFlags::IN)], Some(&left));
         }
+    }
+
+    /// Waits for the other process, asleep where the node has a thread of its own: a process that looks again and again
+    /// takes the processors from those that are measured.
+    pub fn hear<M: DeserializeOwned + Send + 'static>(
+        &mut self,
+        what: &'static str,
+        limit: Duration,
+        talk: &Talk<M>,
+    ) -> Result<M, Error> {
+        let heard = match self.is_caller {
+            true => self.try_within(limit, || talk.hear())?,
+            false => talk.hear_within(limit)?,
+        };
+        heard.ok_or(Error::TimedOut { what, limit })
     }
 
     /// Looks again and again, for what the node does not tell of.

@@ -277,8 +277,7 @@ impl Initiator {
     }
 
     pub fn answer(&mut self) -> Result<Answer, Error> {
-        let talk = &self.talk;
-        match self.side.driver.keep_trying("waiting for the peer's answer", WAIT, || talk.hear())? {
+        match self.side.driver.hear("waiting for the peer's answer", WAIT, &self.talk)? {
             Answer::Failed { why } => Err(Error::Peer { said: why }),
             answer => Ok(answer),
         }
@@ -294,16 +293,10 @@ impl Initiator {
 }
 
 fn wait_for(talk: &Talk<Answer>) -> Result<Answer, Error> {
-    let begin = Instant::now();
-    loop {
-        match talk.hear()? {
-            Some(Answer::Failed { why }) => return Err(Error::Peer { said: why }),
-            Some(answer) => return Ok(answer),
-            None if begin.elapsed() > WAIT => {
-                return Err(Error::TimedOut { what: "waiting for the peer", limit: WAIT });
-            }
-            None => std::thread::sleep(std::time::Duration::from_millis(1)),
-        }
+    match talk.hear_within(WAIT)? {
+        Some(Answer::Failed { why }) => Err(Error::Peer { said: why }),
+        Some(answer) => Ok(answer),
+        None => Err(Error::TimedOut { what: "waiting for the peer", limit: WAIT }),
     }
 }
 

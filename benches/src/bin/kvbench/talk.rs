@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::Duration;
 
 use crossdock::Memory;
@@ -153,6 +153,15 @@ impl<M: DeserializeOwned + Send + 'static> Talk<M> {
             Ok(message) => Ok(Some(message)),
             Err(TryRecvError::Empty) => Ok(None),
             Err(TryRecvError::Disconnected) => Err(Error::PeerGone),
+        }
+    }
+
+    /// What the other end says next; `None` if it says nothing for so long.
+    pub fn hear_within(&self, limit: Duration) -> Result<Option<M>, Error> {
+        match self.heard.recv_timeout(limit) {
+            Ok(message) => Ok(Some(message)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(Error::PeerGone),
         }
     }
 

@@ -1,7 +1,7 @@
 //! The process at the other end: does what the initiator asks.
 
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossdock::{Ended, Memory, PageSet, Peer, ReceiveRequest, Received, Receiving, ServeRequest, Serving};
 use crossdock_benches::bare::{self, End, Flags, ThereMemory};
@@ -56,65 +56,58 @@ fn accept_within(
 }
 
 fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
-    let began = Instant::now();
-    let setup = loop {
-        match talk.hear()? {
-            Some(Ask::Setup(setup)) => break *setup,
-            Some(other) => return Err(Error::Unexpected { said: format!("{other:?}") }),
-            None if began.elapsed() > WAIT => {
-                return Err(Error::TimedOut { what: "waiting for the setup", limit: WAIT });
-            }
-            None => std::thread::sleep(Duration::from_millis(1)),
-        }
+    let setup = match talk.hear_within(WAIT)? {
+        Some(Ask::Setup(setup)) => *setup,
+        Some(other) => return Err(Error::Unexpected { said: format!("{other:?}") }),
+        None => return Err(Error::TimedOut { what: "waiting for the setup", limit: WAIT }),
     };
     let mut target = Target::open(setup, talk)?;
     loop {
-        let answer =
-            match target.side.driver.keep_trying("waiting for the initiator", IDLE, || talk.hear())? {
-                Ask::Setup(_) => return Err(Error::Unexpected { said: "a second setup".into() }),
-                Ask::Meet { node, place } => {
-                    target.peer = Peer::node(node);
-                    target.place = Some(place);
-                    continue;
-                }
-                Ask::Fill(pass) => {
-                    let setup = &target.side.setup;
-                    setup.content(pass.salt).write(&target.side.memory, &setup.lists(&pass).from);
-                    Answer::Done { cpu_s: 0.0 }
-                }
-                Ask::Open(pass) => {
-                    target.open_rooms(&pass)?;
-                    Answer::Done { cpu_s: 0.0 }
-                }
-                Ask::Go => Answer::Done { cpu_s: target.wait_for_rooms()? },
-                Ask::Check(pass) => {
-                    let setup = &target.side.setup;
-                    let lists = setup.lists(&pass);
-                    let wrong = setup.content(pass.salt).check(&target.side.memory, &lists.from, &lists.to);
-                    Answer::Checked { wrong_pages: wrong.pages }
-                }
-                Ask::Stream(pass) => Answer::Done { cpu_s: target.stream(&pass)? },
-                Ask::Bounce(pass) => {
-                    let cpu_s = trips::bounce(&mut target.side, target.peer, &pass, || {
-                        talk.say(&Answer::Done { cpu_s: 0.0 })
-                    })?;
-                    Answer::Done { cpu_s }
-                }
-                Ask::Trickle(pass) => {
-                    let times = trips::trickled(&mut target.side, target.peer, &pass, || {
-                        talk.say(&Answer::Done { cpu_s: 0.0 })
-                    })?;
-                    Answer::Slept { times }
-                }
-                Ask::BareBounce(pass) => {
-                    target.reach(talk)?;
-                    Answer::Done { cpu_s: target.bare()?.bounce(&target.side, &pass)? }
-                }
-                Ask::BareServe(pass) => {
-                    target.reach(talk)?;
-                    Answer::Done { cpu_s: target.bare()?.answer_pulls(&target.side, &pass)? }
-                }
-            };
+        let answer = match target.side.driver.hear("waiting for the initiator", IDLE, talk)? {
+            Ask::Setup(_) => return Err(Error::Unexpected { said: "a second setup".into() }),
+            Ask::Meet { node, place } => {
+                target.peer = Peer::node(node);
+                target.place = Some(place);
+                continue;
+            }
+            Ask::Fill(pass) => {
+                let setup = &target.side.setup;
+                setup.content(pass.salt).write(&target.side.memory, &setup.lists(&pass).from);
+                Answer::Done { cpu_s: 0.0 }
+            }
+            Ask::Open(pass) => {
+                target.open_rooms(&pass)?;
+                Answer::Done { cpu_s: 0.0 }
+            }
+            Ask::Go => Answer::Done { cpu_s: target.wait_for_rooms()? },
+            Ask::Check(pass) => {
+                let setup = &target.side.setup;
+                let lists = setup.lists(&pass);
+                let wrong = setup.content(pass.salt).check(&target.side.memory, &lists.from, &lists.to);
+                Answer::Checked { wrong_pages: wrong.pages }
+            }
+            Ask::Stream(pass) => Answer::Done { cpu_s: target.stream(&pass)? },
+            Ask::Bounce(pass) => {
+                let cpu_s = trips::bounce(&mut target.side, target.peer, &pass, || {
+                    talk.say(&Answer::Done { cpu_s: 0.0 })
+                })?;
+                Answer::Done { cpu_s }
+            }
+            Ask::Trickle(pass) => {
+                let times = trips::trickled(&mut target.side, target.peer, &pass, || {
+                    talk.say(&Answer::Done { cpu_s: 0.0 })
+                })?;
+                Answer::Slept { times }
+            }
+            Ask::BareBounce(pass) => {
+                target.reach(talk)?;
+                Answer::Done { cpu_s: target.bare()?.bounce(&target.side, &pass)? }
+            }
+            Ask::BareServe(pass) => {
+                target.reach(talk)?;
+                Answer::Done { cpu_s: target.bare()?.answer_pulls(&target.side, &pass)? }
+            }
+        };
         talk.say(&answer)?;
     }
 }

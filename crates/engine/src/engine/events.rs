@@ -11,7 +11,8 @@ use crate::network::LinkEvent;
 use crate::transfer::{LaneUse, TransferId};
 
 impl Engine {
-    pub(super) fn take_links(&mut self, now_ns: u64) -> bool {
+    /// The part of a [`turn`](Engine::turn) that takes what came from the network. True if there was anything.
+    pub fn turn_links(&mut self, now_ns: u64) -> bool {
         let mut active = false;
         let (proto, backlog) = (&mut self.proto, &mut self.backlog);
         self.network.poll(&mut |event| {
