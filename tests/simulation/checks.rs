@@ -9,9 +9,10 @@ use crossdock_transport::Access;
 use crate::chance::mix;
 use crate::faults::{Fault, Trouble};
 use crate::ledger::Holder;
-use crate::node::Part;
+use crate::node::{self, Part};
+use crate::report::Fair;
 use crate::room::{self, BEFORE, EndKind, Patience, Room, SCRIBBLED, TOKEN_BYTES};
-use crate::rules::{Held, Rule, broken};
+use crate::rules::{Held, Rule, Violation, broken};
 use crate::scenario::{MS, US};
 use crate::workload::for_each_token;
 use crate::world::World;
@@ -19,6 +20,7 @@ use crate::world::World;
 impl World {
     /// No byte lands where it must not.
     pub fn check_landings(&mut self) -> Held {
+        let mut ghosts = Vec::new();
         for landing in self.fabric.landings() {
             let node = landing.to.0 as usize;
             self.log(|| format!("{landing:?}"));
@@ -30,11 +32,49 @@ impl World {
             let Some(pages) = watch.ledger.touched(landing.region, landing.offset, landing.bytes) else {
                 return broken(Rule::HomePages, format!("bytes beside all pages: {landing:?}"));
             };
+            let rail = process.ports.iter().position(|port| *port == landing.port);
+            let is_mapped = rail.is_some_and(|rail| self.scenario.rails[rail].semantics.is_mapped());
             for page in pages {
                 self.check_landing(&landing, page.holder, page.grants.contains(&landing.grant))?;
+                if let Holder::Destination(at) = page.holder
+                    && landing.access == Access::Write
+                    && is_mapped
+                {
+                    let decode = self.rooms[at].decode.as_ref();
+                    match decode.and_then(|decode| decode.side.told.as_ref()) {
+                        // It troubles the room that it was meant for, too.
+                        Some((ended_ns, _)) => ghosts.push((node, landing.from.0 as usize, *ended_ns)),
+                        None if page.grants.last() != Some(&landing.grant) => {
+                            ghosts.push((node, landing.from.0 as usize, landing.at_ns));
+                        }
+                        None => {}
+                    }
+                }
             }
         }
+        ghosts.dedup();
+        for (node, from, from_ns) in ghosts {
+            let (fault, nodes, until_ns) = (Fault::GhostWrite, vec![node, from], self.now_ns);
+            self.troubles.push(Trouble { fault, nodes, from_ns, until_ns });
+        }
         Ok(())
+    }
+
+    /// Notes of which of its limits a node may have come to in a turn in which users have begun so many rooms.
+    pub fn note_full(&mut self, node: usize, begun: usize, before: node::Held) {
+        let Some(process) = &self.nodes[node].process else { return };
+        let granted = std::mem::take(&mut process.watch.lock().granted).len();
+        let asked = std::mem::take(&mut process.wire.lock().asked);
+        let limits = &self.scenario;
+        let note = |is_full: bool, last: &mut Option<u64>| {
+            if is_full {
+                *last = Some(self.now_ns);
+            }
+        };
+        let full = &mut self.nodes[node].full;
+        note(before.rooms + begun > limits.max_rooms as usize, &mut full.of_rooms_ns);
+        note(before.grants + granted >= limits.max_grants as usize, &mut full.of_grants_ns);
+        note(before.requests + asked > limits.max_parked as usize, &mut full.of_requests_ns);
     }
 
     fn check_landing(&self, landing: &Landing, holder: Holder, is_granted: bool) -> Held {
@@ -53,20 +93,24 @@ impl World {
     }
 
     /// The clocks of what was asked for since the last turn begin with the turn that takes it.
-    pub fn start_deadlines(&mut self, node: usize) {
+    pub fn start_deadlines(&mut self, node: usize) -> usize {
+        let mut begun = 0;
         for &(room, part) in &self.nodes[node].sides {
             if let Some(side) = self.rooms[room].side_mut(part)
                 && side.deadline_ns.is_none()
             {
                 side.deadline_ns = Some(self.now_ns + side.duration_ns);
+                begun += 1;
             }
         }
+        begun
     }
 
     /// After a turn of a node: what its users hear, and whether they hear it in time.
     pub fn check_turn(&mut self, node: usize) -> Held {
         let Some(process) = &mut self.nodes[node].process else { return Ok(()) };
-        if let Some(violation) = process.watch.lock().broken.take() {
+        let broken_rule = process.watch.lock().broken.take();
+        if let Some(violation) = broken_rule.or_else(|| process.wire.lock().broken.take()) {
             return Err(violation);
         }
         let mut refused = None;
@@ -167,11 +211,14 @@ impl World {
                 _ => !self.scenario.is_fair(),
             },
             End::Refused { why: RoomRefusal::Mismatch, .. } => plan.tokens != plan.prefill_tokens,
-            End::Refused { why: RoomRefusal::Busy, .. } => true,
+            End::Refused { why: RoomRefusal::Busy, by } => self.was_full(at, part, *by),
             End::Refused { .. } => false,
             End::Failed { cause: Failure::Checksum, .. } => !plan.scribbles.is_empty(),
-            End::Failed { cause: Failure::AtPeer, .. } => true,
+            End::Failed { cause: Failure::AtPeer, .. } => {
+                self.has_ended_so(at, part.other(), |end| matches!(end, End::Failed { by: Who::Here, .. }))
+            }
             End::Failed { .. } => false,
+            End::Cancelled { by: Who::Here } => plan.is_cancelled,
             _ => true,
         };
         match is_just {
@@ -180,14 +227,38 @@ impl World {
         }
     }
 
+    /// Whether a limit of this side, or of its peer, was reached, so that it had to refuse the room.
+    fn was_full(&self, at: usize, part: Part, by: Who) -> bool {
+        let room = &self.rooms[at];
+        let Some(side) = room.side(part) else { return false };
+        match by {
+            // Who refuses says so at once.
+            Who::Here => {
+                let full = &self.nodes[side.node].full;
+                [full.of_rooms_ns, full.of_grants_ns].contains(&Some(self.now_ns))
+            }
+            Who::Peer => {
+                let is_busy =
+                    |end: &End| matches!(end, End::Refused { by: Who::Here, why: RoomRefusal::Busy });
+                // A request can be turned away before its room is open there, and nobody there is told.
+                let requests_ns = self.nodes[room.plan.node(part.other())].full.of_requests_ns;
+                let was_turned_away = part == Part::Decode && requests_ns >= Some(side.opened_ns);
+                was_turned_away || self.has_ended_so(at, part.other(), is_busy)
+            }
+        }
+    }
+
+    /// Whether a side of a room, or of one that had its name before and of which a peer may still hear, has ended so.
+    fn has_ended_so(&self, at: usize, part: Part, is_so: impl Fn(&End) -> bool) -> bool {
+        let mut names = std::iter::successors(Some(at), |&at| self.rooms[at].plan.again);
+        names.any(|at| self.rooms[at].end(part).is_some_and(&is_so))
+    }
+
     /// Whether a side had reason to take its peer for dead: a pause of its own is none, and a loop that is held up while
     /// the heart beats on is none either.
     fn was_peer_silent(&self, at: usize, part: Part) -> bool {
         let plan = &self.rooms[at].plan;
-        let peer = match part {
-            Part::Decode => plan.prefill,
-            Part::Prefill => plan.decode,
-        };
+        let peer = plan.node(part.other());
         let lately_ns = self.now_ns.saturating_sub(14 * MS);
         let explains = |trouble: &Trouble| match trouble.fault {
             Fault::Stop | Fault::Death | Fault::Leaving => trouble.nodes == [peer],
@@ -213,10 +284,7 @@ impl World {
         {
             return broken(Rule::Pairs, format!("room {at}: prefill {prefill:?}, decode {decode:?}"));
         }
-        let other = match part {
-            Part::Decode => Part::Prefill,
-            Part::Prefill => Part::Decode,
-        };
+        let other = part.other();
         let is_busy = matches!(end, End::Refused { why: RoomRefusal::Busy, .. });
         // A peer that waited in vain for its own user says so; who was stopped may hear it before its own clock.
         let is_late = room.side(part).is_some_and(|side| side.deadline_ns <= Some(self.now_ns));
@@ -363,7 +431,7 @@ impl World {
     // --- the end of a run ------------------------------------------------------------------------------------
 
     /// When the faults have stopped, everything ends, and everything comes home.
-    pub fn come_to_rest(&mut self) -> Held {
+    pub fn come_to_rest(&mut self) -> Result<Fair, Violation> {
         let limit_ns = self.now_ns + REST_NS;
         while !self.is_at_rest() {
             if self.now_ns >= limit_ns {
@@ -371,7 +439,7 @@ impl World {
             }
             self.run_until(self.now_ns + MS)?;
         }
-        self.check_fair_weather()?;
+        let fair = self.check_fair_weather()?;
         self.check_counts()?;
         self.is_closing = true;
         for node in 0..self.nodes.len() {
@@ -390,7 +458,7 @@ impl World {
             }
             self.run_until(self.now_ns + MS)?;
         }
-        Ok(())
+        Ok(fair)
     }
 
     fn is_at_rest(&mut self) -> bool {
@@ -456,7 +524,7 @@ impl World {
         held && (excused || self.fabric.lanes().is_empty())
     }
 
-    fn tell_leftovers(&mut self) -> Held {
+    fn tell_leftovers<T>(&mut self) -> Result<T, Violation> {
         let mut left = Vec::new();
         for (at, room) in self.rooms.iter().enumerate() {
             for part in [Part::Decode, Part::Prefill] {
@@ -506,9 +574,10 @@ impl World {
     }
 
     /// Without faults, what can be delivered is, and ends are told soon.
-    fn check_fair_weather(&self) -> Held {
+    fn check_fair_weather(&self) -> Result<Fair, Violation> {
+        let mut fair = Fair::default();
         if !self.scenario.is_fair() {
-            return Ok(());
+            return Ok(fair);
         }
         for (at, room) in self.rooms.iter().enumerate() {
             let (Some(decode), Some(prefill)) = (room.side(Part::Decode), room.side(Part::Prefill)) else {
@@ -520,17 +589,23 @@ impl World {
                 continue;
             };
             let is_busy = |end: &End| matches!(end, End::Refused { why: RoomRefusal::Busy, .. });
-            if is_busy(decode_end) || is_busy(prefill_end) {
-                continue;
-            }
             let plan = &room.plan;
             let needed_ns = Patience::LONG_LEAST_NS.max(10 * MS + plan.computes_ns);
             let is_patient = decode.duration_ns.min(prefill.duration_ns) >= needed_ns;
             let is_sound =
                 plan.tokens == plan.prefill_tokens && plan.scribbles.is_empty() && plan.again.is_none();
             let ends = format!("room {at}: decode {decode_end:?}, prefill {prefill_end:?}");
-            if is_patient && is_sound && !plan.is_cancelled && *decode_end != End::Delivered {
-                return broken(Rule::FairWeather, format!("not delivered: {ends}"));
+            // That a limit was reached, each side has shown when it said so.
+            let is_refused = is_busy(decode_end) || is_busy(prefill_end);
+            if is_patient && is_sound && !plan.is_cancelled {
+                match (decode_end, prefill_end) {
+                    (End::Delivered, End::Delivered) => fair.delivered += 1,
+                    _ if is_refused => fair.refused += 1,
+                    _ => return broken(Rule::FairWeather, format!("not delivered: {ends}")),
+                }
+            }
+            if is_refused {
+                continue;
             }
             let first_ns = *decode_ns.min(prefill_ns);
             let opened_ns = decode.opened_ns.max(prefill.opened_ns);
@@ -541,12 +616,12 @@ impl World {
                 return broken(Rule::FairWeather, format!("known {apart_us} us apart: {ends}"));
             }
         }
-        Ok(())
+        Ok(fair)
     }
 }
 
 /// Pages that somebody still holds are not an error, but anything else is.
-fn adopt(adopted: Result<PageSet, PoolError>) -> Result<Option<PageSet>, crate::rules::Violation> {
+fn adopt(adopted: Result<PageSet, PoolError>) -> Result<Option<PageSet>, Violation> {
     match adopted {
         Ok(set) => Ok(Some(set)),
         Err(PoolError::PageInUse { .. } | PoolError::PageInQuarantine { .. }) => Ok(None),

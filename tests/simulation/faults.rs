@@ -28,10 +28,15 @@ pub enum Fault {
     Disconnect,
     /// Something that an earlier life of a peer said comes again in its present one.
     Echo,
+    /// What peers say to a process is delayed, while its lanes go on.
+    Delay,
+    /// A peer that has mapped a process's memory stores under a grant that was taken back. It does not come by itself:
+    /// the others bring it about.
+    GhostWrite,
 }
 
 impl Fault {
-    pub const ALL: [Fault; 10] = [
+    pub const ALL: [Fault; 12] = [
         Fault::LaneLoss,
         Fault::StreamLoss,
         Fault::Partition,
@@ -42,7 +47,14 @@ impl Fault {
         Fault::Leaving,
         Fault::Disconnect,
         Fault::Echo,
+        Fault::Delay,
+        Fault::GhostWrite,
     ];
+
+    /// Those that come by themselves.
+    pub fn coming() -> &'static [Fault] {
+        &Self::ALL[..11]
+    }
 }
 
 /// A fault that has come, whom it troubles, and from when until when.
@@ -146,6 +158,13 @@ impl World {
                 let Some(node) = echoed else { return };
                 vec![node]
             }
+            Fault::Delay => {
+                let Some(process) = &self.nodes[one].process else { return };
+                process.wire.lock().deaf_until_ns = until_ns;
+                self.schedule(until_ns, Event::Nothing);
+                vec![one]
+            }
+            Fault::GhostWrite => return,
         };
         self.log(|| format!("fault {fault:?} troubles {troubled:?} for {} us", lasts_ns / US));
         self.troubles.push(Trouble { fault, nodes: troubled, from_ns: at, until_ns });
@@ -158,6 +177,9 @@ impl World {
         self.fabric.calm();
         for node in &mut self.nodes {
             node.held_until_ns = 0;
+            if let Some(process) = &node.process {
+                process.wire.lock().deaf_until_ns = 0;
+            }
         }
         let now_ns = self.now_ns;
         for trouble in &mut self.troubles {

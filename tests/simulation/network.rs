@@ -1,15 +1,16 @@
 //! Control streams and heartbeats over the fabric, in virtual time.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crossdock_engine::{LinkCause, LinkEvent, LinkId, Network, NetworkError, Pulse, SendError};
 use crossdock_proto::{Identity, Message};
 use crossdock_sim::{CloseCause, SimNet, StreamEvent, StreamId};
-use crossdock_transport::Arm;
+use crossdock_transport::{Arm, GrantId};
 use parking_lot::Mutex;
 
 use crate::chance::Chance;
+use crate::rules::{Rule, Violation};
 
 /// The engine's end of a [`Wire`].
 pub struct SimNetwork {
@@ -28,6 +29,14 @@ pub struct Wire {
     watched: BTreeMap<u32, Watched>,
     listened_ns: u64,
     past: Past,
+    /// What peers say is not heard before.
+    pub deaf_until_ns: u64,
+    /// How many rooms peers have asked for since somebody looked.
+    pub asked: usize,
+    /// What was given back on each stream, and not granted again since.
+    released: BTreeMap<LinkId, BTreeSet<GrantId>>,
+    /// The first rule that was broken.
+    pub broken: Option<Violation>,
 }
 
 struct Watched {
@@ -59,6 +68,10 @@ impl Wire {
             watched: BTreeMap::new(),
             listened_ns,
             past: Past { is_kept: keeps_past, ..Past::default() },
+            deaf_until_ns: 0,
+            asked: 0,
+            released: BTreeMap::new(),
+            broken: None,
         }
     }
 
@@ -107,6 +120,35 @@ impl Wire {
         true
     }
 
+    /// Whether what peers say waits to be heard later.
+    pub fn is_deaf(&self) -> bool {
+        self.net.now_ns() < self.deaf_until_ns
+    }
+
+    fn note_said(&mut self, link: LinkId, frame: &[u8]) {
+        let Ok((_, Message::Release { released, .. })) = Message::decode(frame) else { return };
+        let before = self.released.entry(link).or_default();
+        for grant in released.into_iter().map(|released| released.grant) {
+            if !before.insert(grant) {
+                let what = format!("{grant:?} is given back twice");
+                self.broken.get_or_insert(Violation { rule: Rule::Releases, what });
+            }
+        }
+    }
+
+    fn note_heard(&mut self, link: LinkId, frame: &[u8]) {
+        match Message::decode(frame) {
+            Ok((_, Message::Want { .. })) => self.asked += 1,
+            Ok((_, Message::Grant { grant, .. } | Message::Regrant { grant, .. })) => {
+                self.asked += 1;
+                if let Some(released) = self.released.get_mut(&link) {
+                    released.remove(&grant);
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Whether an echo waits to be taken.
     pub fn has_news(&self) -> bool {
         !self.past.echoes.is_empty() || !self.closed_here.is_empty()
@@ -122,6 +164,7 @@ impl Wire {
 
     fn unlink(&mut self, link: LinkId) -> Option<StreamId> {
         self.past.speaks.remove(&link);
+        self.released.remove(&link);
         let stream = self.streams.remove(&link)?;
         self.links.remove(&stream);
         Some(stream)
@@ -190,7 +233,9 @@ impl Network for SimNetwork {
         wire.net.send(stream, frame).map_err(|error| match error {
             crossdock_sim::SendError::Full => SendError::Full,
             crossdock_sim::SendError::Closed => SendError::Closed,
-        })
+        })?;
+        wire.note_said(link, frame);
+        Ok(())
     }
 
     fn flush(&mut self) {}
@@ -214,6 +259,9 @@ impl Network for SimNetwork {
                 take(LinkEvent::Frame { link, bytes: &frame });
             }
         }
+        if wire.is_deaf() {
+            return;
+        }
         let events: Vec<StreamEvent> = wire.net.events().collect();
         for event in events {
             match event {
@@ -229,6 +277,7 @@ impl Network for SimNetwork {
                 StreamEvent::Frame { stream, bytes } => {
                     if let Some(&link) = wire.links.get(&stream) {
                         wire.past.hear(link, &bytes);
+                        wire.note_heard(link, &bytes);
                         take(LinkEvent::Frame { link, bytes: &bytes });
                     }
                 }

@@ -27,6 +27,24 @@ pub struct Node {
     pub held_until_ns: u64,
     /// The sides of rooms that its process has opened and that are not settled.
     pub sides: Vec<(usize, Part)>,
+    pub full: Full,
+}
+
+/// When a node was last full, as far as can be seen from outside: it was not at any later time.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Full {
+    pub of_rooms_ns: Option<u64>,
+    pub of_grants_ns: Option<u64>,
+    pub of_requests_ns: Option<u64>,
+}
+
+/// What a process holds of what it has limits for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Held {
+    pub rooms: usize,
+    pub grants: usize,
+    /// What peers ask for whose room is not open yet.
+    pub requests: usize,
 }
 
 /// Which side of a room.
@@ -34,6 +52,15 @@ pub struct Node {
 pub enum Part {
     Decode,
     Prefill,
+}
+
+impl Part {
+    pub fn other(self) -> Self {
+        match self {
+            Self::Decode => Self::Prefill,
+            Self::Prefill => Self::Decode,
+        }
+    }
 }
 
 /// One life of a node.
@@ -88,6 +115,7 @@ impl Process {
             memory: memory.clone(),
             verify: plan.verify,
             max_commands: scenario.max_commands,
+            turn_bytes: WorkerOptions::TURN_BYTES,
         };
         let (worker, handle) = Worker::new(engine, options)?;
         let mut process = Self {
@@ -120,6 +148,11 @@ impl Process {
         self.peers.insert(peer, name);
         self.ups.push(up);
         true
+    }
+
+    pub fn held(&mut self) -> Held {
+        let proto = self.worker.engine().proto();
+        Held { rooms: proto.rooms_live(), grants: proto.grants_live(), requests: proto.requests_parked() }
     }
 
     /// Where a token of a page lies.

@@ -1,6 +1,6 @@
 //! A simulated port with somebody who looks over its shoulder.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crossdock_memory::Memory;
@@ -24,6 +24,8 @@ pub struct WatchedPort {
 pub struct Watch {
     lanes: BTreeMap<(u32, LaneId), Lane>,
     pub ledger: Ledger,
+    /// What was granted since somebody looked.
+    pub granted: BTreeSet<GrantId>,
     /// The first rule that was broken.
     pub broken: Option<Violation>,
 }
@@ -37,7 +39,7 @@ struct Lane {
 
 impl Watch {
     pub fn new(ledger: Ledger) -> Self {
-        Self { lanes: BTreeMap::new(), ledger, broken: None }
+        Self { lanes: BTreeMap::new(), ledger, granted: BTreeSet::new(), broken: None }
     }
 
     fn breaks(&mut self, rule: Rule, what: String) {
@@ -105,8 +107,10 @@ impl Port for WatchedPort {
 
     fn grant(&mut self, grant: &Grant<'_>) -> Result<()> {
         self.port.grant(grant)?;
+        let mut watch = self.watch.lock();
+        watch.granted.insert(grant.id);
         if grant.access == Access::Write {
-            self.watch.lock().ledger.note_grant(grant.pages, grant.id);
+            watch.ledger.note_grant(grant.pages, grant.id);
         }
         Ok(())
     }

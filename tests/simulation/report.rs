@@ -66,6 +66,31 @@ impl Meetings {
     }
 }
 
+/// The rooms that fair weather could deliver.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fair {
+    pub delivered: u64,
+    /// A limit was reached.
+    pub refused: u64,
+}
+
+impl Fair {
+    pub fn add(&mut self, other: &Self) {
+        self.delivered += other.delivered;
+        self.refused += other.refused;
+    }
+}
+
+impl fmt::Display for Fair {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (delivered, refused) = (self.delivered, self.refused);
+        write!(
+            f,
+            "rooms in fair weather: {delivered} delivered, {refused} refused at a limit, none lost otherwise"
+        )
+    }
+}
+
 impl fmt::Display for Meetings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         heading(f, "fault \\ end")?;
@@ -73,11 +98,19 @@ impl fmt::Display for Meetings {
             let name = fault.map_or("none".into(), |fault| format!("{fault:?}"));
             row(f, &name, |kind| self.count(fault, kind))?;
         }
-        writeln!(f)?;
+        Ok(())
+    }
+}
+
+/// How often the two sides of a room ended how.
+pub struct Pairs<'a>(pub &'a Meetings);
+
+impl fmt::Display for Pairs<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         heading(f, "prefill \\ decode")?;
         for prefill in EndKind::ALL {
             row(f, &format!("{prefill:?}"), |decode| {
-                self.pairs.get(&(prefill, decode)).copied().unwrap_or(0)
+                self.0.pairs.get(&(prefill, decode)).copied().unwrap_or(0)
             })?;
         }
         Ok(())
@@ -85,11 +118,17 @@ impl fmt::Display for Meetings {
 }
 
 fn heading(f: &mut fmt::Formatter<'_>, corner: &str) -> fmt::Result {
-    write!(f, "\n{corner:<16}")?;
-    EndKind::ALL.iter().try_for_each(|kind| write!(f, "{:>16}", format!("{kind:?}")))
+    write!(f, "{corner:<16}")?;
+    EndKind::ALL.iter().try_for_each(|kind| cell(f, *kind, &format!("{kind:?}")))
 }
 
 fn row(f: &mut fmt::Formatter<'_>, name: &str, count: impl Fn(EndKind) -> u64) -> fmt::Result {
     write!(f, "\n{name:<16}")?;
-    EndKind::ALL.iter().try_for_each(|kind| write!(f, "{:>16}", count(*kind)))
+    EndKind::ALL.iter().try_for_each(|kind| cell(f, *kind, &count(*kind).to_string()))
+}
+
+/// In a column as wide as its heading.
+fn cell(f: &mut fmt::Formatter<'_>, kind: EndKind, text: &str) -> fmt::Result {
+    let width = format!("{kind:?}").len().max(7) + 1;
+    write!(f, "{text:>width$}")
 }

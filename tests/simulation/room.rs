@@ -102,6 +102,16 @@ impl Room {
     }
 }
 
+impl Plan {
+    /// Where a side is.
+    pub fn node(&self, part: crate::node::Part) -> usize {
+        match part {
+            crate::node::Part::Decode => self.decode,
+            crate::node::Part::Prefill => self.prefill,
+        }
+    }
+}
+
 impl PrefillTicket {
     pub fn poll(&mut self) -> Result<Option<Ended>, Abandoned> {
         match self {

@@ -27,6 +27,8 @@ pub enum Rule {
     Pool,
     /// When the faults stop, every room ends, every page comes home, and nothing is left of the dead.
     Leftovers,
+    /// A grant is given back once: by the time it comes again its name may be another's.
+    Releases,
     /// The code's own assertions.
     Panics,
 }

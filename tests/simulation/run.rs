@@ -9,7 +9,7 @@ use crossdock_proto::planted::{Planted, plant};
 use parking_lot::Mutex;
 
 use crate::panics;
-use crate::report::Meetings;
+use crate::report::{Fair, Meetings};
 use crate::rules::{Rule, Violation};
 use crate::world::{Outcome, World};
 
@@ -52,6 +52,7 @@ pub struct Tally {
     pub virtual_ns: u64,
     pub took: Duration,
     pub meetings: Meetings,
+    pub fair: Fair,
 }
 
 /// Runs seeds on every core until they or the time are over. Panics if some break a rule, and names a few of them.
@@ -103,6 +104,7 @@ impl Tally {
         self.count_least((outcome.events, outcome.nodes));
         self.virtual_ns += outcome.virtual_ns;
         self.meetings.add(&outcome.meetings);
+        self.fair.add(&outcome.fair);
     }
 
     fn count_least(&mut self, (events, nodes): (u64, usize)) {
@@ -116,6 +118,7 @@ impl Tally {
         other.least.into_iter().for_each(|least| self.count_least(least));
         self.virtual_ns += other.virtual_ns;
         self.meetings.add(&other.meetings);
+        self.fair.add(&other.fair);
     }
 
     /// More seeds, from `first` on, as far as the time goes.
@@ -138,6 +141,7 @@ impl fmt::Display for Tally {
             self.virtual_ns / 1_000_000,
             self.took.as_millis()
         )?;
+        writeln!(f, "{}", self.fair)?;
         write!(f, "{}", self.meetings)
     }
 }

@@ -143,6 +143,11 @@ impl World {
     /// Whether the users of a node can do something now. If its process is stopped, they do it later.
     fn runs(&mut self, node: usize, event: Event) -> bool {
         if self.nodes[node].process.is_none() {
+            let is_open = matches!(event, Event::OpenDecode(_) | Event::OpenPrefill(_));
+            if is_open && self.scenario.is_scribbled && !self.is_calm {
+                let later_ns = self.now_ns + 100 * US;
+                self.schedule(later_ns, event);
+            }
             return false;
         }
         let runs = self.fabric.is_running(NodeId(node as u32));
@@ -323,6 +328,10 @@ impl World {
             Err(error) => return broken(Rule::Accused, format!("room {at}: {error}")),
         };
         if let Some(next_ns) = next_ns {
+            if self.scenario.is_scribbled {
+                let soon_ns = self.now_ns + self.chance.below(next_ns - self.now_ns + 1);
+                self.schedule(soon_ns, Event::Scribble(at));
+            }
             self.schedule(next_ns, Event::Step(at));
         }
         if is_finished && self.chance.one_in(2 * self.scenario.cancel_one_in) {

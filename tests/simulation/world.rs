@@ -68,6 +68,7 @@ pub struct Outcome {
     pub virtual_ns: u64,
     pub nodes: usize,
     pub meetings: crate::report::Meetings,
+    pub fair: crate::report::Fair,
 }
 
 impl World {
@@ -75,7 +76,9 @@ impl World {
         let scenario = Scenario::new(seed);
         let fabric = Fabric::new(seed, scenario.fabric.clone());
         let nodes = scenario.nodes.iter();
-        let nodes = nodes.map(|_| Node { life: 0, process: None, held_until_ns: 0, sides: Vec::new() });
+        let node =
+            || Node { life: 0, process: None, held_until_ns: 0, sides: Vec::new(), full: Default::default() };
+        let nodes = nodes.map(|_| node());
         let mut world = Self {
             fabric,
             chance: Chance::new(seed ^ 0x0072_756e),
@@ -118,13 +121,14 @@ impl World {
         let more_ns = self.chance.within(0..3 * MS);
         self.run_until(self.now_ns + more_ns)?;
         self.calm();
-        self.come_to_rest()?;
+        let fair = self.come_to_rest()?;
         Ok(Outcome {
             fingerprint: self.fingerprint ^ self.fabric.fingerprint(),
             events: self.events(),
             virtual_ns: self.now_ns,
             nodes: self.nodes.len(),
             meetings: crate::report::Meetings::of(&self.troubles, &self.rooms),
+            fair,
         })
     }
 
@@ -196,7 +200,12 @@ impl World {
         }
         let has_news = self.fabric.has_news(NodeId(node as u32)) || process.wire.lock().has_news();
         if has_news {
-            let late_ns = if self.chance.one_in(2) { 0 } else { self.chance.below(3 * US) };
+            let late_ns = match process.wire.lock().is_deaf() {
+                // What it does not hear yet would wake it again and again.
+                true => 20 * US,
+                false if self.chance.one_in(2) => 0,
+                false => self.chance.below(3 * US),
+            };
             process.wake_ns = process.wake_ns.min(self.now_ns + late_ns);
         }
     }
@@ -204,13 +213,15 @@ impl World {
     fn turn(&mut self, node: usize) -> Held {
         let now_ns = self.now_ns;
         self.turns += 1;
-        self.start_deadlines(node);
+        let begun = self.start_deadlines(node);
         let Some(process) = &mut self.nodes[node].process else { return Ok(()) };
         process.turns += 1;
+        let before = process.held();
         if self.is_logged {
             println!("{:>9}.{:03} us  node {node}", now_ns / US, now_ns % US);
         }
         let turn = process.worker.turn(now_ns);
+        self.note_full(node, begun, before);
         self.check_landings()?;
         self.fold(mix(now_ns << 8 | (node as u64) << 2 | turn as u64));
         self.check_turn(node)?;

@@ -3,7 +3,7 @@
 mod demo;
 
 use std::net::TcpListener;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use demo::{CROSSDOCK, Demo, TraceFile};
@@ -78,8 +78,24 @@ fn a_registry_says_that_its_address_is_taken() {
     assert!(text.contains(&address) && text.contains("in use"), "{text}");
 }
 
+#[test]
+fn a_worker_of_the_demo_does_not_begin_without_a_key() {
+    let (success, text) = call(&[
+        "demo-worker",
+        "--role=prefill",
+        "--port=tcp",
+        "--registry=127.0.0.1:9",
+        "--pages=2",
+        "--deadline-s=1",
+        "--in-flight=1",
+        "--op=write",
+    ]);
+    assert!(!success && text.contains("did not begin with the key"), "{text}");
+}
+
 /// What a call that ends by itself says.
 fn call(arguments: &[&str]) -> (bool, String) {
-    let output = Command::new(CROSSDOCK).args(arguments).output().expect("the program starts");
+    let output =
+        Command::new(CROSSDOCK).args(arguments).stdin(Stdio::null()).output().expect("the program starts");
     (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
 }

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use crossdock_kv::{CacheLayout, Verify};
 use crossdock_memory::Memory;
-use crossdock_proto::Auth;
 use crossdock_shm::ShmOptions;
 use crossdock_tcp::TcpOptions;
 
@@ -29,8 +28,8 @@ pub struct Config {
     pub ports: Vec<PortConfig>,
     /// Lanes for each rail and peer.
     pub lanes_per_rail: u8,
-    /// Whether peers must prove a shared key. Off: anybody who can reach `bind` may connect.
-    pub auth: Auth,
+    /// Whether peers must prove a shared key.
+    pub authentication: Authentication,
     /// Which rooms this node's decode side verifies by checksums.
     pub verify: Verify,
     /// Who makes progress.
@@ -43,20 +42,45 @@ pub struct Config {
     pub warm_up_grace: Duration,
     /// For a whole handshake.
     pub handshake_timeout: Duration,
-    /// Sessions at once: peers that this node has dialed or that have dialed it. 1024 by default; how many lanes there
-    /// may be is told to the ports.
+    /// Sessions at once: peers that this node has dialed or that have dialed it. 1024 by default. How many lanes there
+    /// may be is told to the ports, in `ports`: [`ShmOptions::max_lanes`] and [`TcpOptions::max_lanes`]; and how many
+    /// file descriptors of the peers' regions shm keeps, by [`ShmOptions::max_peer_descriptors`], 65 536 by default: a
+    /// session that brings more ends, and is dialed again until there is room.
     pub max_sessions: u32,
+    /// Connections at once that were accepted and whose peer has not finished the handshake; beyond it the oldest are
+    /// closed. Each may hold 64 KiB. 256 by default, at least 1.
+    pub max_stranger_links: usize,
     /// Rooms at once, those whose pages are still in quarantine included. 65 536 by default.
     pub max_rooms: u32,
     /// Grants at once, those that are not quiescent included. 65 536 by default, and never more than 262 144.
     pub max_grants: u32,
-    /// What peers may ask for before the room is opened here; as many ended rooms are remembered. 65 536 by default.
+    /// Requests of all peers at once for rooms that are not open here yet; as many ended rooms are remembered. 65 536 by
+    /// default. One that is too many, by this or any of the next four, is refused as busy.
     pub max_parked: u32,
+    /// How many bytes they may hold. 256 MiB by default.
+    pub max_parked_bytes: usize,
+    /// How many of them may be of one session. 16 384 by default.
+    pub max_parked_per_session: u32,
+    /// How many bytes those of one session may hold. 64 MiB by default.
+    pub max_parked_bytes_per_session: usize,
+    /// How long one waits, however long its peer would. 10 minutes by default.
+    pub max_parked_time: Duration,
     /// The longest control message, either way: a list of pages takes 4 bytes each. 1 MiB by default, at least 64 KiB,
     /// and the same on all nodes that talk to each other.
     pub max_frame_bytes: usize,
     /// Commands that may wait for the progress loop. 65 536 by default.
     pub max_commands: usize,
+}
+
+/// Whether peers must prove a shared key. It has no default: a node that lets anybody in was told to.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Authentication {
+    /// Both sides prove that they know this key, by HMAC-SHA256 over the handshake. It should be 32 random bytes and is
+    /// at least [`Authentication::SHORTEST_KEY_BYTES`] long: whoever dials hears a proof under it, and can try keys on
+    /// that for as long as they like. Payloads and later control messages are neither encrypted nor authenticated.
+    PreSharedKey(Vec<u8>),
+    /// Anybody who can reach [`Config::bind`] may connect, and be granted what this node grants its peers.
+    Off,
 }
 
 /// A port to open.
@@ -82,9 +106,14 @@ pub enum Progress {
 }
 
 impl Config {
-    /// A node on this host: shared memory where the peer is on the same host, else TCP; loopback addresses, no
-    /// authentication, a progress thread.
-    pub fn new(name: impl Into<String>, layout: CacheLayout, memory: Vec<Memory>) -> Self {
+    /// A node on this host: shared memory where the peer is on the same host, else TCP; loopback addresses, a progress
+    /// thread. Both sides of a session need the same `authentication`.
+    pub fn new(
+        name: impl Into<String>,
+        layout: CacheLayout,
+        memory: Vec<Memory>,
+        authentication: Authentication,
+    ) -> Self {
         Self {
             name: name.into(),
             node: None,
@@ -94,7 +123,7 @@ impl Config {
             advertise: None,
             ports: vec![PortConfig::Shm(ShmOptions::default()), PortConfig::Tcp(None)],
             lanes_per_rail: 1,
-            auth: Auth::Off,
+            authentication,
             verify: Verify::Off,
             progress: Progress::Thread { spin: Duration::from_micros(50) },
             heartbeat: Duration::from_millis(200),
@@ -102,11 +131,31 @@ impl Config {
             warm_up_grace: Duration::ZERO,
             handshake_timeout: Duration::from_secs(5),
             max_sessions: 1024,
+            max_stranger_links: 256,
             max_rooms: 65_536,
             max_grants: 65_536,
             max_parked: 65_536,
+            max_parked_bytes: 256 << 20,
+            max_parked_per_session: 16_384,
+            max_parked_bytes_per_session: 64 << 20,
+            max_parked_time: Duration::from_secs(600),
             max_frame_bytes: 1 << 20,
             max_commands: 65_536,
         }
+    }
+}
+
+impl Authentication {
+    /// A [pre-shared key](Authentication::PreSharedKey) that is shorter is refused when the node is opened.
+    pub const SHORTEST_KEY_BYTES: usize = 16;
+}
+
+/// Without the key: configurations are logged.
+impl std::fmt::Debug for Authentication {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Authentication::PreSharedKey(_) => "PreSharedKey(..)",
+            Authentication::Off => "Off",
+        })
     }
 }

@@ -5,6 +5,8 @@ use crossdock_kv::WorkerError;
 use crossdock_memory::MemoryError;
 use crossdock_transport as transport;
 
+use crate::config::Authentication;
+
 /// Why a node did not open, or its progress ended. What befalls rooms later is told by their
 /// [`Ended`](crate::Ended), with peer, port, stage, cause and advice.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +18,15 @@ pub enum Error {
     /// No port was asked for.
     #[error("no port is configured; add at least one to `ports`")]
     NoPort,
+    /// The pre-shared key is so short that it could be guessed.
+    #[error(
+        "a pre-shared key of {bytes} bytes; at least {}, better 32 random ones",
+        Authentication::SHORTEST_KEY_BYTES
+    )]
+    ShortKey {
+        /// How long it is.
+        bytes: usize,
+    },
     /// A limit of the configuration makes no sense.
     #[error("bad limit {option}: {reason}")]
     BadLimit {
@@ -70,7 +81,11 @@ impl Error {
             Error::Os(error) => passes(error.errno),
             Error::Random { errno } => passes(*errno),
             Error::Thread(error) => error.raw_os_error().is_some_and(passes),
-            Error::NoPort | Error::BadLimit { .. } | Error::Network(_) | Error::Worker(_) => false,
+            Error::NoPort
+            | Error::ShortKey { .. }
+            | Error::BadLimit { .. }
+            | Error::Network(_)
+            | Error::Worker(_) => false,
         }
     }
 
@@ -85,6 +100,9 @@ impl Error {
             }
             Error::Memory(_) => "ask for an amount of memory that the host has free",
             Error::NoPort => "add at least one port to the configuration",
+            Error::ShortKey { .. } => {
+                "make a key of 32 random bytes and give it to all nodes; to let anybody in, say Authentication::Off"
+            }
             Error::BadLimit { .. } => "set the limit that the error names within its bounds",
             Error::Port { error: transport::Error::Unsupported { advice, .. }, .. }
             | Error::Worker(WorkerError::Register(transport::Error::Unsupported { advice, .. })) => advice,

@@ -5,7 +5,7 @@
 //!
 //! ```no_run
 //! use std::time::{Duration, Instant};
-//! use crossdock::{CacheLayout, Config, Node, PagePool, ReceiveRequest, SendRequest};
+//! use crossdock::{Authentication, CacheLayout, Config, Node, PagePool, ReceiveRequest, SendRequest};
 //!
 //! # fn prefill(node: &Node, pages: crossdock::PageRef) -> Result<(), Box<dyn std::error::Error>> {
 //! // On the prefill side: open the room, send layers as they are computed, finish.
@@ -19,10 +19,11 @@
 //! # Ok(())
 //! # }
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! // On the decode side: a cache, a node over it, a peer, a room.
+//! // On the decode side: a cache, a node over it, a peer, a room. All nodes have the same key, 32 random bytes.
 //! let layout = CacheLayout::deepseek_r1(64, 256)?;
 //! let (memory, pool) = crossdock::allocate(&layout)?;
-//! let node = Node::open(Config::new("decode-0", layout.clone(), memory))?;
+//! let key = Authentication::PreSharedKey(std::fs::read("/run/secrets/crossdock")?);
+//! let node = Node::open(Config::new("decode-0", layout.clone(), memory, key))?;
 //! let (peer, _up) = node.handle().connect("127.0.0.1:7000")?;
 //! let mut room = node.handle().receive(ReceiveRequest {
 //!     peer,
@@ -52,24 +53,25 @@ mod error;
 mod node;
 
 pub use cache::allocate;
-pub use config::{Config, PortConfig, Progress};
+pub use config::{Authentication, Config, PortConfig, Progress};
 pub use error::Error;
 pub use node::Node;
 
-pub use crossdock_engine::{Abandoned, EventFd, RailStats, Ticket, TicketError, now_ns};
+pub use crossdock_engine::{
+    Abandoned, EventFd, NetworkError, OsError, RailStats, Ticket, TicketError, now_ns,
+};
 pub use crossdock_kv::{
     CacheKind, CacheLayout, CacheLayoutError, Dtype, Ended, FetchRequest, Handle, LayerBuffer, LayoutOptions,
     NotTaken, PagesTicket, Peer, PeerUp, Placement, ReceiveRequest, Received, Receiving, SendError,
-    SendRequest, Sending, ServeRequest, Serving, Turn, Verify, Worker, trace,
+    SendRequest, Sending, ServeRequest, Serving, Stats, Turn, Verify, Worker, WorkerError, trace,
 };
 pub use crossdock_memory::{
     AllocateOptions, HugePages, Memory, MemoryError, MemoryKind, PageLayout, PagePool, PageRef, PageSet,
-    PoolError, PoolOptions, PoolStats, QuarantineEntry,
+    PoolError, PoolOptions, PoolStats, QuarantineEntry, QuarantineReason, Until,
 };
 pub use crossdock_proto::{
-    Auth, Counters, Difference, End, Failure, Identity, LinkCause, Refusal, RoomRefusal, SessionEnd, Stage,
-    Who,
+    Counters, Difference, End, Failure, Identity, LinkCause, Refusal, RoomRefusal, SessionEnd, Stage, Who,
 };
 pub use crossdock_shm::ShmOptions;
 pub use crossdock_tcp::TcpOptions;
-pub use crossdock_transport::{DownCause, PortInfo};
+pub use crossdock_transport::{DownCause, Error as PortError, PortInfo};

@@ -8,12 +8,12 @@ use crossdock_engine::{
     Engine, EngineOptions, Network, OsError, SocketNetwork, SocketOptions, duration_ns, now_ns,
 };
 use crossdock_kv::{Handle, NotTaken, Turn, Worker, WorkerOptions};
-use crossdock_proto::{Fingerprint, Identity, Proto, Rail};
+use crossdock_proto::{Auth, Fingerprint, Identity, Proto, Rail};
 use crossdock_shm::ShmPort;
 use crossdock_tcp::{TcpOptions, TcpPort};
 use crossdock_transport::{Port, PortInfo};
 
-use crate::config::{Config, PortConfig, Progress};
+use crate::config::{Authentication, Config, PortConfig, Progress};
 use crate::error::Error;
 
 /// One worker. Dropping it says goodbye to all peers and ends its rooms, each with
@@ -37,6 +37,7 @@ enum Progression {
 impl Node {
     /// Opens the ports, registers the memory, begins to listen and, if so configured, starts the progress thread.
     pub fn open(config: Config) -> Result<Self, Error> {
+        let auth = auth(&config.authentication)?;
         let ports = config
             .ports
             .iter()
@@ -53,12 +54,13 @@ impl Node {
         // Dials that cross, and sessions that end while the next one begins.
         network.max_sessions = sessions.saturating_mul(2);
         network.max_links = sessions.saturating_mul(4);
+        network.max_stranger_links = config.max_stranger_links;
         network.max_frame_bytes = config.max_frame_bytes;
         network.send_buffer_bytes = network.send_buffer_bytes.max(config.max_frame_bytes.saturating_mul(4));
         let network = SocketNetwork::open(network)?;
         let mut proto = crossdock_proto::Config::new(identity(config.node)?, config.name);
         proto.entropy = random()?;
-        proto.auth = config.auth;
+        proto.auth = auth;
         proto.fingerprint = Fingerprint::new(config.layout.fingerprint());
         proto.rails = infos
             .iter()
@@ -79,6 +81,10 @@ impl Node {
         proto.max_rooms = config.max_rooms;
         proto.max_grants = config.max_grants;
         proto.max_parked = config.max_parked;
+        proto.max_parked_bytes = config.max_parked_bytes;
+        proto.max_parked_per_session = config.max_parked_per_session;
+        proto.max_parked_bytes_per_session = config.max_parked_bytes_per_session;
+        proto.max_parked_ns = duration_ns(config.max_parked_time);
         proto.max_frame_bytes = config.max_frame_bytes;
         let identity = proto.identity;
         let mut options = EngineOptions::default();
@@ -92,6 +98,7 @@ impl Node {
                 memory: config.memory,
                 verify: config.verify,
                 max_commands: config.max_commands,
+                turn_bytes: WorkerOptions::TURN_BYTES,
             },
         )?;
         worker.count_from_calls();
@@ -195,6 +202,16 @@ fn open_port(port: &PortConfig, config: &Config) -> Result<Box<dyn Port>, Error>
                 Err(error) => Err(Error::Port { port: "tcp", error }),
             }
         }
+    }
+}
+
+fn auth(authentication: &Authentication) -> Result<Auth, Error> {
+    match authentication {
+        Authentication::PreSharedKey(key) if key.len() < Authentication::SHORTEST_KEY_BYTES => {
+            Err(Error::ShortKey { bytes: key.len() })
+        }
+        Authentication::PreSharedKey(key) => Ok(Auth::PreSharedKey(key.clone())),
+        Authentication::Off => Ok(Auth::Off),
     }
 }
 

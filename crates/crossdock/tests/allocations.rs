@@ -6,7 +6,7 @@
 //!
 //! 1. A turn in which a node neither is asked for a room nor says or hears a control message allocates nothing, be it
 //!    that it moves a room's bytes or that it sums them; and neither does the user's sending of a layer or a chunk.
-//!    (But for one turn of a pulled room with checksums: that in which its last read is done.)
+//!    (But for the one turn in which a room's sums begin.)
 //! 2. A whole room, its opening and its end included, allocates about as often with 4,096 tokens as with 64, and about
 //!    as often in one piece as in 84: nothing is allocated for a page, an op, a layer or a chunk. (About, because a
 //!    frame grows by doubling, and a tree takes a node now and then.)
@@ -20,9 +20,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    CacheKind, CacheLayout, Config, Counters, Dtype, End, LayoutOptions, Memory, Node, PagePool, PageSet,
-    Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, SendRequest, Sending, ServeRequest,
-    Serving, ShmOptions, Turn, Verify,
+    Authentication, CacheKind, CacheLayout, Config, Counters, Dtype, End, LayoutOptions, Memory, Node,
+    PagePool, PageSet, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, SendRequest,
+    Sending, ServeRequest, Serving, ShmOptions, Turn, Verify,
 };
 
 /// One test, because every thread's allocations count.
@@ -165,6 +165,7 @@ impl Pair {
 
     /// Pushes some rooms at once. Says how often both nodes allocated.
     fn push(&mut self, tokens: u32, chunks: Chunks) -> u64 {
+        self.sums();
         let pieces = chunks.of(tokens);
         let granted = self.prefill.counters().messages_in + u64::from(ROOMS);
         let mut rooms: Vec<(Receiving, Sending)> = (0..ROOMS)
@@ -204,8 +205,7 @@ impl Pair {
 
     /// Pulls some rooms at once. Says how often both nodes allocated.
     fn pull(&mut self, tokens: u32) -> u64 {
-        // The reader alone sees its last read.
-        self.decode.unsaid = if self.extra == Extra::Checksums { ROOMS } else { 0 };
+        self.sums();
         let (mut fetching, mut serving): (Vec<Receiving>, Vec<Serving>) = (0..ROOMS)
             .map(|nth| {
                 let (fetching, room) = self.decode(nth, tokens, true);
@@ -220,9 +220,13 @@ impl Pair {
             });
             serving.is_empty()
         });
-        let allocated = self.end(&mut fetching, tokens);
-        self.decode.unsaid = 0;
-        allocated
+        self.end(&mut fetching, tokens)
+    }
+
+    /// The rooms to come are summed on both sides.
+    fn sums(&mut self) {
+        let rooms = if self.extra == Extra::Checksums { ROOMS } else { 0 };
+        (self.prefill.begin_sums, self.decode.begin_sums) = (rooms, rooms);
     }
 
     /// The decode end of a room, whose pages are wiped first.
@@ -310,8 +314,9 @@ struct Side {
     pages: Pages,
     /// A room was opened or finished since the last turn.
     asked: bool,
-    /// Rooms that come to their end, and are summed from then on, without a message that says so: one turn each.
-    unsaid: u32,
+    /// Rooms whose sums are still to begin. That may be in a turn without a message: only the reader sees its last read,
+    /// and rooms wait for each other's shares.
+    begin_sums: u32,
     /// How often opening and ending rooms allocated, on this thread and on the progress loop.
     allocated: u64,
     turns: u64,
@@ -337,7 +342,7 @@ impl Side {
             Extra::PrivateMemory => vec![private(layout.bytes_needed(0) as usize)],
             Extra::None | Extra::Checksums => crossdock::allocate(&layout).unwrap().0,
         };
-        let mut config = Config::new(name, layout.clone(), memory.clone());
+        let mut config = Config::new(name, layout.clone(), memory.clone(), Authentication::Off);
         if extra == Extra::Checksums {
             config.verify = Verify::All;
         }
@@ -355,7 +360,7 @@ impl Side {
             pool,
             pages,
             asked: false,
-            unsaid: 0,
+            begin_sums: 0,
             allocated: 0,
             turns: 0,
             moving_turns: 0,
@@ -395,8 +400,8 @@ impl Side {
         });
         let (messages, moved) = self.traffic();
         let opens_or_ends = std::mem::take(&mut self.asked) || messages != before.0;
-        if !opens_or_ends && allocated > 0 && self.unsaid > 0 {
-            self.unsaid -= 1;
+        if !opens_or_ends && allocated > 0 && self.begin_sums > 0 {
+            self.begin_sums -= 1;
         } else {
             assert!(opens_or_ends || allocated == 0, "{allocated} allocations in a turn of data alone");
         }

@@ -2,6 +2,7 @@
 //! and every way to wait.
 
 use std::future::Future;
+use std::io::{ErrorKind, Read};
 use std::os::fd::AsFd;
 use std::pin::pin;
 use std::sync::Arc;
@@ -9,12 +10,17 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    Auth, CacheKind, CacheLayout, Config, Dtype, End, LayoutOptions, Memory, Node, NotTaken, PagePool, Peer,
-    Placement, PortConfig, Progress, ReceiveRequest, Receiving, Refusal, RoomRefusal, SendError, SendRequest,
-    Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
+    Authentication, CacheKind, CacheLayout, Config, Dtype, End, Error, LayoutOptions, Memory, Node, NotTaken,
+    PagePool, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, Refusal, RoomRefusal,
+    SendError, SendRequest, Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
+/// Enough for one request of these tests that waits for its room, and not for two.
+const ONE_PARKED: usize = 400;
+
+/// What differs from the default configuration.
+type Change = fn(&mut Config);
 
 struct Worker {
     node: Node,
@@ -39,7 +45,7 @@ fn layout(dtype: Dtype) -> CacheLayout {
 fn worker_with(name: &str, dtype: Dtype, change: impl FnOnce(&mut Config)) -> Worker {
     let layout = layout(dtype);
     let (memory, pool): (Vec<Memory>, PagePool) = crossdock::allocate(&layout).unwrap();
-    let mut config = Config::new(name, layout.clone(), memory);
+    let mut config = Config::new(name, layout.clone(), memory, Authentication::Off);
     change(&mut config);
     Worker { node: Node::open(config).unwrap(), layout, pool }
 }
@@ -88,6 +94,14 @@ fn end_of(mut receiving: Receiving) -> End {
     receiving.end.wait_until(Instant::now() + WAIT).unwrap().ended.end
 }
 
+fn key(text: &str) -> Authentication {
+    Authentication::PreSharedKey(text.as_bytes().to_vec())
+}
+
+fn is_busy(end: &End) -> bool {
+    matches!(end, End::Refused { why: RoomRefusal::Busy, by: Who::Peer })
+}
+
 fn ports() -> [PortConfig; 2] {
     [PortConfig::Shm(ShmOptions::default()), PortConfig::Tcp(None)]
 }
@@ -125,17 +139,59 @@ fn what_is_no_address_is_refused_at_once() {
 
 #[test]
 fn both_sides_must_know_the_key() {
-    let key = |key: &str| Auth::PreSharedKey(key.as_bytes().to_vec());
-    let prefill = worker_with("prefill", Dtype::Bf16, |config| config.auth = key("one"));
-    for (auth, fits) in [(key("one"), true), (key("other"), false), (Auth::Off, false)] {
-        let decode = worker_with("decode", Dtype::Bf16, |config| config.auth = auth);
-        let (_, mut up) = decode.node.handle().connect(prefill.node.address()).unwrap();
+    let one = || key("one key that is long enough");
+    let other = || key("another that is long enough");
+    let mismatch = Some(Refusal::AuthMismatch);
+    let cases = [
+        (one(), one(), None),
+        (Authentication::Off, Authentication::Off, None),
+        (one(), other(), Some(Refusal::NotAuthentic)),
+        (one(), Authentication::Off, mismatch.clone()),
+        (Authentication::Off, one(), mismatch),
+    ];
+    for (theirs, ours, refused) in cases {
+        let prefill = worker_with("prefill", Dtype::Bf16, |config| config.authentication = theirs);
+        let decode = worker_with("decode", Dtype::Bf16, |config| config.authentication = ours);
+        let (peer, mut up) = decode.node.handle().connect(prefill.node.address()).unwrap();
         let up = up.wait_until(Instant::now() + WAIT).unwrap();
-        assert_eq!(up.is_ok(), fits, "{up:?}");
-        if let Err(SessionEnd::Refused { refusal, .. }) = up {
-            assert!(matches!(refusal, Refusal::NotAuthentic | Refusal::AuthMismatch), "{refusal}");
+        let receiving = decode.receive(peer, 1, WAIT);
+        match (up, refused) {
+            (Ok(_), None) => {
+                let mut sending = prefill.send(1, WAIT);
+                sending.send_layers(0..3).unwrap();
+                sending.finish(vec![]).unwrap();
+                assert_eq!(end_of(receiving), End::Delivered);
+            }
+            (Err(SessionEnd::Refused { refusal, .. }), Some(expected)) => {
+                assert_eq!(refusal, expected);
+                let end = end_of(receiving);
+                let End::Refused { why: RoomRefusal::Handshake(why), .. } = &end else { panic!("{end}") };
+                assert_eq!(*why, expected);
+                assert!(!end.is_retryable() && end.advice().contains("both sides"), "{}", end.advice());
+            }
+            (up, expected) => panic!("{up:?} where {expected:?} was expected"),
         }
+        decode.settles();
     }
+}
+
+#[test]
+fn a_key_is_neither_shown_nor_guessable() {
+    let layout = layout(Dtype::Bf16);
+    let config = |key| {
+        let (memory, _) = crossdock::allocate(&layout).unwrap();
+        Config::new("prefill", layout.clone(), memory, Authentication::PreSharedKey(key))
+    };
+    let shown = format!("{:?} {0:#?}", config(vec![0xAB; 32]));
+    assert!(shown.contains("PreSharedKey(..)"), "{shown}");
+    // Neither as a number nor as text.
+    assert!(!shown.contains("171") && !shown.to_lowercase().contains("abab"), "{shown}");
+    for bytes in [0, Authentication::SHORTEST_KEY_BYTES - 1] {
+        let refused = Node::open(config(vec![b'k'; bytes])).unwrap_err();
+        assert!(matches!(refused, Error::ShortKey { bytes: told } if told == bytes), "{refused}");
+        assert!(!refused.is_retryable() && refused.advice().contains("random"), "{}", refused.advice());
+    }
+    Node::open(config(vec![b'k'; Authentication::SHORTEST_KEY_BYTES])).unwrap();
 }
 
 #[test]
@@ -317,11 +373,91 @@ fn each_limit_can_be_raised_as_its_advice_says() {
         assert!(fits || up.wait_until(Instant::now() + WAIT).unwrap().is_ok());
     }
     let layout = layout(Dtype::Bf16);
-    let (memory, _pool) = crossdock::allocate(&layout).unwrap();
-    let mut config = Config::new("none", layout, memory);
-    config.max_frame_bytes = 1000;
-    let refused = Node::open(config).unwrap_err();
-    assert!(refused.to_string().contains("max_frame_bytes"), "{refused}");
+    let bad: [(&str, Change); 2] = [
+        ("max_frame_bytes", |config| config.max_frame_bytes = 1000),
+        ("max_stranger_links", |config| config.max_stranger_links = 0),
+    ];
+    for (option, spoil) in bad {
+        let (memory, _pool) = crossdock::allocate(&layout).unwrap();
+        let mut config = Config::new("none", layout.clone(), memory, Authentication::Off);
+        spoil(&mut config);
+        let refused = Node::open(config).unwrap_err();
+        assert!(refused.to_string().contains(option), "{refused}");
+    }
+}
+
+#[test]
+fn requests_that_wait_for_a_room_are_limited_each_way() {
+    // With what a first request fits and a second one does not; with what both wait until their time is over.
+    let cases: [(Change, Change); 4] = [
+        (|config| config.max_parked = 1, |config| config.max_parked = 2),
+        (|config| config.max_parked_per_session = 1, |config| config.max_parked_per_session = 2),
+        (|config| config.max_parked_bytes = ONE_PARKED, |config| config.max_parked_bytes = 2 * ONE_PARKED),
+        (
+            |config| config.max_parked_bytes_per_session = ONE_PARKED,
+            |config| config.max_parked_bytes_per_session = 2 * ONE_PARKED,
+        ),
+    ];
+    for (at, (tight, wide)) in cases.into_iter().enumerate() {
+        for fits in [false, true] {
+            let prefill = worker_with("prefill", Dtype::Bf16, if fits { wide } else { tight });
+            let decode = worker("decode");
+            let peer = decode.connect(&prefill);
+            // The second is answered at once, or both are when their time is over.
+            let first = decode.receive(peer, 1, WAIT / 40);
+            let second = decode.receive(peer, 2, WAIT / 40);
+            let [first, second] = [end_of(first), end_of(second)];
+            assert!(matches!(first, End::Expired { .. }), "case {at}: {first}");
+            assert_eq!(matches!(second, End::Expired { .. }), fits, "case {at}: {second}");
+            assert!(fits || is_busy(&second), "case {at}: {second}");
+            assert!(fits || second.advice().contains("max_parked"), "{}", second.advice());
+        }
+    }
+    let short = |config: &mut Config| config.max_parked_time = Duration::from_millis(50);
+    let prefill = worker_with("prefill", Dtype::Bf16, short);
+    let decode = worker("decode");
+    let peer = decode.connect(&prefill);
+    let begin = Instant::now();
+    let end = end_of(decode.receive(peer, 1, WAIT));
+    assert!(is_busy(&end) && begin.elapsed() < WAIT / 2, "{end}");
+}
+
+#[test]
+fn connections_of_strangers_are_limited() {
+    for (max_stranger_links, fits) in [(1, false), (2, true)] {
+        let limited = |config: &mut Config| config.max_stranger_links = max_stranger_links;
+        let prefill = worker_with("prefill", Dtype::Bf16, limited);
+        let open = || std::net::TcpStream::connect(prefill.node.address()).unwrap();
+        let (mut first, _second) = (open(), open());
+        // Those that say nothing are closed after three seconds in any case.
+        first.set_read_timeout(Some(Duration::from_millis(1500))).unwrap();
+        let kept = match first.read(&mut [0]) {
+            Err(error) => error.kind() == ErrorKind::WouldBlock,
+            Ok(read) => read > 0,
+        };
+        assert_eq!(kept, fits, "{max_stranger_links}");
+    }
+}
+
+#[test]
+fn descriptors_of_peers_are_limited() {
+    let shm = |max_peer_descriptors| {
+        move |config: &mut Config| {
+            config.ports =
+                vec![PortConfig::Shm(ShmOptions { max_peer_descriptors, ..ShmOptions::default() })];
+        }
+    };
+    // Each peer has one region.
+    for (max_peer_descriptors, fits) in [(1, false), (2, true)] {
+        let prefill = worker_with("prefill", Dtype::Bf16, shm(max_peer_descriptors));
+        let [first, second] = ["first", "second"].map(|name| worker_with(name, Dtype::Bf16, shm(16)));
+        first.connect(&prefill);
+        let (_, mut up) = second.node.handle().connect(prefill.node.address()).unwrap();
+        // Its lane ends as it begins: dialed again until there is room.
+        assert_eq!(up.wait_until(Instant::now() + Duration::from_millis(500)).is_ok(), fits);
+        drop(first);
+        assert!(fits || up.wait_until(Instant::now() + WAIT).unwrap().is_ok());
+    }
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    CacheLayout, Config, End, Memory, Node, PagePool, PortConfig, ReceiveRequest, SendRequest, ServeRequest,
-    ShmOptions, Verify,
+    Authentication, CacheLayout, Config, End, Memory, Node, PagePool, PortConfig, ReceiveRequest,
+    SendRequest, ServeRequest, ShmOptions, Verify,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -19,7 +19,7 @@ struct Worker {
 fn worker(name: &str, page_tokens: u32, pages: u32, port: PortConfig, verify: Verify) -> Worker {
     let layout = CacheLayout::deepseek_r1(page_tokens, pages).unwrap();
     let (memory, pool) = crossdock::allocate(&layout).unwrap();
-    let mut config = Config::new(name, layout.clone(), memory.clone());
+    let mut config = Config::new(name, layout.clone(), memory.clone(), Authentication::Off);
     config.ports = vec![port];
     config.verify = verify;
     Worker { node: Node::open(config).unwrap(), layout, memory: memory[0].clone(), pool }

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    CacheKind, CacheLayout, Config, Dtype, Error, LayoutOptions, Node, NotTaken, Placement, PortConfig,
-    Progress, ReceiveRequest, SendError, SendRequest,
+    Authentication, CacheKind, CacheLayout, Config, Dtype, Error, LayoutOptions, Node, NotTaken, Placement,
+    PortConfig, Progress, ReceiveRequest, SendError, SendRequest,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -49,7 +49,7 @@ fn config(name: &str) -> (Config, crossdock::PagePool) {
     })
     .unwrap();
     let (memory, pool) = crossdock::allocate(&layout).unwrap();
-    let mut config = Config::new(name, layout, memory);
+    let mut config = Config::new(name, layout, memory, Authentication::Off);
     config.ports = vec![PortConfig::Tcp(None)];
     config.progress = Progress::Caller;
     (config, pool)

@@ -5,9 +5,9 @@
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    CacheKind, CacheLayout, Config, Dtype, End, Ended, LayoutOptions, Node, PagePool, Peer, Placement,
-    PortConfig, Progress, ReceiveRequest, Received, Receiving, SendRequest, Sending, ServeRequest, Serving,
-    ShmOptions, Ticket, Verify,
+    Authentication, CacheKind, CacheLayout, Config, Dtype, End, Ended, LayoutOptions, Node, PagePool, Peer,
+    Placement, PortConfig, Progress, ReceiveRequest, Received, Receiving, SendRequest, Sending, ServeRequest,
+    Serving, ShmOptions, Ticket, Verify,
 };
 
 const WAIT: Duration = Duration::from_secs(60);
@@ -178,7 +178,7 @@ impl Side {
         })
         .unwrap();
         let (memory, pool) = crossdock::allocate(&layout).unwrap();
-        let mut config = Config::new(name, layout.clone(), memory);
+        let mut config = Config::new(name, layout.clone(), memory, Authentication::Off);
         config.ports = vec![PortConfig::Shm(ShmOptions::default())];
         config.verify = Verify::All;
         config.progress = Progress::Caller;

@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    CacheKind, CacheLayout, Config, Dtype, End, Handle, LayoutOptions, Node, NotTaken, PagePool, Peer,
-    Placement, PortConfig, Progress, ReceiveRequest, Receiving, SendRequest, Sending, ServeRequest,
-    SessionEnd, ShmOptions, TicketError,
+    Authentication, CacheKind, CacheLayout, Config, Dtype, End, Handle, LayoutOptions, Node, NotTaken,
+    PagePool, PageSet, PagesTicket, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving,
+    SendRequest, Sending, ServeRequest, SessionEnd, ShmOptions, Ticket, TicketError,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -31,7 +31,7 @@ fn worker(name: &str, change: impl FnOnce(&mut Config)) -> Worker {
     })
     .unwrap();
     let (memory, pool) = crossdock::allocate(&layout).unwrap();
-    let mut config = Config::new(name, layout.clone(), memory);
+    let mut config = Config::new(name, layout.clone(), memory, Authentication::Off);
     change(&mut config);
     Worker { node: Node::open(config).unwrap(), pool, pages: layout.pages_for(TOKENS) }
 }
@@ -61,8 +61,17 @@ fn send(handle: &Handle, pool: &PagePool, pages: u32, room: u64) -> Result<Sendi
 }
 
 /// What a ticket tells, whatever it is, but within a time in which only a promise that nobody keeps says nothing.
-fn told<T>(wait_until: impl FnOnce(Instant) -> Result<T, TicketError>) -> Option<T> {
-    match wait_until(Instant::now() + WAIT) {
+fn told<T>(ticket: &mut Ticket<T>) -> Option<T> {
+    said(ticket.wait_until(Instant::now() + WAIT))
+}
+
+/// The same of pages.
+fn home(ticket: &mut PagesTicket) -> Option<PageSet> {
+    said(ticket.wait_until(Instant::now() + WAIT))
+}
+
+fn said<T>(told: Result<T, TicketError>) -> Option<T> {
+    match told {
         Ok(told) => Some(told),
         Err(TicketError::Abandoned(_)) => None,
         Err(TicketError::TimedOut) => panic!("nothing will ever be told"),
@@ -76,7 +85,7 @@ fn a_handle_that_outlives_its_node_is_told_so() {
         let handle = node.handle().clone();
         let (peer, mut up) = handle.connect("127.0.0.1:9").unwrap();
         drop(node);
-        told(|at| up.wait_until(at));
+        told(&mut up);
         assert_eq!(receive(&handle, &pool, pages, peer, 1).unwrap_err(), NotTaken::Stopped);
         assert_eq!(send(&handle, &pool, pages, 1).unwrap_err(), NotTaken::Stopped);
         assert_eq!(handle.stats().unwrap_err(), NotTaken::Stopped);
@@ -97,11 +106,11 @@ fn what_waits_for_a_node_that_is_dropped_is_told() {
     let mut sending = send(&handle, &pool, pages, 2).unwrap();
     let mut stats = handle.stats().unwrap();
     drop(node);
-    told(|at| up.wait_until(at)).unwrap().unwrap_err();
-    assert!(!told(|at| receiving.end.wait_until(at)).unwrap().ended.is_delivered());
-    assert_eq!(told(|at| receiving.pages.wait_until(at)).unwrap().len(), pages as usize);
-    assert!(!told(|at| sending.end.wait_until(at)).unwrap().is_delivered());
-    assert_eq!(told(|at| stats.wait_until(at)), None);
+    told(&mut up).unwrap().unwrap_err();
+    assert!(!told(&mut receiving.end).unwrap().ended.is_delivered());
+    assert_eq!(home(&mut receiving.pages).unwrap().len(), pages as usize);
+    assert!(!told(&mut sending.end).unwrap().is_delivered());
+    assert_eq!(told(&mut stats), None);
     assert_eq!(pool.stats().free, pool.stats().pages);
 }
 
@@ -176,13 +185,13 @@ fn the_rooms_of_a_node_that_is_dropped_end_as_closed_here() {
                 assert!(Instant::now() < deadline, "nothing was granted");
             }
             drop(decode.node);
-            assert_eq!(told(|at| receiving.end.wait_until(at)).unwrap().ended.end, GONE);
-            assert_eq!(told(|at| fetching.end.wait_until(at)).unwrap().ended.end, GONE);
-            assert_eq!(told(|at| sending.end.wait_until(at)).unwrap().end, GONE);
-            assert_eq!(told(|at| serving.end.wait_until(at)).unwrap().end, GONE);
+            assert_eq!(told(&mut receiving.end).unwrap().ended.end, GONE);
+            assert_eq!(told(&mut fetching.end).unwrap().ended.end, GONE);
+            assert_eq!(told(&mut sending.end).unwrap().end, GONE);
+            assert_eq!(told(&mut serving.end).unwrap().end, GONE);
             // Reads of one's own have ended; what a peer may write is home only where the port refuses it.
-            assert_eq!(told(|at| fetching.pages.wait_until(at)).map(|set| set.len()), Some(pages as usize));
-            let home = told(|at| receiving.pages.wait_until(at)).map(|set| set.len());
+            assert_eq!(home(&mut fetching.pages).map(|set| set.len()), Some(pages as usize));
+            let home = home(&mut receiving.pages).map(|set| set.len());
             assert_eq!(home, is_tcp.then_some(pages as usize), "{port:?} {progress:?}");
             let out = if is_tcp { 0 } else { pages as usize };
             assert_eq!(pool.stats().free as usize + out, pool.stats().pages as usize);
@@ -223,7 +232,7 @@ fn served_pages_stay_out_of_their_pool_as_long_as_a_peer_can_read_them() {
             assert!(Instant::now() < deadline, "nobody asked");
         }
         drop(prefill.node);
-        assert_eq!(told(|at| serving.end.wait_until(at)).unwrap().end, GONE);
+        assert_eq!(told(&mut serving.end).unwrap().end, GONE);
         let out = if is_tcp { 0 } else { prefill.pages };
         assert_eq!(prefill.pool.stats().free + out, prefill.pool.stats().pages, "{port:?}");
     }
@@ -256,14 +265,14 @@ fn race(port: &PortConfig, progress: Progress) {
                     stats.extend(handle.stats());
                 }
                 for room in &mut receiving {
-                    assert_eq!(told(|at| room.end.wait_until(at)).unwrap().ended.end, GONE);
-                    let home = told(|at| room.pages.wait_until(at));
+                    assert_eq!(told(&mut room.end).unwrap().ended.end, GONE);
+                    let home = home(&mut room.pages);
                     assert!(home.is_some() || !is_tcp);
                 }
                 for room in &mut sending {
-                    assert_eq!(told(|at| room.end.wait_until(at)).unwrap().end, GONE);
+                    assert_eq!(told(&mut room.end).unwrap().end, GONE);
                 }
-                stats.iter_mut().for_each(|stats| drop(told(|at| stats.wait_until(at))));
+                stats.iter_mut().for_each(|stats| drop(told(stats)));
             })
         })
         .collect();

@@ -215,7 +215,7 @@ impl Engine {
             active = true;
         }
         active |= self.carry_out(now_ns);
-        self.send_backlog();
+        self.send_backlog(now_ns);
         self.network.flush();
         active
     }
@@ -252,7 +252,7 @@ impl Engine {
         self.proto.shut_down(now_ns);
         self.carry_out(now_ns);
         // A stream that is full will be found ended by its peer instead.
-        self.send_backlog();
+        self.send_backlog(now_ns);
         self.network.flush();
     }
 

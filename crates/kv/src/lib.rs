@@ -30,6 +30,6 @@ pub use pages_ticket::PagesTicket;
 pub use plan::{Cursor, Ops, OpsError, Plan, PlanError, PlanInput, Route};
 pub use request::{
     Ended, FetchRequest, Peer, PeerUp, ReceiveRequest, Received, Receiving, SendError, SendRequest, Sending,
-    ServeRequest, Serving,
+    ServeRequest, Serving, Stats,
 };
 pub use worker::{Turn, Worker, WorkerError, WorkerOptions};

@@ -1,6 +1,6 @@
 //! Host memory: allocated as a sealed memfd, mapped from a peer's, or brought by the caller.
 //!
-//! All the unsafe code of this crate is in this module and in `bytes`, below it.
+//! All the unsafe code of this crate is in this module, in `bytes`, below it, and in `prefetch`.
 #![allow(unsafe_code)]
 
 mod bytes;

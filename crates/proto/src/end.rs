@@ -194,7 +194,7 @@ impl End {
             End::Expired { .. } => "allow more time, or send less at once",
             End::PeerLost { cause } => cause.advice(),
             End::Refused { why: RoomRefusal::Busy, .. } => {
-                "try again later, or raise max_rooms, max_grants or max_parked of the side that refused"
+                "try again later, or raise max_rooms, max_grants or the max_parked limits of the side that refused"
             }
             End::Refused { why: RoomRefusal::Mismatch, .. } => {
                 "both sides must ask for the same tokens of the same request"

@@ -107,8 +107,12 @@ enum Coming {
 }
 
 impl Homecoming {
+    /// Pages that were in quarantine are counted at once: whoever watches it should not see what is over.
     pub(crate) fn new(pages: GrantedPages) -> Self {
-        Self(Some(Coming::Granted(pages)))
+        Self(Some(match pages.is_quarantined() {
+            true => Coming::Owned(pages.come_home()),
+            false => Coming::Granted(pages),
+        }))
     }
 
     /// The pages, as their owner's again.

@@ -24,6 +24,8 @@ pub enum Planted {
     EarlierAttemptForgotten,
     /// A grant is given back while ops under it are on their way.
     ReleaseTooEarly,
+    /// What was given back with an earlier attempt is given back again with the last.
+    ReleaseTwice,
     /// The wrong grant is given back.
     ReleaseOfAnother,
     /// A release is believed for lanes of which the peer could not speak.
@@ -50,11 +52,13 @@ pub enum Planted {
     ChecksumUnchecked,
     /// What an earlier attempt has sent first is not sent again.
     NotSentAgain,
+    /// Every peer is told that there is no room for more.
+    RefuseAll,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 23] = [
+    pub const ALL: [Planted; 25] = [
         Self::QuarantineOff,
         Self::SessionEndFrees,
         Self::FenceTakenForNow,
@@ -65,6 +69,7 @@ impl Planted {
         Self::ArrivalsCarriedOver,
         Self::EarlierAttemptForgotten,
         Self::ReleaseTooEarly,
+        Self::ReleaseTwice,
         Self::ReleaseOfAnother,
         Self::DownLanesForgotten,
         Self::DeadlineDropped,
@@ -78,6 +83,7 @@ impl Planted {
         Self::OwnPauseCounted,
         Self::ChecksumUnchecked,
         Self::NotSentAgain,
+        Self::RefuseAll,
     ];
 }
 

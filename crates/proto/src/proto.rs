@@ -197,6 +197,11 @@ impl Proto {
         self.rooms.len()
     }
 
+    /// What decode sides have asked for whose room is not open here yet.
+    pub fn requests_parked(&self) -> usize {
+        self.parked.len()
+    }
+
     /// Sessions that are not over in every respect.
     pub fn sessions_live(&self) -> usize {
         self.sessions.len()

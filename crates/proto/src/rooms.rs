@@ -216,6 +216,9 @@ impl Proto {
     }
 
     pub(crate) fn give(&mut self, room: RoomId, session: SessionId, access: Access) -> Option<GrantId> {
+        if is_planted(Planted::RefuseAll) {
+            return None;
+        }
         let grant = self.grants.give(room, session, access)?;
         if let Some(session) = self.sessions.get_mut(&session) {
             session.grants += 1;

@@ -173,6 +173,9 @@ impl Proto {
         s.owed.extend(s.grant.take());
         s.attempt = attempt;
         let (owed, down_lanes) = (std::mem::take(&mut s.owed), std::mem::take(&mut s.down_lanes));
+        if is_planted(Planted::ReleaseTwice) {
+            s.owed.clone_from(&owed);
+        }
         self.release(session, &owed, down_lanes, false);
         self.start_sending(id, grant);
     }

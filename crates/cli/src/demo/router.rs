@@ -75,6 +75,8 @@ impl Router {
     ) -> std::io::Result<Self> {
         let limit_gb_per_s = limit::measure(port, options.pool_mib << 20);
         let (events, heard) = mpsc::channel();
+        let mut key = [0; 32];
+        rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
         let start = |at: usize, role: &str| -> std::io::Result<Worker> {
             let mut child = Child::start(
                 role,
@@ -96,6 +98,7 @@ impl Router {
                     options.op.name(),
                 ],
             )?;
+            child.tell(&Tell::Key { key });
             child.listen(at, events.clone())?;
             Ok(Worker { child, standing: Standing::Launched })
         };

@@ -3,9 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 /// From the parent.
-#[derive(Serialize, Deserialize, Debug)]
+#[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tell {
+    /// What the workers of a scene prove to each other. It is the first line, and is told here because everybody can
+    /// see a process's arguments.
+    Key { key: [u8; 32] },
     /// Hand this request over.
     Go { room: u64, tokens: u32 },
     /// End what is open, then leave.

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use crossdock::{
-    CacheLayout, Config, Handle, Memory, Node, PagePool, PageSet, Peer, PortConfig, ReceiveRequest,
-    SendRequest, ServeRequest, ShmOptions, now_ns,
+    Authentication, CacheLayout, Config, Handle, Memory, Node, PagePool, PageSet, Peer, PortConfig,
+    ReceiveRequest, SendRequest, ServeRequest, ShmOptions, now_ns,
 };
 use crossdock_bootstrap::{
     Address, Client, ClientConfig, Incarnation, Labels, NodeId, Query, Rank, Registration, Role,
@@ -69,7 +69,7 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
         RoleName::Decode => (Role::Decode, "decode"),
     };
     let name = format!("{role_name}-{}", options.number);
-    let mut config = Config::new(&name, layout.clone(), memory.clone());
+    let mut config = Config::new(&name, layout.clone(), memory.clone(), key()?);
     config.ports = vec![match options.port {
         PortName::Shm => PortConfig::Shm(ShmOptions::default()),
         PortName::Tcp => PortConfig::Tcp(None),
@@ -121,6 +121,16 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What the parent says first.
+fn key() -> Result<Authentication, Box<dyn Error>> {
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line)?;
+    match serde_json::from_str(&line) {
+        Ok(Tell::Key { key }) => Ok(Authentication::PreSharedKey(key.to_vec())),
+        Ok(_) | Err(_) => Err("the parent did not begin with the key".into()),
+    }
+}
+
 /// Works on what the parent tells, on as many threads as requests are under way, until it tells the end or is gone.
 fn serve(options: &WorkerOptions, bench: &Bench) -> Result<(), Box<dyn Error>> {
     let (orders, taken) = sync_channel::<(u64, u32)>(4096);
@@ -145,6 +155,7 @@ fn serve(options: &WorkerOptions, bench: &Bench) -> Result<(), Box<dyn Error>> {
         match serde_json::from_str(&line?) {
             Ok(Tell::Go { room, tokens }) => orders.send((room, tokens))?,
             Ok(Tell::End) => break,
+            Ok(Tell::Key { .. }) => return Err("the parent tells a second key".into()),
             Err(error) => return Err(format!("the parent cannot be understood: {error}").into()),
         }
     }

@@ -133,7 +133,7 @@ struct Worker {
 impl Worker {
     fn start(role: &str, number: u32, port: &str, op: &str, registry: &str) -> Self {
         let (name, number) = (format!("{role}-{number}"), number.to_string());
-        let process = Process::start(&[
+        let mut process = Process::start(&[
             "demo-worker",
             "--role",
             role,
@@ -152,6 +152,7 @@ impl Worker {
             "--in-flight",
             "3",
         ]);
+        process.tell(&json!({"key": {"key": vec![7; 32]}}));
         Self { name, process, delivered: Vec::new() }
     }
 

@@ -21,11 +21,7 @@ impl Engine {
             match self.network.send(LinkId(link.0), &frame) {
                 Ok(()) | Err(SendError::Closed) => return,
                 Err(SendError::Full) => {}
-                Err(SendError::TooLong { limit, .. }) => {
-                    self.network.close(LinkId(link.0));
-                    let cause = LinkCause::Limit { what: "bytes a frame", limit: limit as u64 };
-                    return self.proto.link_closed(now_ns, link, cause);
-                }
+                Err(SendError::TooLong { limit, .. }) => return self.refuse_frame(now_ns, link, limit),
             }
         }
         let backlog = self.backlog.entry(link).or_default();
@@ -43,13 +39,18 @@ impl Engine {
         self.proto.link_closed(now_ns, link, LinkCause::NotRead { bytes });
     }
 
-    pub(super) fn send_backlog(&mut self) {
+    pub(super) fn send_backlog(&mut self, now_ns: u64) {
         let network = &mut self.network;
+        let mut too_long = None;
         self.backlog.retain(|link, backlog| {
             while let Some(frame) = backlog.frames.front() {
                 match network.send(LinkId(link.0), frame) {
                     Err(SendError::Full) => return true,
-                    Ok(()) | Err(_) => {
+                    Err(SendError::TooLong { limit, .. }) => {
+                        too_long = Some((*link, limit));
+                        return false;
+                    }
+                    Ok(()) | Err(SendError::Closed) => {
                         backlog.bytes -= frame.len();
                         backlog.frames.pop_front();
                     }
@@ -60,5 +61,14 @@ impl Engine {
             }
             false
         });
+        if let Some((link, limit)) = too_long {
+            self.refuse_frame(now_ns, link, limit);
+        }
+    }
+
+    /// Ends a link for which there is a frame that it cannot carry: what the frame says must not be lost silently.
+    fn refuse_frame(&mut self, now_ns: u64, link: ProtoLink, limit: usize) {
+        self.network.close(LinkId(link.0));
+        self.proto.link_closed(now_ns, link, LinkCause::Limit { what: "bytes a frame", limit: limit as u64 });
     }
 }

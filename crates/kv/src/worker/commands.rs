@@ -83,6 +83,7 @@ impl Worker {
                 let Some((id, room)) = self.room_of(key) else { return };
                 if let Kind::Sending(sending) = &mut room.kind {
                     if !sending.add(Item { layers, tokens }) {
+                        room.span.in_scope(|| tracing::warn!("the room is sent in too many pieces"));
                         return self.engine.proto().mismatch(now, id);
                     }
                     self.wake(id);

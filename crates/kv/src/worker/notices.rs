@@ -59,7 +59,7 @@ impl Worker {
             Notice::Stop { room } => {
                 match self.rooms.get_mut(&room).map(|room| &mut room.kind) {
                     Some(Kind::Sending(sending)) => sending.run = None,
-                    Some(Kind::Decode(decode)) => decode.reads = None,
+                    Some(Kind::Decode(decode)) => (decode.reads, decode.proof) = (None, None),
                     Some(Kind::Serving(_)) | None => {}
                 };
             }
@@ -100,7 +100,13 @@ impl Worker {
         let local = local_table(&self.layout, pages, start.direction, &ask);
         let tokens = ask.skip_tokens..ask.tokens;
         let input = plan_input(local, &cache, &start.remote_pages, start.direction, &ask, tokens);
-        let Ok(plan) = Plan::build(&input) else { return self.engine.proto().mismatch(now, id) };
+        let plan = match Plan::build(&input) {
+            Ok(plan) => plan,
+            Err(error) => {
+                room.span.in_scope(|| tracing::warn!("the two sides' pages do not fit together: {error}"));
+                return self.engine.proto().mismatch(now, id);
+            }
+        };
         room.span
             .in_scope(|| tracing::debug!(attempt = start.attempt, pages = start.remote_pages.len(), "start"));
         let run = Run {
@@ -120,7 +126,7 @@ impl Worker {
         };
         match &mut room.kind {
             Kind::Sending(sending) => sending.run = Some(run),
-            Kind::Decode(decode) => decode.reads = Some(run),
+            Kind::Decode(decode) => (decode.reads, decode.proof) = (Some(run), None),
             Kind::Serving(_) => {}
         }
         self.wake(id);
@@ -147,7 +153,10 @@ impl Worker {
                 serving.sums = Some(sums);
                 self.wake(id);
             }
-            Err(_) => self.engine.proto().mismatch(now, id),
+            Err(error) => {
+                room.span.in_scope(|| tracing::warn!("what is asked for cannot be summed: {error}"));
+                self.engine.proto().mismatch(now, id);
+            }
         }
     }
 
@@ -169,7 +178,8 @@ impl Worker {
             return self.engine.proto().mismatch(now, id);
         };
         let table = local_table(&self.layout, &decode.pages, Direction::Read, &decode.ask);
-        decode.proof = Some(Proof::begin(&self.memory, &table, cache, &decode.ask, &answer.checksums));
+        let begin = || Proof::begin(&self.memory, &table, cache, &decode.ask, &answer.checksums);
+        decode.proof = Some(room.span.in_scope(begin));
         self.wake(id);
     }
 

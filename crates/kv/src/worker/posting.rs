@@ -9,7 +9,7 @@ use crossdock_proto::planted::{Planted, is_planted};
 use crossdock_transport::{Direction, GrantId, Op};
 
 use super::Worker;
-use super::proof::{SUM_SHARE_BYTES, moved_sums};
+use super::proof::{moved_sums, sum};
 use super::room::{Decode, Item, Kind, SendingRoom};
 use crate::checksum::Summing;
 use crate::params::{Answer, Ask};
@@ -51,9 +51,6 @@ pub(super) enum Pumped {
 /// Ops offered to a port at once.
 const BATCH: usize = 16;
 
-/// Bytes that one room posts before the next has its turn.
-const SHARE_BYTES: u64 = 8 << 20;
-
 impl Worker {
     pub(super) fn wake(&mut self, id: RoomId) {
         if let Some(room) = self.rooms.get_mut(&id)
@@ -63,12 +60,15 @@ impl Worker {
         }
     }
 
-    /// Gives each room that has something to post its share of the ports.
-    pub(super) fn pump(&mut self, now: u64) -> bool {
+    /// Gives the rooms that have something to post their turns at the ports, until `left` bytes have been posted.
+    pub(super) fn pump(&mut self, now: u64, left: &mut u64) -> bool {
         let mut active = false;
         for _ in 0..self.ready.len() {
+            if *left == 0 {
+                return true;
+            }
             let Some(id) = self.ready.pop_front() else { break };
-            let pumped = self.pump_room(now, id);
+            let pumped = self.pump_room(now, id, left);
             if let Some(room) = self.rooms.get_mut(&id) {
                 room.is_ready = matches!(pumped, Pumped::Full { .. } | Pumped::More);
             }
@@ -89,7 +89,7 @@ impl Worker {
         active
     }
 
-    fn pump_room(&mut self, now: u64, id: RoomId) -> Pumped {
+    fn pump_room(&mut self, now: u64, id: RoomId, left: &mut u64) -> Pumped {
         let Some(room) = self.rooms.get_mut(&id) else { return Pumped::Nothing };
         match &mut room.kind {
             Kind::Sending(sending) => {
@@ -97,7 +97,7 @@ impl Worker {
                     return Pumped::Nothing;
                 };
                 let local = local_table(&self.layout, pages, Direction::Write, &run.ask);
-                if let Some(pumped) = post_items(&mut self.engine, now, run, &local, items) {
+                if let Some(pumped) = post_items(&mut self.engine, now, run, &local, items, left) {
                     return pumped;
                 }
                 let (false, Some(aux)) = (run.posted_all, finish) else { return Pumped::Nothing };
@@ -107,7 +107,7 @@ impl Worker {
                         run.sums = moved_sums(&self.memory, &local, &run.cache, &run.ask).ok();
                     }
                     let Some(sums) = &mut run.sums else { return Pumped::Mismatch };
-                    match sums.advance(&self.memory, &local, &mut SUM_SHARE_BYTES.clone()) {
+                    match sum(left, |left| sums.advance(&self.memory, &local, left)) {
                         Ok(false) => return Pumped::More,
                         Ok(true) => sums.sums().encode(&mut checksums),
                         Err(_) => return Pumped::Mismatch,
@@ -119,21 +119,25 @@ impl Worker {
                 let answer = Answer { tokens: *tokens, aux: aux.clone(), checksums }.encode();
                 self.engine.posted_all(now, run.transfer, answer);
             }
-            Kind::Decode(Decode { proof: Some(proof), pages, ask, .. }) => {
+            Kind::Decode(decode) if decode.proof.is_some() => {
+                let Decode { proof: Some(proof), pages, ask, .. } = decode else { return Pumped::Nothing };
                 let local = local_table(&self.layout, pages, Direction::Read, ask);
-                match proof.advance(&self.memory, &local, &mut SUM_SHARE_BYTES.clone()) {
+                match sum(left, |left| room.span.in_scope(|| proof.advance(&self.memory, &local, left))) {
                     None => return Pumped::More,
-                    Some(false) if !is_planted(Planted::ChecksumUnchecked) => {
-                        self.engine.proto().reject(now, id);
+                    Some(proven) => {
+                        decode.proof = None;
+                        match proven || is_planted(Planted::ChecksumUnchecked) {
+                            true => self.engine.proto().accept(now, id),
+                            false => self.engine.proto().reject(now, id),
+                        }
                     }
-                    Some(_) => self.engine.proto().accept(now, id),
                 }
             }
             Kind::Decode(Decode { reads: Some(run), pages, ask, .. }) => {
                 let local = local_table(&self.layout, pages, Direction::Read, ask);
                 let layers = overlap(&self.layout.layers(), &run.cache.layers());
                 let whole = [Item { layers, tokens: 0..ask.tokens }];
-                if let Some(pumped) = post_items(&mut self.engine, now, run, &local, &whole) {
+                if let Some(pumped) = post_items(&mut self.engine, now, run, &local, &whole, left) {
                     return pumped;
                 }
                 if !std::mem::replace(&mut run.posted_all, true) {
@@ -143,7 +147,7 @@ impl Worker {
             Kind::Serving(serving) => {
                 let Some(sums) = &mut serving.sums else { return Pumped::Nothing };
                 let table = PageTable::new(&self.layout, &serving.pages);
-                match sums.advance(&self.memory, &table, &mut SUM_SHARE_BYTES.clone()) {
+                match sum(left, |left| sums.advance(&self.memory, &table, left)) {
                     Ok(false) => return Pumped::More,
                     Ok(true) => {
                         let mut checksums = Vec::new();
@@ -168,10 +172,10 @@ fn post_items(
     run: &mut Run,
     local: &PageTable<'_>,
     items: &[Item],
+    left: &mut u64,
 ) -> Option<Pumped> {
-    let mut left = SHARE_BYTES;
     while let Some(item) = items.get(run.at) {
-        match post_item(engine, now, run, local, item, &mut left) {
+        match post_item(engine, now, run, local, item, left) {
             Pumped::Nothing => {
                 run.at += 1;
                 run.cursor = None;

@@ -7,8 +7,17 @@ use crate::checksum::Summing;
 use crate::params::Ask;
 use crate::{CacheLayout, ChecksumError, Checksums, PageTable};
 
-/// Bytes that one room sums before the next has its turn.
-pub(super) const SUM_SHARE_BYTES: u64 = 2 << 20;
+/// Lets a sum use its share of what is left of a turn.
+pub(super) fn sum<T>(left: &mut u64, advance: impl FnOnce(&mut u64) -> T) -> T {
+    let share = (*left / SUM_COST).max(1);
+    let mut rest = share;
+    let outcome = advance(&mut rest);
+    *left = left.saturating_sub((share - rest) * SUM_COST);
+    outcome
+}
+
+/// A byte that is read and summed takes about as long as so many that a port copies.
+const SUM_COST: u64 = 4;
 
 /// Begins to sum what a room moves: of the layers that both sides hold, the tokens that the decode side lacks.
 pub(super) fn moved_sums(
@@ -37,10 +46,16 @@ impl Proof {
         sums: &[u8],
     ) -> Self {
         let layers = overlap(&table.layout.layers(), &cache.layers());
-        let begun = Checksums::decode(sums).map_err(|_| NoProof).and_then(|sums| {
-            Summing::compare(sums, memory, table, layers, ask.skip_tokens..ask.tokens).map_err(|_| NoProof)
+        let begun = Checksums::decode(sums).map_err(|error| {
+            tracing::error!("the peer's checksums cannot be read: {error}");
+            NoProof
         });
-        Self(begun)
+        Self(begun.and_then(|sums| {
+            Summing::compare(sums, memory, table, layers, ask.skip_tokens..ask.tokens).map_err(|error| {
+                tracing::error!("what arrived cannot be proven: {error}");
+                NoProof
+            })
+        }))
     }
 
     /// Compares some more; `None` if there is more to compare.

@@ -130,7 +130,7 @@ impl Semantics {
     }
 
     /// Whether ops are stores and loads of the poster's own processor.
-    pub(crate) fn is_mapped(self) -> bool {
+    pub fn is_mapped(self) -> bool {
         matches!(self, Self::Mapped | Self::Fabric)
     }
 }

@@ -60,6 +60,13 @@ impl Sockets {
     pub fn accept(&self, listener: &OwnedFd) -> std::result::Result<OwnedFd, Errno> {
         let socket = rustix::net::accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
         sockopt::set_tcp_nodelay(&socket, true)?;
+        // A listener everywhere does not know which connections stay within the host.
+        if let (None, Ok(local)) = (&self.options.congestion, rustix::net::getsockname(&socket))
+            && let Ok(local) = SocketAddr::try_from(local)
+            && let Some(name) = self.options.congestion_at(local.ip())
+        {
+            let _ = sockopt::set_tcp_congestion(&socket, name);
+        }
         Ok(socket)
     }
 
@@ -76,7 +83,11 @@ impl Sockets {
             sockopt::set_socket_recv_buffer_size(&socket, bytes)?;
         }
         if let Some(name) = self.options.congestion_at(ip) {
-            sockopt::set_tcp_congestion(&socket, name)?;
+            let set = sockopt::set_tcp_congestion(&socket, name);
+            // What nobody has asked for is not needed: the host may forbid it.
+            if self.options.congestion.is_some() {
+                set?;
+            }
         }
         Ok(socket)
     }
