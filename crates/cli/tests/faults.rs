@@ -8,6 +8,7 @@
 //! `CROSSDOCK_FAULT_ONLY=K` runs the one with number K.
 
 mod demo;
+mod registry;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -307,7 +308,10 @@ impl Case {
             (Victim::Bootstrap, _) => assert!(ended.status.success(), "a lost registry harms\n{shown}"),
             (victim, Fault::Kill) => {
                 assert!(has(&format!("the {} process", victim.name())), "the dead is not named\n{shown}");
-                assert!(has("ended early: killed by signal 9"), "the death is not told\n{shown}");
+                // On a machine that has far too much to do the demo's time may be over before anybody dies.
+                let is_late = rooms.begun == 0 && has("was not ready after");
+                let is_told = has("ended early: killed by signal 9");
+                assert!(is_told || is_late, "the death is not told\n{shown}");
             }
             (victim, Fault::Stop) => {
                 assert!(has(&format!("the {} process", victim.name())), "the mute is not named\n{shown}");

@@ -24,6 +24,9 @@ use super::{OpName, PAGE_TOKENS, PortName};
 pub struct WorkerOptions {
     #[arg(long)]
     role: RoleName,
+    /// Tells workers of one role apart
+    #[arg(long, default_value_t = 0)]
+    number: u32,
     #[arg(long)]
     port: PortName,
     #[arg(long)]
@@ -61,11 +64,12 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
     say(&Said::Started);
     let layout = CacheLayout::deepseek_r1(PAGE_TOKENS, options.pages)?;
     let (memory, pool) = crossdock::allocate(&layout)?;
-    let name = match options.role {
-        RoleName::Prefill => "prefill-0",
-        RoleName::Decode => "decode-0",
+    let (role, role_name) = match options.role {
+        RoleName::Prefill => (Role::Prefill, "prefill"),
+        RoleName::Decode => (Role::Decode, "decode"),
     };
-    let mut config = Config::new(name, layout.clone(), memory.clone(), key()?);
+    let name = format!("{role_name}-{}", options.number);
+    let mut config = Config::new(&name, layout.clone(), memory.clone(), key()?);
     config.ports = vec![match options.port {
         PortName::Shm => PortConfig::Shm(ShmOptions::default()),
         PortName::Tcp => PortConfig::Tcp(None),
@@ -75,14 +79,10 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
     // A registry that is stopped must not keep a worker that wants to leave.
     registry.call_time = Duration::from_secs(2);
     let client = Client::new(registry)?;
-    let role = match options.role {
-        RoleName::Prefill => Role::Prefill,
-        RoleName::Decode => Role::Decode,
-    };
     let registration = Registration::start(
         client.clone(),
         crossdock_bootstrap::Worker {
-            node: NodeId::new(name)?,
+            node: NodeId::new(&name)?,
             incarnation: Incarnation::new(node.identity().incarnation),
             role,
             rank: Rank::new(0, 1)?,
