@@ -422,6 +422,6 @@ impl Patience {
 const FLAGS_BYTES: usize = 4096;
 
 /// How long the other end of a spinning one may take.
-const SPIN_LIMIT: Duration = Duration::from_secs(30);
+pub const SPIN_LIMIT: Duration = Duration::from_secs(30);
 
 const PIECES_A_CALL: usize = 512;

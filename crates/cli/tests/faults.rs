@@ -157,6 +157,59 @@ fn demos_beside_each_other_end_well() {
     }
 }
 
+#[test]
+fn a_dead_registry_is_named_first() {
+    let mut demo = Demo::start(&["--requests", "1000", "--ports", "shm,tcp", "--pool-mib", "64"]);
+    assert!(demo.reads("registry at", Duration::from_secs(30)), "{}", demo.text);
+    let id = children(&demo.text)["bootstrap"];
+    send(id, Signal::KILL);
+    let ended = demo.end(Duration::from_secs(60));
+    assert!(!ended.status.success(), "{}", ended.text);
+    for port in ["shm", "tcp"] {
+        let first = ended.text.lines().find(|line| line.starts_with(&format!("! {port}: ")));
+        let told = format!("! {port}: the bootstrap process ({id}) ended early: killed by signal 9");
+        assert_eq!(first, Some(told.as_str()), "{}", ended.text);
+        let row: Vec<&str> = row(&ended.text, port);
+        assert_eq!(row[1..4], ["1000", "0", "0"], "{}", ended.text);
+        assert_eq!(row[6..9], ["–", "–", "–"], "{}", ended.text);
+    }
+}
+
+#[test]
+fn the_time_that_was_given_is_not_blamed_on_a_process() {
+    let arguments = ["--requests", "1000", "--ports", "tcp", "--pool-mib", "64", "--within-s", "3"];
+    let mut demo = Demo::start(&arguments);
+    assert!(demo.reads("registry at", Duration::from_secs(30)), "{}", demo.text);
+    send(children(&demo.text)["bootstrap"], Signal::STOP);
+    let ended = demo.end(Duration::from_secs(60));
+    assert!(!ended.status.success(), "{}", ended.text);
+    let told = "! tcp: the time of --within-s 3 (all scenes together) is over; still waiting for the prefill process (";
+    assert!(ended.text.contains(told), "{}", ended.text);
+}
+
+#[test]
+fn the_numbers_of_a_table_add_up_when_a_worker_dies() {
+    let arguments =
+        ["--requests", "1000", "--ports", "shm", "--deadline-s", "3", "--pool-mib", "64", "--each-room"];
+    let mut demo = Demo::start(&arguments);
+    assert!(demo.reads("room 5 begins", Duration::from_secs(40)), "{}", demo.text);
+    send(children(&demo.text)["decode"], Signal::KILL);
+    let ended = demo.end(Duration::from_secs(90));
+    let number = |text: &str| text.parse::<u64>().expect("a number");
+    let row = row(&ended.text, "shm");
+    let (begun, delivered) = (number(row[2]), number(row[3]));
+    assert!(row[1] == "1000" && (5..1000).contains(&begun), "{}", ended.text);
+    let others = ended.text.lines().filter_map(|line| line.split_once(" × decode: "));
+    let others: u64 = others.map(|(times, _)| number(times.rsplit(' ').next().expect("a word"))).sum();
+    assert_eq!(begun, delivered + others, "{}", ended.text);
+}
+
+/// The cells of a scene's row.
+fn row<'a>(text: &'a str, port: &str) -> Vec<&'a str> {
+    let row = text.lines().find(|line| line.starts_with(&format!("{port}  ")));
+    row.unwrap_or_else(|| panic!("no row for {port}:\n{text}")).split_whitespace().collect()
+}
+
 impl Kind {
     /// All of them, in an order that depends on `seed`; the first ones have every victim meet every fault.
     fn all(seed: u64) -> Vec<Kind> {
@@ -299,7 +352,12 @@ impl Case {
         match (self.kind.victim, self.kind.fault) {
             // Nobody can meet without the registry, and who has met needs it no more.
             (Victim::Bootstrap, Fault::Kill | Fault::Stop) if rooms.begun == 0 => {
-                let told = has("was not ready after") || has("ended early: exit status: 1");
+                let told = match self.kind.fault {
+                    Fault::Kill => {
+                        has(" the bootstrap process (") && has(") ended early: killed by signal 9")
+                    }
+                    _ => has("was not ready after") || has(WAITED) || has("ended early: exit status: 1"),
+                };
                 assert!(told, "that nobody has met is not told\n{shown}");
                 if has("ended early: exit status: 1") {
                     assert!(ended.errors.contains("registry"), "the reason is not told\n{shown}");
@@ -315,9 +373,11 @@ impl Case {
             }
             (victim, Fault::Stop) => {
                 assert!(has(&format!("the {} process", victim.name())), "the mute is not named\n{shown}");
-                let words =
-                    if rooms.begun == 0 { "was not ready after" } else { "does not answer (stopped?)" };
-                assert!(has(words), "the silence is not told\n{shown}");
+                let told = match rooms.begun {
+                    0 => has("was not ready after") || has(WAITED),
+                    _ => has("does not answer (stopped?)"),
+                };
+                assert!(told, "the silence is not told\n{shown}");
             }
             // What comes after the pause is handed over again, with those that it delayed out of the way.
             (_, Fault::Blink | Fault::Pause) => {
@@ -360,6 +420,9 @@ impl Case {
         }
     }
 }
+
+/// What a demo says whose time was over before its workers had met.
+const WAITED: &str = "is over; still waiting for ";
 
 /// As many kinds as there are.
 const KINDS: u64 = 2 * 4 * 5;

@@ -15,7 +15,7 @@ fn a_demo_over_both_ports_shows_a_table() {
     for port in ["shm", "tcp"] {
         let row = ended.text.lines().find(|line| line.starts_with(&format!("{port}  ")));
         let cells: Vec<&str> = row.expect("a row for each port").split_whitespace().collect();
-        assert_eq!(cells[1..3], ["3", "3"], "{}", ended.text);
+        assert_eq!(cells[1..4], ["3", "3", "3"], "{}", ended.text);
     }
     assert!(ended.text.contains("leaks: 0 "), "{}", ended.text);
     assert!(!ended.text.contains("! "), "{}", ended.text);
@@ -34,7 +34,7 @@ fn a_trace_is_replayed() {
             .end(Duration::from_secs(60));
     assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
     let row = ended.text.lines().find(|line| line.starts_with("tcp  ")).expect("a row");
-    assert_eq!(row.split_whitespace().collect::<Vec<_>>()[1..3], ["2", "2"], "{}", ended.text);
+    assert_eq!(row.split_whitespace().collect::<Vec<_>>()[1..4], ["2", "2", "2"], "{}", ended.text);
 }
 
 #[test]
@@ -46,8 +46,10 @@ fn wrong_calls_are_explained() {
     for (arguments, words) in [
         (vec!["demo", "--requests", "0"], vec!["--requests 0", "nothing to hand over"]),
         (vec!["demo", "--in-flight", "0"], vec!["--in-flight", "1..=64"]),
-        (vec!["demo", "--scale", "0"], vec!["--scale 0", "more than 0"]),
-        (vec!["demo", "--scale", "nan"], vec!["--scale NaN", "more than 0"]),
+        (vec!["demo", "--scale", "0"], vec!["--scale 0", "0.0001 to 1"]),
+        (vec!["demo", "--scale", "nan"], vec!["--scale NaN", "0.0001 to 1"]),
+        (vec!["demo", "--scale", "1e300"], vec!["--scale 1e300:", "0.0001 to 1"]),
+        (vec!["demo", "--scale", "1e-9"], vec!["--scale 1e-9:", "0.0001 to 1"]),
         (vec!["demo", "--pool-mib", "1"], vec!["--pool-mib 1", "two pages take 9 MiB"]),
         (vec!["demo", "--pool-mib", "0"], vec!["--pool-mib", "1..=1048576"]),
         (vec!["demo", "--ports", "verbs"], vec!["--ports", "shm, tcp"]),

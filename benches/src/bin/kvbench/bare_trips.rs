@@ -115,7 +115,7 @@ impl Bare<'_> {
             self.block(true)?;
             Ok(cpu_s)
         };
-        let cpu_s = run().map_err(Error::io("single pages by bare means"))?;
+        let cpu_s = run().map_err(Error::exchange("single pages by bare means"))?;
         Ok((each_us, cpu_s))
     }
 

@@ -77,7 +77,6 @@ impl Driver {
     /// takes the processors from those that are measured.
     pub fn hear<M: DeserializeOwned + Send + 'static>(
         &mut self,
-        what: &'static str,
         limit: Duration,
         talk: &Talk<M>,
     ) -> Result<M, Error> {
@@ -85,7 +84,16 @@ impl Driver {
             true => self.try_within(limit, || talk.hear())?,
             false => talk.hear_within(limit)?,
         };
-        heard.ok_or(Error::TimedOut { what, limit })
+        heard.ok_or_else(|| Error::no_answer(limit))
+    }
+
+    /// As [`hear`](Driver::hear), but it looks again and again.
+    pub fn hear_spinning<M: DeserializeOwned + Send + 'static>(
+        &mut self,
+        limit: Duration,
+        talk: &Talk<M>,
+    ) -> Result<M, Error> {
+        self.try_within(limit, || talk.hear())?.ok_or_else(|| Error::no_answer(limit))
     }
 
     /// Looks again and again, for what the node does not tell of.

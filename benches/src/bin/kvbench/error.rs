@@ -1,6 +1,11 @@
 //! Why a benchmark did not finish.
 
+use std::io::{self, ErrorKind};
 use std::time::Duration;
+
+use crossdock_benches::bare::SPIN_LIMIT;
+
+use crate::setup::WAIT;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -12,7 +17,9 @@ pub enum Error {
         "--prefill-tp and --decode-tp are 1 here: all ranks of a model with MLA hold the same bytes, so nothing is cut, and what one rank gets is measured with 1 and 1"
     )]
     TensorParallel,
-    #[error("a page of {page_bytes} bytes cannot be described; use a multiple of {unit} above that length")]
+    #[error(
+        "--page-bytes {page_bytes}: a page of that length cannot be described; use a multiple of {unit} above that length"
+    )]
     PageBytes { page_bytes: u64, unit: u64 },
     #[error("a room of {pages} pages is too long to announce: at most {limit}")]
     RoomTooLong { pages: u32, limit: u32 },
@@ -24,12 +31,18 @@ pub enum Error {
     HoggedLatency,
     #[error("cannot read the trace: {0}")]
     Trace(String),
-    #[error(transparent)]
-    Scale(#[from] crossdock::trace::BadScale),
+    #[error("{error}: use another {page_flag}, or another --pool-mib")]
+    PoolPages { error: crossdock::CacheLayoutError, page_flag: &'static str },
+    #[error(
+        "a pool of {pool_bytes} bytes holds no page of {page_bytes}: use a larger --pool-mib, or a smaller {page_flag}"
+    )]
+    NoPage { page_bytes: u64, pool_bytes: u64, page_flag: &'static str },
+    #[error("--scale {factor:?}: a factor above 0 and up to 1 is possible")]
+    Scale { factor: f64 },
     #[error(transparent)]
     Layout(#[from] crossdock::CacheLayoutError),
     #[error("{what}: {error}")]
-    Io { what: &'static str, error: std::io::Error },
+    Io { what: &'static str, error: io::Error },
     #[error(transparent)]
     Memory(#[from] crossdock::MemoryError),
     #[error(transparent)]
@@ -48,6 +61,8 @@ pub enum Error {
     Abandoned(#[from] crossdock::Abandoned),
     #[error("{what} took longer than {limit:?}")]
     TimedOut { what: &'static str, limit: Duration },
+    #[error("{peer} does not answer (waited {} s)", waited.as_secs())]
+    NoAnswer { peer: String, waited: Duration },
     #[error("the peer process is gone")]
     PeerGone,
     #[error("the peer process: {said}")]
@@ -59,7 +74,56 @@ pub enum Error {
 }
 
 impl Error {
-    pub fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+    pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |error| Self::Io { what, error }
+    }
+
+    /// Of what both processes have their part in: a wait that was too long is the other one's silence.
+    pub fn exchange(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| match error.kind() {
+            // So a blocking call on a connection ends whose time is limited.
+            ErrorKind::WouldBlock => Self::no_answer(WAIT),
+            // So a spinning one ends.
+            ErrorKind::TimedOut if error.raw_os_error().is_none() => Self::no_answer(SPIN_LIMIT),
+            _ => Self::Io { what, error },
+        }
+    }
+
+    pub fn no_answer(waited: Duration) -> Self {
+        Self::NoAnswer { peer: "the peer process".into(), waited }
+    }
+
+    /// Says which peer does not answer.
+    pub fn of_peer(self, peer: &str) -> Self {
+        match self {
+            Self::NoAnswer { waited, .. } => Self::NoAnswer { peer: peer.into(), waited },
+            other => other,
+        }
+    }
+}
+
+impl From<crossdock::trace::BadScale> for Error {
+    fn from(bad: crossdock::trace::BadScale) -> Self {
+        Self::Scale { factor: bad.factor }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_peer_is_named() {
+        let silences: [(io::Error, &str); 2] = [
+            (io::Error::from_raw_os_error(rustix::io::Errno::AGAIN.raw_os_error()), "60 s"),
+            (ErrorKind::TimedOut.into(), "30 s"),
+        ];
+        for (error, waited) in silences {
+            let told = Error::exchange("moving pages")(error).of_peer("the peer process 7").to_string();
+            assert_eq!(told, format!("the peer process 7 does not answer (waited {waited})"));
+        }
+        let other =
+            Error::exchange("moving pages")(ErrorKind::BrokenPipe.into()).of_peer("the peer process 7");
+        assert_eq!(other.to_string(), "moving pages: broken pipe");
     }
 }

@@ -28,18 +28,25 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     let passes = Passes::new(options, &setup)?;
     // Before this process has threads and memory that a child would only have to forget.
     let hogs = Process::hogs(options.hog)?;
-    let (_peer, address) = match options.connect {
+    let (peer, address) = match options.connect {
         Some(address) => (None, address),
         None => Process::peer().map(|(peer, address)| (Some(peer), address))?,
     };
-    let mut initiator = Initiator::open(&setup, address)?;
-    let mut report = Report::new(options, &setup, &passes, initiator.open_ms);
-    if options.asks_for_latency() {
-        initiator.measure_latency(options, &mut report)?;
-    } else {
-        initiator.measure(options, &passes, &hogs, &mut report)?;
-    }
-    Ok(report)
+    let name = match &peer {
+        Some(peer) => format!("the peer process {}", peer.id()),
+        None => format!("the peer at {address}"),
+    };
+    let measure = || {
+        let mut initiator = Initiator::open(&setup, address)?;
+        let mut report = Report::new(options, &setup, &passes, initiator.open_ms);
+        if options.asks_for_latency() {
+            initiator.measure_latency(options, &mut report)?;
+        } else {
+            initiator.measure(options, &passes, &hogs, &mut report)?;
+        }
+        Ok(report)
+    };
+    measure().map_err(|error: Error| error.of_peer(&name))
 }
 
 /// The measuring process, once it has met its peer.
@@ -277,7 +284,7 @@ impl Initiator {
     }
 
     pub fn answer(&mut self) -> Result<Answer, Error> {
-        match self.side.driver.hear("waiting for the peer's answer", WAIT, &self.talk)? {
+        match self.side.driver.hear(WAIT, &self.talk)? {
             Answer::Failed { why } => Err(Error::Peer { said: why }),
             answer => Ok(answer),
         }
@@ -296,7 +303,7 @@ fn wait_for(talk: &Talk<Answer>) -> Result<Answer, Error> {
     match talk.hear_within(WAIT)? {
         Some(Answer::Failed { why }) => Err(Error::Peer { said: why }),
         Some(answer) => Ok(answer),
-        None => Err(Error::TimedOut { what: "waiting for the peer", limit: WAIT }),
+        None => Err(Error::no_answer(WAIT)),
     }
 }
 

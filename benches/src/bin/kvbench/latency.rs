@@ -65,7 +65,7 @@ impl Initiator {
         self.talk.say(&Ask::Bounce(both.clone()))?;
         let (talk, peer) = (&self.talk, self.peer);
         let trips = trips::trips(&mut self.side, peer, &both, &lists.from, |side| {
-            side.driver.keep_trying("waiting for the peer", WAIT, || talk.hear()).map(drop)
+            side.driver.hear_spinning(WAIT, talk).map(drop)
         })?;
         let cpu_there_s = self.done()?;
         let lists = self.side.setup.lists(&there);
@@ -105,7 +105,7 @@ impl Initiator {
         self.talk.say(&Ask::Trickle(both.clone()))?;
         let (talk, peer) = (&self.talk, self.peer);
         let here = trips::trickle(&mut self.side, peer, &both, &list, |side| {
-            side.driver.keep_trying("waiting for the peer", WAIT, || talk.hear()).map(drop)
+            side.driver.hear_spinning(WAIT, talk).map(drop)
         })?;
         let there = match self.answer()? {
             Answer::Slept { times } => times,

@@ -30,6 +30,10 @@ impl Process {
         Ok((peer, address))
     }
 
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
     /// What a process says when it is ready. It is read on a thread, so that it has a deadline; the thread ends with
     /// the process.
     fn first_line(&mut self) -> Result<String, Error> {

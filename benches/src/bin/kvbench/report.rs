@@ -3,7 +3,7 @@
 use crossdock_benches::Sample;
 use serde::Serialize;
 
-use crate::options::{MemoryName, OpName, Options, PortName, ProgressName};
+use crate::options::{MemoryName, OpName, Options, PortName, ProgressName, name};
 use crate::passes::Passes;
 use crate::setup::Setup;
 
@@ -220,10 +220,10 @@ impl Report {
     pub fn table(&self) -> String {
         let line = self.line();
         let mut out = format!(
-            "{:?} {:?} {:?}, pages of {} bytes, {} rooms, {} in flight, {} copy thread(s), {} lane(s), opened in {:.1} ms\n",
-            line.port,
-            line.memory,
-            line.op,
+            "{}, {} memory, {}, pages of {} bytes, {} rooms, {} in flight, {} copy thread(s), {} lane(s), opened in {:.1} ms\n",
+            name(line.port),
+            name(line.memory),
+            name(line.op),
             line.page_bytes,
             line.rooms,
             line.in_flight,

@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    Authentication, CacheKind, CacheLayout, Config, Dtype, LayoutOptions, Memory, Node, PagePool, PageSet,
-    Placement, PoolError, PortConfig, Progress, ShmOptions, TcpOptions,
+    Authentication, CacheKind, CacheLayout, CacheLayoutError, Config, Dtype, LayoutOptions, Memory, Node,
+    PagePool, PageSet, Placement, PoolError, PortConfig, Progress, ShmOptions, TcpOptions,
 };
 use crossdock_benches::bare::Pages;
 use crossdock_benches::{Content, anonymous, scattered};
@@ -72,7 +72,12 @@ impl Setup {
             Some(name) => return Err(Error::UnknownModel { name: name.into() }),
         };
         let page_bytes = token_bytes * u64::from(page_tokens) * u64::from(layers);
-        Ok(Self {
+        let page_flag = if model.is_some() { "--page-tokens" } else { "--page-bytes" };
+        let pool_bytes = options.pool_mib.saturating_mul(1 << 20);
+        if page_bytes > pool_bytes {
+            return Err(Error::NoPage { page_bytes, pool_bytes, page_flag });
+        }
+        let setup = Self {
             port: options.port,
             memory: options.memory,
             op: options.op,
@@ -83,8 +88,14 @@ impl Setup {
             token_bytes,
             page_tokens,
             layers,
-            pool_pages: u32::try_from((options.pool_mib << 20) / page_bytes).unwrap_or(u32::MAX),
-        })
+            pool_pages: u32::try_from(pool_bytes / page_bytes).unwrap_or(u32::MAX),
+        };
+        match setup.layout() {
+            Err(Error::Layout(error @ CacheLayoutError::BadPages { .. })) => {
+                Err(Error::PoolPages { error, page_flag })
+            }
+            other => other.map(|_| setup),
+        }
     }
 
     pub fn page_bytes(&self) -> u64 {

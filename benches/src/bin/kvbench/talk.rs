@@ -144,7 +144,10 @@ impl<M: DeserializeOwned + Send + 'static> Talk<M> {
         let mut line =
             serde_json::to_vec(what).map_err(|error| Error::Unexpected { said: error.to_string() })?;
         line.push(b'\n');
-        self.stream.write_all(&line).map_err(|_| Error::PeerGone)
+        self.stream.write_all(&line).map_err(|error| match Error::exchange("talking")(error) {
+            silent @ Error::NoAnswer { .. } => silent,
+            _ => Error::PeerGone,
+        })
     }
 
     /// What the other end has said, if anything.

@@ -63,7 +63,7 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
     };
     let mut target = Target::open(setup, talk)?;
     loop {
-        let answer = match target.side.driver.hear("waiting for the initiator", IDLE, talk)? {
+        let answer = match target.side.driver.hear(IDLE, talk)? {
             Ask::Setup(_) => return Err(Error::Unexpected { said: "a second setup".into() }),
             Ask::Meet { node, place } => {
                 target.peer = Peer::node(node);
@@ -263,7 +263,7 @@ impl Target {
         let (setup, memory) = (&self.side.setup, &self.side.memory);
         let end = if setup.op == OpName::Read { End::Sends } else { End::Receives };
         bare::stream(&self.connections[..count], memory, setup.pages(&lists), end)
-            .map_err(Error::io("moving pages over bare connections"))?;
+            .map_err(Error::exchange("moving pages over bare connections"))?;
         Ok(clock.cpu_s())
     }
 }

@@ -145,7 +145,7 @@ impl Beside {
         let clock = Clock::start();
         let end = if side.setup.op == OpName::Write { End::Sends } else { End::Receives };
         bare::stream(&self.connections[..count], &side.memory, side.setup.pages(lists), end)
-            .map_err(Error::io("moving pages over bare connections"))?;
+            .map_err(Error::exchange("moving pages over bare connections"))?;
         Ok(Timed { seconds: clock.seconds(), cpu_here_s: clock.cpu_s(), ..Timed::default() })
     }
 

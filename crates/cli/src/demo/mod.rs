@@ -7,6 +7,7 @@
 mod content;
 mod limit;
 mod process;
+mod registry;
 mod report;
 mod router;
 mod talk;
@@ -24,6 +25,7 @@ use crossdock::CacheLayout;
 use crossdock::trace::{Request, Scale, Synthetic, SyntheticOptions, TraceLimits, TraceReader};
 
 use process::Child;
+use registry::Registry;
 use report::Scene;
 use router::Router;
 
@@ -41,7 +43,8 @@ pub struct Options {
     /// Decides the generated requests
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// The factor by which lengths shrink; by default such that the longest request fills half of a pool
+    /// The factor by which lengths shrink; from 0.0001 to 1; by default such that the longest request
+    /// fills half of a pool
     #[arg(long)]
     scale: Option<f64>,
     /// The ports, one scene each
@@ -103,6 +106,7 @@ impl OpName {
 
 /// Tokens of a page, everywhere in the demo.
 const PAGE_TOKENS: u32 = 64;
+const LEAST_SCALE: f64 = 0.0001;
 
 pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
     if options.requests == 0 {
@@ -124,18 +128,29 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         Child::start("bootstrap", &["bootstrap", "--listen", "127.0.0.1:0", "--until-stdin-ends"])?;
     let address = registry.first_line(Duration::from_secs(10))?;
     println!("registry at http://{address}, process {}", registry.id());
+    let mut registry = Registry::new(registry)?;
     let mut scenes = Vec::new();
     for (at, &port) in options.ports.iter().enumerate() {
         // What is left of the time is shared by the scenes that are left.
         let left = Duration::from_secs(options.within_s).saturating_sub(begin.elapsed());
         let share = left / (options.ports.len() - at) as u32;
-        scenes.push(Router::start(options, port, pages, &address, Instant::now() + share)?.play(&requests));
+        scenes.push(match registry.ended(Duration::ZERO) {
+            // Nobody can meet any more.
+            Some(how) => Scene::without(port.name(), requests.len(), how),
+            None => Router::start(options, port, pages, &address, Instant::now() + share)?
+                .play(&requests, &mut registry),
+        });
     }
     println!();
     print!("{}", report::table(&scenes));
     let leaks: u64 = scenes.iter().map(|scene| scene.leaks).sum();
     println!("\nleaks: {leaks}   (pages, rooms and grants of a surviving worker that nobody accounts for)");
-    registry.finish(Duration::from_secs(5));
+    if let Some(how) = registry.ended(Duration::ZERO)
+        && scenes.iter().all(|scene| !scene.troubles().iter().any(|trouble| trouble.contains(&how)))
+    {
+        println!("{how}; those who had met went on without it");
+    }
+    registry.finish();
     let whole = scenes.iter().all(|scene| scene.is_whole());
     for trouble in scenes.iter().flat_map(Scene::troubles) {
         println!("! {trouble}");
@@ -161,7 +176,11 @@ fn requests(options: &Options, pages: u32) -> Result<(Vec<Request>, Scale), Box<
     let longest = requests.iter().map(|request| request.input_tokens).max().unwrap_or(0);
     let fits = pages * PAGE_TOKENS;
     let scale = match options.scale {
-        Some(factor) => Scale::new(factor).map_err(|error| format!("--scale {factor}: {error}"))?,
+        // A smaller one makes every request a single page.
+        Some(factor) if !(LEAST_SCALE..=1.0).contains(&factor) => {
+            return Err(format!("--scale {factor:?}: a factor of {LEAST_SCALE} to 1 is possible").into());
+        }
+        Some(factor) => Scale::new(factor)?,
         None => Scale::new((f64::from(fits / 2) / f64::from(longest.max(1))).min(1.0))?,
     };
     requests.iter_mut().for_each(|request| request.scale_lengths(scale));

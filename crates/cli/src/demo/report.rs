@@ -10,8 +10,10 @@ use crate::table::Table;
 /// One port's part of the demo.
 pub struct Scene {
     port: &'static str,
-    /// As many as were to be handed over.
-    pub requests: usize,
+    /// Requests that were to be handed over.
+    asked: usize,
+    /// Those whose rooms have begun.
+    pub begun: usize,
     limit_gb_per_s: f64,
     delivered: usize,
     pages: u64,
@@ -26,14 +28,18 @@ pub struct Scene {
     pub leaks: u64,
     /// What went wrong, in words.
     troubles: Vec<String>,
-    cut_short: bool,
+    /// No more rooms are begun, for want of time.
+    pub cut_short: bool,
+    /// Ends of begun rooms that the prefill side has told.
+    prefill_ended: usize,
 }
 
 impl Scene {
-    pub fn new(port: &'static str, requests: usize, limit_gb_per_s: f64) -> Self {
+    pub fn new(port: &'static str, asked: usize, limit_gb_per_s: f64) -> Self {
         Self {
             port,
-            requests,
+            asked,
+            begun: 0,
             limit_gb_per_s,
             delivered: 0,
             pages: 0,
@@ -44,13 +50,20 @@ impl Scene {
             leaks: 0,
             troubles: Vec::new(),
             cut_short: false,
+            prefill_ended: 0,
         }
     }
 
-    /// No more requests than these are begun, for want of time.
-    pub fn cut_short(&mut self, begun: usize) {
-        self.requests = begun;
-        self.cut_short = true;
+    /// One that could not be begun.
+    pub fn without(port: &'static str, asked: usize, why: String) -> Self {
+        let mut scene = Self::new(port, asked, 0.0);
+        scene.trouble(why);
+        scene
+    }
+
+    /// Whether another room may begin.
+    pub fn may_begin(&self) -> bool {
+        self.begun < self.asked && self.troubles.is_empty() && !self.cut_short
     }
 
     pub fn decode_ended(&mut self, ended: Ended) {
@@ -67,6 +80,7 @@ impl Scene {
     }
 
     pub fn prefill_ended(&mut self, ended: Ended) {
+        self.prefill_ended += 1;
         if !ended.delivered {
             self.other("prefill", &ended.how);
         }
@@ -95,6 +109,11 @@ impl Scene {
         self.troubles.push(format!("{}: {what}", self.port));
     }
 
+    /// Something that is the reason of what went wrong after it.
+    pub fn first_trouble(&mut self, what: String) {
+        self.troubles.insert(0, format!("{}: {what}", self.port));
+    }
+
     pub fn troubles(&self) -> &[String] {
         &self.troubles
     }
@@ -106,7 +125,8 @@ impl Scene {
     }
 
     pub fn is_whole(&self) -> bool {
-        self.troubles.is_empty() && self.requests > 0 && self.delivered == self.requests
+        let all = self.begun == self.asked || self.cut_short;
+        self.troubles.is_empty() && self.begun > 0 && all && self.delivered == self.begun
     }
 
     /// Time in which at least one hand-over was under way.
@@ -125,12 +145,13 @@ impl Scene {
         busy_ns as f64 / 1e9
     }
 
-    fn percentile_ms(&self, share: f64) -> f64 {
+    /// Of the delivered ones, if there are any.
+    fn percentile_ms(&self, share: f64) -> Option<f64> {
         let mut took: Vec<u64> =
             self.spans_ns.iter().map(|(begin, end)| end.saturating_sub(*begin)).collect();
         took.sort_unstable();
         let at = (share * took.len().saturating_sub(1) as f64).round() as usize;
-        took.get(at).map_or(0.0, |&ns| ns as f64 / 1e6)
+        took.get(at).map(|&ns| ns as f64 / 1e6)
     }
 }
 
@@ -138,7 +159,8 @@ impl Scene {
 pub fn table(scenes: &[Scene]) -> String {
     let mut table = Table::new(&[
         "port",
-        "requests",
+        "asked",
+        "begun",
         "delivered",
         "pages",
         "GB",
@@ -150,19 +172,21 @@ pub fn table(scenes: &[Scene]) -> String {
     ]);
     for scene in scenes {
         let gb = scene.bytes as f64 / 1e9;
-        let rate = if scene.spans_ns.is_empty() { 0.0 } else { gb / scene.busy_s() };
-        let share = if scene.limit_gb_per_s > 0.0 { rate / scene.limit_gb_per_s } else { 0.0 };
+        let rate = Some(gb / scene.busy_s()).filter(|rate| rate.is_finite());
+        let limit = Some(scene.limit_gb_per_s).filter(|&limit| limit > 0.0);
+        let share = rate.zip(limit).map(|(rate, limit)| rate / limit);
         table.row(vec![
             scene.port.to_owned(),
-            scene.requests.to_string(),
+            scene.asked.to_string(),
+            scene.begun.to_string(),
             scene.delivered.to_string(),
             scene.pages.to_string(),
             format!("{gb:.2}"),
-            format!("{rate:.2}"),
-            format!("{:.2}", scene.percentile_ms(0.5)),
-            format!("{:.2}", scene.percentile_ms(0.99)),
-            format!("{:.2}", scene.limit_gb_per_s),
-            format!("{:.0} %", share * 100.0),
+            figure(rate),
+            figure(scene.percentile_ms(0.5)),
+            figure(scene.percentile_ms(0.99)),
+            figure(limit),
+            share.map_or(NONE.into(), |share| format!("{:.0} %", share * 100.0)),
         ]);
     }
     let mut text = table.to_string();
@@ -173,18 +197,33 @@ pub fn table(scenes: &[Scene]) -> String {
     for scene in scenes {
         if scene.cut_short {
             text.push_str(&format!(
-                "{}: cut short at {} requests for want of time\n",
-                scene.port, scene.requests
+                "{}: cut short at {} of {} requests: the time of --within-s was over\n",
+                scene.port, scene.begun, scene.asked
             ));
         }
         for (how, times) in &scene.others {
             text.push_str(&format!("{}: {times} × {how}\n", scene.port));
+        }
+        for (side, ended) in [("decode", scene.ended()), ("prefill", scene.prefill_ended)] {
+            match scene.begun.saturating_sub(ended) {
+                0 => {}
+                silent => {
+                    text.push_str(&format!("{}: {silent} × {side}: the end was not told\n", scene.port));
+                }
+            }
         }
         if scene.stale > 0 {
             text.push_str(&format!("{}: {} late immediates were not counted\n", scene.port, scene.stale));
         }
     }
     text
+}
+
+/// Stands where there is no figure.
+const NONE: &str = "–";
+
+fn figure(value: Option<f64>) -> String {
+    value.map_or(NONE.into(), |value| format!("{value:.2}"))
 }
 
 /// One line that changes while a scene runs; a line now and then where nobody watches a terminal.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crossdock::trace::Request;
 
 use super::process::{Child, Heard};
+use super::registry::Registry;
 use super::report::{Progress, Scene};
 use super::talk::{Ended, Said, Tell};
 use super::worker::GRACE;
@@ -19,13 +20,13 @@ pub struct Router {
     heard: Receiver<(usize, Heard)>,
     /// The rooms that one of the workers has not ended.
     open: BTreeMap<u64, Room>,
-    /// How many rooms have begun.
-    begun: usize,
     in_flight: usize,
     /// How long both workers together may be silent about a room.
     patience: Duration,
     /// When no more rooms are begun.
     until: Instant,
+    /// The time for all scenes, as the user gave it.
+    within_s: u64,
     each_room: bool,
     limit_gb_per_s: f64,
 }
@@ -63,6 +64,8 @@ struct Room {
 const PREFILL: usize = 0;
 /// How long the workers may take to find each other.
 const MEETING: Duration = Duration::from_secs(30);
+/// How long they may still take once the registry has ended.
+const AFTER_REGISTRY: Duration = Duration::from_secs(2);
 
 impl Router {
     /// Starts the workers of a scene.
@@ -108,20 +111,20 @@ impl Router {
             workers,
             heard,
             open: BTreeMap::new(),
-            begun: 0,
             in_flight: options.in_flight as usize,
             // Each worker ends every room by its deadline, and says so by the end of the grace.
             patience: Duration::from_secs(options.deadline_s) + GRACE + Duration::from_secs(3),
             until,
+            within_s: options.within_s,
             each_room: options.each_room,
             limit_gb_per_s,
         })
     }
 
     /// Hands all requests over, or as many as the time allows, and lets the workers leave.
-    pub fn play(mut self, requests: &[Request]) -> Scene {
+    pub fn play(mut self, requests: &[Request], registry: &mut Registry) -> Scene {
         let mut scene = Scene::new(self.port.name(), requests.len(), self.limit_gb_per_s);
-        self.meet(&mut scene);
+        self.meet(&mut scene, registry);
         if scene.troubles().is_empty() {
             self.hand_over(&mut scene, requests);
         }
@@ -129,19 +132,56 @@ impl Router {
         scene
     }
 
-    /// Waits until both workers serve.
-    fn meet(&mut self, scene: &mut Scene) {
+    /// Waits until both workers serve. They cannot meet without the registry, so its end is told before theirs.
+    fn meet(&mut self, scene: &mut Scene, registry: &mut Registry) {
         let begin = Instant::now();
-        let until = self.until.min(begin + MEETING);
+        let mut until = self.until.min(begin + MEETING);
         while scene.troubles().is_empty() && self.workers.iter().any(Worker::is_early) {
-            if !self.hear(scene, until) && Instant::now() >= until {
-                let seconds = begin.elapsed().as_secs();
-                for Worker { child, .. } in self.workers.iter().filter(|worker| worker.is_early()) {
-                    let (role, id) = (child.name(), child.id());
-                    scene.trouble(format!("the {role} process ({id}) was not ready after {seconds} s"));
-                }
+            if registry.ended(Duration::ZERO).is_some() {
+                // Workers that have found each other already can do without it.
+                until = until.min(Instant::now() + AFTER_REGISTRY);
+            }
+            let step = until.min(Instant::now() + Duration::from_millis(100));
+            if !self.hear(scene, step) && Instant::now() >= until && registry.ended(Duration::ZERO).is_none()
+            {
+                self.blame_early(scene, begin.elapsed());
+            }
+            if Instant::now() >= until {
+                break;
             }
         }
+        let is_early = self.workers.iter().any(Worker::is_early);
+        // A worker may see that the registry is gone before this process does.
+        if is_early && let Some(how) = registry.ended(Duration::from_millis(500)) {
+            scene.first_trouble(how);
+        }
+    }
+
+    /// Not all workers serve, and the time is over: the user's, or that of a meeting.
+    fn blame_early(&self, scene: &mut Scene, waited: Duration) {
+        let early = self.workers.iter().filter(|worker| worker.is_early());
+        if Instant::now() < self.until {
+            for Worker { child, .. } in early {
+                let (role, id, seconds) = (child.name(), child.id(), waited.as_secs());
+                scene.trouble(format!("the {role} process ({id}) was not ready after {seconds} s"));
+            }
+            return;
+        }
+        let missing: Vec<String> = early
+            .map(|Worker { child, standing }| {
+                let what = match (standing, child.name()) {
+                    (Standing::Launched, _) => "to start",
+                    (_, "prefill") => "to allocate its pool and register",
+                    _ => "to allocate its pool, register and find its peer",
+                };
+                format!("the {} process ({}) {what}", child.name(), child.id())
+            })
+            .collect();
+        scene.trouble(format!(
+            "the time of --within-s {} (all scenes together) is over; still waiting for {}",
+            self.within_s,
+            missing.join(", and for ")
+        ));
     }
 
     /// Says which processes they are, once both can no longer be left behind.
@@ -158,14 +198,11 @@ impl Router {
     fn hand_over(&mut self, scene: &mut Scene, requests: &[Request]) {
         let mut progress = Progress::new(self.port.name(), requests.len());
         loop {
-            if self.begun < scene.requests && scene.troubles().is_empty() && Instant::now() >= self.until {
-                scene.cut_short(self.begun);
+            if scene.begun < requests.len() && scene.troubles().is_empty() && Instant::now() >= self.until {
+                scene.cut_short = true;
             }
-            while self.open.len() < self.in_flight
-                && self.begun < scene.requests
-                && scene.troubles().is_empty()
-            {
-                self.begin(requests[self.begun].input_tokens);
+            while self.open.len() < self.in_flight && scene.may_begin() {
+                self.begin(scene, requests[scene.begun].input_tokens);
             }
             if self.open.is_empty() {
                 break;
@@ -177,9 +214,9 @@ impl Router {
         progress.end();
     }
 
-    fn begin(&mut self, tokens: u32) {
-        self.begun += 1;
-        let room = self.begun as u64;
+    fn begin(&mut self, scene: &mut Scene, tokens: u32) {
+        scene.begun += 1;
+        let room = scene.begun as u64;
         if self.each_room {
             println!("{}: room {room} begins, {tokens} tokens", self.port.name());
         }
