@@ -261,12 +261,27 @@ struct Job {
     chunks: u32,
 }
 
+/// A chunk is a run of pieces, since the streamed copy goes through four of them side by side, or, where they are long,
+/// a band across them: so many bytes of each, and less in the last one.
 #[derive(Clone, Copy)]
-enum Cut {
-    /// A chunk is a run of this many whole pieces.
-    Pieces(usize),
-    /// A piece is this many chunks, of so many bytes each and less in the last.
-    Parts { per_piece: usize, part_bytes: usize },
+struct Cut {
+    run: usize,
+    bands: usize,
+    band_bytes: usize,
+}
+
+impl Cut {
+    fn new(pieces: usize, piece_bytes: usize, chunk_bytes: usize) -> Cut {
+        let run = (chunk_bytes / piece_bytes).max(1).next_multiple_of(SIDE_BY_SIDE).min(pieces);
+        let most_bytes = (chunk_bytes / run).next_multiple_of(BAND_ALIGN_BYTES);
+        // A piece is not cut for the sake of a few bytes.
+        if piece_bytes < 2 * most_bytes {
+            return Cut { run, bands: 1, band_bytes: piece_bytes };
+        }
+        let band_bytes =
+            piece_bytes.div_ceil(piece_bytes.div_ceil(most_bytes)).next_multiple_of(BAND_ALIGN_BYTES);
+        Cut { run, bands: piece_bytes.div_ceil(band_bytes), band_bytes }
+    }
 }
 
 impl Job {
@@ -274,16 +289,8 @@ impl Job {
         let copier = copier.force(copier.strategy(pieces.piece_bytes, pieces.total_bytes()));
         let chunk_bytes = (pieces.total_bytes() / (threads * CHUNKS_PER_THREAD))
             .clamp(*CHUNK_BYTES.start(), *CHUNK_BYTES.end());
-        let (cut, chunks) = if pieces.piece_bytes <= chunk_bytes {
-            // A multiple of four, the number of pieces that the streamed copy takes side by side.
-            let run = (chunk_bytes / pieces.piece_bytes).next_multiple_of(4);
-            (Cut::Pieces(run), pieces.count().div_ceil(run))
-        } else {
-            let per_piece = pieces.piece_bytes.div_ceil(chunk_bytes);
-            let part_bytes = pieces.piece_bytes.div_ceil(per_piece).next_multiple_of(PART_ALIGN_BYTES);
-            let per_piece = pieces.piece_bytes.div_ceil(part_bytes);
-            (Cut::Parts { per_piece, part_bytes }, pieces.count() * per_piece)
-        };
+        let cut = Cut::new(pieces.count(), pieces.piece_bytes, chunk_bytes);
+        let chunks = pieces.count().div_ceil(cut.run) * cut.bands;
         assert!(chunks <= MAX_CHUNKS as usize, "{chunks} chunks exceed the counter");
         // SAFETY: only the lifetime changes; the field's comment says why the references live long enough.
         let pieces = unsafe { core::mem::transmute::<Pieces<'_>, Pieces<'static>>(pieces) };
@@ -293,27 +300,22 @@ impl Job {
     /// # Safety
     /// As [`Copier::copy_pieces`] for the chunk's pieces, which nobody else may be copying.
     unsafe fn copy_chunk(&self, chunk: u32) {
-        let chunk = chunk as usize;
-        // SAFETY: the caller vouches for all pieces; a run of them, or a part within one, is a part of that.
-        unsafe {
-            match self.cut {
-                Cut::Pieces(run) => {
-                    let first = chunk * run;
-                    self.copier.copy_pieces(self.pieces.range(first..(first + run).min(self.pieces.count())));
-                }
-                Cut::Parts { per_piece, part_bytes } => {
-                    let (piece, start) = (chunk / per_piece, chunk % per_piece * part_bytes);
-                    let bytes = part_bytes.min(self.pieces.piece_bytes - start);
-                    self.copier.copy(
-                        self.pieces.dst(piece).add(start),
-                        self.pieces.src(piece).add(start),
-                        bytes,
-                    );
-                }
-            }
-        }
+        let Cut { run, bands, band_bytes } = self.cut;
+        let (first, start) = (chunk as usize / bands * run, chunk as usize % bands * band_bytes);
+        let pieces = self.pieces.range(first..(first + run).min(self.pieces.count()));
+        let band = Pieces {
+            dst_base: pieces.dst_base.wrapping_add(start),
+            src_base: pieces.src_base.wrapping_add(start),
+            piece_bytes: band_bytes.min(pieces.piece_bytes - start),
+            ..pieces
+        };
+        // SAFETY: the caller vouches for all pieces; a run of them, or a band across one, is a part of that.
+        unsafe { self.copier.copy_pieces(band) }
     }
 }
 
-/// Parts begin at such a multiple, so that an aligned piece has aligned parts and no two threads share a page.
-const PART_ALIGN_BYTES: usize = 4096;
+/// How many pieces the streamed copy goes through at once.
+const SIDE_BY_SIDE: usize = 4;
+
+/// Bands begin at such a multiple, so that an aligned piece has aligned bands and no two threads share a page.
+const BAND_ALIGN_BYTES: usize = 4096;
