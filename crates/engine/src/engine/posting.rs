@@ -113,7 +113,7 @@ impl Engine {
     }
 
     /// Everything of a transfer has been posted. A write's room is finished towards the peer with `aux`; a read's
-    /// bytes are here when [`Notice::Landed`] says so.
+    /// bytes are here when [`Notice::Landed`](crossdock_proto::Notice::Landed) says so.
     pub fn posted_all(&mut self, now_ns: u64, id: TransferId, aux: Vec<u8>) {
         if let Some(transfer) = self.transfers.get_mut(id) {
             transfer.finishing = Some(aux);
