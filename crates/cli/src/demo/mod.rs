@@ -128,7 +128,7 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         Child::start("bootstrap", &["bootstrap", "--listen", "127.0.0.1:0", "--until-stdin-ends"])?;
     let address = registry.first_line(Duration::from_secs(10))?;
     println!("registry at http://{address}, process {}", registry.id());
-    let mut registry = Registry::new(registry)?;
+    let mut registry = Registry::new(registry, address.clone())?;
     let mut scenes = Vec::new();
     for (at, &port) in options.ports.iter().enumerate() {
         // What is left of the time is shared by the scenes that are left.

@@ -79,7 +79,7 @@ fn a_demo_goes_on_with_a_registry_that_was_started_again() {
     for port in ["shm", "tcp"] {
         let row = ended.text.lines().find(|line| line.starts_with(&format!("{port}  ")));
         let cells: Vec<&str> = row.expect("a row for each port").split_whitespace().collect();
-        assert_eq!(cells[1..3], ["40", "40"], "{shown}");
+        assert_eq!(cells[1..4], ["40", "40", "40"], "{shown}");
     }
 }
 
