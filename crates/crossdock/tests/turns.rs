@@ -126,7 +126,7 @@ fn many_rooms_that_are_pulled_and_summed_share_a_turn() {
     let (mut prefill, mut decode, peer) = pair(Verify::All);
     prefill.memory.write(0, &[7; 100_000]).unwrap();
     let (tokens, deadline) = (ROOM_PAGES * PAGE_TOKENS, WAIT);
-    let serving: Vec<Serving> = (0..u64::from(ROOMS))
+    let mut serving: Vec<Serving> = (0..u64::from(ROOMS))
         .map(|room| {
             let pages = prefill.pool.take(ROOM_PAGES).unwrap().share();
             let request = ServeRequest { room, use_count: 0, tokens, pages, aux: Vec::new(), deadline };
@@ -142,5 +142,11 @@ fn many_rooms_that_are_pulled_and_summed_share_a_turn() {
         .collect();
     let (_, longest) = deliver(&mut prefill, &mut decode, &mut receiving);
     assert!(longest <= TURN_BYTES_MAX, "a turn posted {longest} bytes");
-    drop(serving);
+    // Until the readers have said so, the pages may still be read, and stay out of their pool.
+    let begin = Instant::now();
+    while serving.iter_mut().any(|room| matches!(room.end.poll(), Ok(None))) {
+        assert!(begin.elapsed() < WAIT, "a served room has not ended");
+        prefill.turn();
+        decode.turn();
+    }
 }
