@@ -17,8 +17,7 @@ const PAGE_TOKENS: u32 = 64;
 /// 256 MiB; less where each access is checked.
 const LONG: u32 = if cfg!(tsan) { 14_592 } else { 58_368 };
 const SHORT: u32 = 100;
-/// What a room sums before others have their turn. A token more may be read; and a turn gives each room its share twice,
-/// where there were commands to take.
+/// What all rooms together sum in a turn. A token more may be read, each of the two times that a turn looks at its rooms.
 const SHARE_BYTES: u64 = 2 << 20;
 const MOST_A_TURN: u64 = 2 * (SHARE_BYTES + TOKEN_BYTES);
 /// Turns that one side takes at least to sum the long room.

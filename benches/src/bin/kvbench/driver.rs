@@ -80,11 +80,10 @@ impl Driver {
         limit: Duration,
         talk: &Talk<M>,
     ) -> Result<M, Error> {
-        let heard = match self.is_caller {
-            true => self.try_within(limit, || talk.hear())?,
-            false => talk.hear_within(limit)?,
-        };
-        heard.ok_or_else(|| Error::no_answer(limit))
+        match self.is_caller {
+            true => self.hear_spinning(limit, talk),
+            false => talk.hear_within(limit)?.ok_or_else(|| Error::no_answer(limit)),
+        }
     }
 
     /// As [`hear`](Driver::hear), but it looks again and again.

@@ -77,8 +77,8 @@ impl Summing {
     }
 
     /// What was computed.
-    pub fn sums(&self) -> &Checksums {
-        &self.sums
+    pub fn into_sums(self) -> Checksums {
+        self.sums
     }
 
     fn take(&mut self, table: &PageTable<'_>, block: Range<u32>) -> Result<(), VerifyError> {

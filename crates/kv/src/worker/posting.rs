@@ -1,4 +1,4 @@
-//! What has been planned goes out: each room that has something to post gets its share of the ports.
+//! What has been planned goes out: the rooms that have something to post share the bytes of a turn.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,11 +9,11 @@ use crossdock_proto::planted::{Planted, is_planted};
 use crossdock_transport::{Direction, GrantId, Op};
 
 use super::Worker;
-use super::proof::{moved_sums, sum};
+use super::proof::{moved_sums, sum, sum_on};
 use super::room::{Decode, Item, Kind, SendingRoom};
 use crate::checksum::Summing;
 use crate::params::{Answer, Ask};
-use crate::{CacheLayout, Cursor, PageTable, Plan, PlanInput, Route};
+use crate::{CacheLayout, Cursor, PageTable, Plan, PlanInput, Route, VerifyError};
 
 /// One attempt at moving a room's bytes.
 pub(super) struct Run {
@@ -40,7 +40,7 @@ pub(super) struct Run {
 pub(super) enum Pumped {
     /// The ports take no more in this turn.
     Full { progress: bool },
-    /// There is more, and the room's share of this turn is used up.
+    /// There is more, and what may be posted in this turn is used up.
     More,
     /// Nothing to post until something changes.
     Nothing,
@@ -101,20 +101,18 @@ impl Worker {
                     return pumped;
                 }
                 let (false, Some(aux)) = (run.posted_all, finish) else { return Pumped::Nothing };
-                let mut checksums = Vec::new();
-                if run.ask.checksums {
-                    if run.sums.is_none() {
-                        run.sums = moved_sums(&self.memory, &local, &run.cache, &run.ask).ok();
-                    }
-                    let Some(sums) = &mut run.sums else { return Pumped::Mismatch };
-                    match sum(left, |left| sums.advance(&self.memory, &local, left)) {
-                        Ok(false) => return Pumped::More,
-                        Ok(true) => sums.sums().encode(&mut checksums),
-                        Err(_) => return Pumped::Mismatch,
+                if run.ask.checksums && run.sums.is_none() {
+                    match moved_sums(&self.memory, &local, &run.cache, &run.ask) {
+                        Ok(sums) => run.sums = Some(sums),
+                        Err(error) => return cannot_sum(&room.span, &error.into()),
                     }
                 }
+                let checksums = match sum_on(&mut run.sums, &self.memory, &local, left) {
+                    Ok(Some(checksums)) => checksums,
+                    Ok(None) => return Pumped::More,
+                    Err(error) => return cannot_sum(&room.span, &error),
+                };
                 run.posted_all = true;
-                run.sums = None;
                 // Kept, because another attempt may have to say it again.
                 let answer = Answer { tokens: *tokens, aux: aux.clone(), checksums }.encode();
                 self.engine.posted_all(now, run.transfer, answer);
@@ -145,24 +143,27 @@ impl Worker {
                 }
             }
             Kind::Serving(serving) => {
-                let Some(sums) = &mut serving.sums else { return Pumped::Nothing };
-                let table = PageTable::new(&self.layout, &serving.pages);
-                match sum(left, |left| sums.advance(&self.memory, &table, left)) {
-                    Ok(false) => return Pumped::More,
-                    Ok(true) => {
-                        let mut checksums = Vec::new();
-                        sums.sums().encode(&mut checksums);
-                        serving.sums = None;
-                        let answer = Answer { tokens: serving.tokens, aux: serving.aux.clone(), checksums };
-                        self.engine.proto().offer(now, id, answer.encode());
-                    }
-                    Err(_) => return Pumped::Mismatch,
+                if serving.sums.is_none() {
+                    return Pumped::Nothing;
                 }
+                let table = PageTable::new(&self.layout, &serving.pages);
+                let checksums = match sum_on(&mut serving.sums, &self.memory, &table, left) {
+                    Ok(Some(checksums)) => checksums,
+                    Ok(None) => return Pumped::More,
+                    Err(error) => return cannot_sum(&room.span, &error),
+                };
+                let answer = Answer { tokens: serving.tokens, aux: serving.aux.clone(), checksums };
+                self.engine.proto().offer(now, id, answer.encode());
             }
             Kind::Decode(_) => {}
         }
         Pumped::Nothing
     }
+}
+
+fn cannot_sum(span: &tracing::Span, error: &VerifyError) -> Pumped {
+    span.in_scope(|| tracing::warn!("what moves cannot be summed: {error}"));
+    Pumped::Mismatch
 }
 
 /// Posts a room's share of its items. `None`: all of them have been posted.

@@ -5,7 +5,7 @@ use crossdock_memory::Memory;
 use super::posting::overlap;
 use crate::checksum::Summing;
 use crate::params::Ask;
-use crate::{CacheLayout, ChecksumError, Checksums, PageTable};
+use crate::{CacheLayout, ChecksumError, Checksums, PageTable, VerifyError};
 
 /// Lets a sum use its share of what is left of a turn.
 pub(super) fn sum<T>(left: &mut u64, advance: impl FnOnce(&mut u64) -> T) -> T {
@@ -14,6 +14,25 @@ pub(super) fn sum<T>(left: &mut u64, advance: impl FnOnce(&mut u64) -> T) -> T {
     let outcome = advance(&mut rest);
     *left = left.saturating_sub((share - rest) * SUM_COST);
     outcome
+}
+
+/// Sums on, if there is something to sum. The sums as they travel, nothing where none are wanted; `None` if there is
+/// more to sum.
+pub(super) fn sum_on(
+    sums: &mut Option<Summing>,
+    memory: &[Memory],
+    table: &PageTable<'_>,
+    left: &mut u64,
+) -> Result<Option<Vec<u8>>, VerifyError> {
+    let Some(summing) = sums else { return Ok(Some(Vec::new())) };
+    if !sum(left, |left| summing.advance(memory, table, left))? {
+        return Ok(None);
+    }
+    let mut encoded = Vec::new();
+    if let Some(summing) = sums.take() {
+        summing.into_sums().encode(&mut encoded);
+    }
+    Ok(Some(encoded))
 }
 
 /// A byte that is read and summed takes about as long as so many that a port copies.

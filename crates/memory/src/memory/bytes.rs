@@ -91,6 +91,8 @@ mod string {
 mod portable {
     use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
+    /// # Safety
+    /// As [`super::load`].
     pub unsafe fn load(from: *mut u8, into: &mut [u8]) {
         for (at, byte) in into.iter_mut().enumerate() {
             // SAFETY: one of the bytes for which the caller vouches; a byte is always aligned.
