@@ -210,7 +210,7 @@ impl World {
                 SessionEnd::Silent { .. } => self.was_peer_silent(at, part),
                 _ => !self.scenario.is_fair(),
             },
-            End::Refused { why: RoomRefusal::Mismatch, .. } => plan.tokens != plan.prefill_tokens,
+            End::Refused { why: RoomRefusal::Mismatch(_), .. } => plan.tokens != plan.prefill_tokens,
             End::Refused { why: RoomRefusal::Busy, by } => self.was_full(at, part, *by),
             End::Refused { .. } => false,
             End::Failed { cause: Failure::Checksum, .. } => !plan.scribbles.is_empty(),

@@ -70,7 +70,8 @@ pub use crossdock_memory::{
     PoolError, PoolOptions, PoolStats, QuarantineEntry, QuarantineReason, Until,
 };
 pub use crossdock_proto::{
-    Counters, Difference, End, Failure, Identity, LinkCause, Refusal, RoomRefusal, SessionEnd, Stage, Who,
+    Counters, Difference, End, Failure, Identity, LinkCause, Misfit, Refusal, RoomRefusal, SessionEnd, Stage,
+    Who,
 };
 pub use crossdock_shm::ShmOptions;
 pub use crossdock_tcp::TcpOptions;

@@ -10,9 +10,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    Authentication, CacheKind, CacheLayout, Config, Dtype, End, Error, LayoutOptions, Memory, Node, NotTaken,
-    PagePool, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, Refusal, RoomRefusal,
-    SendError, SendRequest, Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
+    Authentication, CacheKind, CacheLayout, Config, Dtype, End, Error, LayoutOptions, Memory, Misfit, Node,
+    NotTaken, PagePool, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, Refusal,
+    RoomRefusal, SendError, SendRequest, Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -317,7 +317,9 @@ fn pages_of_a_room_that_is_refused_here_come_back() {
         ReceiveRequest { peer, room, use_count, tokens, skip_tokens, pages, deadline }
     };
     // Fewer pages than the tokens need.
-    let mismatch = |end: &End| matches!(end, End::Refused { why: RoomRefusal::Mismatch, .. });
+    let mismatch = |end: &End| {
+        matches!(end, End::Refused { why: RoomRefusal::Mismatch(Misfit::Pages { whose: Who::Here }), .. })
+    };
     comes_back(handle.receive(request(1, 100, 1)).unwrap(), mismatch);
     comes_back(handle.fetch(request(1, 100, 1)).unwrap(), mismatch);
     // More rooms than are allowed.
@@ -469,9 +471,11 @@ fn the_two_sides_must_speak_of_the_same_tokens() {
     let request = SendRequest { room: 1, use_count: 0, tokens: 10, pages, deadline: WAIT };
     let mut sending = prefill.node.handle().open(request).unwrap();
     let receiving = decode.receive(peer, 1, WAIT);
-    assert_eq!(end_of(receiving), End::Refused { by: Who::Peer, why: RoomRefusal::Mismatch });
+    assert_eq!(end_of(receiving), End::Refused { by: Who::Peer, why: RoomRefusal::Mismatch(Misfit::AtPeer) });
     let sent = sending.end.wait_until(Instant::now() + WAIT).unwrap();
-    assert_eq!(sent.end, End::Refused { by: Who::Here, why: RoomRefusal::Mismatch });
+    let peer = 100;
+    let why = RoomRefusal::Mismatch(Misfit::Tokens { here: 10, peer });
+    assert_eq!(sent.end, End::Refused { by: Who::Here, why });
     decode.settles();
     prefill.settles();
 }

@@ -246,7 +246,7 @@ mod tests {
 }
 
 #[cfg(all(test, loom))]
-mod loom_tests {
+pub(crate) mod loom_tests {
     use loom::sync::atomic::AtomicUsize;
     use loom::sync::{Arc, Condvar, Mutex};
     use loom::thread;
@@ -254,7 +254,7 @@ mod loom_tests {
     use super::*;
 
     /// The gate with a modelled descriptor: a counter, and a wait for it to be above zero.
-    struct Bell {
+    pub(crate) struct Bell {
         gate: Gate,
         descriptor: Mutex<u64>,
         readable: Condvar,
@@ -262,7 +262,7 @@ mod loom_tests {
     }
 
     impl Bell {
-        fn new() -> Arc<Self> {
+        pub fn new() -> Arc<Self> {
             Arc::new(Self {
                 gate: Gate::new(),
                 descriptor: Mutex::new(0),
@@ -273,20 +273,28 @@ mod loom_tests {
 
         fn queue_and_ring(&self) {
             self.queued.fetch_add(1, Relaxed);
+            self.ring();
+        }
+
+        pub fn ring(&self) {
             if self.gate.pass() {
                 *self.descriptor.lock().unwrap() += 1;
                 self.readable.notify_one();
             }
         }
 
-        fn sleep(&self) {
+        pub fn close(&self) {
+            self.gate.close();
+        }
+
+        pub fn sleep(&self) {
             let mut count = self.descriptor.lock().unwrap();
             while *count == 0 {
                 count = self.readable.wait(count).unwrap();
             }
         }
 
-        fn awake(&self, answered: &mut u64) {
+        pub fn awake(&self, answered: &mut u64) {
             let rung = self.gate.open();
             assert!(*answered <= rung);
             if rung != *answered {

@@ -3,16 +3,15 @@
 
 mod beat;
 mod datagram;
+mod shared;
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
-use parking_lot::Mutex;
-
 use self::beat::Beat;
+use self::shared::{Listened, Vital, WatchList};
 use crate::network::{OsError, Pulse};
 use crate::{Doorbell, NetworkError, now_ns};
 
@@ -49,23 +48,12 @@ struct Session {
     vital: Arc<Vital>,
 }
 
-/// What the thread tells of one session, on the clock of [`now_ns`].
-#[derive(Debug)]
-struct Vital {
-    heard_ns: AtomicU64,
-    echoed_ns: AtomicU64,
-}
-
 /// What the owner of the heart and its thread share.
 #[derive(Debug)]
 struct Shared {
-    /// What is to be watched. The thread takes a copy when it has changed, so that neither side holds the lock
-    /// for longer than a copy of a bounded list.
-    watched: Mutex<Vec<Watched>>,
-    changed: AtomicBool,
-    stop: AtomicBool,
+    watched: WatchList<Watched>,
     bell: Doorbell,
-    listened_ns: AtomicU64,
+    listened: Listened,
 }
 
 /// One session to be watched.
@@ -100,11 +88,9 @@ impl Heart {
         let bound = socket.local_addr().map_err(os("getsockname"))?;
         let address = advertised("heart bind", bound, options.advertise)?;
         let shared = Arc::new(Shared {
-            watched: Mutex::new(Vec::with_capacity(options.max_sessions.min(USUAL_SESSIONS))),
-            changed: AtomicBool::new(false),
-            stop: AtomicBool::new(false),
+            watched: WatchList::new(Vec::with_capacity(options.max_sessions.min(USUAL_SESSIONS))),
             bell: Doorbell::new()?,
-            listened_ns: AtomicU64::new(now_ns()),
+            listened: Listened::new(now_ns()),
         });
         let thread = std::thread::Builder::new()
             .name("crossdock-heart".into())
@@ -149,8 +135,7 @@ impl Heart {
             return Err(NetworkError::Limit { what: "watched sessions", limit: self.max_sessions as u64 });
         }
         self.serial += 1;
-        let now = now_ns();
-        let vital = Arc::new(Vital { heard_ns: AtomicU64::new(now), echoed_ns: AtomicU64::new(now) });
+        let vital = Arc::new(Vital::new(now_ns()));
         let watched = Watched {
             serial: self.serial,
             peer,
@@ -176,32 +161,30 @@ impl Heart {
 
     /// See [`Network::heard_ns`](crate::Network::heard_ns).
     pub fn heard_ns(&self, session: u32) -> Option<u64> {
-        self.sessions.get(&session).map(|s| s.vital.heard_ns.load(Ordering::Relaxed))
+        self.sessions.get(&session).map(|s| s.vital.heard_ns())
     }
 
     /// When a heartbeat of the peer last showed that the peer hears this node; the time of
     /// [`watch`](Heart::watch) before the first. A peer that is heard and does not hear is behind something that
     /// lets datagrams pass in one direction only.
     pub fn echoed_ns(&self, session: u32) -> Option<u64> {
-        self.sessions.get(&session).map(|s| s.vital.echoed_ns.load(Ordering::Relaxed))
+        self.sessions.get(&session).map(|s| s.vital.echoed_ns())
     }
 
     /// See [`Network::listened_ns`](crate::Network::listened_ns).
     pub fn listened_ns(&self) -> u64 {
-        // Acquires what was heard until then.
-        self.shared.listened_ns.load(Ordering::Acquire)
+        self.shared.listened.get()
     }
 
     fn change(&self, change: impl FnOnce(&mut Vec<Watched>)) {
-        change(&mut self.shared.watched.lock());
-        self.shared.changed.store(true, Ordering::Release);
+        self.shared.watched.change(change);
         self.shared.bell.ring();
     }
 }
 
 impl Drop for Heart {
     fn drop(&mut self) {
-        self.shared.stop.store(true, Ordering::Release);
+        self.shared.watched.stop();
         self.shared.bell.ring();
         if let Some(thread) = self.thread.take() {
             // The thread has no way to panic that a test would not show; its end is all that matters here.

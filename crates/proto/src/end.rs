@@ -68,7 +68,7 @@ pub enum Stage {
     Transfer,
     /// All bytes were sent; waiting for the other side to say that they arrived.
     Confirm,
-    /// Comparing checksums.
+    /// All bytes have landed; they are not accepted yet (where checksums are on, they are compared).
     Verify,
 }
 
@@ -79,7 +79,7 @@ pub enum RoomRefusal {
     /// Too many rooms or grants.
     Busy,
     /// The two sides' requests do not fit together.
-    Mismatch,
+    Mismatch(Misfit),
     /// The room is open on this node already, in the same role.
     Duplicate,
     /// The list of pages and what goes with it are more than a control message takes.
@@ -91,6 +91,49 @@ pub enum RoomRefusal {
     },
     /// The handshake with the peer was refused.
     Handshake(Refusal),
+}
+
+/// In what the two sides of a room do not fit together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Misfit {
+    /// The two sides speak of requests of different lengths.
+    Tokens {
+        /// So many tokens are asked for here.
+        here: u32,
+        /// So many by the peer.
+        peer: u32,
+    },
+    /// More tokens are to be left out than there are.
+    Skipped {
+        /// So many tokens there are.
+        tokens: u32,
+        /// So many were to be left out.
+        skip_tokens: u32,
+    },
+    /// The pages that a side lists do not hold the tokens that are to move.
+    Pages {
+        /// Whose list it is.
+        whose: Who,
+    },
+    /// A page is listed twice where it would be written twice.
+    DuplicatePage {
+        /// Whose list it is.
+        whose: Who,
+        /// The page.
+        page: u32,
+    },
+    /// The two caches cannot be bridged: no layer is held by both, or a layout names what its worker does not have.
+    Layouts,
+    /// The room was sent in more pieces than are remembered.
+    TooManyPieces {
+        /// So many are.
+        limit: usize,
+    },
+    /// What the peer sent along is not what this version can read.
+    Unreadable,
+    /// The peer found that they do not fit; its end says in what.
+    AtPeer,
 }
 
 /// What failed.
@@ -196,9 +239,7 @@ impl End {
             End::Refused { why: RoomRefusal::Busy, .. } => {
                 "try again later, or raise max_rooms, max_grants or the max_parked limits of the side that refused"
             }
-            End::Refused { why: RoomRefusal::Mismatch, .. } => {
-                "both sides must ask for the same tokens of the same request"
-            }
+            End::Refused { why: RoomRefusal::Mismatch(misfit), .. } => misfit.advice(),
             End::Refused { why: RoomRefusal::Duplicate, .. } => {
                 "give each use of a room number its own use count, and end the first before the next"
             }
@@ -282,8 +323,44 @@ impl fmt::Display for Stage {
             Stage::Grant => "while waiting for the other side of the room",
             Stage::Transfer => "while bytes moved",
             Stage::Confirm => "while waiting for confirmation",
-            Stage::Verify => "while checksums were compared",
+            Stage::Verify => "while what had landed was checked",
         })
+    }
+}
+
+impl Misfit {
+    fn advice(&self) -> &'static str {
+        match self {
+            Misfit::Tokens { .. } | Misfit::Skipped { .. } => {
+                "both sides must ask for the same tokens of the same request"
+            }
+            Misfit::Pages { .. } | Misfit::DuplicatePage { .. } => {
+                "list each page of the request once, in the order of its tokens, and as many as they need"
+            }
+            Misfit::Layouts => "look at the cache layouts that both sides were started with",
+            Misfit::TooManyPieces { .. } => "send larger chunks, or those that continue each other in order",
+            Misfit::Unreadable => "run the same version of crossdock on both sides",
+            Misfit::AtPeer => "look at how the room ended on the other side",
+        }
+    }
+}
+
+impl fmt::Display for Misfit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Misfit::Tokens { here, peer } => {
+                write!(f, "the request has {here} tokens here and {peer} at the peer")
+            }
+            Misfit::Skipped { tokens, skip_tokens } => {
+                write!(f, "{skip_tokens} of {tokens} tokens were to be left out")
+            }
+            Misfit::Pages { whose } => write!(f, "the pages of {whose} do not hold the request's tokens"),
+            Misfit::DuplicatePage { whose, page } => write!(f, "page {page} of {whose} is listed twice"),
+            Misfit::Layouts => f.write_str("the two cache layouts cannot be bridged"),
+            Misfit::TooManyPieces { limit } => write!(f, "sent in more than {limit} pieces"),
+            Misfit::Unreadable => f.write_str("what the peer sent along cannot be read"),
+            Misfit::AtPeer => f.write_str("the two sides' requests do not fit"),
+        }
     }
 }
 
@@ -296,7 +373,7 @@ impl fmt::Display for End {
             End::PeerLost { cause } => write!(f, "peer lost: {cause}"),
             End::Refused { by, why } => match why {
                 RoomRefusal::Busy => write!(f, "refused by {by}: no room for more"),
-                RoomRefusal::Mismatch => write!(f, "refused by {by}: the two sides' requests do not fit"),
+                RoomRefusal::Mismatch(misfit) => write!(f, "refused by {by}: {misfit}"),
                 RoomRefusal::Duplicate => write!(f, "refused by {by}: the room is open already"),
                 RoomRefusal::TooLong { bytes, limit } => {
                     write!(f, "refused by {by}: {bytes} bytes to be told to the peer, where {limit} fit")

@@ -36,7 +36,7 @@ mod wire;
 pub use action::{Action, PulsePlan};
 pub use auth::Auth;
 pub use config::{Config, Rail, Region};
-pub use end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
+pub use end::{End, Failure, Misfit, RoomRefusal, SessionEnd, Stage, Who};
 pub use fingerprint::{Difference, Fingerprint};
 pub use link_cause::LinkCause;
 pub use message::{

@@ -8,7 +8,7 @@ use crossdock_transport::{Access, Error, Fence, GrantId};
 use crate::action::Action;
 use crate::auth::{Auth, mac};
 use crate::config::{Config, Region};
-use crate::end::{End, Failure, Stage, Who};
+use crate::end::{End, Failure, Misfit, Stage, Who};
 use crate::grants::{Grants, Revocation};
 use crate::handshake::Link;
 use crate::message::{CancelWhy, Identity, Message, RoleKind, RoomName};
@@ -323,9 +323,9 @@ impl Proto {
     }
 
     /// The two sides of a room do not ask for the same: nothing can be planned.
-    pub fn mismatch(&mut self, now_ns: u64, room: RoomId) {
+    pub fn mismatch(&mut self, now_ns: u64, room: RoomId, misfit: Misfit) {
         self.now_ns = now_ns;
-        let end = End::Refused { by: Who::Here, why: crate::RoomRefusal::Mismatch };
+        let end = End::Refused { by: Who::Here, why: crate::RoomRefusal::Mismatch(misfit) };
         self.end_room(room, end, Some(CancelWhy::Mismatch));
     }
 

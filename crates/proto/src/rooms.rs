@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crossdock_transport::{Access, Fence, GrantId};
 
 use crate::action::Action;
-use crate::end::{End, Failure, Stage, Who};
+use crate::end::{End, Failure, Misfit, Stage, Who};
 use crate::grants::{Given, Revocation};
 use crate::message::{CancelWhy, Message, Released, RoleKind, RoomOnWire};
 use crate::notice::Notice;
@@ -255,7 +255,7 @@ impl Proto {
             CancelWhy::Cancelled => End::Cancelled { by },
             CancelWhy::Expired => End::Expired { by, stage },
             CancelWhy::Busy => End::Refused { by, why: crate::RoomRefusal::Busy },
-            CancelWhy::Mismatch => End::Refused { by, why: crate::RoomRefusal::Mismatch },
+            CancelWhy::Mismatch => End::Refused { by, why: crate::RoomRefusal::Mismatch(Misfit::AtPeer) },
             CancelWhy::Failed => End::Failed { by, stage, cause: Failure::AtPeer },
             CancelWhy::Corrupt => End::Failed { by, stage: Stage::Verify, cause: Failure::Checksum },
         }

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::datagram::Datagram;
 use super::{Shared, Watched};
@@ -38,10 +37,10 @@ impl Beating {
         }
         let now = now_ns();
         self.heard = datagram.sequence;
-        self.watched.vital.heard_ns.store(now, Ordering::Relaxed);
+        self.watched.vital.hear(now);
         if datagram.echo > self.echoed && datagram.echo <= self.sent {
             self.echoed = datagram.echo;
-            self.watched.vital.echoed_ns.store(now, Ordering::Relaxed);
+            self.watched.vital.echo(now);
         }
     }
 }
@@ -59,9 +58,9 @@ impl Beat {
     }
 
     pub fn run(mut self) {
-        while !self.shared.stop.load(Ordering::Acquire) {
-            if self.shared.changed.swap(false, Ordering::AcqRel) {
-                self.take_changes();
+        while !self.shared.watched.is_stopped() {
+            if let Some(watched) = self.shared.watched.take() {
+                self.watch(watched);
             }
             self.receive();
             self.send_due();
@@ -70,8 +69,7 @@ impl Beat {
     }
 
     /// Brings the list in line with what is to be watched, keeping the state of sessions that stay.
-    fn take_changes(&mut self) {
-        let watched = self.shared.watched.lock().clone();
+    fn watch(&mut self, watched: Vec<Watched>) {
         let mut before: HashMap<u64, Beating> =
             self.beating.drain(..).map(|beating| (beating.watched.serial, beating)).collect();
         self.beating.extend(watched.into_iter().map(|watched| {
@@ -96,7 +94,7 @@ impl Beat {
             let Ok((length, _)) = self.socket.recv_from(&mut bytes) else {
                 // The kernel has nothing to give: this publishes what was heard until now. In a flood it is not
                 // reached, and rightly so, for the heartbeats of the peers may still wait behind it.
-                self.shared.listened_ns.store(now_ns(), Ordering::Release);
+                self.shared.listened.publish(now_ns());
                 return;
             };
             let Some(datagram) = Datagram::from_bytes(&bytes[..length]) else { continue };
@@ -131,7 +129,7 @@ impl Beat {
     fn sleep(&self) {
         let bell = &self.shared.bell;
         bell.prepare_sleep();
-        if !self.shared.stop.load(Ordering::Acquire) && !self.shared.changed.load(Ordering::Acquire) {
+        if !self.shared.watched.is_news() {
             let mut sleeper = Sleeper::new();
             let watches = sleeper.watch(self.socket.as_fd()).and(sleeper.watch(bell.as_fd()));
             assert!(watches.is_ok(), "two descriptors fit");

@@ -5,11 +5,11 @@ use std::sync::Arc;
 use crossdock_engine::{Promise, duration_ns};
 use crossdock_memory::PageSet;
 use crossdock_proto::{
-    End, Fetch, PeerName, Receive, RoomError, RoomId, RoomRefusal, Send, Serve, SessionEnd, Who,
+    End, Fetch, Misfit, PeerName, Receive, RoomError, RoomId, RoomRefusal, Send, Serve, SessionEnd, Who,
 };
 
 use super::Worker;
-use super::room::{Decode, Item, Kind, Room, SendingRoom, ServingRoom, USUAL_ITEMS};
+use super::room::{Decode, Item, Kind, MAX_ITEMS, Room, SendingRoom, ServingRoom, USUAL_ITEMS};
 use crate::PageTable;
 use crate::params::Ask;
 use crate::request::{
@@ -83,8 +83,8 @@ impl Worker {
                 let Some((id, room)) = self.room_of(key) else { return };
                 if let Kind::Sending(sending) = &mut room.kind {
                     if !sending.add(Item { layers, tokens }) {
-                        room.span.in_scope(|| tracing::warn!("the room is sent in too many pieces"));
-                        return self.engine.proto().mismatch(now, id);
+                        let misfit = Misfit::TooManyPieces { limit: MAX_ITEMS };
+                        return self.engine.proto().mismatch(now, id, misfit);
                     }
                     self.wake(id);
                 }
@@ -125,10 +125,12 @@ impl Worker {
         };
         let first = request.skip_tokens / self.layout.page_tokens();
         let table = PageTable { layout: &self.layout, first_page: first, pages: request.pages.ids() };
-        if request.skip_tokens > request.tokens
-            || table.covering(&(request.skip_tokens..request.tokens)).is_err()
-        {
-            return Err((End::Refused { by: Who::Here, why: RoomRefusal::Mismatch }, request.pages));
+        let (tokens, skip_tokens) = (request.tokens, request.skip_tokens);
+        if skip_tokens > tokens {
+            return Err((misfit(Misfit::Skipped { tokens, skip_tokens }), request.pages));
+        }
+        if table.covering(&(skip_tokens..tokens)).is_err() {
+            return Err((misfit(Misfit::Pages { whose: Who::Here }), request.pages));
         }
         let room = name(request.room, request.use_count);
         let deadline_ns = asked_ns.saturating_add(duration_ns(request.deadline));
@@ -155,7 +157,7 @@ impl Worker {
                 let send = Send { room, pages: request.pages, deadline_ns };
                 self.engine.proto().send_room(now, send).map_err(refused)
             }
-            false => Err(End::Refused { by: Who::Here, why: RoomRefusal::Mismatch }),
+            false => Err(misfit(Misfit::Pages { whose: Who::Here })),
         };
         match opened {
             Ok(room) => {
@@ -192,7 +194,7 @@ impl Worker {
                 let serve = Serve { room, pages: request.pages, buffers: self.buffers.clone(), deadline_ns };
                 self.engine.proto().serve(now, serve).map_err(refused)
             }
-            false => Err(End::Refused { by: Who::Here, why: RoomRefusal::Mismatch }),
+            false => Err(misfit(Misfit::Pages { whose: Who::Here })),
         };
         match opened {
             Ok(room) => {
@@ -221,6 +223,10 @@ impl Worker {
 fn span(role: &'static str, room: u64, use_count: u32, tokens: u32) -> tracing::Span {
     use tracing::field::Empty;
     tracing::debug_span!("room", role, room, use_count, tokens, peer = Empty, port = Empty)
+}
+
+fn misfit(misfit: Misfit) -> End {
+    End::Refused { by: Who::Here, why: RoomRefusal::Mismatch(misfit) }
 }
 
 fn refused(error: RoomError) -> End {

@@ -5,11 +5,11 @@ use std::sync::atomic::Ordering;
 
 use crossdock_engine::Promise;
 use crossdock_proto::planted::{Planted, is_planted};
-use crossdock_proto::{End, Notice, RoomId, SessionId, Start};
+use crossdock_proto::{End, Misfit, Notice, RoomId, SessionId, Start};
 use crossdock_transport::Direction;
 
 use super::Worker;
-use super::posting::{Run, local_table, plan_input};
+use super::posting::{Run, local_table, misfit, plan_input};
 use super::proof::{Proof, moved_sums};
 use super::room::{Decode, Kind, Room, SendingRoom, ServingRoom};
 use crate::params::{Answer, Ask};
@@ -84,19 +84,18 @@ impl Worker {
         let cache = self.caches.get(&start.session).cloned().flatten();
         let Some(room) = self.rooms.get_mut(&id) else { return };
         let (ask, pages): (_, &[u32]) = match &room.kind {
-            Kind::Sending(sending) => {
-                let ask = Ask::decode(&start.params).filter(|ask| ask.tokens == sending.tokens);
-                (ask, &sending.pages)
-            }
+            Kind::Sending(sending) => (asked(&start.params, sending.tokens), &sending.pages),
             Kind::Decode(decode) => {
-                let answer = Answer::decode(&start.params);
-                let ask = answer.filter(|answer| answer.tokens == decode.ask.tokens).map(|_| decode.ask);
-                (ask, &decode.pages)
+                let answer = answered(&start.params, decode.ask.tokens);
+                (answer.map(|_| decode.ask), &decode.pages)
             }
-            Kind::Serving(_) => (None, &[]),
+            Kind::Serving(_) => return,
         };
         room.records_peer(&mut self.engine, start.session);
-        let (Some(ask), Some(cache)) = (ask, cache) else { return self.engine.proto().mismatch(now, id) };
+        let (ask, cache) = match ask.and_then(|ask| Ok((ask, cache.ok_or(Misfit::Unreadable)?))) {
+            Ok(both) => both,
+            Err(misfit) => return self.engine.proto().mismatch(now, id, misfit),
+        };
         let local = local_table(&self.layout, pages, start.direction, &ask);
         let tokens = ask.skip_tokens..ask.tokens;
         let input = plan_input(local, &cache, &start.remote_pages, start.direction, &ask, tokens);
@@ -104,7 +103,7 @@ impl Worker {
             Ok(plan) => plan,
             Err(error) => {
                 room.span.in_scope(|| tracing::warn!("the two sides' pages do not fit together: {error}"));
-                return self.engine.proto().mismatch(now, id);
+                return self.engine.proto().mismatch(now, id, misfit(&error, start.direction));
             }
         };
         room.span
@@ -139,9 +138,11 @@ impl Worker {
         let Kind::Serving(serving) = &mut room.kind else { return };
         // What an earlier reader has asked for is of no use to this one.
         serving.sums = None;
-        let ask = Ask::decode(params).filter(|ask| ask.tokens == serving.tokens);
-        let (Some(ask), Some(Some(cache))) = (ask, self.caches.get(&session)) else {
-            return self.engine.proto().mismatch(now, id);
+        let cache = self.caches.get(&session).and_then(Option::as_ref);
+        let asked = asked(params, serving.tokens).and_then(|ask| Ok((ask, cache.ok_or(Misfit::Unreadable)?)));
+        let (ask, cache) = match asked {
+            Ok(both) => both,
+            Err(misfit) => return self.engine.proto().mismatch(now, id, misfit),
         };
         if !ask.checksums {
             let answer = Answer { tokens: ask.tokens, aux: serving.aux.clone(), checksums: Vec::new() };
@@ -155,7 +156,7 @@ impl Worker {
             }
             Err(error) => {
                 room.span.in_scope(|| tracing::warn!("what is asked for cannot be summed: {error}"));
-                self.engine.proto().mismatch(now, id);
+                self.engine.proto().mismatch(now, id, Misfit::Layouts);
             }
         }
     }
@@ -167,15 +168,16 @@ impl Worker {
         let Some(room) = self.rooms.get_mut(&id) else { return };
         room.records_peer(&mut self.engine, session);
         let Kind::Decode(decode) = &mut room.kind else { return };
-        let Some(answer) = Answer::decode(aux).filter(|answer| answer.tokens == decode.ask.tokens) else {
-            return self.engine.proto().mismatch(now, id);
+        let answer = match answered(aux, decode.ask.tokens) {
+            Ok(answer) => answer,
+            Err(misfit) => return self.engine.proto().mismatch(now, id, misfit),
         };
         decode.aux = answer.aux;
         if !decode.ask.checksums {
             return self.engine.proto().accept(now, id);
         }
         let Some(Some(cache)) = self.caches.get(&session) else {
-            return self.engine.proto().mismatch(now, id);
+            return self.engine.proto().mismatch(now, id, Misfit::Unreadable);
         };
         let table = local_table(&self.layout, &decode.pages, Direction::Read, &decode.ask);
         let begin = || Proof::begin(&self.memory, &table, cache, &decode.ask, &answer.checksums);
@@ -234,4 +236,20 @@ impl Worker {
             }
         }
     }
+}
+
+/// What a decode side asks for of a request that has so many tokens here.
+fn asked(params: &[u8], here: u32) -> Result<Ask, Misfit> {
+    let ask = Ask::decode(params).ok_or(Misfit::Unreadable)?;
+    same_tokens(here, ask.tokens).map(|()| ask)
+}
+
+/// What a prefill side says of a request that has so many tokens here.
+fn answered(params: &[u8], here: u32) -> Result<Answer, Misfit> {
+    let answer = Answer::decode(params).ok_or(Misfit::Unreadable)?;
+    same_tokens(here, answer.tokens).map(|()| answer)
+}
+
+fn same_tokens(here: u32, peer: u32) -> Result<(), Misfit> {
+    if here == peer { Ok(()) } else { Err(Misfit::Tokens { here, peer }) }
 }

@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crossdock_engine::{Engine, LaneRegions, TransferFailed, TransferId};
-use crossdock_proto::RoomId;
 use crossdock_proto::planted::{Planted, is_planted};
+use crossdock_proto::{Misfit, RoomId, Who};
 use crossdock_transport::{Direction, GrantId, Op};
 
 use super::Worker;
@@ -13,7 +13,7 @@ use super::proof::{moved_sums, sum, sum_on};
 use super::room::{Decode, Item, Kind, SendingRoom};
 use crate::checksum::Summing;
 use crate::params::{Answer, Ask};
-use crate::{CacheLayout, Cursor, PageTable, Plan, PlanInput, Route, VerifyError};
+use crate::{CacheLayout, Cursor, PageTable, Plan, PlanError, PlanInput, Route, VerifyError};
 
 /// One attempt at moving a room's bytes.
 pub(super) struct Run {
@@ -45,7 +45,7 @@ pub(super) enum Pumped {
     /// Nothing to post until something changes.
     Nothing,
     /// The two sides' layouts, pages or tokens do not fit together.
-    Mismatch,
+    Mismatch(Misfit),
 }
 
 /// Ops offered to a port at once.
@@ -80,9 +80,9 @@ impl Worker {
                     active = true;
                 }
                 Pumped::Nothing => active = true,
-                Pumped::Mismatch => {
+                Pumped::Mismatch(misfit) => {
                     active = true;
-                    self.engine.proto().mismatch(now, id);
+                    self.engine.proto().mismatch(now, id, misfit);
                 }
             }
         }
@@ -161,9 +161,26 @@ impl Worker {
     }
 }
 
+/// What of a plan's error the end of the room says. The rest is in the room's log.
+pub(super) fn misfit(error: &PlanError, direction: Direction) -> Misfit {
+    let (source, destination) = match direction {
+        Direction::Write => (Who::Here, Who::Peer),
+        Direction::Read => (Who::Peer, Who::Here),
+    };
+    match *error {
+        PlanError::Source(_) => Misfit::Pages { whose: source },
+        PlanError::Destination(_) => Misfit::Pages { whose: destination },
+        PlanError::DuplicatePage { page } => Misfit::DuplicatePage { whose: destination, page },
+        PlanError::Unbridgeable { .. }
+        | PlanError::NoCommonLayers { .. }
+        | PlanError::BadTokens { .. }
+        | PlanError::TooManyGeometries { .. } => Misfit::Layouts,
+    }
+}
+
 fn cannot_sum(span: &tracing::Span, error: &VerifyError) -> Pumped {
     span.in_scope(|| tracing::warn!("what moves cannot be summed: {error}"));
-    Pumped::Mismatch
+    Pumped::Mismatch(Misfit::Layouts)
 }
 
 /// Posts a room's share of its items. `None`: all of them have been posted.
@@ -202,8 +219,8 @@ fn post_item(
     }
     if run.plan.tokens() != tokens {
         let input = plan_input(*local, &run.cache, &run.remote_pages, run.direction, &run.ask, tokens);
-        if run.plan.renew(&input).is_err() {
-            return Pumped::Mismatch;
+        if let Err(error) = run.plan.renew(&input) {
+            return Pumped::Mismatch(misfit(&error, run.direction));
         }
     }
     let layers = overlap(&item.layers, &run.plan.layers());
@@ -253,7 +270,7 @@ fn post_layers(engine: &mut Engine, now: u64, run: &mut Run, layers: Range<u32>,
         }
         let Some(LaneRegions { local, remote, .. }) = &run.lane else { return full };
         let route = Route { direction: run.direction, grant: run.grant, local, remote };
-        let Ok(ops) = run.plan.ops(route, layers.clone()) else { return Pumped::Mismatch };
+        let Ok(ops) = run.plan.ops(route, layers.clone()) else { return Pumped::Mismatch(Misfit::Layouts) };
         let cursor = run.cursor.unwrap_or_else(|| ops.start());
         if ops.is_done(cursor) {
             return Pumped::Nothing;

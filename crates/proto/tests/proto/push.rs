@@ -1,7 +1,7 @@
 //! Rooms in which the prefill side writes: who may come first, what is counted, what is no honest peer's doing.
 
 use crossdock_proto::{
-    CancelWhy, End, Failure, Message, RoleKind, RoomId, RoomRefusal, SessionEnd, Stage, Who,
+    CancelWhy, End, Failure, Message, Misfit, RoleKind, RoomId, RoomRefusal, SessionEnd, Stage, Who,
 };
 use crossdock_transport::{Access, Error, Fence, GrantId};
 
@@ -326,11 +326,11 @@ fn a_verdict_counts_only_when_all_has_landed() {
 #[test]
 fn two_requests_that_do_not_fit() {
     let (mut world, receiving, sending) = begun(2);
-    world.call(P, |proto, now| proto.mismatch(now, sending));
+    world.call(P, |proto, now| proto.mismatch(now, sending, Misfit::Layouts));
     world.settle();
-    let end = |by| End::Refused { by, why: RoomRefusal::Mismatch };
-    assert_eq!(world.nodes[P].end(sending), Some(&end(Who::Here)));
-    assert_eq!(world.nodes[D].end(receiving), Some(&end(Who::Peer)));
+    let end = |by, misfit| End::Refused { by, why: RoomRefusal::Mismatch(misfit) };
+    assert_eq!(world.nodes[P].end(sending), Some(&end(Who::Here, Misfit::Layouts)));
+    assert_eq!(world.nodes[D].end(receiving), Some(&end(Who::Peer, Misfit::AtPeer)));
     world.finish();
 }
 
