@@ -115,6 +115,7 @@ impl Process {
             memory: memory.clone(),
             verify: plan.verify,
             max_commands: scenario.max_commands,
+            max_targets: 64,
             turn_bytes: scenario.turn_bytes,
         };
         let (worker, handle) = Worker::new(engine, options)?;

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use crossdock_kv::{CacheLayout, Verify};
+use crossdock_kv::{CacheLayout, Verify, WorkerOptions};
 use crossdock_memory::Memory;
 use crossdock_shm::ShmOptions;
 use crossdock_tcp::TcpOptions;
@@ -42,7 +42,8 @@ pub struct Config {
     pub warm_up_grace: Duration,
     /// For a whole handshake.
     pub handshake_timeout: Duration,
-    /// Sessions at once: peers that this node has dialed or that have dialed it. 1024 by default. How many lanes there
+    /// Sessions at once: peers that this node has dialed or that have dialed it; and addresses that it dials at once. 1024
+    /// by default. How many lanes there
     /// may be is told to the ports, in `ports`: [`ShmOptions::max_lanes`] and [`TcpOptions::max_lanes`]; and how many
     /// file descriptors of the peers' regions shm keeps, by [`ShmOptions::max_peer_descriptors`], 65 536 by default: a
     /// session that brings more ends, and is dialed again until there is room.
@@ -70,6 +71,10 @@ pub struct Config {
     pub max_frame_bytes: usize,
     /// Commands that may wait for the progress loop. 65 536 by default.
     pub max_commands: usize,
+    /// Bytes that all rooms together post in one turn of the progress loop; see [`WorkerOptions::turn_bytes`]. 8 MiB by
+    /// default, about a millisecond of copying: more lets few large rooms run longer at a time, less lets peers,
+    /// commands and deadlines be looked at more often.
+    pub turn_bytes: u64,
 }
 
 /// Whether peers must prove a shared key. It has no default: a node that lets anybody in was told to.
@@ -141,6 +146,7 @@ impl Config {
             max_parked_time: Duration::from_secs(600),
             max_frame_bytes: 1 << 20,
             max_commands: 65_536,
+            turn_bytes: WorkerOptions::TURN_BYTES,
         }
     }
 }

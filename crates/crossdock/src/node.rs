@@ -98,7 +98,8 @@ impl Node {
                 memory: config.memory,
                 verify: config.verify,
                 max_commands: config.max_commands,
-                turn_bytes: WorkerOptions::TURN_BYTES,
+                max_targets: config.max_sessions as usize,
+                turn_bytes: config.turn_bytes,
             },
         )?;
         worker.count_from_calls();

@@ -10,9 +10,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    Authentication, CacheKind, CacheLayout, Config, Dtype, End, Error, LayoutOptions, Memory, Misfit, Node,
-    NotTaken, PagePool, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving, Refusal,
-    RoomRefusal, SendError, SendRequest, Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
+    Authentication, CacheKind, CacheLayout, Config, Dtype, End, Error, LayoutOptions, LinkCause, Memory,
+    Misfit, Node, NotTaken, PagePool, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving,
+    Refusal, RoomRefusal, SendError, SendRequest, Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
 };
 
 const WAIT: Duration = Duration::from_secs(20);
@@ -329,6 +329,7 @@ fn pages_of_a_room_that_is_refused_here_come_back() {
     comes_back(handle.fetch(request(3, 10, 1)).unwrap(), busy);
     first.cancel().unwrap();
     // A peer that is not dialed any more.
+    assert_eq!(handle.disconnect(Peer::node(7)), Err(NotTaken::NotDialed));
     handle.disconnect(peer).unwrap();
     let lost = |end: &End| matches!(end, End::PeerLost { .. });
     comes_back(handle.receive(request(4, 10, 1)).unwrap(), lost);
@@ -373,6 +374,14 @@ fn each_limit_can_be_raised_as_its_advice_says() {
         assert_eq!(up.wait_until(Instant::now() + Duration::from_millis(500)).is_ok(), fits);
         drop(first);
         assert!(fits || up.wait_until(Instant::now() + WAIT).unwrap().is_ok());
+        // Nor are more addresses dialed than that.
+        let dials: Vec<_> =
+            (0..=max_sessions).map(|_| prefill.node.handle().connect("127.0.0.1:9").unwrap().1).collect();
+        let last = dials.into_iter().last().unwrap().wait_until(Instant::now() + WAIT).unwrap();
+        let cause = LinkCause::Limit { what: "dialed addresses", limit: max_sessions.into() };
+        let refused = SessionEnd::Unreachable { cause };
+        assert!(refused.advice().contains("max_sessions"), "{}", refused.advice());
+        assert_eq!(last, Err(refused));
     }
     let layout = layout(Dtype::Bf16);
     let bad: [(&str, Change); 2] = [
@@ -478,6 +487,42 @@ fn the_two_sides_must_speak_of_the_same_tokens() {
     assert_eq!(sent.end, End::Refused { by: Who::Here, why });
     decode.settles();
     prefill.settles();
+}
+
+#[test]
+fn a_room_in_too_many_pieces_ends_with_its_reason() {
+    // Three layers of 24,000 tokens, token by token and the layers backwards: no piece continues the one before.
+    let kind = CacheKind::Mla { latent_bytes: 4, rope_bytes: 0 };
+    let placement = Placement::LayerMajor { region: 0 };
+    let (model, dtype) = ("m".into(), Dtype::Bf16);
+    let layout = CacheLayout::new(LayoutOptions {
+        model,
+        model_layers: 3,
+        layers: 0..3,
+        kind,
+        dtype,
+        page_tokens: 24_000,
+        pages: 1,
+        placement,
+    })
+    .unwrap();
+    let (memory, pool): (Vec<Memory>, PagePool) = crossdock::allocate(&layout).unwrap();
+    let node = Node::open(Config::new("prefill", layout, memory, Authentication::Off)).unwrap();
+    let pages = pool.take(1).unwrap().share();
+    let request = SendRequest { room: 1, use_count: 0, tokens: 24_000, pages, deadline: WAIT };
+    let mut sending = node.handle().open(request).unwrap();
+    for (token, layer) in (0..24_000).flat_map(|token| [2, 1, 0].map(|layer| (token, layer))) {
+        while let Err(error) = sending.send(layer..layer + 1, token..token + 1) {
+            assert!(error.is_retryable(), "{error}");
+            std::thread::yield_now();
+        }
+        // That nothing is sent is no piece.
+        sending.send(layer..layer + 1, token + 1..token + 1).unwrap();
+    }
+    let end = sending.end.wait_until(Instant::now() + WAIT).unwrap().end;
+    let why = RoomRefusal::Mismatch(Misfit::TooManyPieces { limit: 65_536 });
+    assert_eq!(end, End::Refused { by: Who::Here, why });
+    assert!(end.advice().contains("larger chunks"), "{}", end.advice());
 }
 
 #[test]

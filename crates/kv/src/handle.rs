@@ -37,6 +37,9 @@ pub enum NotTaken {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// This node does not dial the peer: the peer has dialed it, and would do so again.
+    #[error("this peer is not dialed from here")]
+    NotDialed,
 }
 
 impl NotTaken {
@@ -50,6 +53,7 @@ impl NotTaken {
         match self {
             Self::Busy => "let the progress loop run, then try again; or raise max_commands",
             Self::Stopped => "open a new node",
+            Self::NotDialed => "disconnect on the side that has connected",
             Self::BadAddress { .. } => "give the peer's IP address and port; resolve names before",
         }
     }
@@ -134,7 +138,8 @@ impl Handle {
     }
 
     /// Dials a peer (`"ip:port"`; names are to be resolved before), now and whenever the session with it is lost. The
-    /// ticket tells the first session, or why there will never be one; rooms may be opened before.
+    /// ticket tells the first session, or why there will never be one (one is that too many addresses are dialed
+    /// already); rooms may be opened before.
     pub fn connect(
         &self,
         address: impl Into<String>,
@@ -153,7 +158,7 @@ impl Handle {
     pub fn disconnect(&self, peer: Peer) -> Result<(), NotTaken> {
         match peer.0 {
             PeerKey::Dialed(key) => self.push(Command::Disconnect { key }),
-            PeerKey::Node(_) => Ok(()),
+            PeerKey::Node(_) => Err(NotTaken::NotDialed),
         }
     }
 

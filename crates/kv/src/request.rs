@@ -284,8 +284,10 @@ impl Sending {
                 return Err(SendError::OutOfOrder { layer, expected: *sent, given: tokens });
             }
         }
-        self.control.handle.send(self.control.key, layers, tokens.clone())?;
-        self.sent[places].fill(tokens.end);
+        if !tokens.is_empty() {
+            self.control.handle.send(self.control.key, layers, tokens.clone())?;
+            self.sent[places].fill(tokens.end);
+        }
         Ok(())
     }
 

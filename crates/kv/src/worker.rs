@@ -30,6 +30,7 @@ pub struct Worker {
     buffers: Buffers,
     verify: Verify,
     turn_bytes: u64,
+    max_targets: usize,
     /// The caches of the peers with a live session; `None` for a peer that has none.
     caches: BTreeMap<SessionId, Option<Arc<CacheLayout>>>,
     targets: BTreeMap<u64, TargetId>,
@@ -57,6 +58,8 @@ pub struct WorkerOptions {
     pub verify: Verify,
     /// Commands that may wait for the loop.
     pub max_commands: usize,
+    /// Addresses that are dialed at once.
+    pub max_targets: usize,
     /// Bytes that all rooms together post in one turn, where the ports take them; a sum costs four times as much as a
     /// byte that is posted. So a turn stays short however many rooms there are.
     pub turn_bytes: u64,
@@ -154,6 +157,7 @@ impl Worker {
             buffers,
             verify: options.verify,
             turn_bytes: options.turn_bytes.max(1),
+            max_targets: options.max_targets,
             caches: BTreeMap::new(),
             targets: BTreeMap::new(),
             addresses: BTreeMap::new(),

@@ -136,6 +136,7 @@ impl Node {
             memory: vec![memory.expect("nothing of it is used")],
             verify: Verify::Off,
             max_commands: 64,
+            max_targets: 64,
             turn_bytes: WorkerOptions::TURN_BYTES,
         };
         let (worker, handle) = Worker::new(engine, options).expect("the memory fits the layout");

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use crossdock_engine::{Promise, duration_ns};
 use crossdock_memory::PageSet;
 use crossdock_proto::{
-    End, Fetch, Misfit, PeerName, Receive, RoomError, RoomId, RoomRefusal, Send, Serve, SessionEnd, Who,
+    End, Fetch, LinkCause, Misfit, PeerName, Receive, RoomError, RoomId, RoomRefusal, Send, Serve,
+    SessionEnd, Who,
 };
 
 use super::Worker;
@@ -27,6 +28,10 @@ impl Worker {
 
     fn command(&mut self, now: u64, command: Command) {
         match command {
+            Command::Connect { up, .. } if self.targets.len() >= self.max_targets => {
+                let cause = LinkCause::Limit { what: "dialed addresses", limit: self.max_targets as u64 };
+                self.tell(up, Err(SessionEnd::Unreachable { cause }));
+            }
             Command::Connect { key, address, up } => {
                 let target = self.engine.proto().connect(now, address.as_str());
                 self.targets.insert(key, target);
