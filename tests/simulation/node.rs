@@ -104,7 +104,7 @@ impl Process {
         let config = config(scenario, node, life, &ports);
         let network = Box::new(SimNetwork::new(wire.clone(), plan.address.clone()));
         let engine = Engine::new(Proto::new(config), network, ports, scenario.engine.clone());
-        let regions = layout.buffers().iter().map(|buffer| buffer.region + 1).max().unwrap_or(0);
+        let regions = layout.buffers().map(|buffer| buffer.region + 1).max().unwrap_or(0);
         let allocate = |region| {
             let bytes = layout.bytes_needed(region) as usize;
             Memory::allocate(bytes, &AllocateOptions::default()).expect("a little memory")

@@ -3,9 +3,9 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 
-use crossdock_engine::{Abandoned, Ticket};
+use crossdock_engine::Abandoned;
 use crossdock_kv::{Ended, Receiving, Sending, Serving};
-use crossdock_proto::{End, Homecoming, Who};
+use crossdock_proto::{End, Who};
 
 use crate::chance::{Chance, mix};
 use crate::scenario::{MS, US};
@@ -131,8 +131,7 @@ impl PrefillTicket {
 impl Decode {
     /// Lets go of the ticket for the pages.
     pub fn drop_pages_ticket(&mut self) {
-        let (_, nobody): (_, Ticket<Homecoming>) = crossdock_engine::ticket();
-        self.receiving.pages = nobody.into();
+        drop(std::mem::take(&mut self.receiving.pages));
         self.is_careless = true;
     }
 }

@@ -7,7 +7,7 @@ use crate::Error;
 
 /// Allocates the regions that a layout names, and a pool over its pages. Peers on the same host map such memory.
 pub fn allocate(layout: &CacheLayout) -> Result<(Vec<Memory>, PagePool), Error> {
-    let regions = layout.buffers().iter().map(|buffer| buffer.region + 1).max().unwrap_or(0);
+    let regions = layout.buffers().map(|buffer| buffer.region + 1).max().unwrap_or(0);
     let memory = (0..regions)
         .map(|region| Memory::allocate(layout.bytes_needed(region) as usize, &AllocateOptions::default()))
         .collect::<Result<_, _>>()?;

@@ -61,9 +61,12 @@ pub use crossdock_engine::{
     Abandoned, EventFd, NetworkError, OsError, RailStats, Ticket, TicketError, now_ns,
 };
 pub use crossdock_kv::{
-    CacheKind, CacheLayout, CacheLayoutError, Dtype, Ended, FetchRequest, Handle, LayerBuffer, LayoutOptions,
-    NotTaken, PagesTicket, Peer, PeerUp, Placement, ReceiveRequest, Received, Receiving, SendError,
-    SendRequest, Sending, ServeRequest, Serving, Stats, Turn, Verify, Worker, WorkerError, trace,
+    CacheKind, CacheLayout, CacheLayoutError, CachePart, CachePartOptions, CachePool, CachePoolOptions,
+    ContextShare, Dtype, Ended, Extent, FetchRequest, GatherRequest, Handle, HeadOrder, HeadShare,
+    LayerBuffer, LayoutOptions, NotTaken, PagesTicket, Parallelism, Peer, PeerUp, Placement, RankShare,
+    ReceiveRequest, Received, Receiving, ScatterRequest, ScatterServeRequest, SendError, SendRequest,
+    Sending, ServeRequest, Serving, Source, Stats, TopologyError, Turn, Verify, Worker, WorkerError,
+    dp_rank_of, even_stages, trace,
 };
 pub use crossdock_memory::{
     AllocateOptions, HugePages, Memory, MemoryError, MemoryKind, PageLayout, PagePool, PageRef, PageSet,

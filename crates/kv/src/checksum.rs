@@ -1,7 +1,8 @@
 //! Whether the destination holds the source's bytes, although the two have different pages.
 //!
-//! The unit is a *block*: the bytes of consecutive tokens, layer after layer, token after token. Blocks begin at
-//! multiples of their length, counted from the request's first token, so they are the same on both sides.
+//! The unit is a *block*: the bytes of consecutive tokens that both sides hold, layer after layer, part after part, token
+//! after token, head after head. Blocks begin at multiples of their length, counted from the request's first token, so
+//! they are the same on both sides.
 //!
 //! On the wire (little-endian), as part of the message that ends a room:
 //!
@@ -40,15 +41,16 @@ impl Checksums {
     /// A block holds at least this many tokens, so that small pages do not make a sum for each token.
     pub const MIN_BLOCK_TOKENS: u32 = 64;
 
-    /// Reads the tokens of these layers out of host memory. `memory` holds the regions that the table's layout
-    /// names, in the order of their announcement.
+    /// Reads the tokens of these layers out of host memory, of what the peer holds, too. `memory` holds the regions that
+    /// the table's layout names, in the order of their announcement.
     pub fn compute(
         memory: &[Memory],
         table: &PageTable<'_>,
+        peer: &CacheLayout,
         layers: Range<u32>,
         tokens: Range<u32>,
     ) -> Result<Self, ChecksumError> {
-        let mut summing = Summing::compute(memory, table, layers, tokens)?;
+        let mut summing = Summing::compute(memory, table, peer, layers, tokens)?;
         let mut all = u64::MAX;
         match summing.advance(memory, table, &mut all) {
             Err(VerifyError::NotComputed(error)) => Err(error),
@@ -63,10 +65,11 @@ impl Checksums {
         &self,
         memory: &[Memory],
         table: &PageTable<'_>,
+        peer: &CacheLayout,
         layers: Range<u32>,
         tokens: Range<u32>,
     ) -> Result<(), VerifyError> {
-        let mut summing = Summing::compare(self.clone(), memory, table, layers, tokens)?;
+        let mut summing = Summing::compare(self.clone(), memory, table, peer, layers, tokens)?;
         let mut all = u64::MAX;
         summing.advance(memory, table, &mut all).map(|_| ())
     }
@@ -112,9 +115,9 @@ impl Checksums {
     }
 
     /// What sums of these tokens look like before the first.
-    fn empty(layout: &CacheLayout, layers: Range<u32>, tokens: Range<u32>) -> Self {
+    fn empty(table: &PageTable<'_>, layers: Range<u32>, tokens: Range<u32>) -> Self {
         // Where possible a block is a whole number of pages, and so a page has one sum.
-        let page_tokens = layout.page_tokens();
+        let page_tokens = table.of().page_tokens();
         let mut block_tokens = page_tokens * Self::MIN_BLOCK_TOKENS.div_ceil(page_tokens);
         while blocks(&tokens, block_tokens) > Self::MAX_BLOCKS {
             block_tokens = block_tokens.saturating_mul(2);

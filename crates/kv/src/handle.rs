@@ -9,8 +9,8 @@ use crossdock_proto::SessionEnd;
 
 use crate::queue::{Queue, Rejected};
 use crate::request::{
-    Command, FetchRequest, Peer, PeerKey, PeerUp, ReceiveRequest, Receiving, RoomControl, SendRequest,
-    Sending, ServeRequest, Serving, Stats, decode_tickets,
+    Command, GatherRequest, Peer, PeerKey, PeerUp, Receiving, RoomControl, ScatterRequest,
+    ScatterServeRequest, Sending, Serving, Stats, decode_tickets,
 };
 
 /// A user's end of a node: cheap to clone, usable from any thread.
@@ -162,31 +162,32 @@ impl Handle {
         }
     }
 
-    /// Opens the decode end of a push. With an error the pages are back in their pool.
-    pub fn receive(&self, request: ReceiveRequest) -> Result<Receiving, NotTaken> {
-        self.decode(request, false)
+    /// Opens the decode end of a push, for a [`ReceiveRequest`](crate::ReceiveRequest) or a [`GatherRequest`]. With an error the pages are back in their pool.
+    pub fn receive(&self, request: impl Into<GatherRequest>) -> Result<Receiving, NotTaken> {
+        self.decode(request.into(), false)
     }
 
-    /// Opens the decode end of a pull. With an error the pages are back in their pool.
-    pub fn fetch(&self, request: FetchRequest) -> Result<Receiving, NotTaken> {
-        self.decode(request, true)
+    /// Opens the decode end of a pull, for a [`FetchRequest`](crate::FetchRequest) or a [`GatherRequest`]. With an error the pages are back in their pool.
+    pub fn fetch(&self, request: impl Into<GatherRequest>) -> Result<Receiving, NotTaken> {
+        self.decode(request.into(), true)
     }
 
-    /// Opens the prefill end of a push.
-    pub fn open(&self, request: SendRequest) -> Result<Sending, NotTaken> {
+    /// Opens the prefill end of a push, for a [`SendRequest`](crate::SendRequest) or a [`ScatterRequest`].
+    pub fn open(&self, request: impl Into<ScatterRequest>) -> Result<Sending, NotTaken> {
         let (end, end_ticket) = ticket();
         let control = self.control();
+        let request = request.into();
         let tokens = request.tokens;
         let asked_ns = self.shared.asked_ns();
         self.push(Command::Open { key: control.key, request, asked_ns, end })?;
         Ok(Sending::new(end_ticket, control, tokens, self.shared.layers.clone()))
     }
 
-    /// Opens the prefill end of a pull.
-    pub fn serve(&self, request: ServeRequest) -> Result<Serving, NotTaken> {
+    /// Opens the prefill end of a pull, for a [`ServeRequest`](crate::ServeRequest) or a [`ScatterServeRequest`].
+    pub fn serve(&self, request: impl Into<ScatterServeRequest>) -> Result<Serving, NotTaken> {
         let (end, end_ticket) = ticket();
         let control = self.control();
-        let asked_ns = self.shared.asked_ns();
+        let (request, asked_ns) = (request.into(), self.shared.asked_ns());
         self.push(Command::Serve { key: control.key, request, asked_ns, end })?;
         Ok(Serving { end: end_ticket, control })
     }
@@ -220,9 +221,9 @@ impl Handle {
         self.push(Command::Stop)
     }
 
-    fn decode(&self, request: ReceiveRequest, pull: bool) -> Result<Receiving, NotTaken> {
+    fn decode(&self, request: GatherRequest, pull: bool) -> Result<Receiving, NotTaken> {
         let key = self.key();
-        let (told, receiving) = decode_tickets(self, key);
+        let (told, receiving) = decode_tickets(self, key, request.pages.len());
         let asked_ns = self.shared.asked_ns();
         self.push(Command::Receive { key, request, asked_ns, pull, told })?;
         Ok(receiving)

@@ -1,30 +1,38 @@
 //! Where one worker keeps its KV: the cache layout.
 
+mod pool;
+mod share;
 mod wire;
 
 use std::ops::Range;
 
 use crossdock_memory::{LayoutError, MAX_PAGES, PageLayout};
 
+pub use pool::{CachePart, CachePartOptions, CachePool, CachePoolOptions, Extent};
+pub use share::{ContextShare, HeadOrder, HeadShare};
 pub use wire::LayoutDecodeError;
 
-/// Describes one worker's KV: what it holds, and where each layer's pages lie in the regions that the worker
+/// Describes one worker's KV: which share of it is here, and where each layer's pages lie in the regions that the worker
 /// announces to its peers.
 ///
 /// A layout is checked when it is made, and again when it comes [from a peer](CacheLayout::decode); afterwards
 /// every page that it names has an address, and no two layers share a byte. Layers are numbered as in the
 /// model, so that a pipeline rank that holds layers 30 to 60 says so.
+///
+/// [`new`](CacheLayout::new) makes the pool that holds the tokens of requests, [`with_part`](CacheLayout::with_part)
+/// adds what is kept in the same pages beside keys and values, [`with_pool`](CacheLayout::with_pool) what has pages of
+/// its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CacheLayout {
     model: String,
     model_layers: u32,
-    first_layer: u32,
+    layers: Range<u32>,
     kind: CacheKind,
     dtype: Dtype,
-    page_tokens: u32,
-    pages: u32,
-    /// One for each layer, from `first_layer` on.
-    buffers: Vec<LayerBuffer>,
+    rank: u32,
+    context: ContextShare,
+    /// The first one holds the tokens.
+    pools: Vec<CachePool>,
 }
 
 /// What a [`CacheLayout`] is made of.
@@ -36,7 +44,7 @@ pub struct LayoutOptions {
     pub model_layers: u32,
     /// The layers of this worker, numbered as in the model.
     pub layers: Range<u32>,
-    /// What is kept for a token.
+    /// What is kept for a token, and which share of it is here.
     pub kind: CacheKind,
     /// How numbers are stored.
     pub dtype: Dtype,
@@ -59,19 +67,43 @@ pub enum CacheKind {
         /// Of the rotary key.
         rope_bytes: u32,
     },
+    /// Attention with keys and values for each KV head (MHA, GQA, MQA), in buffers of their own.
+    Heads {
+        /// Which heads are here.
+        heads: HeadShare,
+        /// What one token's key, and as much again its value, takes for one head.
+        head_bytes: u32,
+        /// How they lie in a page.
+        order: HeadOrder,
+    },
 }
 
 impl CacheKind {
-    /// What one token takes in one layer.
+    /// What one token takes in one layer, keys and values together.
     pub fn token_bytes(&self) -> u64 {
         match *self {
             Self::Mla { latent_bytes, rope_bytes } => u64::from(latent_bytes) + u64::from(rope_bytes),
+            Self::Heads { heads, head_bytes, .. } => {
+                2 * u64::from(heads.count).saturating_mul(head_bytes.into())
+            }
         }
     }
 
-    fn name(&self) -> &'static str {
+    /// The parts of a page.
+    fn parts(&self) -> &'static [&'static str] {
         match self {
-            Self::Mla { .. } => "mla",
+            Self::Mla { .. } => &["latent"],
+            Self::Heads { .. } => &["k", "v"],
+        }
+    }
+
+    /// Whether the same is kept, whichever share of it.
+    fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Heads { heads: a, head_bytes: b, .. }, Self::Heads { heads: c, head_bytes: d, .. }) => {
+                (a.of, b) == (c.of, d)
+            }
+            _ => self == other,
         }
     }
 }
@@ -125,17 +157,19 @@ pub struct LayerBuffer {
 /// Where the pages of all layers are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Placement {
-    /// From the start of one region: all pages of the first layer, then all pages of the next, without gaps.
+    /// From the start of one region: all pages of the first layer, then all pages of the next, without gaps. Where keys
+    /// and values have buffers of their own, the keys of all layers come before the values of all layers.
     LayerMajor {
         /// Which region.
         region: u32,
     },
-    /// From the start of one region: page 0 of all layers, then page 1 of all layers, without gaps.
+    /// From the start of one region: page 0 of all layers, then page 1 of all layers, without gaps; keys before values.
     PageMajor {
         /// Which region.
         region: u32,
     },
-    /// As the engine has allocated them: one buffer for each layer, in the order of the layers.
+    /// As the engine has allocated them: one buffer for each layer, in the order of the layers; where keys and values
+    /// have buffers of their own, first the keys' of all layers, then the values'.
     Buffers(Vec<LayerBuffer>),
 }
 
@@ -144,39 +178,105 @@ impl CacheLayout {
     pub const MAX_LAYERS: u32 = 1024;
     /// Pages hold at most this many tokens.
     pub const MAX_PAGE_TOKENS: u32 = 1 << 16;
-    /// A token takes at most this many bytes in a layer.
-    pub const MAX_TOKEN_BYTES: u64 = 1 << 20;
+    /// A token, or an entry, takes at most this many bytes in a layer.
+    pub const MAX_TOKEN_BYTES: u64 = 1 << 26;
+    /// A pool has at most this many parts.
+    pub const MAX_PARTS: usize = 8;
+    /// Ranks of one side that serve a request together are fewer than this.
+    pub const MAX_RANKS: u32 = 1 << 12;
+    /// A layout has at most this many pools.
+    pub const MAX_POOLS: usize = 8;
 
     /// Checks the parts, and puts them together.
     pub fn new(options: LayoutOptions) -> Result<Self, CacheLayoutError> {
         let LayoutOptions { model, model_layers, layers, kind, dtype, page_tokens, pages, placement } =
             options;
-        if model.is_empty() || model.len() > MODEL_BYTES_MAX || model.contains(char::is_control) {
+        if model.is_empty() || model.len() > NAME_BYTES_MAX || model.contains(char::is_control) {
             return Err(CacheLayoutError::BadModelName { model });
         }
         let count = layers.end.saturating_sub(layers.start);
         if count == 0 || count > Self::MAX_LAYERS || layers.end > model_layers {
             return Err(CacheLayoutError::BadLayers { layers, model_layers });
         }
-        let token_bytes = kind.token_bytes();
+        let (heads, head_bytes, order) = match kind {
+            CacheKind::Mla { .. } => (HeadShare::WHOLE, kind.token_bytes(), HeadOrder::TokensFirst),
+            CacheKind::Heads { heads, head_bytes, order } => (heads, head_bytes.into(), order),
+        };
+        if !heads.is_sound() {
+            return Err(CacheLayoutError::BadHeads { heads });
+        }
+        let token_bytes = head_bytes.saturating_mul(heads.count.into());
         if token_bytes == 0 || token_bytes > Self::MAX_TOKEN_BYTES {
             return Err(CacheLayoutError::BadTokenBytes { token_bytes });
         }
         if page_tokens == 0 || page_tokens > Self::MAX_PAGE_TOKENS {
             return Err(CacheLayoutError::BadPageTokens { page_tokens });
         }
-        if pages == 0 || pages > MAX_PAGES {
-            return Err(CacheLayoutError::BadPages { pages });
-        }
+        let names = kind.parts();
         let page_bytes = token_bytes * u64::from(page_tokens);
-        let buffers = placement.buffers(&layers, page_bytes, pages)?;
-        if buffers.len() != count as usize {
+        let mut buffers = placement.buffers(&layers, names.len(), page_bytes, pages)?;
+        if buffers.len() != count as usize * names.len() {
             return Err(CacheLayoutError::BufferCount { buffers: buffers.len(), layers: count });
         }
-        let layout =
-            Self { model, model_layers, first_layer: layers.start, kind, dtype, page_tokens, pages, buffers };
+        let part = |name: &&str| CachePartOptions {
+            name: name.to_string(),
+            heads,
+            head_bytes: head_bytes as u32,
+            order,
+            layers: layers.clone().collect(),
+            buffers: buffers.drain(..count as usize).collect(),
+        };
+        let parts = names.iter().map(part).collect();
+        let tokens = CachePool::checked(CachePoolOptions {
+            name: "tokens".into(),
+            extent: Extent::Tokens,
+            page_tokens,
+            pages,
+            parts,
+        })?;
+        let context = ContextShare::ALL;
+        let layout = Self { model, model_layers, layers, kind, dtype, rank: 0, context, pools: vec![tokens] };
         layout.check_buffers()?;
         Ok(layout)
+    }
+
+    /// Keeps something more in the pages of the tokens, as the keys of an indexer beside a latent.
+    pub fn with_part(mut self, part: CachePartOptions) -> Result<Self, CacheLayoutError> {
+        self.check_layers(&part)?;
+        self.pools[0].add(part)?;
+        self.check_buffers()?;
+        Ok(self)
+    }
+
+    /// Keeps something more, in pages of its own. A room has a list of pages for each pool.
+    pub fn with_pool(mut self, pool: CachePoolOptions) -> Result<Self, CacheLayoutError> {
+        if self.pools.len() == Self::MAX_POOLS {
+            return Err(CacheLayoutError::PoolCount { pools: self.pools.len() + 1 });
+        }
+        if self.pools.iter().any(|known| known.name == pool.name) {
+            return Err(CacheLayoutError::SameName { name: pool.name });
+        }
+        pool.parts.iter().try_for_each(|part| self.check_layers(part))?;
+        self.pools.push(CachePool::checked(pool)?);
+        self.check_buffers()?;
+        Ok(self)
+    }
+
+    /// The worker's number among those of its side that serve a request together, below
+    /// [`MAX_RANKS`](CacheLayout::MAX_RANKS); 0 where it is alone.
+    pub fn with_rank(self, rank: u32) -> Result<Self, CacheLayoutError> {
+        match rank < Self::MAX_RANKS {
+            true => Ok(Self { rank, ..self }),
+            false => Err(CacheLayoutError::BadRank { rank }),
+        }
+    }
+
+    /// Keeps only some tokens of each request. Pools of entries are not shared so.
+    pub fn with_context(self, context: ContextShare) -> Result<Self, CacheLayoutError> {
+        match context.is_sound() {
+            true => Ok(Self { context, ..self }),
+            false => Err(CacheLayoutError::BadContext { context }),
+        }
     }
 
     /// All layers of DeepSeek-V3 or R1 in bf16, layer-major and without gaps in region 0.
@@ -193,6 +293,29 @@ impl CacheLayout {
         })
     }
 
+    /// The KV of Llama-3-70B in bf16 on rank `rank` of `ranks`: its share of 8 heads in all 80 layers, layer-major and
+    /// without gaps in region 0.
+    pub fn llama_3_70b(
+        page_tokens: u32,
+        pages: u32,
+        rank: u32,
+        ranks: u32,
+    ) -> Result<Self, CacheLayoutError> {
+        let nobody = HeadShare { of: 8, first: rank, count: 0 };
+        let heads = HeadShare::of_rank(8, rank, ranks).unwrap_or(nobody);
+        Self::new(LayoutOptions {
+            model: "llama-3-70b".into(),
+            model_layers: 80,
+            layers: 0..80,
+            kind: CacheKind::Heads { heads, head_bytes: 256, order: HeadOrder::TokensFirst },
+            dtype: Dtype::Bf16,
+            page_tokens,
+            pages,
+            placement: Placement::LayerMajor { region: 0 },
+        })?
+        .with_rank(rank)
+    }
+
     /// The model's name.
     pub fn model(&self) -> &str {
         &self.model
@@ -200,10 +323,10 @@ impl CacheLayout {
 
     /// The layers of this worker, numbered as in the model.
     pub fn layers(&self) -> Range<u32> {
-        self.first_layer..self.first_layer + self.buffers.len() as u32
+        self.layers.clone()
     }
 
-    /// What is kept for a token.
+    /// What is kept for a token, and which share of it is here.
     pub fn kind(&self) -> CacheKind {
         self.kind
     }
@@ -213,162 +336,227 @@ impl CacheLayout {
         self.dtype
     }
 
-    /// What one token takes in one layer.
+    /// The worker's number among those of its side that serve a request together.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Which tokens of a request are here.
+    pub fn context(&self) -> ContextShare {
+        self.context
+    }
+
+    /// Which tokens, or entries, a pool holds.
+    pub(crate) fn context_of(&self, pool: usize) -> ContextShare {
+        match self.pools[pool].extent {
+            Extent::Entries => ContextShare::ALL,
+            Extent::Tokens | Extent::Window(_) => self.context,
+        }
+    }
+
+    /// The pools; the first one holds the tokens.
+    pub fn pools(&self) -> &[CachePool] {
+        &self.pools
+    }
+
+    /// The pool that holds the tokens.
+    pub fn tokens(&self) -> &CachePool {
+        &self.pools[0]
+    }
+
+    /// What one token takes in one layer, in the pages of the tokens.
     pub fn token_bytes(&self) -> u64 {
-        self.kind.token_bytes()
+        self.tokens().token_bytes()
     }
 
     /// How many tokens a page holds.
     pub fn page_tokens(&self) -> u32 {
-        self.page_tokens
+        self.tokens().page_tokens
     }
 
     /// What one page takes in one layer.
     pub fn page_bytes(&self) -> u64 {
-        self.token_bytes() * u64::from(self.page_tokens)
+        self.token_bytes() * u64::from(self.page_tokens())
     }
 
     /// How many pages each layer has.
     pub fn pages(&self) -> u32 {
-        self.pages
+        self.tokens().pages
     }
 
-    /// How many pages hold this many tokens.
+    /// How many pages hold what is kept here of a request of this many tokens.
     pub fn pages_for(&self, tokens: u32) -> u32 {
-        tokens.div_ceil(self.page_tokens)
+        self.context.held_before(tokens).div_ceil(self.page_tokens())
     }
 
-    /// The buffers of all layers, in the order of the layers.
-    pub fn buffers(&self) -> &[LayerBuffer] {
-        &self.buffers
+    /// The buffers of everything.
+    pub fn buffers(&self) -> impl Iterator<Item = &LayerBuffer> {
+        self.pools.iter().flat_map(|pool| &pool.parts).flat_map(|part| &part.buffers)
     }
 
-    /// The buffer of a layer; `None` if the layer is not here.
+    /// The buffer of a layer's latent or keys, the first part of the tokens' pages; `None` if the layer is not here.
     pub fn buffer(&self, layer: u32) -> Option<LayerBuffer> {
-        self.buffers.get(layer.checked_sub(self.first_layer)? as usize).copied()
+        self.tokens().parts[0].buffer(layer)
     }
 
-    /// Where a layer's pages lie in its region; `None` if the layer is not here.
+    /// Where the pages of a layer's latent or keys lie in their region; `None` if the layer is not here.
     pub fn page_layout(&self, layer: u32) -> Option<PageLayout> {
-        self.buffer(layer).map(|buffer| self.pages_of(&buffer))
+        self.tokens().parts[0].page_layout(layer)
     }
 
     /// How long a region must be to hold what this layout places in it; 0 if nothing.
     pub fn bytes_needed(&self, region: u32) -> u64 {
-        let ends = self.buffers.iter().filter(|b| b.region == region).filter_map(|b| self.pages_of(b).end());
+        let ends =
+            self.placed().filter(|placed| placed.region == region).filter_map(|placed| placed.pages.end());
         ends.max().unwrap_or(0)
     }
 
     /// What two workers must have in common, as named values to be compared in the handshake. What the planner
-    /// bridges is not in it: page sizes, strides, the number of pages, which worker holds which layers.
+    /// bridges is not in it: page sizes, strides, the number of pages, which worker holds which layers, heads and
+    /// tokens.
     pub fn fingerprint(&self) -> Vec<(String, String)> {
         let mut values = vec![
-            ("model", self.model.clone()),
-            ("layers", self.model_layers.to_string()),
-            ("kind", self.kind.name().to_string()),
-            ("dtype", self.dtype.name().to_string()),
-            ("token_bytes", self.token_bytes().to_string()),
+            ("model".to_string(), self.model.clone()),
+            ("layers".into(), self.model_layers.to_string()),
+            ("dtype".into(), self.dtype.name().into()),
         ];
+        let mut add = |key: &str, value: String| values.push((key.to_string(), value));
         match self.kind {
             CacheKind::Mla { latent_bytes, rope_bytes } => {
-                values.push(("latent_bytes", latent_bytes.to_string()));
-                values.push(("rope_bytes", rope_bytes.to_string()));
+                add("kind", "mla".into());
+                add("latent_bytes", latent_bytes.to_string());
+                add("rope_bytes", rope_bytes.to_string());
+            }
+            CacheKind::Heads { heads, head_bytes, .. } => {
+                add("kind", "heads".into());
+                add("kv_heads", heads.of.to_string());
+                add("head_bytes", head_bytes.to_string());
             }
         }
-        values.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
+        let of_kind = self.kind.parts().len();
+        for (nth, pool) in self.pools.iter().enumerate() {
+            if nth > 0 {
+                add(&format!("pool {}", pool.name), format!("{:?}", pool.extent).to_lowercase());
+            }
+            for part in pool.parts.iter().skip(if nth == 0 { of_kind } else { 0 }) {
+                let value = format!("{} x {} bytes", part.heads.of, part.head_bytes);
+                add(&format!("part {} of {}", part.name, pool.name), value);
+            }
+        }
+        values
     }
 
-    /// The first key of the [fingerprint](CacheLayout::fingerprint) in which two layouts differ, found without
-    /// writing the fingerprints down.
+    /// In what two layouts differ that their [fingerprints](CacheLayout::fingerprint) hold, found without writing these
+    /// down.
     pub(crate) fn differs_in(&self, other: &Self) -> Option<&'static str> {
         if self.model != other.model {
             Some("model")
         } else if self.model_layers != other.model_layers {
             Some("layers")
-        } else if self.kind != other.kind {
+        } else if !self.kind.is_like(&other.kind) {
             Some("kind")
         } else if self.dtype != other.dtype {
             Some("dtype")
+        } else if !self.are_pools_like(other) {
+            Some("pools")
         } else {
             None
         }
     }
 
-    fn pages_of(&self, buffer: &LayerBuffer) -> PageLayout {
-        PageLayout {
-            offset: buffer.offset,
-            stride_bytes: buffer.stride_bytes,
-            page_bytes: self.page_bytes(),
-            pages: self.pages,
+    fn are_pools_like(&self, other: &Self) -> bool {
+        let is_like = |(one, two): (&CachePool, &CachePool)| {
+            (&one.name, one.extent, one.parts.len()) == (&two.name, two.extent, two.parts.len())
+                && one.parts.iter().zip(&two.parts).all(|(one, two)| one.is_like(two))
+        };
+        self.pools.len() == other.pools.len() && self.pools.iter().zip(&other.pools).all(is_like)
+    }
+
+    fn check_layers(&self, part: &CachePartOptions) -> Result<(), CacheLayoutError> {
+        match part.layers.iter().all(|layer| self.layers.contains(layer)) {
+            true => Ok(()),
+            false => Err(CacheLayoutError::BadPartLayers { part: part.name.clone() }),
         }
     }
 
-    /// Each buffer makes sense by itself, and no two share a byte.
+    fn placed(&self) -> impl Iterator<Item = Placed> {
+        self.pools.iter().flat_map(|pool| &pool.parts).flat_map(|part| {
+            part.layers.iter().zip(&part.buffers).map(|(&layer, buffer)| Placed {
+                layer,
+                region: buffer.region,
+                pages: part.placed(buffer),
+            })
+        })
+    }
+
+    /// No two buffers share a byte.
     fn check_buffers(&self) -> Result<(), CacheLayoutError> {
-        for (layer, buffer) in self.layers().zip(&self.buffers) {
-            self.pages_of(buffer)
-                .validate(u64::MAX)
-                .map_err(|source| CacheLayoutError::BadBuffer { layer, source })?;
-        }
-        let mut order: Vec<usize> = (0..self.buffers.len()).collect();
-        order.sort_by_key(|&at| (self.buffers[at].region, self.buffers[at].offset));
-        for (nth, &at) in order.iter().enumerate() {
+        let mut order: Vec<Placed> = self.placed().collect();
+        order.sort_by_key(|placed| (placed.region, placed.pages.offset));
+        for (nth, one) in order.iter().enumerate() {
             let clash = order[nth + 1..]
                 .iter()
-                .take_while(|&&other| self.reaches(at, other))
-                .find(|&&other| self.collide(at, other));
-            if let Some(&other) = clash {
-                let layer = |at: usize| self.first_layer + at as u32;
-                return Err(CacheLayoutError::BuffersCollide { layer: layer(at), other: layer(other) });
+                .take_while(|other| one.reaches(other))
+                .find(|other| one.collides_with(other));
+            if let Some(other) = clash {
+                return Err(CacheLayoutError::BuffersCollide { layer: one.layer, other: other.layer });
             }
         }
         Ok(())
     }
+}
 
-    /// Whether a buffer ends behind the beginning of a later one.
-    fn reaches(&self, at: usize, later: usize) -> bool {
-        let (one, two) = (&self.buffers[at], &self.buffers[later]);
-        one.region == two.region && self.pages_of(one).end().is_none_or(|end| end > two.offset)
+/// The pages of one layer and part.
+struct Placed {
+    layer: u32,
+    region: u32,
+    pages: PageLayout,
+}
+
+impl Placed {
+    /// Whether it ends behind the beginning of a later one.
+    fn reaches(&self, later: &Self) -> bool {
+        self.region == later.region && self.pages.end().is_none_or(|end| end > later.pages.offset)
     }
 
-    /// Whether a page of one buffer shares a byte with a page of a later one that it reaches. With equal strides
-    /// that is a question of one page; with different ones the pages would meet sooner or later, so that is refused
-    /// without looking further.
-    fn collide(&self, at: usize, later: usize) -> bool {
-        let (one, two) = (&self.buffers[at], &self.buffers[later]);
+    /// Whether a page shares a byte with a page of a later one that it reaches. With equal strides that is a question of
+    /// one page; with different ones the pages would meet sooner or later, so that is refused without looking further.
+    fn collides_with(&self, later: &Self) -> bool {
+        let (one, two) = (&self.pages, &later.pages);
         let into_page = (two.offset - one.offset) % one.stride_bytes;
         one.stride_bytes != two.stride_bytes
-            || into_page < self.page_bytes()
-            || one.stride_bytes - into_page < self.page_bytes()
+            || into_page < one.page_bytes
+            || one.stride_bytes - into_page < two.page_bytes
     }
 }
 
 impl Placement {
+    /// The buffers of all layers of each part; all parts take equally many bytes.
     fn buffers(
         self,
         layers: &Range<u32>,
+        parts: usize,
         page_bytes: u64,
         pages: u32,
     ) -> Result<Vec<LayerBuffer>, CacheLayoutError> {
-        let evenly = |region, layer_bytes: Option<u64>, stride_bytes: Option<u64>| {
-            layers
-                .clone()
-                .map(|layer| {
-                    let offset =
-                        layer_bytes.and_then(|bytes| bytes.checked_mul((layer - layers.start).into()));
-                    let (Some(offset), Some(stride_bytes)) = (offset, stride_bytes) else {
-                        return Err(CacheLayoutError::BadBuffer { layer, source: LayoutError::Overflow });
-                    };
-                    Ok(LayerBuffer { region, offset, stride_bytes })
-                })
-                .collect()
+        let evenly = |region, step_bytes: Option<u64>, stride_bytes: Option<u64>| {
+            let places = (0..parts as u64).flat_map(|part| layers.clone().map(move |layer| (part, layer)));
+            let buffer = |(part, layer): (u64, u32)| {
+                let nth = part * layers.len() as u64 + u64::from(layer - layers.start);
+                let offset = step_bytes.and_then(|bytes| bytes.checked_mul(nth));
+                let (Some(offset), Some(stride_bytes)) = (offset, stride_bytes) else {
+                    return Err(CacheLayoutError::BadBuffer { layer, source: LayoutError::Overflow });
+                };
+                Ok(LayerBuffer { region, offset, stride_bytes })
+            };
+            places.map(buffer).collect()
         };
         match self {
             Self::LayerMajor { region } => {
                 evenly(region, page_bytes.checked_mul(pages.into()), Some(page_bytes))
             }
             Self::PageMajor { region } => {
-                evenly(region, Some(page_bytes), page_bytes.checked_mul(layers.len() as u64))
+                evenly(region, Some(page_bytes), page_bytes.checked_mul((layers.len() * parts) as u64))
             }
             Self::Buffers(buffers) => Ok(buffers),
         }
@@ -430,6 +618,56 @@ pub enum CacheLayoutError {
         /// What is wrong with it.
         source: LayoutError,
     },
+    /// Heads that the model does not have, or none.
+    #[error("heads {}.. ({}) of {}", heads.first, heads.count, heads.of)]
+    BadHeads {
+        /// The heads.
+        heads: HeadShare,
+    },
+    /// No turn of the ranks that share a context.
+    #[error("turn {} of {}, of {} tokens each", context.rank, context.ranks, context.interleave)]
+    BadContext {
+        /// The share.
+        context: ContextShare,
+    },
+    /// The number of a rank is too large.
+    #[error("rank {rank}: there are fewer than {} of one side", CacheLayout::MAX_RANKS)]
+    BadRank {
+        /// The number.
+        rank: u32,
+    },
+    /// The name of a pool or a part is empty, too long, or cannot be printed.
+    #[error("{name:?} cannot name a part of a cache: 1 to 255 bytes without control characters")]
+    BadName {
+        /// The name.
+        name: String,
+    },
+    /// Two pools, or two parts of one, have the same name.
+    #[error("{name:?} is there twice")]
+    SameName {
+        /// The name.
+        name: String,
+    },
+    /// A part's layers are none, are not in ascending order, or are not here.
+    #[error("the layers of part {part:?} are not some of the worker's in ascending order")]
+    BadPartLayers {
+        /// Which part.
+        part: String,
+    },
+    /// A pool has no parts, or too many.
+    #[error("pool {pool:?} has {parts} parts: 1 to {} are possible", CacheLayout::MAX_PARTS)]
+    PartCount {
+        /// Which pool.
+        pool: String,
+        /// How many.
+        parts: usize,
+    },
+    /// There are too many pools.
+    #[error("{pools} pools: at most {} are possible", CacheLayout::MAX_POOLS)]
+    PoolCount {
+        /// How many.
+        pools: usize,
+    },
     /// Pages of two layers share bytes, or lie between each other at different strides.
     #[error("the buffers of layers {layer} and {other} collide")]
     BuffersCollide {
@@ -440,8 +678,8 @@ pub enum CacheLayoutError {
     },
 }
 
-/// The length of a model's name is one byte on the wire.
-const MODEL_BYTES_MAX: usize = 255;
+/// The length of a name is one byte on the wire.
+const NAME_BYTES_MAX: usize = 255;
 
 #[cfg(test)]
 mod tests {
@@ -584,9 +822,8 @@ mod tests {
         let expected = [
             "model deepseek-r1",
             "layers 61",
-            "kind mla",
             "dtype bf16",
-            "token_bytes 1152",
+            "kind mla",
             "latent_bytes 1024",
             "rope_bytes 128",
         ];

@@ -18,19 +18,23 @@ mod plan;
 mod queue;
 mod random;
 mod request;
+mod topology;
 pub mod trace;
 mod worker;
 
 pub use checksum::{ChecksumDecodeError, ChecksumError, Checksums, Verify, VerifyError};
 pub use handle::{Handle, NotTaken};
 pub use layout::{
-    CacheKind, CacheLayout, CacheLayoutError, Dtype, LayerBuffer, LayoutDecodeError, LayoutOptions, Placement,
+    CacheKind, CacheLayout, CacheLayoutError, CachePart, CachePartOptions, CachePool, CachePoolOptions,
+    ContextShare, Dtype, Extent, HeadOrder, HeadShare, LayerBuffer, LayoutDecodeError, LayoutOptions,
+    Placement,
 };
 pub use page_table::{PageTable, PageTableError};
 pub use pages_ticket::PagesTicket;
 pub use plan::{Cursor, Ops, OpsError, Plan, PlanError, PlanInput, Route};
 pub use request::{
-    Ended, FetchRequest, Peer, PeerUp, ReceiveRequest, Received, Receiving, SendError, SendRequest, Sending,
-    ServeRequest, Serving, Stats,
+    Ended, FetchRequest, GatherRequest, Peer, PeerUp, ReceiveRequest, Received, Receiving, ScatterRequest,
+    ScatterServeRequest, SendError, SendRequest, Sending, ServeRequest, Serving, Source, Stats,
 };
+pub use topology::{Parallelism, RankShare, TopologyError, dp_rank_of, even_stages};
 pub use worker::{Turn, Worker, WorkerError, WorkerOptions};

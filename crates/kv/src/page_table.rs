@@ -2,14 +2,16 @@
 
 use std::ops::Range;
 
-use crate::CacheLayout;
+use crate::{CacheLayout, CachePool, ContextShare};
 
-/// One worker's pages for one request. Entry `i` of the list holds the tokens from
-/// `(first_page + i) * page_tokens` on.
+/// One worker's pages of one pool for one request. Entry `i` of the list holds the tokens from
+/// `(first_page + i) * page_tokens` on, counted among the [tokens that are here](CacheLayout::context).
 #[derive(Clone, Copy, Debug)]
 pub struct PageTable<'a> {
     /// The worker's layout, which says how many tokens a page holds.
     pub layout: &'a CacheLayout,
+    /// Of which of its pools the pages are.
+    pub pool: usize,
     /// How many pages of the request come before the list: 0 unless the list leaves out a prefix that is not
     /// going to move, or belongs to a later chunk of the request.
     pub first_page: u32,
@@ -20,33 +22,60 @@ pub struct PageTable<'a> {
 impl<'a> PageTable<'a> {
     /// The pages of a whole request, from its first token on.
     pub fn new(layout: &'a CacheLayout, pages: &'a [u32]) -> Self {
-        Self { layout, first_page: 0, pages }
+        Self::from_token(layout, 0, pages)
+    }
+
+    /// The pages of a request's tokens from this one on: the first page is the one that holds it, or, if it is not here,
+    /// the next one that is.
+    pub fn from_token(layout: &'a CacheLayout, token: u32, pages: &'a [u32]) -> Self {
+        Self::of_pool(layout, 0, token, pages)
+    }
+
+    /// The same of another pool.
+    ///
+    /// # Panics
+    /// If the layout has no such pool.
+    pub fn of_pool(layout: &'a CacheLayout, pool: usize, token: u32, pages: &'a [u32]) -> Self {
+        let first_page = layout.context_of(pool).held_before(token) / layout.pools()[pool].page_tokens();
+        Self { layout, pool, first_page, pages }
+    }
+
+    /// The pool of the pages.
+    pub(crate) fn of(&self) -> &'a CachePool {
+        &self.layout.pools()[self.pool]
+    }
+
+    /// Which tokens are here.
+    pub(crate) fn context(&self) -> ContextShare {
+        self.layout.context_of(self.pool)
+    }
+
+    /// Which of these tokens are here, by their places among all that are.
+    pub(crate) fn held(&self, tokens: &Range<u32>) -> Range<u32> {
+        let context = self.context();
+        context.held_before(tokens.start)..context.held_before(tokens.end)
     }
 
     /// The part of the list that holds these tokens, once it is known to be there and within the layout.
     pub(crate) fn covering(&self, tokens: &Range<u32>) -> Result<&'a [u32], PageTableError> {
+        let tokens = self.held(tokens);
         if tokens.is_empty() {
             return Ok(&[]);
         }
-        let first = tokens.start / self.layout.page_tokens();
-        let end = tokens.end.div_ceil(self.layout.page_tokens());
+        let page_tokens = self.of().page_tokens();
+        let first = tokens.start / page_tokens;
+        let end = tokens.end.div_ceil(page_tokens);
         let given = self.first_page..self.first_page.saturating_add(self.pages.len() as u32);
         if first < given.start || end > given.end {
             return Err(PageTableError::NotCovered { needed: first..end, given });
         }
         let pages = &self.pages[(first - given.start) as usize..(end - given.start) as usize];
         match pages.iter().copied().max() {
-            Some(page) if page >= self.layout.pages() => {
-                Err(PageTableError::PageOutOfRange { page, pages: self.layout.pages() })
+            Some(page) if page >= self.of().pages() => {
+                Err(PageTableError::PageOutOfRange { page, pages: self.of().pages() })
             }
             _ => Ok(pages),
         }
-    }
-
-    /// Goes through these tokens page by page. [`covering`](PageTable::covering) has found their pages.
-    pub(crate) fn walk(&self, covering: &'a [u32], tokens: &Range<u32>) -> Walk<'a> {
-        let page_tokens = self.layout.page_tokens();
-        Walk { pages: covering, at: 0, offset: tokens.start % page_tokens, page_tokens }
     }
 }
 
@@ -59,7 +88,12 @@ pub(crate) struct Walk<'a> {
     page_tokens: u32,
 }
 
-impl Walk<'_> {
+impl<'a> Walk<'a> {
+    /// From this token of the first page on.
+    pub fn new(pages: &'a [u32], offset: u32, page_tokens: u32) -> Self {
+        Self { pages, at: 0, offset, page_tokens }
+    }
+
     /// The page, and the token in it.
     #[inline]
     pub fn place(&self) -> (u32, u32) {
@@ -121,7 +155,7 @@ mod tests {
     fn a_table_covers_what_its_list_holds() {
         let layout = CacheLayout::deepseek_r1(16, 100).unwrap();
         let pages = [7, 3, 99, 100];
-        let table = PageTable { layout: &layout, first_page: 2, pages: &pages };
+        let table = PageTable { layout: &layout, pool: 0, first_page: 2, pages: &pages };
         assert_eq!(table.covering(&(32..80)), Ok(&pages[..3]));
         assert_eq!(table.covering(&(47..49)), Ok(&pages[..2]));
         assert_eq!(table.covering(&(48..64)), Ok(&pages[1..2]));
@@ -134,9 +168,9 @@ mod tests {
     #[test]
     fn a_walk_enters_each_page_once() {
         let layout = CacheLayout::deepseek_r1(16, 100).unwrap();
-        let table = PageTable { layout: &layout, first_page: 1, pages: &[5, 4, 9] };
+        let table = PageTable { layout: &layout, pool: 0, first_page: 1, pages: &[5, 4, 9] };
         let tokens = 20..50;
-        let mut walk = table.walk(table.covering(&tokens).unwrap(), &tokens);
+        let mut walk = Walk::new(table.covering(&tokens).unwrap(), 4, 16);
         let mut seen = Vec::new();
         let mut left = 30;
         while left > 0 {

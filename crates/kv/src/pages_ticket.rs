@@ -15,23 +15,43 @@ use crossdock_proto::Homecoming;
 /// loop to give the pages back to their pool.
 #[derive(Debug)]
 #[must_use = "the pages of the room are told here"]
-pub struct PagesTicket(Ticket<Homecoming>);
+pub struct PagesTicket(Ticket<AllHome>);
 
-impl From<Ticket<Homecoming>> for PagesTicket {
-    fn from(ticket: Ticket<Homecoming>) -> Self {
+impl From<Ticket<AllHome>> for PagesTicket {
+    fn from(ticket: Ticket<AllHome>) -> Self {
         Self(ticket)
+    }
+}
+
+impl Default for PagesTicket {
+    /// The ticket of no room: what is left behind by whoever takes a ticket out of a [`Receiving`](crate::Receiving).
+    fn default() -> Self {
+        let (nobody, ticket) = crossdock_engine::ticket();
+        drop(nobody);
+        Self(ticket)
+    }
+}
+
+/// The pages as every peer that could write them has left them.
+#[derive(Debug)]
+pub(crate) struct AllHome(pub Vec<Homecoming>);
+
+impl AllHome {
+    fn into_pages(self) -> PageSet {
+        let last = self.0.into_iter().filter_map(Homecoming::into_pages).last();
+        last.expect("the last of the peers that could write pages gives them back")
     }
 }
 
 impl PagesTicket {
     /// The pages, if they have come home; `None` if they are still to come.
     pub fn poll(&mut self) -> Result<Option<PageSet>, Abandoned> {
-        Ok(self.0.poll()?.map(Homecoming::into_pages))
+        Ok(self.0.poll()?.map(AllHome::into_pages))
     }
 
     /// Blocks until the pages have come home, or until the deadline.
     pub fn wait_until(&mut self, deadline: Instant) -> Result<PageSet, TicketError> {
-        self.0.wait_until(deadline).map(Homecoming::into_pages)
+        self.0.wait_until(deadline).map(AllHome::into_pages)
     }
 }
 
@@ -39,6 +59,6 @@ impl Future for PagesTicket {
     type Output = Result<PageSet, Abandoned>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.0).poll(cx).map(|home| home.map(Homecoming::into_pages))
+        Pin::new(&mut self.0).poll(cx).map(|home| home.map(AllHome::into_pages))
     }
 }

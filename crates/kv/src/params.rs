@@ -2,22 +2,27 @@
 //!
 //! | message | bytes | field |
 //! |---|---|---|
-//! | ask: with a push's grant, a pull's want | 1 | version: 1 |
-//! | | 4 | tokens of the request |
+//! | ask: with a push's grant, a pull's want | 1 | version: 2 |
+//! | | 1 | of which pool of the layouts |
+//! | | 4 | tokens of the request; entries, of a pool of these |
 //! | | 4 | tokens that the decode side holds already |
 //! | | 1 | 1: send checksums |
-//! | answer: with a push's finish, a pull's grant | 1 | version: 1 |
+//! | answer: with a push's finish, a pull's grant | 1 | version: 2 |
 //! | | 4 | tokens of the request |
 //! | | 4, n | the user's own bytes |
 //! | | n | [checksums](crate::Checksums), or nothing |
 
-use crate::fields::{Fields, Truncated};
+use std::ops::Range;
 
-const VERSION: u8 = 1;
+use crate::fields::{Fields, Truncated};
+use crate::{CacheLayout, Extent, PageTable};
+
+const VERSION: u8 = 2;
 
 /// What the decode side asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ask {
+    pub pool: u8,
     pub tokens: u32,
     pub skip_tokens: u32,
     pub checksums: bool,
@@ -32,9 +37,49 @@ pub(crate) struct Answer {
     pub checksums: Vec<u8>,
 }
 
+impl CacheLayout {
+    /// What a decode side asks for of a pool, of which it lists so many pages.
+    pub(crate) fn ask(
+        &self,
+        pool: usize,
+        tokens: u32,
+        skip_tokens: u32,
+        pages: usize,
+        checksums: bool,
+    ) -> Ask {
+        let (tokens, skip_tokens) = match self.pools()[pool].extent() {
+            Extent::Tokens | Extent::Window(_) => (tokens, skip_tokens),
+            Extent::Entries => (pages as u32, 0),
+        };
+        Ask { pool: pool as u8, tokens, skip_tokens, checksums }
+    }
+
+    /// Which tokens move.
+    pub(crate) fn moved(&self, ask: &Ask) -> Range<u32> {
+        ask.skip_tokens.max(self.kept_from(ask))..ask.tokens
+    }
+
+    /// The pages of a decode side that asks so: they begin with what moves.
+    pub(crate) fn decode_table<'a>(&'a self, ask: &Ask, pages: &'a [u32]) -> PageTable<'a> {
+        PageTable::of_pool(self, ask.pool.into(), self.moved(ask).start, pages)
+    }
+
+    /// The pages of the prefill side that is asked: they begin with what it keeps.
+    pub(crate) fn prefill_table<'a>(&'a self, ask: &Ask, pages: &'a [u32]) -> PageTable<'a> {
+        PageTable::of_pool(self, ask.pool.into(), self.kept_from(ask), pages)
+    }
+
+    fn kept_from(&self, ask: &Ask) -> u32 {
+        match self.pools()[usize::from(ask.pool)].extent() {
+            Extent::Window(window) => ask.tokens.saturating_sub(window),
+            Extent::Tokens | Extent::Entries => 0,
+        }
+    }
+}
+
 impl Ask {
     pub fn encode(self) -> Vec<u8> {
-        let mut out = vec![VERSION];
+        let mut out = vec![VERSION, self.pool];
         out.extend(self.tokens.to_le_bytes());
         out.extend(self.skip_tokens.to_le_bytes());
         out.push(self.checksums as u8);
@@ -47,6 +92,7 @@ impl Ask {
             let mut fields = Fields(bytes);
             let version = fields.u8("version")?;
             let ask = Self {
+                pool: fields.u8("pool")?,
                 tokens: fields.u32("tokens")?,
                 skip_tokens: fields.u32("skip tokens")?,
                 checksums: fields.u8("checksums")? == 1,
@@ -93,8 +139,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_written_is_read(tokens: u32, aux: Vec<u8>, checksums: Vec<u8>, flag: bool) {
-            let ask = Ask { tokens, skip_tokens: tokens / 2, checksums: flag };
+        fn what_is_written_is_read(pool: u8, tokens: u32, aux: Vec<u8>, checksums: Vec<u8>, flag: bool) {
+            let ask = Ask { pool, tokens, skip_tokens: tokens / 2, checksums: flag };
             prop_assert_eq!(Ask::decode(&ask.encode()), Some(ask));
             let answer = Answer { tokens, aux, checksums };
             prop_assert_eq!(Answer::decode(&answer.encode()), Some(answer));

@@ -2,31 +2,37 @@
 
 mod geometry;
 mod ops;
+mod shape;
+mod stretches;
 
 use std::ops::Range;
 
-use crate::page_table::Walk;
 use crate::{LayerBuffer, PageTable, PageTableError};
 use geometry::Geometry;
+use shape::Shape;
+use stretches::Common;
 
 pub use ops::{Cursor, Ops, OpsError, Route};
 
-/// How the tokens of one request move from one worker's cache to another's, whatever their page sizes.
+/// How the tokens of one request move from one worker's cache to another's, whatever their page sizes, and whichever
+/// share of the layers, heads and tokens each of them holds: what both hold moves.
 ///
-/// Built once a request (or a chunk of it). The pieces of memory to be moved are found once and shared by all
+/// Built once a request (or a chunk of it) and pool. The pieces of memory to be moved are found once and shared by all
 /// layers; [`ops`](Plan::ops) then gives the ops of any layers, for any lane, without allocating. A plan is
 /// constant and belongs to no thread.
 ///
 /// Neighbours are merged where memory continues on both sides. A layer becomes one op for each length of piece:
 /// where a piece begins inside a page, that is folded into the op's index lists, whose unit is then finer than
-/// the page.
+/// the page. Where the heads of a page lie one after the other, each head has ops of its own, with the same lists;
+/// whole pages of equally many tokens need only one for all heads.
 #[derive(Debug)]
 pub struct Plan {
     tokens: Range<u32>,
-    token_bytes: u64,
-    first_layer: u32,
-    /// One for each layer that both workers hold.
-    layers: Vec<Layer>,
+    layers: Range<u32>,
+    /// What moves, in the order of the layers.
+    entries: Vec<Entry>,
+    sets: Vec<Set>,
+    /// Those of all sets, one set after the other; behind them may lie some that are out of use.
     geometries: Vec<Geometry>,
     /// No layer names a region from this number on.
     source_regions: u32,
@@ -42,28 +48,39 @@ pub struct PlanInput<'a> {
     pub source: PageTable<'a>,
     /// Where they go.
     pub destination: PageTable<'a>,
-    /// Which tokens of the request; those before are there already.
+    /// Which tokens of the request; those before are there already. Of a pool of entries: which of those listed.
     pub tokens: Range<u32>,
 }
 
+/// One part of one layer.
 #[derive(Clone, Copy, Debug)]
-struct Layer {
+struct Entry {
+    layer: u32,
     source: LayerBuffer,
     destination: LayerBuffer,
-    geometry: usize,
+    set: u32,
+}
+
+/// The pieces of all parts and layers of one shape.
+#[derive(Clone, Debug)]
+struct Set {
+    shape: Shape,
+    geometries: Range<u32>,
+    /// What they move for each layer.
+    bytes: u64,
 }
 
 impl Plan {
-    /// A plan treats at most this many pairs of page strides; a cache has one or two.
-    pub const MAX_GEOMETRIES: usize = 8;
+    /// A plan treats at most this many shapes of parts, page strides included; a cache has one to three.
+    pub const MAX_SHAPES: usize = 32;
 
-    /// Finds the pieces. Moves those layers that both workers hold.
+    /// Finds the pieces. Moves what both workers hold.
     pub fn build(input: &PlanInput<'_>) -> Result<Self, PlanError> {
         let mut plan = Self {
             tokens: 0..0,
-            token_bytes: 0,
-            first_layer: 0,
-            layers: Vec::new(),
+            layers: 0..0,
+            entries: Vec::new(),
+            sets: Vec::new(),
             geometries: Vec::new(),
             source_regions: 0,
             destination_regions: 0,
@@ -76,11 +93,24 @@ impl Plan {
     /// Starts over with other tokens or pages, in the memory that the plan has: a chunk of a request for the whole of
     /// which it was built before costs no allocation. After an error the plan is empty.
     pub fn renew(&mut self, input: &PlanInput<'_>) -> Result<(), PlanError> {
+        (self.tokens, self.layers) = (0..0, 0..0);
+        self.entries.clear();
+        self.sets.clear();
+        let found = self.find(input);
+        if found.is_err() {
+            self.entries.clear();
+            self.sets.clear();
+        }
+        found
+    }
+
+    fn find(&mut self, input: &PlanInput<'_>) -> Result<(), PlanError> {
         let (source, destination) = (&input.source, &input.destination);
-        self.tokens = 0..0;
-        self.layers.clear();
         if let Some(key) = source.layout.differs_in(destination.layout) {
             return Err(PlanError::Unbridgeable { key });
+        }
+        if source.pool != destination.pool {
+            return Err(PlanError::Unbridgeable { key: "pool" });
         }
         if input.tokens.start > input.tokens.end {
             return Err(PlanError::BadTokens { tokens: input.tokens.clone() });
@@ -89,131 +119,112 @@ impl Plan {
         let destination_pages = destination.covering(&input.tokens).map_err(PlanError::Destination)?;
         refuse_duplicates(destination_pages, &mut self.seen)?;
 
-        let pairs = Pairs {
-            source: source.walk(source_pages, &input.tokens),
-            destination: destination.walk(destination_pages, &input.tokens),
-            left: input.tokens.end - input.tokens.start,
-        };
-        let common = common_layers(input)?;
-        let mut found = 0;
-        self.layers.reserve(common.len());
-        for layer in common.clone() {
-            let (Some(from), Some(to)) = (source.layout.buffer(layer), destination.layout.buffer(layer))
-            else {
-                unreachable!("both layouts hold the common layers");
-            };
-            let strides = (from.stride_bytes, to.stride_bytes);
-            let known = self.geometries[..found].iter().position(|geometry| geometry.strides() == strides);
-            if known.is_none() {
-                if found == Self::MAX_GEOMETRIES {
-                    self.layers.clear();
-                    return Err(PlanError::TooManyGeometries { layer });
-                }
-                match self.geometries.get_mut(found) {
-                    Some(geometry) => geometry.renew(input, &pairs, strides),
-                    None => self.geometries.push(Geometry::new(input, &pairs, strides)),
-                }
-                found += 1;
+        let common = Common::new(input, source_pages, destination_pages);
+        let layers = common_layers(input)?;
+        let parts = source.of().parts().iter().zip(destination.of().parts());
+        self.entries.reserve(layers.len() * parts.len());
+        for layer in layers.clone() {
+            for (from, to) in parts.clone() {
+                let (Some(from_buffer), Some(to_buffer)) = (from.buffer(layer), to.buffer(layer)) else {
+                    continue;
+                };
+                let strides = (from_buffer.stride_bytes, to_buffer.stride_bytes);
+                let Some(shape) = Shape::between(from, to, strides) else { continue };
+                let set = self.set(shape, &common, layer)?;
+                self.entries.push(Entry { layer, source: from_buffer, destination: to_buffer, set });
             }
-            let geometry = known.unwrap_or(found - 1);
-            self.layers.push(Layer { source: from, destination: to, geometry });
+        }
+        // A pair of workers that shares tokens need not share what is kept beside them.
+        if self.entries.is_empty() && source.pool == 0 {
+            return Err(PlanError::NothingInCommon);
         }
         let regions =
-            |region: fn(&Layer) -> u32| self.layers.iter().map(region).max().map_or(0, |max| max + 1);
-        self.source_regions = regions(|layer| layer.source.region);
-        self.destination_regions = regions(|layer| layer.destination.region);
-        self.tokens = input.tokens.clone();
-        self.token_bytes = source.layout.token_bytes();
-        self.first_layer = common.start;
+            |region: fn(&Entry) -> u32| self.entries.iter().map(region).max().map_or(0, |max| max + 1);
+        self.source_regions = regions(|entry| entry.source.region);
+        self.destination_regions = regions(|entry| entry.destination.region);
+        (self.tokens, self.layers) = (input.tokens.clone(), layers);
         Ok(())
     }
 
-    /// Which tokens move.
+    /// Which tokens move, of those that both workers hold.
     pub fn tokens(&self) -> Range<u32> {
         self.tokens.clone()
     }
 
     /// Which layers move, numbered as in the model.
     pub fn layers(&self) -> Range<u32> {
-        self.first_layer..self.first_layer + self.layers.len() as u32
+        self.layers.clone()
     }
 
-    /// How many bytes move in each layer.
-    pub fn bytes_per_layer(&self) -> u64 {
-        u64::from(self.tokens.end - self.tokens.start) * self.token_bytes
+    /// How many bytes move in a layer; 0 for one that does not move.
+    pub fn layer_bytes(&self, layer: u32) -> u64 {
+        self.of_layer(layer).map(|(_, set)| set.bytes).sum()
     }
 
     /// How many bytes move.
     pub fn total_bytes(&self) -> u64 {
-        self.bytes_per_layer() * self.layers.len() as u64
+        self.entries.iter().map(|entry| self.sets[entry.set as usize].bytes).sum()
     }
 
     /// How many ops a layer takes; 0 for one that does not move.
     pub fn ops_per_layer(&self, layer: u32) -> usize {
-        self.geometry(layer).map_or(0, |geometry| geometry.groups().len())
+        self.of_layer(layer)
+            .map(|(_, set)| self.geometries_of(set).iter().map(Geometry::ops).sum::<usize>())
+            .sum()
     }
 
     /// How many pieces of memory a layer takes; 0 for one that does not move.
     pub fn pieces_per_layer(&self, layer: u32) -> usize {
-        self.geometry(layer).map_or(0, |geometry| geometry.pieces())
+        self.of_layer(layer)
+            .map(|(_, set)| self.geometries_of(set).iter().map(Geometry::pieces).sum::<usize>())
+            .sum()
     }
 
-    fn layer(&self, layer: u32) -> Option<&Layer> {
-        self.layers.get(layer.checked_sub(self.first_layer)? as usize)
-    }
-
-    fn geometry(&self, layer: u32) -> Option<&Geometry> {
-        self.layer(layer).map(|layer| &self.geometries[layer.geometry])
-    }
-}
-
-/// Both page tables walked at once: the longest stretches of tokens that lie in one page on either side.
-#[derive(Clone, Debug)]
-struct Pairs<'a> {
-    source: Walk<'a>,
-    destination: Walk<'a>,
-    left: u32,
-}
-
-/// A stretch of tokens in one page of the source and one of the destination: page, and token in it.
-#[derive(Clone, Copy, Debug)]
-struct Pair {
-    source: (u32, u32),
-    destination: (u32, u32),
-    tokens: u32,
-}
-
-impl Pairs<'_> {
-    /// A stretch ends where a page of either side ends, and has at least one token.
-    fn at_most(&self) -> usize {
-        (self.source.pages() + self.destination.pages()).min(self.left as usize)
-    }
-}
-
-impl Iterator for Pairs<'_> {
-    type Item = Pair;
-
-    #[inline]
-    fn next(&mut self) -> Option<Pair> {
-        if self.left == 0 {
-            return None;
+    /// The set of pieces for a shape: that of an earlier part or layer, or a new one.
+    fn set(&mut self, shape: Shape, common: &Common<'_>, layer: u32) -> Result<u32, PlanError> {
+        if let Some(known) = self.sets.iter().rposition(|set| set.shape == shape) {
+            return Ok(known as u32);
         }
-        let tokens = self.source.left().min(self.destination.left()).min(self.left);
-        let pair = Pair { source: self.source.place(), destination: self.destination.place(), tokens };
-        self.source.advance(tokens);
-        self.destination.advance(tokens);
-        self.left -= tokens;
-        Some(pair)
+        if self.sets.len() == Self::MAX_SHAPES {
+            return Err(PlanError::TooManyShapes { layer });
+        }
+        let first = self.sets.last().map_or(0, |set| set.geometries.end);
+        let mut end = first;
+        common.each(&shape, |pieces| {
+            if end as usize == self.geometries.len() {
+                self.geometries.push(Geometry::default());
+            }
+            let geometry = &mut self.geometries[end as usize];
+            pieces.fill(geometry);
+            end += u32::from(geometry.ops() > 0);
+        });
+        let bytes = self.geometries[first as usize..end as usize].iter().map(Geometry::bytes).sum();
+        self.sets.push(Set { shape, geometries: first..end, bytes });
+        Ok(self.sets.len() as u32 - 1)
+    }
+
+    fn of_layer(&self, layer: u32) -> impl Iterator<Item = (&Entry, &Set)> {
+        let entries = &self.entries[self.entries_of(&(layer..layer.saturating_add(1)))];
+        entries.iter().map(|entry| (entry, &self.sets[entry.set as usize]))
+    }
+
+    fn entries_of(&self, layers: &Range<u32>) -> Range<usize> {
+        let before = |layer: u32| self.entries.partition_point(|entry| entry.layer < layer);
+        before(layers.start)..before(layers.end)
+    }
+
+    fn geometries_of(&self, set: &Set) -> &[Geometry] {
+        &self.geometries[set.geometries.start as usize..set.geometries.end as usize]
     }
 }
 
 fn common_layers(input: &PlanInput<'_>) -> Result<Range<u32>, PlanError> {
     let (source, destination) = (input.source.layout.layers(), input.destination.layout.layers());
     let common = source.start.max(destination.start)..source.end.min(destination.end);
-    if common.is_empty() {
+    if common.is_empty() && input.source.pool == 0 {
         return Err(PlanError::NoCommonLayers { source_layers: source, destination_layers: destination });
     }
-    Ok(common)
+    Ok(common.start..common.end.max(common.start))
 }
 
 /// A page that is listed twice would be written twice, and one of its two stretches of tokens lost. `seen` is all
@@ -282,9 +293,12 @@ pub enum PlanError {
         /// The page.
         page: u32,
     },
+    /// No head is held by both workers in a layer that both hold.
+    #[error("the two workers hold no heads and layers in common")]
+    NothingInCommon,
     /// The layers are laid out in too many different ways.
-    #[error("layer {layer} needs more than {} pairs of page strides", Plan::MAX_GEOMETRIES)]
-    TooManyGeometries {
+    #[error("layer {layer} needs more than {} pairs of page strides and head shares", Plan::MAX_SHAPES)]
+    TooManyShapes {
         /// The first layer that is too much.
         layer: u32,
     },

@@ -11,6 +11,7 @@ use crossdock_proto::{Counters, End, Homecoming, Identity, RoomName, SessionEnd}
 
 use crate::PagesTicket;
 use crate::handle::{Handle, NotTaken};
+use crate::pages_ticket::AllHome;
 
 /// A peer that is dialed, or that has dialed this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -77,6 +78,89 @@ pub struct SendRequest {
 /// Asks for tokens to be pulled from the peer's pages into pages of this node.
 pub type FetchRequest = ReceiveRequest;
 
+/// A [`ReceiveRequest`] whose tokens come from several ranks of the prefill side, each of which brings its share of the
+/// layers, heads and tokens; or that has pages of several [pools](crate::CacheLayout::pools). Which ranks are needed,
+/// [`Parallelism::sources`](crate::Parallelism::sources) says.
+#[derive(Debug)]
+pub struct GatherRequest {
+    /// From whom. Together they bring each byte once.
+    pub sources: Vec<Source>,
+    /// The router's number for the request.
+    pub room: u64,
+    /// Which use of that number.
+    pub use_count: u32,
+    /// Tokens of the request.
+    pub tokens: u32,
+    /// Tokens of a prefix that is here already and is not to be sent.
+    pub skip_tokens: u32,
+    /// For each pool of this node's layout, pages for what moves: the first page holds the first token, of those that
+    /// are here, from `skip_tokens` on, or from the beginning of the window. Of a pool of entries: as many as there are.
+    pub pages: Vec<PageSet>,
+    /// From the call that this is given to.
+    pub deadline: Duration,
+}
+
+/// A rank of the prefill side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Source {
+    /// The node.
+    pub peer: Peer,
+    /// Its [rank](crate::CacheLayout::rank).
+    pub rank: u32,
+}
+
+impl From<ReceiveRequest> for GatherRequest {
+    fn from(request: ReceiveRequest) -> Self {
+        let ReceiveRequest { peer, room, use_count, tokens, skip_tokens, pages, deadline } = request;
+        let sources = vec![Source { peer, rank: 0 }];
+        Self { sources, room, use_count, tokens, skip_tokens, pages: vec![pages], deadline }
+    }
+}
+
+/// A [`SendRequest`] whose tokens go to several ranks of the decode side; or that has pages of several
+/// [pools](crate::CacheLayout::pools). Which ranks need this one,
+/// [`Parallelism::destinations`](crate::Parallelism::destinations) says.
+#[derive(Debug)]
+pub struct ScatterRequest {
+    /// The [ranks](crate::CacheLayout::rank) that take their shares.
+    pub ranks: Vec<u32>,
+    /// The router's number for the request.
+    pub room: u64,
+    /// Which use of that number.
+    pub use_count: u32,
+    /// Tokens of the request.
+    pub tokens: u32,
+    /// For each pool of this node's layout, the pages: of the tokens from the first one on, of a window from the page on
+    /// that holds its first token. They may be filled later than this, but before they are sent; those of all pools but
+    /// the first one are sent when the room is finished.
+    pub pages: Vec<PageRef>,
+    /// From the call that this is given to.
+    pub deadline: Duration,
+}
+
+impl From<SendRequest> for ScatterRequest {
+    fn from(request: SendRequest) -> Self {
+        let SendRequest { room, use_count, tokens, pages, deadline } = request;
+        Self { ranks: vec![0], room, use_count, tokens, pages: vec![pages], deadline }
+    }
+}
+
+/// A [`ServeRequest`] for several ranks of the decode side, or with pages of several pools.
+#[derive(Debug)]
+pub struct ScatterServeRequest {
+    /// What is offered, filled.
+    pub request: ScatterRequest,
+    /// Handed to each reader with the bytes: first token, log probabilities.
+    pub aux: Vec<u8>,
+}
+
+impl From<ServeRequest> for ScatterServeRequest {
+    fn from(request: ServeRequest) -> Self {
+        let ServeRequest { room, use_count, tokens, pages, aux, deadline } = request;
+        Self { request: SendRequest { room, use_count, tokens, pages, deadline }.into(), aux }
+    }
+}
+
 /// Offers pages of this node to be pulled by the peer that asks for the room.
 #[derive(Debug)]
 pub struct ServeRequest {
@@ -136,7 +220,8 @@ impl std::fmt::Display for Ended {
 pub struct Received {
     /// How.
     pub ended: Ended,
-    /// What the prefill side sent beside the pages; empty unless delivered.
+    /// What the prefill side sent beside the pages; empty unless delivered. Of several ranks, what the first one sent
+    /// that sent something.
     pub aux: Vec<u8>,
 }
 
@@ -152,6 +237,8 @@ pub struct Receiving {
     /// The pages. Whoever drops this ticket leaves it to the pool to take them back when they come home. Abandoned, if
     /// the node is gone before anything has proven that nobody writes them: they stay out of their pool then.
     pub pages: PagesTicket,
+    /// The pages of the other pools, in their order.
+    pub state: Vec<PagesTicket>,
     pub(crate) control: RoomControl,
 }
 
@@ -350,11 +437,11 @@ impl std::fmt::Debug for RoomControl {
 pub(crate) enum Command {
     Connect { key: u64, address: String, up: Promise<Result<PeerUp, SessionEnd>> },
     Disconnect { key: u64 },
-    Receive { key: u64, request: ReceiveRequest, asked_ns: Option<u64>, pull: bool, told: DecodePromises },
-    Open { key: u64, request: SendRequest, asked_ns: Option<u64>, end: Promise<Ended> },
+    Receive { key: u64, request: GatherRequest, asked_ns: Option<u64>, pull: bool, told: DecodePromises },
+    Open { key: u64, request: ScatterRequest, asked_ns: Option<u64>, end: Promise<Ended> },
     Send { key: u64, layers: Range<u32>, tokens: Range<u32> },
     Finish { key: u64, aux: Vec<u8> },
-    Serve { key: u64, request: ServeRequest, asked_ns: Option<u64>, end: Promise<Ended> },
+    Serve { key: u64, request: ScatterServeRequest, asked_ns: Option<u64>, end: Promise<Ended> },
     Cancel { key: u64 },
     Stats { told: Promise<Stats> },
     Stop,
@@ -369,8 +456,7 @@ impl Command {
         match self {
             Command::Connect { up, .. } => drop(up.tell(Err(cause))),
             Command::Receive { request, told, .. } => {
-                drop(told.pages.tell(request.pages.into()));
-                drop(told.end.tell(Received { ended, aux: Vec::new() }));
+                told.refuse(request.pages, ended);
             }
             Command::Open { end, .. } | Command::Serve { end, .. } => drop(end.tell(ended)),
             // Who asked finds the promise dropped.
@@ -387,19 +473,34 @@ impl Command {
 /// What a decode end has promised.
 pub(crate) struct DecodePromises {
     pub end: Promise<Received>,
-    pub pages: Promise<Homecoming>,
+    /// One for each pool.
+    pub pages: Vec<Promise<AllHome>>,
     pub arrivals: Arc<AtomicU64>,
 }
 
-pub(crate) fn decode_tickets(handle: &Handle, key: u64) -> (DecodePromises, Receiving) {
+impl DecodePromises {
+    /// The room was not begun: the pages are as they were.
+    pub fn refuse(self, pages: Vec<PageSet>, ended: Ended) {
+        for (promise, pages) in self.pages.into_iter().zip(pages) {
+            // Where a ticket was dropped nobody looks.
+            drop(promise.tell(AllHome(vec![Homecoming::new(pages.grant())])));
+        }
+        drop(self.end.tell(Received { ended, aux: Vec::new() }));
+    }
+}
+
+pub(crate) fn decode_tickets(handle: &Handle, key: u64, pools: usize) -> (DecodePromises, Receiving) {
     let (end, end_ticket) = ticket();
-    let (pages, pages_ticket) = ticket();
+    let (pages, mut tickets): (Vec<_>, Vec<_>) = (0..pools.max(1)).map(|_| ticket()).unzip();
     let arrivals = Arc::new(AtomicU64::new(0));
     let control = RoomControl { handle: handle.clone(), key, arrivals: arrivals.clone() };
-    let receiving = Receiving { end: end_ticket, pages: pages_ticket.into(), control };
+    let first = tickets.remove(0).into();
+    let state = tickets.into_iter().map(PagesTicket::from).collect();
+    let receiving = Receiving { end: end_ticket, pages: first, state, control };
     (DecodePromises { end, pages, arrivals }, receiving)
 }
 
-pub(crate) fn name(room: u64, use_count: u32) -> RoomName {
-    RoomName { room, use_count }
+/// The room of one pool's pages between one rank of the prefill side and one of the decode side.
+pub(crate) fn name(room: u64, use_count: u32, (prefill, decode, pool): (u32, u32, usize)) -> RoomName {
+    RoomName { room, use_count, share: prefill << 20 | decode << 8 | pool as u32 }
 }

@@ -5,6 +5,7 @@ mod notices;
 mod posting;
 mod proof;
 mod room;
+mod whole;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -15,9 +16,10 @@ use crossdock_proto::{Buffers, End, RoomBuffer, RoomId, SessionEnd, SessionId, T
 use crossdock_transport::Port;
 
 use self::room::Room;
+use self::whole::Whole;
 use crate::handle::{Handle, Shared};
 use crate::request::{Ended, PeerUp, Stats};
-use crate::{CacheLayout, Verify};
+use crate::{CacheLayout, CachePart, CachePool, Verify};
 
 /// Moves the KV pages of one node. Owned by one thread, which calls [`turn`](Worker::turn) and, when there is nothing
 /// to do, [`park`](Worker::park); or gives itself to [`run`](Worker::run).
@@ -27,7 +29,8 @@ pub struct Worker {
     layout: CacheLayout,
     /// The regions that the layout names, in the order of their announcement.
     memory: Vec<Memory>,
-    buffers: Buffers,
+    /// One for each pool.
+    buffers: Vec<Buffers>,
     verify: Verify,
     turn_bytes: u64,
     max_targets: usize,
@@ -38,7 +41,8 @@ pub struct Worker {
     addresses: BTreeMap<TargetId, String>,
     dialing: BTreeMap<TargetId, Promise<Result<PeerUp, SessionEnd>>>,
     rooms: BTreeMap<RoomId, Room>,
-    keys: BTreeMap<u64, RoomId>,
+    /// What users have opened, by their handles' numbers.
+    wholes: BTreeMap<u64, Whole>,
     /// Rooms that may have something to post, each once.
     ready: VecDeque<RoomId>,
     /// When everything was looked at last, the network too.
@@ -135,12 +139,7 @@ impl Worker {
         for memory in &options.memory {
             engine.register(memory)?;
         }
-        let buffers = layout
-            .layers()
-            .filter_map(|layer| {
-                Some(RoomBuffer { region: layout.buffer(layer)?.region, layout: layout.page_layout(layer)? })
-            })
-            .collect();
+        let buffers = layout.pools().iter().map(buffers_of).collect();
         let shared = Arc::new(Shared::new(
             options.max_commands.max(1),
             Doorbell::new()?,
@@ -163,7 +162,7 @@ impl Worker {
             addresses: BTreeMap::new(),
             dialing: BTreeMap::new(),
             rooms: BTreeMap::new(),
-            keys: BTreeMap::new(),
+            wholes: BTreeMap::new(),
             ready: VecDeque::with_capacity(64),
             turned_ns: 0,
             glances_ns: GLANCES_NS.start,
@@ -316,6 +315,19 @@ impl Drop for Worker {
             self.ended(room, Ended::alone(End::PeerLost { cause: SessionEnd::ClosedHere }));
         }
     }
+}
+
+/// Where the pages of a pool lie.
+fn buffers_of(pool: &CachePool) -> Buffers {
+    let of_part = |part: &CachePart| -> Vec<RoomBuffer> {
+        let placed = part.layers().iter().zip(part.buffers());
+        placed
+            .filter_map(|(&layer, buffer)| {
+                Some(RoomBuffer { region: buffer.region, layout: part.page_layout(layer)? })
+            })
+            .collect()
+    };
+    pool.parts().iter().flat_map(of_part).collect()
 }
 
 /// Looks at the ports when a node ends.

@@ -59,7 +59,7 @@ impl Worker {
     }
 
     fn sums(&self, layers: Range<u32>, tokens: Range<u32>) -> Checksums {
-        Checksums::compute(&self.memory, &self.table(), layers, tokens).unwrap()
+        Checksums::compute(&self.memory, &self.table(), &self.layout, layers, tokens).unwrap()
     }
 }
 
@@ -85,7 +85,7 @@ proptest! {
         let source = Worker::new(1..3, source_tokens, LAYER_MAJOR, 400);
         let destination = Worker::new(0..4, destination_tokens, PAGE_MAJOR, 400);
         let sums = over_the_wire(&source.sums(1..3, tokens.clone()));
-        let verify = || sums.verify(&destination.memory, &destination.table(), 1..3, tokens.clone());
+        let verify = || sums.verify(&destination.memory, &destination.table(), &source.layout, 1..3, tokens.clone());
         prop_assert_eq!(verify(), Ok(()));
 
         let token = at.index(400) as u32;
@@ -146,7 +146,7 @@ fn many_tokens_make_longer_blocks_not_more_of_them() {
     let table = PageTable::new(&worker.layout, &pages);
     let encoded_bytes = |tokens: Range<u32>| {
         let mut bytes = Vec::new();
-        Checksums::compute(&worker.memory, &table, 0..1, tokens).unwrap().encode(&mut bytes);
+        Checksums::compute(&worker.memory, &table, &worker.layout, 0..1, tokens).unwrap().encode(&mut bytes);
         bytes.len()
     };
     assert_eq!(encoded_bytes(0..64 * 4096), 21 + 4 * 4096);
@@ -165,7 +165,8 @@ fn sums_of_something_else_prove_nothing() {
         summed_tokens: 0..32,
     };
     for (layers, tokens) in [(0..4, 0..64), (0..4, 16..32), (0..3, 0..32)] {
-        let verified = sums.verify(&worker.memory, &worker.table(), layers.clone(), tokens.clone());
+        let verified =
+            sums.verify(&worker.memory, &worker.table(), &worker.layout, layers.clone(), tokens.clone());
         assert_eq!(verified, Err(other(layers, tokens)));
     }
 }
@@ -175,7 +176,7 @@ fn what_cannot_be_summed_is_named() {
     let worker = Worker::new(1..3, 16, LAYER_MAJOR, 64);
     let table = worker.table();
     let compute = |memory: &[Memory], table: &PageTable<'_>, layers, tokens| {
-        Checksums::compute(memory, table, layers, tokens).unwrap_err()
+        Checksums::compute(memory, table, table.layout, layers, tokens).unwrap_err()
     };
     assert_eq!(
         compute(&worker.memory, &table, 1..3, 0..65),

@@ -55,7 +55,7 @@ proptest! {
             let pieces: usize = all[..filled].iter().map(pieces).sum();
             prop_assert_eq!(pieces, plan.pieces_per_layer(layer));
             let moved = case.carry_out(&all[..filled], Posted::all(&all[..filled]), direction, &mut found);
-            prop_assert_eq!(moved, plan.bytes_per_layer());
+            prop_assert_eq!(moved, plan.layer_bytes(layer));
             let end = ops.advance(ops.start(), Posted::all(&all[..filled]));
             prop_assert!(ops.is_done(end));
         }
@@ -111,7 +111,7 @@ fn scattered_pages_of_one_size_are_one_op_a_layer() {
         piece_bytes: 73_728,
     };
     assert_eq!(ops.iter().map(|op| op.shape).collect::<Vec<_>>(), [expected]);
-    assert_eq!((plan.bytes_per_layer(), plan.total_bytes()), (320 * 1152, 61 * 320 * 1152));
+    assert_eq!((plan.layer_bytes(7), plan.total_bytes()), (320 * 1152, 61 * 320 * 1152));
 }
 
 #[test]
@@ -288,9 +288,9 @@ fn what_cannot_be_planned_is_named() {
         build(PageTable::new(&early, &[1]), PageTable::new(&late, &[1]), 0..64),
         PlanError::NoCommonLayers { source_layers: 0..2, destination_layers: 2..3 }
     );
-    let uneven = other(0..9, Dtype::Bf16, buffers(9, |layer| 73_728 + u64::from(layer)));
+    let uneven = other(0..33, Dtype::Bf16, buffers(33, |layer| 73_728 + u64::from(layer)));
     let error = build(PageTable::new(&uneven, &[1]), table(&[1]), 0..64);
-    assert_eq!(error, PlanError::TooManyGeometries { layer: 8 });
+    assert_eq!(error, PlanError::TooManyShapes { layer: 32 });
 }
 
 #[test]
@@ -395,7 +395,7 @@ const REGIONS: usize = 2;
 
 impl Side {
     fn table(&self) -> PageTable<'_> {
-        PageTable { layout: &self.layout, first_page: self.first_page, pages: &self.pages }
+        PageTable { layout: &self.layout, pool: 0, first_page: self.first_page, pages: &self.pages }
     }
 
     fn region_bytes(&self) -> [usize; REGIONS] {

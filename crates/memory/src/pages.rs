@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::{fmt, mem};
 
 use crate::pool::{PagePool, PoolError, QuarantineReason};
@@ -34,7 +36,7 @@ use crate::pool::{PagePool, PoolError, QuarantineReason};
 /// let pool = PagePool::new(8, PoolOptions::default());
 /// let granted = pool.take(4)?.grant();
 /// assert_eq!(pool.stats().free, 4);
-/// let pages = granted.come_home();
+/// let pages = granted.come_home().expect("no other peer may write them");
 /// drop(pages);
 /// assert_eq!(pool.stats().free, 8);
 /// # Ok::<(), crossdock_memory::PoolError>(())
@@ -104,7 +106,9 @@ impl PageSet {
     pub fn grant(mut self) -> GrantedPages {
         let ids = mem::take(&mut self.ids);
         self.pool.ledger().grant(&ids);
-        GrantedPages { pool: self.pool.clone(), ids, quarantine: None }
+        let (quarantine, is_abandoned) = (AtomicU32::new(NO_ENTRY), AtomicBool::new(false));
+        let granted = Granted { pool: self.pool.clone(), ids, quarantine, is_abandoned };
+        GrantedPages { granted: Some(Arc::new(granted)) }
     }
 }
 
@@ -122,67 +126,113 @@ impl fmt::Debug for PageSet {
     }
 }
 
-/// Pages that a peer may write.
+/// Pages that a peer may write, or several: each has a value of its own ([`another_writer`](GrantedPages::another_writer)).
 ///
-/// Only [`come_home`](GrantedPages::come_home) frees them, and its caller answers for it: no write can land any
-/// more, because the grant was revoked at once, released, severed, or because the peer is proven dead. Dropping the
-/// value instead proves nothing, so the pool never hands these pages out again and counts them as abandoned.
+/// Only [`come_home`](GrantedPages::come_home) of every such value frees them, and its caller answers for it: no write
+/// of that peer can land any more, because the grant was revoked at once, released, severed, or because the peer is
+/// proven dead. Dropping a value instead proves nothing, so the pool never hands these pages out again and counts them
+/// as abandoned.
 #[must_use = "dropping granted pages loses them for ever; `come_home` brings them back"]
 pub struct GrantedPages {
-    pool: PagePool,
-    ids: Vec<u32>,
-    /// The pool's entry for these pages, once they are in quarantine.
-    quarantine: Option<u32>,
+    /// `None` only while the value goes home.
+    granted: Option<Arc<Granted>>,
 }
 
+/// What all writers of the same pages share.
+struct Granted {
+    pool: PagePool,
+    ids: Vec<u32>,
+    /// The pool's entry for these pages, once they are in quarantine; else `NO_ENTRY`.
+    quarantine: AtomicU32,
+    /// One of the values was dropped: a peer may write for ever.
+    is_abandoned: AtomicBool,
+}
+
+const NO_ENTRY: u32 = u32::MAX;
+
 impl GrantedPages {
+    /// The same pages for one more peer. They are home when both values have come home.
+    pub fn another_writer(&self) -> GrantedPages {
+        GrantedPages { granted: self.granted.clone() }
+    }
+
     /// The pages, in order.
     pub fn ids(&self) -> &[u32] {
-        &self.ids
+        &self.granted().ids
     }
 
     /// How many pages there are.
     pub fn len(&self) -> usize {
-        self.ids.len()
+        self.ids().len()
     }
 
     /// Whether there is no page.
     pub fn is_empty(&self) -> bool {
-        self.ids.is_empty()
+        self.ids().is_empty()
     }
 
     /// The pool that the pages belong to.
     pub fn pool(&self) -> &PagePool {
-        &self.pool
+        &self.granted().pool
     }
 
     /// Marks the pages as held up: their room has ended and a peer can still write them.
     ///
     /// A second call replaces the reason, when one peer is done and another is not, and keeps the first time.
     pub fn quarantine(&mut self, reason: QuarantineReason, now_ns: u64) {
-        if !self.ids.is_empty() {
-            let entry = self.pool.ledger().quarantine(&self.ids, self.quarantine, reason, now_ns);
-            self.quarantine = Some(entry);
+        if !self.is_empty() {
+            let granted = self.granted();
+            let mut ledger = granted.pool.ledger();
+            let entry = ledger.quarantine(&granted.ids, granted.entry(), reason, now_ns);
+            granted.quarantine.store(entry, Relaxed);
         }
     }
 
     /// Whether the pages are in quarantine.
     pub fn is_quarantined(&self) -> bool {
-        self.quarantine.is_some()
+        self.granted().entry().is_some()
     }
 
-    /// Takes the pages back: the caller knows that no write can land in them any more.
-    pub fn come_home(mut self) -> PageSet {
+    /// This peer's write can land in them no more: the caller knows. The pages, if that was the last peer.
+    pub fn come_home(mut self) -> Option<PageSet> {
+        let granted = self.granted.take().and_then(Arc::into_inner)?;
+        granted.come_home()
+    }
+
+    fn granted(&self) -> &Granted {
+        self.granted.as_ref().expect("only a value that goes home has none")
+    }
+}
+
+impl Granted {
+    fn entry(&self) -> Option<u32> {
+        // The ledger's lock orders this where two threads do.
+        Some(self.quarantine.load(Relaxed)).filter(|&entry| entry != NO_ENTRY)
+    }
+
+    fn come_home(mut self) -> Option<PageSet> {
+        // Seen if it was set: whoever set it let go of its value after that.
+        if *self.is_abandoned.get_mut() {
+            return None;
+        }
         let ids = mem::take(&mut self.ids);
-        self.pool.ledger().come_home(&ids, self.quarantine);
-        PageSet { pool: self.pool.clone(), ids }
+        self.pool.ledger().come_home(&ids, self.entry());
+        Some(PageSet { pool: self.pool.clone(), ids })
     }
 }
 
 impl Drop for GrantedPages {
     fn drop(&mut self) {
+        if let Some(granted) = &self.granted {
+            granted.is_abandoned.store(true, Relaxed);
+        }
+    }
+}
+
+impl Drop for Granted {
+    fn drop(&mut self) {
         if !self.ids.is_empty() {
-            self.pool.ledger().abandon(&self.ids, self.quarantine);
+            self.pool.ledger().abandon(&self.ids, self.entry());
         }
     }
 }
@@ -190,7 +240,7 @@ impl Drop for GrantedPages {
 impl fmt::Debug for GrantedPages {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("GrantedPages")
-            .field("ids", &self.ids)
+            .field("ids", &self.ids())
             .field("is_quarantined", &self.is_quarantined())
             .finish_non_exhaustive()
     }

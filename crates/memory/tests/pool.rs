@@ -92,7 +92,7 @@ fn granted_pages_are_free_only_when_they_come_home() {
     assert_eq!((entry.since_ns, entry.age_ns, entry.abandoned), (1_000, 4_000, false));
     assert_eq!(pool.quarantine(500)[0].age_ns, 0, "a clock read earlier than the quarantine began");
 
-    let home = granted.come_home();
+    let home = granted.come_home().unwrap();
     assert_eq!(home.ids(), [0, 1, 2, 3, 4]);
     assert!(pool.quarantine(5_000).is_empty());
     drop(home);
@@ -111,6 +111,37 @@ fn dropping_granted_pages_never_frees_them() {
     assert_eq!(pool.take(4).unwrap_err(), PoolError::Exhausted { wanted: 4, free: 3 });
     let [entry] = &pool.quarantine(30)[..] else { panic!("only the one with a peer has an entry") };
     assert_eq!((entry.pages, entry.age_ns, entry.abandoned), (3, 20, true));
+}
+
+#[test]
+fn pages_of_several_writers_are_home_when_all_are_done() {
+    let pool = pool(8);
+    let mut first = pool.take(3).unwrap().grant();
+    let (second, mut third) = (first.another_writer(), first.another_writer());
+    assert_eq!((pool.stats().granted, second.ids()), (3, &[0, 1, 2][..]));
+    assert!(second.come_home().is_none());
+    // What one writer holds up is held up.
+    third.quarantine(waiting_for("decode-1"), 10);
+    first.quarantine(waiting_for("decode-2"), 20);
+    let [entry] = &pool.quarantine(30)[..] else { panic!("one entry") };
+    assert_eq!((&*entry.peer, entry.since_ns, entry.pages), ("decode-2", 10, 3));
+    assert!(first.come_home().is_none());
+    assert_eq!((pool.stats().quarantined, pool.stats().free), (3, 5));
+    let home = third.come_home().expect("that was the last");
+    assert_eq!((home.ids(), pool.stats().quarantined), (&[0, 1, 2][..], 0));
+    drop(home);
+    assert_eq!(pool.stats().free, 8);
+
+    // One that is dropped may write for ever, whatever the others say and when they say it.
+    let first = pool.take(2).unwrap().grant();
+    drop(first.another_writer());
+    assert!(first.come_home().is_none());
+    let first = pool.take(2).unwrap().grant();
+    let second = first.another_writer();
+    assert!(first.come_home().is_none());
+    drop(second);
+    let stats = pool.stats();
+    assert_eq!((stats.abandoned, stats.granted, stats.free), (4, 0, 4));
 }
 
 #[test]
@@ -220,7 +251,7 @@ fn empty_sets_go_through_every_state() {
     let mut granted = pool.take(0).unwrap().grant();
     granted.quarantine(waiting_for("peer"), 0);
     assert!(granted.is_empty() && !granted.is_quarantined());
-    let shared = granted.come_home().share();
+    let shared = granted.come_home().unwrap().share();
     assert!(shared.clone().prefix(0).is_empty());
     assert!(shared.try_into_set().unwrap().is_empty());
     drop(pool.take(0).unwrap().grant());
@@ -241,7 +272,7 @@ fn threads_can_share_a_pool() {
                     let shared = set.share();
                     let prefix = shared.prefix(pages as usize / 2);
                     drop(shared);
-                    drop(prefix.try_into_set().unwrap().grant().come_home());
+                    drop(prefix.try_into_set().unwrap().grant().come_home().unwrap());
                 }
             });
         }

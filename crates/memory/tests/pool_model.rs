@@ -217,7 +217,7 @@ impl History {
             }
             Step::ComeHome { granted } => {
                 if let Some((granted, ids)) = pick(&mut self.granted, granted) {
-                    self.sets.push((granted.come_home(), ids.clone()));
+                    self.sets.push((granted.come_home().unwrap(), ids.clone()));
                     ids.into_iter().for_each(|page| self.put(page, Page::Owned));
                 }
             }

@@ -121,4 +121,4 @@ fn messages() -> Vec<(&'static str, Message)> {
 }
 
 const FROM: Identity = Identity { node: 1, incarnation: 2 };
-const ROOM: RoomOnWire = RoomOnWire { name: RoomName { room: 7, use_count: 1 }, serial: 9 };
+const ROOM: RoomOnWire = RoomOnWire { name: RoomName { room: 7, use_count: 1, share: 0 }, serial: 9 };

@@ -123,6 +123,17 @@ pub enum Misfit {
         /// The page.
         page: u32,
     },
+    /// There is not one list of pages for each pool of the layout.
+    Lists {
+        /// So many there are.
+        lists: usize,
+        /// So many pools the layout has.
+        pools: usize,
+    },
+    /// The ranks of the other side are none, are named twice, or have numbers that no rank has.
+    Ranks,
+    /// The ranks that were named do not bring each byte once.
+    Gap,
     /// The two caches cannot be bridged: no layer is held by both, or a layout names what its worker does not have.
     Layouts,
     /// The room was sent in more pieces than are remembered.
@@ -337,6 +348,10 @@ impl Misfit {
             Misfit::Pages { .. } | Misfit::DuplicatePage { .. } => {
                 "list each page of the request once, in the order of its tokens, and as many as they need"
             }
+            Misfit::Lists { .. } => "give a list of pages for each pool of the layout, in their order",
+            Misfit::Ranks | Misfit::Gap => {
+                "name the ranks that bring the layers, heads and tokens of this one, each once"
+            }
             Misfit::Layouts => "look at the cache layouts that both sides were started with",
             Misfit::TooManyPieces { .. } => "send larger chunks, or those that continue each other in order",
             Misfit::Unreadable => "run the same version of crossdock on both sides",
@@ -356,6 +371,9 @@ impl fmt::Display for Misfit {
             }
             Misfit::Pages { whose } => write!(f, "the pages of {whose} do not hold the request's tokens"),
             Misfit::DuplicatePage { whose, page } => write!(f, "page {page} of {whose} is listed twice"),
+            Misfit::Lists { lists, pools } => write!(f, "{lists} lists of pages for {pools} pools"),
+            Misfit::Ranks => f.write_str("the named ranks are none, or not each another one"),
+            Misfit::Gap => f.write_str("the named ranks do not bring each byte once"),
             Misfit::Layouts => f.write_str("the two cache layouts cannot be bridged"),
             Misfit::TooManyPieces { limit } => write!(f, "sent in more than {limit} pieces"),
             Misfit::Unreadable => f.write_str("what the peer sent along cannot be read"),

@@ -27,7 +27,7 @@ impl Proto {
         self.now_ns = now_ns;
         let bytes = fetch.params.len();
         if let Err(error) = self.check_decode(fetch.peer, fetch.room, RoleKind::Fetching, bytes) {
-            return Err(Unopened { error, pages: fetch.pages });
+            return Err(Unopened { error, pages: Homecoming::new(fetch.pages) });
         }
         let id = self.add_room(Room {
             name: fetch.room,
@@ -39,7 +39,7 @@ impl Proto {
             stage: Stage::Session,
             moving: Moving::No,
             role: Role::Fetching(Fetching {
-                pages: Some(fetch.pages.grant()),
+                pages: Some(fetch.pages),
                 params: fetch.params,
                 grant: None,
                 remote_pages: Arc::new([]),

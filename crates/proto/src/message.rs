@@ -73,6 +73,9 @@ pub struct RoomName {
     pub room: u64,
     /// Which use of that number.
     pub use_count: u32,
+    /// Which share of the request this is: where several ranks of one side hold parts of what one rank of the other
+    /// needs, each pair of ranks has a room of its own. Both sides name it alike; nothing else is asked of it here.
+    pub share: u32,
 }
 
 /// A room as messages name it.

@@ -102,37 +102,32 @@ pub struct Homecoming(Option<Coming>);
 #[derive(Debug)]
 enum Coming {
     Granted(GrantedPages),
-    /// They were never granted, or are counted already.
-    Owned(PageSet),
+    /// They are counted already. `None`: another peer may still write them.
+    Counted(Option<PageSet>),
 }
 
 impl Homecoming {
-    /// Pages that were in quarantine are counted at once: whoever watches it should not see what is over.
-    pub(crate) fn new(pages: GrantedPages) -> Self {
+    /// The caller knows that the peer's writes can land no more. Pages that were in quarantine are counted at once:
+    /// whoever watches it should not see what is over.
+    pub fn new(pages: GrantedPages) -> Self {
         Self(Some(match pages.is_quarantined() {
-            true => Coming::Owned(pages.come_home()),
+            true => Coming::Counted(pages.come_home()),
             false => Coming::Granted(pages),
         }))
     }
 
-    /// The pages, as their owner's again.
-    pub fn into_pages(mut self) -> PageSet {
-        self.0.take().expect("pages come home once").home()
+    /// The pages, as their owner's again; `None` if other peers may write them, too, and one of these is not done.
+    pub fn into_pages(mut self) -> Option<PageSet> {
+        self.0.take().and_then(Coming::home)
     }
 }
 
 impl Coming {
-    fn home(self) -> PageSet {
+    fn home(self) -> Option<PageSet> {
         match self {
             Coming::Granted(pages) => pages.come_home(),
-            Coming::Owned(pages) => pages,
+            Coming::Counted(pages) => pages,
         }
-    }
-}
-
-impl From<PageSet> for Homecoming {
-    fn from(pages: PageSet) -> Self {
-        Self(Some(Coming::Owned(pages)))
     }
 }
 

@@ -34,7 +34,7 @@ impl Proto {
         self.now_ns = now_ns;
         let bytes = receive.params.len() + 4 * receive.pages.len();
         if let Err(error) = self.check_decode(receive.peer, receive.room, RoleKind::Receiving, bytes) {
-            return Err(Unopened { error, pages: receive.pages });
+            return Err(Unopened { error, pages: Homecoming::new(receive.pages) });
         }
         let id = self.add_room(Room {
             name: receive.room,
@@ -46,7 +46,7 @@ impl Proto {
             stage: Stage::Session,
             moving: Moving::No,
             role: Role::Receiving(Receiving {
-                pages: Some(receive.pages.grant()),
+                pages: Some(receive.pages),
                 buffers: receive.buffers,
                 params: receive.params,
                 attempt: 0,
@@ -142,8 +142,8 @@ impl Proto {
 
     /// The decode ends that wait for a session with a peer that is named so.
     pub(crate) fn waiting_for(&self, peer: PeerName) -> Vec<RoomId> {
-        let first = RoomName { room: 0, use_count: 0 };
-        let last = RoomName { room: u64::MAX, use_count: u32::MAX };
+        let first = RoomName { room: 0, use_count: 0, share: 0 };
+        let last = RoomName { room: u64::MAX, use_count: u32::MAX, share: u32::MAX };
         let named = (peer, RoleKind::Receiving, first)..=(peer, RoleKind::Serving, last);
         self.waiting.range(named).map(|(_, room)| *room).collect()
     }

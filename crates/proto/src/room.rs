@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use crossdock_memory::{GrantedPages, PageLayout, PageRef, PageSet};
+use crossdock_memory::{GrantedPages, PageLayout, PageRef};
 use crossdock_transport::{Access, GrantId};
 
 use crate::end::{End, Stage};
 use crate::message::{MAX_LANES, RoleKind, RoomName, RoomOnWire};
+use crate::notice::Homecoming;
 use crate::proto::{PeerName, SessionId};
 
 /// One buffer of the pages in a room, by the number of its announced region.
@@ -28,8 +29,9 @@ pub struct Receive {
     pub peer: PeerName,
     /// Which room.
     pub room: RoomName,
-    /// The pages, which nobody else uses until they come home.
-    pub pages: PageSet,
+    /// The pages, which nobody else uses until they come home. Where several peers bring parts of them, each room has
+    /// one of the values of [`GrantedPages::another_writer`].
+    pub pages: GrantedPages,
     /// Where they lie.
     pub buffers: Buffers,
     /// Told to the sender as they are: which tokens.
@@ -56,8 +58,9 @@ pub struct Fetch {
     pub peer: PeerName,
     /// Which room.
     pub room: RoomName,
-    /// The pages, which nobody else uses until they come home.
-    pub pages: PageSet,
+    /// The pages, which nobody else uses until they come home. Where several peers bring parts of them, each room has
+    /// one of the values of [`GrantedPages::another_writer`].
+    pub pages: GrantedPages,
     /// Told to the source as they are.
     pub params: Vec<u8>,
     /// On this node's clock.
@@ -83,8 +86,8 @@ pub struct Serve {
 pub struct Unopened {
     /// Why.
     pub error: RoomError,
-    /// The pages, which nobody was granted.
-    pub pages: PageSet,
+    /// The pages, which the peer was not told of.
+    pub pages: Homecoming,
 }
 
 /// Why a room was not opened.
@@ -92,7 +95,7 @@ pub struct Unopened {
 #[non_exhaustive]
 pub enum RoomError {
     /// The room is open here already, in the same role.
-    #[error("room {} (use {}) is open here already", .room.room, .room.use_count)]
+    #[error("room {} (use {}, share {}) is open here already", .room.room, .room.use_count, .room.share)]
     Duplicate {
         /// Which room.
         room: RoomName,

@@ -1,13 +1,17 @@
-//! The pieces of all layers that have the same page strides.
+//! The pieces of all layers that have the same shape.
 
-use super::{Pair, Pairs, PlanInput};
-use crate::PageTable;
+use super::shape::Side;
+use super::stretches::Pair;
 
-/// The pieces that move in each layer of one pair of page strides, grouped into paged ops.
-#[derive(Debug)]
+/// Pieces that move in each layer of one shape, grouped into paged ops.
+#[derive(Debug, Default)]
 pub(super) struct Geometry {
     source: Grid,
     destination: Grid,
+    /// Of one token.
+    token_bytes: u64,
+    /// The same pieces move once for each of these: how far from the start of the buffers.
+    strands: Vec<(u64, u64)>,
     groups: Vec<Group>,
     /// The index lists of all groups, one group after the other.
     source_indices: Vec<u32>,
@@ -17,7 +21,7 @@ pub(super) struct Geometry {
 /// Most caches need fewer.
 const GROUPS_USUAL: usize = 4;
 
-/// One op of each layer: pieces of one length.
+/// One op of each layer and strand: pieces of one length.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Group {
     /// Where its lists begin.
@@ -25,7 +29,7 @@ pub(super) struct Group {
     /// How long they are.
     pub pieces: u32,
     pub piece_bytes: u64,
-    /// From the start of the buffer to piece 0.
+    /// From the start of the strand to piece 0.
     pub source_offset: u64,
     pub destination_offset: u64,
 }
@@ -38,7 +42,7 @@ struct Piece {
     destination: Place,
 }
 
-/// So many units from the start of a buffer, and so many tokens.
+/// So many units from the start of a strand, and so many tokens.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     index: u32,
@@ -46,36 +50,37 @@ struct Place {
 }
 
 impl Geometry {
-    pub fn new(input: &PlanInput<'_>, pairs: &Pairs<'_>, strides: (u64, u64)) -> Self {
-        let grids = Grid::pair(input, strides);
-        let mut geometry = Self {
-            source: grids.0,
-            destination: grids.1,
-            groups: Vec::with_capacity(GROUPS_USUAL),
-            source_indices: Vec::with_capacity(pairs.at_most()),
-            destination_indices: Vec::with_capacity(pairs.at_most()),
-        };
-        geometry.find_pieces(pairs);
-        // A chunk of the request has no other kinds, but it may cut a piece at either end.
-        geometry.groups.reserve(2);
-        geometry
-    }
-
-    /// Starts over with other pieces, in the memory that is there.
-    pub fn renew(&mut self, input: &PlanInput<'_>, pairs: &Pairs<'_>, strides: (u64, u64)) {
-        (self.source, self.destination) = Grid::pair(input, strides);
+    /// Starts over, in the memory that is there: tokens of so many bytes, `strands` times.
+    pub fn begin(
+        &mut self,
+        source: Grid,
+        destination: Grid,
+        token_bytes: u64,
+        strands: impl Iterator<Item = (u64, u64)>,
+    ) {
+        (self.source, self.destination, self.token_bytes) = (source, destination, token_bytes);
+        self.strands.clear();
+        self.strands.extend(strands);
         self.groups.clear();
         self.source_indices.clear();
         self.destination_indices.clear();
-        self.find_pieces(pairs);
+    }
+
+    /// Finds the pieces of these stretches of tokens, of which there are at most so many.
+    pub fn fill(&mut self, stretches: impl Iterator<Item = Pair> + Clone, at_most: usize) {
+        // A chunk of the request has no other kinds, but it may cut a piece at either end.
+        self.groups.reserve(GROUPS_USUAL + 2);
+        self.source_indices.reserve(at_most);
+        self.destination_indices.reserve(at_most);
+        self.find_pieces(stretches);
     }
 
     /// Finds how many pieces of each kind there are, and with that the place of each. Going through the pages twice
     /// costs less than to note and to sort the pieces, and needs no memory. Where there are too many kinds to count at
     /// once, the least of them are done first, and the others in further rounds.
-    fn find_pieces(&mut self, pairs: &Pairs<'_>) {
-        let (source, destination) = (self.source, self.destination);
-        let pieces = || Pieces::new(pairs.clone(), source, destination);
+    fn find_pieces(&mut self, stretches: impl Iterator<Item = Pair> + Clone) {
+        let (source, destination, token_bytes) = (self.source, self.destination, self.token_bytes);
+        let pieces = || Pieces::new(stretches.clone(), source, destination, token_bytes);
         let mut kinds = Kinds::default();
         loop {
             pieces().for_each(|piece| kinds.count(piece.kind()));
@@ -104,20 +109,14 @@ impl Geometry {
     /// Adds a group behind the others, and says where its lists begin.
     fn push_group(&mut self, kind: Kind, pieces: u32) -> u32 {
         let first = self.groups.last().map_or(0, |last| last.first + last.pieces);
-        let bytes = |tokens| u64::from(tokens) * self.source.token_bytes;
         self.groups.push(Group {
             first,
             pieces,
-            piece_bytes: bytes(kind.tokens),
-            source_offset: bytes(kind.source_rest_tokens),
-            destination_offset: bytes(kind.destination_rest_tokens),
+            piece_bytes: u64::from(kind.tokens) * self.token_bytes,
+            source_offset: u64::from(kind.source_rest_tokens) * self.source.step_bytes,
+            destination_offset: u64::from(kind.destination_rest_tokens) * self.destination.step_bytes,
         });
         first
-    }
-
-    /// The page strides of the layers that this serves.
-    pub fn strides(&self) -> (u64, u64) {
-        (self.source.stride_bytes, self.destination.stride_bytes)
     }
 
     /// What the indices of either side count.
@@ -125,12 +124,28 @@ impl Geometry {
         (self.source.unit_bytes, self.destination.unit_bytes)
     }
 
+    pub fn strands(&self) -> &[(u64, u64)] {
+        &self.strands
+    }
+
     pub fn groups(&self) -> &[Group] {
         &self.groups
     }
 
+    /// How many ops each layer takes.
+    pub fn ops(&self) -> usize {
+        self.groups.len() * self.strands.len()
+    }
+
+    /// How many pieces each layer takes.
     pub fn pieces(&self) -> usize {
-        self.source_indices.len()
+        self.source_indices.len() * self.strands.len()
+    }
+
+    /// How many bytes move in each layer.
+    pub fn bytes(&self) -> u64 {
+        let strand: u64 = self.groups.iter().map(|group| u64::from(group.pieces) * group.piece_bytes).sum();
+        strand * self.strands.len() as u64
     }
 
     /// The index lists of a group, without its first `done` pieces.
@@ -236,29 +251,30 @@ impl Kinds {
 }
 
 /// The stretches, those that follow each other in memory on both sides joined.
-struct Pieces<'a> {
-    pairs: Pairs<'a>,
+struct Pieces<I> {
+    stretches: I,
     source: Grid,
     destination: Grid,
+    token_bytes: u64,
     /// The piece that may still grow, and where the next stretch would have to begin.
     open: Option<Piece>,
     expected: (u64, u64),
 }
 
-impl<'a> Pieces<'a> {
-    fn new(pairs: Pairs<'a>, source: Grid, destination: Grid) -> Self {
-        Self { pairs, source, destination, open: None, expected: (0, 0) }
+impl<I> Pieces<I> {
+    fn new(stretches: I, source: Grid, destination: Grid, token_bytes: u64) -> Self {
+        Self { stretches, source, destination, token_bytes, open: None, expected: (0, 0) }
     }
 }
 
-impl Iterator for Pieces<'_> {
+impl<I: Iterator<Item = Pair>> Iterator for Pieces<I> {
     type Item = Piece;
 
     #[inline]
     fn next(&mut self) -> Option<Piece> {
-        for Pair { source: from, destination: to, tokens } in self.pairs.by_ref() {
+        for Pair { source: from, destination: to, tokens } in self.stretches.by_ref() {
             let at = (self.source.byte(from), self.destination.byte(to));
-            let bytes = u64::from(tokens) * self.source.token_bytes;
+            let bytes = u64::from(tokens) * self.token_bytes;
             let joins = at == self.expected;
             self.expected = (at.0 + bytes, at.1 + bytes);
             match &mut self.open {
@@ -277,10 +293,11 @@ impl Iterator for Pieces<'_> {
 }
 
 /// How one side says where a piece begins.
-#[derive(Clone, Copy, Debug)]
-struct Grid {
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Grid {
     stride_bytes: u64,
-    token_bytes: u64,
+    /// From one token to the next.
+    step_bytes: u64,
     unit_bytes: u64,
     /// Units from one page to the next, and from one token to the next.
     page_units: u32,
@@ -290,47 +307,40 @@ struct Grid {
 }
 
 impl Grid {
-    /// Of the source and of the destination, by their page strides.
-    fn pair(input: &PlanInput<'_>, (source, destination): (u64, u64)) -> (Self, Self) {
-        let (from, to, first_token) = (&input.source, &input.destination, input.tokens.start);
-        (Self::new(from, to, first_token, source), Self::new(to, from, first_token, destination))
-    }
-
     /// Indices count pages while every piece begins a page. Otherwise they count the largest unit that divides
-    /// both the stride and the token, so that pieces that begin at different tokens of their pages still share
-    /// an op; unless the pool is so large that such indices do not fit.
-    fn new(side: &PageTable<'_>, other: &PageTable<'_>, first_token: u32, stride_bytes: u64) -> Self {
-        let token_bytes = side.layout.token_bytes();
-        let page_tokens = side.layout.page_tokens();
+    /// both the stride and the step from token to token, so that pieces that begin at different tokens of their pages
+    /// still share an op; unless the pool is so large that such indices do not fit.
+    pub fn new(side: &Side, step_bytes: u64, begins_pages: bool) -> Self {
+        let stride_bytes = side.stride_bytes;
         let whole_pages = Self {
             stride_bytes,
-            token_bytes,
+            step_bytes,
             unit_bytes: stride_bytes,
             page_units: 1,
             token_units: 0,
             rest: 1,
         };
-        if first_token.is_multiple_of(page_tokens) && other.layout.page_tokens().is_multiple_of(page_tokens) {
+        if begins_pages {
             return whole_pages;
         }
-        let unit_bytes = greatest_common_divisor(stride_bytes, token_bytes);
-        let last_page_end = u64::from(side.layout.pages()).checked_mul(stride_bytes / unit_bytes);
+        let unit_bytes = greatest_common_divisor(stride_bytes, step_bytes);
+        let last_page_end = u64::from(side.pages).checked_mul(stride_bytes / unit_bytes);
         if last_page_end.is_none_or(|units| units > u64::from(u32::MAX)) {
             return whole_pages;
         }
         Self {
             stride_bytes,
-            token_bytes,
+            step_bytes,
             unit_bytes,
             page_units: (stride_bytes / unit_bytes) as u32,
-            token_units: (token_bytes / unit_bytes) as u32,
+            token_units: (step_bytes / unit_bytes) as u32,
             rest: 0,
         }
     }
 
     #[inline]
     fn byte(&self, (page, token): (u32, u32)) -> u64 {
-        u64::from(page) * self.stride_bytes + u64::from(token) * self.token_bytes
+        u64::from(page) * self.stride_bytes + u64::from(token) * self.step_bytes
     }
 
     #[inline]

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crossdock_transport::{Direction, GrantId, LocalId, Op, Posted, RemoteId, Shape};
 
 use super::geometry::{Geometry, Group};
-use super::{Layer, Plan};
+use super::{Entry, Plan};
 use crate::LayerBuffer;
 
 /// How one lane names what a plan speaks of. A peer's regions have other names on each lane.
@@ -50,13 +50,17 @@ pub struct Route<'a> {
 pub struct Ops<'a> {
     plan: &'a Plan,
     route: Route<'a>,
-    layers: Range<u32>,
+    /// Of the plan.
+    entries: Range<u32>,
 }
 
 /// How far a sequence of ops has been posted. Means something only to [`Ops`] of the same plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cursor {
-    layer: u32,
+    entry: u32,
+    /// Of the entry's set.
+    geometry: u32,
+    strand: u32,
     group: u32,
     /// What a short post has taken of the op: bytes of a span, pieces of a paged op.
     within: u64,
@@ -80,19 +84,20 @@ impl Plan {
                 return Err(OpsError::UnknownRegion { side, region: needed - 1, known });
             }
         }
-        Ok(Ops { plan: self, route, layers })
+        let entries = self.entries_of(&layers);
+        Ok(Ops { plan: self, route, entries: entries.start as u32..entries.end as u32 })
     }
 }
 
 impl<'a> Ops<'a> {
     /// Before the first op.
     pub fn start(&self) -> Cursor {
-        self.enter(self.layers.start)
+        self.enter(self.entries.start)
     }
 
     /// Whether every op has been posted.
     pub fn is_done(&self, cursor: Cursor) -> bool {
-        cursor.layer >= self.layers.end
+        cursor.entry >= self.entries.end
     }
 
     /// Whether the op at the cursor is the last one.
@@ -137,19 +142,26 @@ impl<'a> Ops<'a> {
 
     /// How many bytes all of the ops move.
     pub fn bytes(&self) -> u64 {
-        self.plan.bytes_per_layer() * self.layers.len() as u64
+        self.entries().map(|entry| self.plan.sets[entry.set as usize].bytes).sum()
     }
 
     /// How many ops there are.
     pub fn count(&self) -> usize {
-        self.layers.clone().map(|layer| self.plan.ops_per_layer(layer)).sum()
+        let of_set = |entry: &Entry| self.plan.geometries_of(&self.plan.sets[entry.set as usize]);
+        self.entries().flat_map(of_set).map(Geometry::ops).sum()
+    }
+
+    fn entries(&self) -> impl Iterator<Item = &'a Entry> {
+        self.plan.entries[self.entries.start as usize..self.entries.end as usize].iter()
     }
 
     /// The op at the cursor, less what has been taken of it.
     fn op(&self, cursor: Cursor) -> Op<'a> {
-        let (layer, geometry, group) = self.at(cursor);
-        let source = Side::new(layer.source, geometry.units().0, group.source_offset);
-        let destination = Side::new(layer.destination, geometry.units().1, group.destination_offset);
+        let (entry, geometry, group) = self.at(cursor);
+        let strand = geometry.strands()[cursor.strand as usize];
+        let source = Side::new(entry.source, geometry.units().0, strand.0 + group.source_offset);
+        let destination =
+            Side::new(entry.destination, geometry.units().1, strand.1 + group.destination_offset);
         let done = if group.pieces == 1 { 0 } else { cursor.within };
         let (source_indices, destination_indices) = geometry.indices(group, done);
         let (local, local_pages, remote, remote_pages) = match self.route.direction {
@@ -180,10 +192,14 @@ impl<'a> Ops<'a> {
         Op { direction: self.route.direction, grant: self.route.grant, shape, imm: None, token: None }
     }
 
-    fn at(&self, cursor: Cursor) -> (&'a Layer, &'a Geometry, &'a Group) {
-        let layer = &self.plan.layers[(cursor.layer - self.plan.first_layer) as usize];
-        let geometry = &self.plan.geometries[layer.geometry];
-        (layer, geometry, &geometry.groups()[cursor.group as usize])
+    fn at(&self, cursor: Cursor) -> (&'a Entry, &'a Geometry, &'a Group) {
+        let entry = &self.plan.entries[cursor.entry as usize];
+        let geometry = &self.geometries(entry)[cursor.geometry as usize];
+        (entry, geometry, &geometry.groups()[cursor.group as usize])
+    }
+
+    fn geometries(&self, entry: &Entry) -> &'a [Geometry] {
+        self.plan.geometries_of(&self.plan.sets[entry.set as usize])
     }
 
     /// Of how many parts the op at the cursor consists.
@@ -198,17 +214,25 @@ impl<'a> Ops<'a> {
     }
 
     fn after(&self, cursor: Cursor) -> Cursor {
-        if cursor.group as usize + 1 < self.at(cursor).1.groups().len() {
-            Cursor { layer: cursor.layer, group: cursor.group + 1, within: 0 }
-        } else {
-            self.enter(cursor.layer + 1)
+        let (entry, geometry, _) = self.at(cursor);
+        let mut next = Cursor { group: cursor.group + 1, within: 0, ..cursor };
+        if next.group as usize == geometry.groups().len() {
+            (next.group, next.strand) = (0, cursor.strand + 1);
+        }
+        if next.strand as usize == geometry.strands().len() {
+            (next.strand, next.geometry) = (0, cursor.geometry + 1);
+        }
+        match next.geometry as usize == self.geometries(entry).len() {
+            true => self.enter(cursor.entry + 1),
+            false => next,
         }
     }
 
-    /// The first op of a layer; the end if there is none, since without tokens no layer has any.
-    fn enter(&self, layer: u32) -> Cursor {
-        let layer = if self.plan.tokens.is_empty() { self.layers.end } else { layer };
-        Cursor { layer, group: 0, within: 0 }
+    /// The first op of an entry; the end if there is none, since without tokens no entry has any.
+    fn enter(&self, entry: u32) -> Cursor {
+        let is_empty = self.entries().next().is_none_or(|entry| self.geometries(entry).is_empty());
+        let entry = if is_empty { self.entries.end } else { entry };
+        Cursor { entry, geometry: 0, strand: 0, group: 0, within: 0 }
     }
 }
 

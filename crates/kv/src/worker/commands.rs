@@ -5,16 +5,16 @@ use std::sync::Arc;
 use crossdock_engine::{Promise, duration_ns};
 use crossdock_memory::PageSet;
 use crossdock_proto::{
-    End, Fetch, LinkCause, Misfit, PeerName, Receive, RoomError, RoomId, RoomRefusal, Send, Serve,
-    SessionEnd, Who,
+    End, Fetch, Homecoming, LinkCause, Misfit, PeerName, Receive, RoomError, RoomId, RoomName, RoomRefusal,
+    Send, Serve, SessionEnd, Who,
 };
 
 use super::Worker;
-use super::room::{Decode, Item, Kind, MAX_ITEMS, Room, SendingRoom, ServingRoom, USUAL_ITEMS};
-use crate::PageTable;
-use crate::params::Ask;
+use super::room::{Decode, Item, Kind, MAX_ITEMS, Room, SendingRoom, ServingRoom};
+use super::whole::Whole;
+use crate::CacheLayout;
 use crate::request::{
-    Command, Ended, Peer, PeerKey, ReceiveRequest, Received, SendRequest, ServeRequest, name,
+    Command, DecodePromises, Ended, GatherRequest, Peer, PeerKey, ScatterRequest, ScatterServeRequest, name,
 };
 
 impl Worker {
@@ -46,69 +46,17 @@ impl Worker {
                 }
             }
             Command::Receive { key, request, asked_ns, pull, told } => {
-                let (end, home) = (Some(told.end), Some(told.pages));
-                let role = if pull { "fetch" } else { "receive" };
-                let span = span(role, request.room, request.use_count, request.tokens);
-                let ask = Ask {
-                    tokens: request.tokens,
-                    skip_tokens: request.skip_tokens,
-                    checksums: self.verify.covers(request.room),
-                };
-                let pages: Arc<[u32]> = request.pages.ids().into();
-                let mut decode = Decode {
-                    ask,
-                    pages,
-                    aux: Vec::new(),
-                    end,
-                    home,
-                    arrivals: told.arrivals,
-                    reads: None,
-                    proof: None,
-                };
-                match self.open_decode(now, asked_ns.unwrap_or(now), request, ask, pull) {
-                    Ok(room) => {
-                        self.keys.insert(key, room);
-                        self.rooms
-                            .insert(room, Room { key, span, is_ready: false, kind: Kind::Decode(decode) });
-                    }
-                    Err((end, pages)) => {
-                        if let Some(home) = decode.home.take() {
-                            self.tell(home, pages.into());
-                        }
-                        if let Some(promise) = decode.end.take() {
-                            self.tell(promise, Received { ended: Ended::alone(end), aux: Vec::new() });
-                        }
-                    }
-                }
+                self.open_decode(now, asked_ns.unwrap_or(now), key, request, pull, told);
             }
             Command::Open { key, request, asked_ns, end } => {
                 self.open_sending(now, asked_ns.unwrap_or(now), key, request, end);
             }
-            Command::Send { key, layers, tokens } => {
-                let Some((id, room)) = self.room_of(key) else { return };
-                if let Kind::Sending(sending) = &mut room.kind {
-                    if !sending.add(Item { layers, tokens }) {
-                        let misfit = Misfit::TooManyPieces { limit: MAX_ITEMS };
-                        return self.engine.proto().mismatch(now, id, misfit);
-                    }
-                    self.wake(id);
-                }
-            }
-            Command::Finish { key, aux } => {
-                let Some((id, room)) = self.room_of(key) else { return };
-                if let Kind::Sending(sending) = &mut room.kind {
-                    sending.finish = Some(aux);
-                    self.wake(id);
-                }
-            }
+            Command::Send { key, layers, tokens } => self.send(now, key, &Item { layers, tokens }),
+            Command::Finish { key, aux } => self.finish(key, &aux),
             Command::Serve { key, request, asked_ns, end } => {
                 self.open_serving(now, asked_ns.unwrap_or(now), key, request, end);
             }
-            Command::Cancel { key } => {
-                if let Some((id, _)) = self.room_of(key) {
-                    self.engine.proto().cancel(now, id);
-                }
-            }
+            Command::Cancel { key } => self.cancel(now, key),
             Command::Stats { told } => {
                 let stats = self.stats();
                 self.tell(told, stats);
@@ -117,68 +65,131 @@ impl Worker {
         }
     }
 
+    /// Opens a share with each source and for each pool.
     fn open_decode(
         &mut self,
         now: u64,
         asked_ns: u64,
-        request: ReceiveRequest,
-        ask: Ask,
+        key: u64,
+        request: GatherRequest,
         pull: bool,
-    ) -> Result<RoomId, (End, PageSet)> {
-        let Some(peer) = self.peer_name(request.peer) else {
-            return Err((End::PeerLost { cause: SessionEnd::ClosedHere }, request.pages));
-        };
-        let first = request.skip_tokens / self.layout.page_tokens();
-        let table = PageTable { layout: &self.layout, first_page: first, pages: request.pages.ids() };
-        let (tokens, skip_tokens) = (request.tokens, request.skip_tokens);
-        if skip_tokens > tokens {
-            return Err((misfit(Misfit::Skipped { tokens, skip_tokens }), request.pages));
+        told: DecodePromises,
+    ) {
+        if let Err(end) = self.check_gather(&request) {
+            return told.refuse(request.pages, Ended::alone(end));
         }
-        if table.covering(&(skip_tokens..tokens)).is_err() {
-            return Err((misfit(Misfit::Pages { whose: Who::Here }), request.pages));
-        }
-        let room = name(request.room, request.use_count);
-        let deadline_ns = asked_ns.saturating_add(duration_ns(request.deadline));
-        let (pages, params) = (request.pages, ask.encode());
-        let opened = match pull {
-            false => {
-                let buffers = self.buffers.clone();
-                let receive = Receive { peer, room, pages, buffers, params, deadline_ns };
-                self.engine.proto().receive(now, receive)
+        let GatherRequest { sources, room, use_count, tokens, skip_tokens, pages, deadline } = request;
+        let deadline_ns = asked_ns.saturating_add(duration_ns(deadline));
+        let checksums = self.verify.covers(room);
+        let arrivals = told.arrivals.clone();
+        let mut whole = Whole::decode(told, sources.len());
+        let mut refusal = None;
+        for (pool, pages) in pages.into_iter().enumerate() {
+            let ask = self.layout.ask(pool, tokens, skip_tokens, pages.len(), checksums);
+            let ids: Arc<[u32]> = pages.ids().into();
+            let granted = pages.grant();
+            let mut values: Vec<_> = sources[1..].iter().map(|_| granted.another_writer()).collect();
+            values.push(granted);
+            for (source, pages) in sources.iter().zip(values) {
+                let share = name(room, use_count, (source.rank, self.layout.rank(), pool));
+                let params = ask.encode();
+                let opened = match (self.peer_name(source.peer), &refusal) {
+                    (Some(peer), None) if pull => self
+                        .engine
+                        .proto()
+                        .fetch(now, Fetch { peer, room: share, pages, params, deadline_ns }),
+                    (Some(peer), None) => {
+                        let buffers = self.buffers[pool].clone();
+                        let receive = Receive { peer, room: share, pages, buffers, params, deadline_ns };
+                        self.engine.proto().receive(now, receive)
+                    }
+                    _ => {
+                        refusal.get_or_insert_with(gone);
+                        tell_home(self, &mut whole, pool, Homecoming::new(pages));
+                        continue;
+                    }
+                };
+                match opened {
+                    Ok(id) => {
+                        let role = if pull { "fetch" } else { "receive" };
+                        let decode = Decode {
+                            ask,
+                            pages: ids.clone(),
+                            aux: Vec::new(),
+                            sources: sources.len(),
+                            is_home: false,
+                            arrivals: arrivals.clone(),
+                            arrived: 0,
+                            reads: None,
+                            proof: None,
+                        };
+                        whole.opened(id);
+                        self.add_share(key, id, pool, span(role, share, tokens), Kind::Decode(decode));
+                    }
+                    Err(unopened) => {
+                        refusal.get_or_insert(refused(unopened.error));
+                        tell_home(self, &mut whole, pool, unopened.pages);
+                    }
+                }
             }
-            true => self.engine.proto().fetch(now, Fetch { peer, room, pages, params, deadline_ns }),
-        };
-        opened.map_err(|unopened| (refused(unopened.error), unopened.pages))
+        }
+        self.begin(now, key, whole, refusal);
     }
 
-    fn open_sending(&mut self, now: u64, asked_ns: u64, key: u64, request: SendRequest, end: Promise<Ended>) {
-        let span = span("send", request.room, request.use_count, request.tokens);
-        let pages: Arc<[u32]> = request.pages.ids().into();
-        let fits = PageTable::new(&self.layout, &pages).covering(&(0..request.tokens)).is_ok();
-        let opened = match fits {
-            true => {
-                let deadline_ns = asked_ns.saturating_add(duration_ns(request.deadline));
-                let room = name(request.room, request.use_count);
-                let send = Send { room, pages: request.pages, deadline_ns };
-                self.engine.proto().send_room(now, send).map_err(refused)
-            }
-            false => Err(misfit(Misfit::Pages { whose: Who::Here })),
-        };
-        match opened {
-            Ok(room) => {
-                self.keys.insert(key, room);
-                let sending = SendingRoom {
-                    tokens: request.tokens,
-                    pages,
-                    items: Vec::with_capacity(USUAL_ITEMS),
-                    finish: None,
-                    end: Some(end),
-                    run: None,
-                };
-                self.rooms.insert(room, Room { key, span, is_ready: false, kind: Kind::Sending(sending) });
-            }
-            Err(why) => self.tell(end, Ended::alone(why)),
+    fn check_gather(&self, request: &GatherRequest) -> Result<(), End> {
+        let GatherRequest { sources, tokens, skip_tokens, pages, .. } = request;
+        let (tokens, skip_tokens) = (*tokens, *skip_tokens);
+        if skip_tokens > tokens {
+            return Err(misfit(Misfit::Skipped { tokens, skip_tokens }));
         }
+        let ids = |pages: &PageSet| pages.ids().len();
+        self.check_lists(pages.len(), sources.iter().map(|source| source.rank))?;
+        for (pool, pages) in pages.iter().enumerate() {
+            let ask = self.layout.ask(pool, tokens, skip_tokens, ids(pages), false);
+            let table = self.layout.decode_table(&ask, pages.ids());
+            if table.covering(&self.layout.moved(&ask)).is_err() {
+                return Err(misfit(Misfit::Pages { whose: Who::Here }));
+            }
+        }
+        Ok(())
+    }
+
+    /// There is a list for each pool, and ranks that can be named, each once.
+    fn check_lists(&self, lists: usize, ranks: impl Iterator<Item = u32>) -> Result<(), End> {
+        let pools = self.layout.pools().len();
+        if lists != pools {
+            return Err(misfit(Misfit::Lists { lists, pools }));
+        }
+        let mut ranks: Vec<u32> = ranks.collect();
+        ranks.sort_unstable();
+        let is_sound = !ranks.is_empty()
+            && ranks.is_sorted_by(|a, b| a < b)
+            && ranks.iter().all(|&rank| rank < CacheLayout::MAX_RANKS);
+        if is_sound { Ok(()) } else { Err(misfit(Misfit::Ranks)) }
+    }
+
+    fn check_scatter(&self, request: &ScatterRequest) -> Result<(), End> {
+        let ScatterRequest { ranks, tokens, pages, .. } = request;
+        self.check_lists(pages.len(), ranks.iter().copied())?;
+        for (pool, pages) in pages.iter().enumerate() {
+            let ask = self.layout.ask(pool, *tokens, 0, pages.len(), false);
+            let table = self.layout.prefill_table(&ask, pages.ids());
+            if table.covering(&self.layout.moved(&ask)).is_err() {
+                return Err(misfit(Misfit::Pages { whose: Who::Here }));
+            }
+        }
+        Ok(())
+    }
+
+    fn open_sending(
+        &mut self,
+        now: u64,
+        asked_ns: u64,
+        key: u64,
+        request: ScatterRequest,
+        end: Promise<Ended>,
+    ) {
+        self.open_prefill(now, asked_ns, key, request, end, "send", |_| None);
     }
 
     fn open_serving(
@@ -186,29 +197,127 @@ impl Worker {
         now: u64,
         asked_ns: u64,
         key: u64,
-        request: ServeRequest,
+        request: ScatterServeRequest,
         end: Promise<Ended>,
     ) {
-        let span = span("serve", request.room, request.use_count, request.tokens);
-        let pages: Arc<[u32]> = request.pages.ids().into();
-        let fits = PageTable::new(&self.layout, &pages).covering(&(0..request.tokens)).is_ok();
-        let opened = match fits {
-            true => {
-                let deadline_ns = asked_ns.saturating_add(duration_ns(request.deadline));
-                let room = name(request.room, request.use_count);
-                let serve = Serve { room, pages: request.pages, buffers: self.buffers.clone(), deadline_ns };
-                self.engine.proto().serve(now, serve).map_err(refused)
+        let ScatterServeRequest { request, aux } = request;
+        // What goes with the pages goes with those of the tokens.
+        let aux_of = |pool| Some(if pool == 0 { aux.clone() } else { Vec::new() });
+        self.open_prefill(now, asked_ns, key, request, end, "serve", aux_of);
+    }
+
+    /// Opens a share for each rank and pool: one that is served, with this `aux`, or, without, one that is sent.
+    fn open_prefill(
+        &mut self,
+        now: u64,
+        asked_ns: u64,
+        key: u64,
+        request: ScatterRequest,
+        end: Promise<Ended>,
+        role: &'static str,
+        aux_of: impl Fn(usize) -> Option<Vec<u8>>,
+    ) {
+        if let Err(why) = self.check_scatter(&request) {
+            return self.tell(end, Ended::alone(why));
+        }
+        let ScatterRequest { ranks, room, use_count, tokens, pages, deadline } = request;
+        let deadline_ns = asked_ns.saturating_add(duration_ns(deadline));
+        let mut whole = Whole::prefill(end);
+        let mut refusal = None;
+        for (pool, shared) in pages.into_iter().enumerate() {
+            let ask = self.layout.ask(pool, tokens, 0, shared.len(), false);
+            let ids: Arc<[u32]> = shared.ids().into();
+            for &rank in &ranks {
+                let (share, pages) =
+                    (name(room, use_count, (self.layout.rank(), rank, pool)), shared.clone());
+                let (aux, buffers) = (aux_of(pool), self.buffers[pool].clone());
+                let opened = match &aux {
+                    None => self.engine.proto().send_room(now, Send { room: share, pages, deadline_ns }),
+                    Some(_) => {
+                        self.engine.proto().serve(now, Serve { room: share, pages, buffers, deadline_ns })
+                    }
+                };
+                match opened {
+                    Ok(id) => {
+                        let (tokens, pages) = (ask.tokens, ids.clone());
+                        let kind = match aux {
+                            None => Kind::Sending(SendingRoom::new(tokens, pages)),
+                            Some(aux) => Kind::Serving(ServingRoom { tokens, pages, aux, sums: None }),
+                        };
+                        whole.opened(id);
+                        self.add_share(key, id, pool, span(role, share, tokens), kind);
+                    }
+                    Err(error) => {
+                        refusal.get_or_insert(refused(error));
+                    }
+                }
+                if refusal.is_some() {
+                    return self.begin(now, key, whole, refusal);
+                }
             }
-            false => Err(misfit(Misfit::Pages { whose: Who::Here })),
-        };
-        match opened {
-            Ok(room) => {
-                self.keys.insert(key, room);
-                let ServeRequest { tokens, aux, .. } = request;
-                let serving = ServingRoom { tokens, pages, aux, end: Some(end), sums: None };
-                self.rooms.insert(room, Room { key, span, is_ready: false, kind: Kind::Serving(serving) });
+        }
+        self.begin(now, key, whole, None);
+    }
+
+    fn add_share(&mut self, key: u64, id: RoomId, pool: usize, span: tracing::Span, kind: Kind) {
+        self.rooms.insert(id, Room { key, pool, span, is_ready: false, has_ended: false, kind });
+    }
+
+    /// Every share has been opened, or one was refused: then the others are given up.
+    fn begin(&mut self, now: u64, key: u64, mut whole: Whole, refusal: Option<End>) {
+        let shares = refusal.is_some().then(|| whole.shares.clone());
+        if let Some(end) = refusal
+            && let Some(told) = whole.refuse(Ended::alone(end))
+        {
+            self.tell_end(told);
+        }
+        if !whole.is_over() {
+            self.wholes.insert(key, whole);
+        }
+        for share in shares.into_iter().flatten() {
+            self.engine.proto().cancel(now, share);
+        }
+    }
+
+    /// Sends a piece of the tokens to every rank.
+    fn send(&mut self, now: u64, key: u64, item: &Item) {
+        for nth in 0.. {
+            let Some((id, room)) = self.share_of(key, nth) else { return };
+            if room.pool > 0 {
+                continue;
             }
-            Err(why) => self.tell(end, Ended::alone(why)),
+            if let Kind::Sending(sending) = &mut room.kind {
+                match sending.add(item.clone()) {
+                    true => self.wake(id),
+                    false => {
+                        let misfit = Misfit::TooManyPieces { limit: MAX_ITEMS };
+                        self.engine.proto().mismatch(now, id, misfit);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Nothing more of the tokens comes: what is kept beside them is whole now, and leaves, too.
+    fn finish(&mut self, key: u64, aux: &[u8]) {
+        let layers = self.layout.layers();
+        for nth in 0.. {
+            let Some((id, room)) = self.share_of(key, nth) else { return };
+            let pool = room.pool;
+            if let Kind::Sending(sending) = &mut room.kind {
+                if pool > 0 {
+                    sending.add(Item { layers: layers.clone(), tokens: 0..sending.tokens });
+                }
+                sending.finish = Some(if pool == 0 { aux.to_vec() } else { Vec::new() });
+                self.wake(id);
+            }
+        }
+    }
+
+    pub(super) fn cancel(&mut self, now: u64, key: u64) {
+        let shares = self.wholes.get(&key).map(|whole| whole.shares.clone());
+        for share in shares.into_iter().flatten() {
+            self.engine.proto().cancel(now, share);
         }
     }
 
@@ -219,15 +328,29 @@ impl Worker {
         }
     }
 
-    fn room_of(&mut self, key: u64) -> Option<(RoomId, &mut Room)> {
-        let id = *self.keys.get(&key)?;
+    /// The share of a room that was opened as the `nth` and is still known; none behind the last one.
+    fn share_of(&mut self, key: u64, nth: usize) -> Option<(RoomId, &mut Room)> {
+        let mut shares = self.wholes.get(&key)?.shares.iter().filter(|share| self.rooms.contains_key(share));
+        let id = *shares.nth(nth)?;
         Some((id, self.rooms.get_mut(&id)?))
     }
 }
 
-fn span(role: &'static str, room: u64, use_count: u32, tokens: u32) -> tracing::Span {
+/// A pool's pages that a peer was never told of.
+fn tell_home(worker: &Worker, whole: &mut Whole, pool: usize, pages: Homecoming) {
+    if let Some((promise, home)) = whole.home(pool, pages) {
+        worker.tell(promise, home);
+    }
+}
+
+fn gone() -> End {
+    End::PeerLost { cause: SessionEnd::ClosedHere }
+}
+
+fn span(role: &'static str, name: RoomName, tokens: u32) -> tracing::Span {
     use tracing::field::Empty;
-    tracing::debug_span!("room", role, room, use_count, tokens, peer = Empty, port = Empty)
+    let RoomName { room, use_count, share } = name;
+    tracing::debug_span!("room", role, room, use_count, share, tokens, peer = Empty, port = Empty)
 }
 
 fn misfit(misfit: Misfit) -> End {

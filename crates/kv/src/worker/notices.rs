@@ -11,10 +11,11 @@ use crossdock_transport::Direction;
 use super::Worker;
 use super::posting::{Run, local_table, misfit, plan_input};
 use super::proof::{Proof, moved_sums};
-use super::room::{Decode, Kind, Room, SendingRoom, ServingRoom};
+use super::room::{Kind, Room};
+use super::whole::{Tell, Whole};
 use crate::params::{Answer, Ask};
-use crate::request::{Ended, PeerUp, Received};
-use crate::{CacheLayout, PageTable, Plan};
+use crate::request::{Ended, PeerUp};
+use crate::{CacheLayout, Plan};
 
 impl Worker {
     pub(super) fn take_notices(&mut self, now: u64) -> bool {
@@ -65,12 +66,24 @@ impl Worker {
             }
             Notice::Wanted { room, session, params } => self.wanted(now, room, session, &params),
             Notice::Landed { room, session, aux } => self.landed(now, room, session, &aux),
-            Notice::Ended { room, end, peer, port } => self.ended(room, Ended { end, peer, port }),
+            Notice::Ended { room, end, peer, port } => {
+                if let Some(key) = self.ended(room, Ended { end, peer, port }) {
+                    // Nothing makes up for the share that is missing.
+                    self.cancel(now, key);
+                }
+            }
             Notice::Unread { pages } => drop(pages),
             Notice::Home { room, pages } => {
-                let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&room) else { return };
-                if let Some(home) = decode.home.take() {
-                    self.tell(home, pages);
+                let Some(Room { kind: Kind::Decode(decode), key, pool, .. }) = self.rooms.get_mut(&room)
+                else {
+                    return;
+                };
+                decode.is_home = true;
+                let (key, pool) = (*key, *pool);
+                if let Some((promise, home)) =
+                    self.wholes.get_mut(&key).and_then(|whole| whole.home(pool, pages))
+                {
+                    self.tell(promise, home);
                 }
                 self.forget(room);
             }
@@ -84,7 +97,7 @@ impl Worker {
         let cache = self.caches.get(&start.session).cloned().flatten();
         let Some(room) = self.rooms.get_mut(&id) else { return };
         let (ask, pages): (_, &[u32]) = match &room.kind {
-            Kind::Sending(sending) => (asked(&start.params, sending.tokens), &sending.pages),
+            Kind::Sending(sending) => (asked(&start.params, room.pool, sending.tokens), &sending.pages),
             Kind::Decode(decode) => {
                 let answer = answered(&start.params, decode.ask.tokens);
                 (answer.map(|_| decode.ask), &decode.pages)
@@ -97,7 +110,7 @@ impl Worker {
             Err(misfit) => return self.engine.proto().mismatch(now, id, misfit),
         };
         let local = local_table(&self.layout, pages, start.direction, &ask);
-        let tokens = ask.skip_tokens..ask.tokens;
+        let tokens = self.layout.moved(&ask);
         let input = plan_input(local, &cache, &start.remote_pages, start.direction, &ask, tokens);
         let plan = match Plan::build(&input) {
             Ok(plan) => plan,
@@ -139,7 +152,8 @@ impl Worker {
         // What an earlier reader has asked for is of no use to this one.
         serving.sums = None;
         let cache = self.caches.get(&session).and_then(Option::as_ref);
-        let asked = asked(params, serving.tokens).and_then(|ask| Ok((ask, cache.ok_or(Misfit::Unreadable)?)));
+        let asked = asked(params, room.pool, serving.tokens)
+            .and_then(|ask| Ok((ask, cache.ok_or(Misfit::Unreadable)?)));
         let (ask, cache) = match asked {
             Ok(both) => both,
             Err(misfit) => return self.engine.proto().mismatch(now, id, misfit),
@@ -148,7 +162,7 @@ impl Worker {
             let answer = Answer { tokens: ask.tokens, aux: serving.aux.clone(), checksums: Vec::new() };
             return self.engine.proto().offer(now, id, answer.encode());
         }
-        let table = PageTable::new(&self.layout, &serving.pages);
+        let table = self.layout.prefill_table(&ask, &serving.pages);
         match moved_sums(&self.memory, &table, cache, &ask) {
             Ok(sums) => {
                 serving.sums = Some(sums);
@@ -173,20 +187,30 @@ impl Worker {
             Err(misfit) => return self.engine.proto().mismatch(now, id, misfit),
         };
         decode.aux = answer.aux;
+        let Some(cache) = self.caches.get(&session).and_then(Option::as_ref) else {
+            return self.engine.proto().mismatch(now, id, Misfit::Unreadable);
+        };
+        // One rank may have less than this one, as no layers of a draft model. Of several, each is there for its share.
+        if room.pool == 0
+            && decode.sources > 1
+            && let Some(brought) =
+                self.wholes.get_mut(&room.key).and_then(|whole| whole.brought(cache, decode.sources))
+            && !self.layout.is_covered_by(brought)
+        {
+            return self.engine.proto().mismatch(now, id, Misfit::Gap);
+        }
         if !decode.ask.checksums {
             return self.engine.proto().accept(now, id);
         }
-        let Some(Some(cache)) = self.caches.get(&session) else {
-            return self.engine.proto().mismatch(now, id, Misfit::Unreadable);
-        };
         let table = local_table(&self.layout, &decode.pages, Direction::Read, &decode.ask);
         let begin = || Proof::begin(&self.memory, &table, cache, &decode.ask, &answer.checksums);
         decode.proof = Some(room.span.in_scope(begin));
         self.wake(id);
     }
 
-    pub(super) fn ended(&mut self, id: RoomId, ended: Ended) {
-        let Some(room) = self.rooms.get_mut(&id).filter(|room| !room.is_told()) else { return };
+    /// Tells the end of a share. The room, if its other shares are to be given up.
+    pub(super) fn ended(&mut self, id: RoomId, ended: Ended) -> Option<u64> {
+        let room = self.rooms.get_mut(&id).filter(|room| !room.has_ended)?;
         if let (Some(peer), Some(port)) = (&ended.peer, ended.port) {
             room.span.record("peer", &**peer).record("port", port);
         }
@@ -194,31 +218,48 @@ impl Worker {
             End::Delivered => tracing::debug!("{ended}"),
             end => tracing::warn!(retryable = end.is_retryable(), advice = end.advice(), "{ended}"),
         });
-        self.keys.remove(&room.key);
-        match &mut room.kind {
+        room.has_ended = true;
+        let key = room.key;
+        let aux = match &mut room.kind {
             Kind::Decode(decode) => {
                 decode.proof = None;
-                // Nobody may believe what was not proven.
-                let aux = if ended.is_delivered() { std::mem::take(&mut decode.aux) } else { Vec::new() };
-                if let Some(promise) = decode.end.take() {
-                    self.tell(promise, Received { ended, aux });
-                }
+                std::mem::take(&mut decode.aux)
             }
-            Kind::Sending(SendingRoom { end: promise, .. })
-            | Kind::Serving(ServingRoom { end: promise, .. }) => {
-                if let Some(promise) = promise.take() {
-                    self.tell(promise, ended);
-                }
-                self.rooms.remove(&id);
-            }
+            Kind::Sending(_) | Kind::Serving(_) => Vec::new(),
+        };
+        self.forget(id);
+        let whole = self.wholes.get_mut(&key)?;
+        let told = whole.share_ended(ended, aux);
+        if whole.is_over() {
+            self.wholes.remove(&key);
+        }
+        let told = told?;
+        let is_given_up = matches!(&told, Tell::Received(_, received) if !received.ended.is_delivered());
+        self.tell_end(told);
+        is_given_up.then_some(key)
+    }
+
+    pub(super) fn tell_end(&self, told: Tell) {
+        match told {
+            Tell::Received(promise, received) => self.tell(promise, received),
+            Tell::Ended(promise, ended) => self.tell(promise, ended),
         }
     }
 
+    /// Drops a share of which everything has been told.
     fn forget(&mut self, id: RoomId) {
-        if let Some(Room { kind: Kind::Decode(Decode { end: None, home: None, .. }), .. }) =
-            self.rooms.get(&id)
-        {
-            self.rooms.remove(&id);
+        let Some(room) = self.rooms.get(&id) else { return };
+        let is_home = match &room.kind {
+            Kind::Decode(decode) => decode.is_home,
+            Kind::Sending(_) | Kind::Serving(_) => true,
+        };
+        if !is_home || !room.has_ended {
+            return;
+        }
+        let key = room.key;
+        self.rooms.remove(&id);
+        if self.wholes.get(&key).is_some_and(Whole::is_over) {
+            self.wholes.remove(&key);
         }
     }
 
@@ -231,16 +272,17 @@ impl Worker {
 
     pub(super) fn show_arrivals(&mut self) {
         while let Some((id, arrivals)) = self.engine.proto().next_arrivals() {
-            if let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get(&id) {
-                decode.arrivals.store(arrivals, Ordering::Release);
+            if let Some(Room { kind: Kind::Decode(decode), .. }) = self.rooms.get_mut(&id) {
+                let grown = arrivals.saturating_sub(std::mem::replace(&mut decode.arrived, arrivals));
+                decode.arrivals.fetch_add(grown, Ordering::Release);
             }
         }
     }
 }
 
 /// What a decode side asks for of a request that has so many tokens here.
-fn asked(params: &[u8], here: u32) -> Result<Ask, Misfit> {
-    let ask = Ask::decode(params).ok_or(Misfit::Unreadable)?;
+fn asked(params: &[u8], pool: usize, here: u32) -> Result<Ask, Misfit> {
+    let ask = Ask::decode(params).filter(|ask| usize::from(ask.pool) == pool).ok_or(Misfit::Unreadable)?;
     same_tokens(here, ask.tokens).map(|()| ask)
 }
 

@@ -146,7 +146,8 @@ impl Worker {
                 if serving.sums.is_none() {
                     return Pumped::Nothing;
                 }
-                let table = PageTable::new(&self.layout, &serving.pages);
+                let ask = self.layout.ask(room.pool, serving.tokens, 0, serving.pages.len(), true);
+                let table = self.layout.prefill_table(&ask, &serving.pages);
                 let checksums = match sum_on(&mut serving.sums, &self.memory, &table, left) {
                     Ok(Some(checksums)) => checksums,
                     Ok(None) => return Pumped::More,
@@ -174,7 +175,8 @@ pub(super) fn misfit(error: &PlanError, direction: Direction) -> Misfit {
         PlanError::Unbridgeable { .. }
         | PlanError::NoCommonLayers { .. }
         | PlanError::BadTokens { .. }
-        | PlanError::TooManyGeometries { .. } => Misfit::Layouts,
+        | PlanError::NothingInCommon
+        | PlanError::TooManyShapes { .. } => Misfit::Layouts,
     }
 }
 
@@ -213,7 +215,8 @@ fn post_item(
     item: &Item,
     left: &mut u64,
 ) -> Pumped {
-    let tokens = item.tokens.start.max(run.ask.skip_tokens)..item.tokens.end.max(run.ask.skip_tokens);
+    let moved = local.layout.moved(&run.ask).start;
+    let tokens = item.tokens.start.max(moved)..item.tokens.end.max(moved);
     if tokens.is_empty() {
         return Pumped::Nothing;
     }
@@ -227,18 +230,17 @@ fn post_item(
     post_layers(engine, now, run, layers, left)
 }
 
-/// This side's pages of a run: a decode side lists them from the first one that it lacks, a prefill side all of them.
+/// This side's pages of a run.
 pub(super) fn local_table<'a>(
     layout: &'a CacheLayout,
     pages: &'a [u32],
     direction: Direction,
     ask: &Ask,
 ) -> PageTable<'a> {
-    let first_page = match direction {
-        Direction::Write => 0,
-        Direction::Read => ask.skip_tokens / layout.page_tokens(),
-    };
-    PageTable { layout, first_page, pages }
+    match direction {
+        Direction::Write => layout.prefill_table(ask, pages),
+        Direction::Read => layout.decode_table(ask, pages),
+    }
 }
 
 pub(super) fn plan_input<'a>(
@@ -249,14 +251,13 @@ pub(super) fn plan_input<'a>(
     ask: &Ask,
     tokens: Range<u32>,
 ) -> PlanInput<'a> {
-    let first_page = match direction {
-        Direction::Write => ask.skip_tokens / cache.page_tokens(),
-        Direction::Read => 0,
-    };
-    let remote = PageTable { layout: cache, first_page, pages: remote_pages };
     match direction {
-        Direction::Write => PlanInput { source: local, destination: remote, tokens },
-        Direction::Read => PlanInput { source: remote, destination: local, tokens },
+        Direction::Write => {
+            PlanInput { source: local, destination: cache.decode_table(ask, remote_pages), tokens }
+        }
+        Direction::Read => {
+            PlanInput { source: cache.prefill_table(ask, remote_pages), destination: local, tokens }
+        }
     }
 }
 

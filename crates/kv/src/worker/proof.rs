@@ -46,7 +46,7 @@ pub(super) fn moved_sums(
     ask: &Ask,
 ) -> Result<Summing, ChecksumError> {
     let layers = overlap(&table.layout.layers(), &cache.layers());
-    Summing::compute(memory, table, layers, ask.skip_tokens..ask.tokens)
+    Summing::compute(memory, table, cache, layers, table.layout.moved(ask))
 }
 
 /// Whether the bytes here are those that the peer has summed, and it has summed all that it was to move: which layers
@@ -70,7 +70,7 @@ impl Proof {
             NoProof
         });
         Self(begun.and_then(|sums| {
-            Summing::compare(sums, memory, table, layers, ask.skip_tokens..ask.tokens).map_err(|error| {
+            Summing::compare(sums, memory, table, cache, layers, table.layout.moved(ask)).map_err(|error| {
                 tracing::error!("what arrived cannot be proven: {error}");
                 NoProof
             })
@@ -124,7 +124,7 @@ mod tests {
         let bytes = here.bytes_needed(0) as usize;
         let memory = [Memory::allocate(bytes, &AllocateOptions::default()).unwrap()];
         let pages = [5, 2];
-        let ask = Ask { tokens: 40, skip_tokens: 20, checksums: true };
+        let ask = Ask { pool: 0, tokens: 40, skip_tokens: 20, checksums: true };
         let table = local_table(&here, &pages, Direction::Read, &ask);
         let is_proven = |sums: &[u8]| {
             let mut proof = Proof::begin(&memory, &table, &peer, &ask, sums);
@@ -133,7 +133,7 @@ mod tests {
         };
         let proven = |layers: Range<u32>, tokens: Range<u32>| {
             let mut sums = Vec::new();
-            Checksums::compute(&memory, &table, layers, tokens).unwrap().encode(&mut sums);
+            Checksums::compute(&memory, &table, &peer, layers, tokens).unwrap().encode(&mut sums);
             is_proven(&sums)
         };
         assert!(proven(1..3, 20..40));

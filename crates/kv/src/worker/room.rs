@@ -4,21 +4,25 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use crossdock_engine::{Engine, Promise};
-use crossdock_proto::{Homecoming, SessionId};
+use crossdock_engine::Engine;
+use crossdock_proto::SessionId;
 
 use super::posting::Run;
 use super::proof::Proof;
 use crate::checksum::Summing;
 use crate::params::Ask;
-use crate::request::{Ended, Received};
 
+/// A share of a user's room.
 pub(super) struct Room {
     pub key: u64,
+    /// Of which pool its pages are.
+    pub pool: usize,
     /// One a room: everything that is logged of it carries its number.
     pub span: tracing::Span,
     /// Stands in the queue of ready rooms.
     pub is_ready: bool,
+    /// Its end has been told.
+    pub has_ended: bool,
     pub kind: Kind,
 }
 
@@ -33,14 +37,6 @@ impl Room {
             self.span.record("peer", &*peer).record("port", port);
         }
     }
-
-    /// Whether the user has been told how it ended.
-    pub fn is_told(&self) -> bool {
-        match &self.kind {
-            Kind::Decode(Decode { end, .. }) => end.is_none(),
-            Kind::Sending(SendingRoom { end, .. }) | Kind::Serving(ServingRoom { end, .. }) => end.is_none(),
-        }
-    }
 }
 
 pub(super) enum Kind {
@@ -53,9 +49,13 @@ pub(super) struct Decode {
     pub ask: Ask,
     pub pages: Arc<[u32]>,
     pub aux: Vec<u8>,
-    pub end: Option<Promise<Received>>,
-    pub home: Option<Promise<Homecoming>>,
+    /// From how many ranks the room's tokens come.
+    pub sources: usize,
+    /// Its pages are home.
+    pub is_home: bool,
+    /// Of the whole room, and how many of them are of this share.
     pub arrivals: Arc<AtomicU64>,
+    pub arrived: u64,
     /// A pull's reads.
     pub reads: Option<Run>,
     /// All bytes are here, and are compared with the source's sums.
@@ -69,7 +69,6 @@ pub(super) struct SendingRoom {
     /// where it can be, so that a room in many chunks stays short.
     pub items: Vec<Item>,
     pub finish: Option<Vec<u8>>,
-    pub end: Option<Promise<Ended>>,
     pub run: Option<Run>,
 }
 
@@ -77,17 +76,21 @@ pub(super) struct ServingRoom {
     pub tokens: u32,
     pub pages: Arc<[u32]>,
     pub aux: Vec<u8>,
-    pub end: Option<Promise<Ended>>,
     /// A reader has asked for sums.
     pub sums: Option<Summing>,
 }
 
+#[derive(Clone)]
 pub(super) struct Item {
     pub layers: Range<u32>,
     pub tokens: Range<u32>,
 }
 
 impl SendingRoom {
+    pub fn new(tokens: u32, pages: Arc<[u32]>) -> Self {
+        Self { tokens, pages, items: Vec::with_capacity(USUAL_ITEMS), finish: None, run: None }
+    }
+
     /// Adds what is to be sent next; false if the room is in too many pieces.
     pub fn add(&mut self, item: Item) -> bool {
         while self.last_two_may_join()
@@ -132,4 +135,4 @@ impl Item {
 pub(super) const MAX_ITEMS: usize = 65_536;
 
 /// Room for the chunks that are sent while earlier ones are still being posted.
-pub(super) const USUAL_ITEMS: usize = 64;
+const USUAL_ITEMS: usize = 64;

@@ -220,11 +220,12 @@ impl Message {
 fn put_room(w: &mut Writer<'_>, room: RoomOnWire) {
     w.u64(room.name.room);
     w.u32(room.name.use_count);
+    w.u32(room.name.share);
     w.u32(room.serial);
 }
 
 fn take_room(r: &mut Reader<'_>) -> Result<RoomOnWire, DecodeError> {
-    let name = RoomName { room: r.u64("room")?, use_count: r.u32("use count")? };
+    let name = RoomName { room: r.u64("room")?, use_count: r.u32("use count")?, share: r.u32("share")? };
     Ok(RoomOnWire { name, serial: r.u32("serial")? })
 }
 

@@ -9,7 +9,7 @@ use crossdock_transport::{Access, GrantId, LaneAddress, RemoteKey};
 use crate::world::{Chance, on_wire};
 
 pub const FROM: Identity = Identity { node: 0x0102_0304_0506_0708, incarnation: 0x1112_1314_1516_1718 };
-pub const ROOM: RoomOnWire = RoomOnWire { name: RoomName { room: 7, use_count: 1 }, serial: 3 };
+pub const ROOM: RoomOnWire = RoomOnWire { name: RoomName { room: 7, use_count: 1, share: 5 }, serial: 3 };
 
 pub fn about() -> About {
     About {

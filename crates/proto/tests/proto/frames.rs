@@ -38,7 +38,7 @@ fn the_form_is_the_table() {
     ]
     .concat();
     let grant = Message::Grant {
-        room: RoomOnWire { name: RoomName { room: 0x0a0b, use_count: 2 }, serial: 7 },
+        room: RoomOnWire { name: RoomName { room: 0x0a0b, use_count: 2, share: 3 }, serial: 7 },
         access: Access::Write,
         attempt: 3,
         grant: GrantId::new(1, 4),
@@ -48,7 +48,7 @@ fn the_form_is_the_table() {
     };
     let expected = [
         &head[..],
-        &[0x0b, 0x0a, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 7, 0, 0, 0],
+        &[0x0b, 0x0a, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 7, 0, 0, 0],
         &[1],
         &[3, 0, 0, 0],
         &[4, 0x10, 0, 0],
@@ -59,7 +59,7 @@ fn the_form_is_the_table() {
     .concat();
     assert_eq!(encoded(&grant), expected);
     let cancel = Message::Cancel { room: ROOM, from: RoleKind::Serving, why: CancelWhy::Mismatch };
-    assert_eq!(encoded(&cancel)[20..], [7, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0, 0, 3, 5]);
+    assert_eq!(encoded(&cancel)[20..], [7, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 5, 0, 0, 0, 3, 0, 0, 0, 3, 5]);
     let released = vec![Released { grant: GrantId::new(1, 4), down_lanes: 0x0102 }];
     let release = Message::Release { released, delivered: true };
     assert_eq!(encoded(&release)[20..], [1, 1, 0, 0, 0, 4, 0x10, 0, 0, 2, 1]);
@@ -104,10 +104,10 @@ fn what_has_no_meaning_is_refused_by_name() {
     assert_eq!(with(Message::Ready, 0, 0), bad("magic", 0xcd00));
     assert_eq!(with(Message::Ready, 2, 19), bad("kind", 19));
     let cancel = Message::Cancel { room: ROOM, from: RoleKind::Sending, why: CancelWhy::Failed };
-    assert_eq!(with(cancel.clone(), 36, 4), bad("role", 4));
-    assert_eq!(with(cancel, 37, 6), bad("why", 6));
+    assert_eq!(with(cancel.clone(), 40, 4), bad("role", 4));
+    assert_eq!(with(cancel, 41, 6), bad("why", 6));
     let regrant = Message::Regrant { room: ROOM, attempt: 1, grant: GrantId::new(0, 0) };
-    assert_eq!(with(regrant, 43, 0x40), bad("grant", 0x4000_0000));
+    assert_eq!(with(regrant, 47, 0x40), bad("grant", 0x4000_0000));
     assert_eq!(with(Message::Release { released: Vec::new(), delivered: true }, 20, 2), bad("delivered", 2));
     assert_eq!(with(Message::Refuse { refusal: Refusal::Busy }, 20, 9), bad("refusal", 9));
     let lanes = vec![(3, LaneAddress::new(&[]).unwrap())];

@@ -182,7 +182,7 @@ fn asked(world: &mut World, node: usize, numbers: std::ops::Range<u64>, bytes: u
             let receive = Receive {
                 peer: world.name(P),
                 room: room_name(number),
-                pages: world.nodes[node].pool.take(4).unwrap(),
+                pages: world.nodes[node].pool.take(4).unwrap().grant(),
                 buffers: Vec::new().into(),
                 params: vec![7; bytes],
                 deadline_ns: u64::MAX,
@@ -312,7 +312,7 @@ fn sessions() {
 fn pages_and_parameters_fit_a_frame() {
     let mut world = with(|config| config.max_frame_bytes = 1_000);
     let mut open = |params: usize, pages: u32| {
-        let pages = world.nodes[D].pool.take(pages).unwrap();
+        let pages = world.nodes[D].pool.take(pages).unwrap().grant();
         let receive = Receive {
             peer: PeerName::Node(1),
             room: room_name(1),

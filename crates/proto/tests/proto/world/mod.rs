@@ -153,7 +153,7 @@ impl World {
         let receive = Receive {
             peer,
             room: room_name(number),
-            pages: self.nodes[node].pool.take(4).expect("free pages"),
+            pages: self.nodes[node].pool.take(4).expect("free pages").grant(),
             buffers: buffers().into(),
             params: b"ask".to_vec(),
             deadline_ns: self.now_ns + for_ns,
@@ -188,7 +188,7 @@ impl World {
         let fetch = Fetch {
             peer,
             room: room_name(number),
-            pages: self.nodes[node].pool.take(4).expect("free pages"),
+            pages: self.nodes[node].pool.take(4).expect("free pages").grant(),
             params: b"ask".to_vec(),
             deadline_ns: self.now_ns + for_ns,
         };
@@ -445,7 +445,7 @@ pub fn identity(node: usize, life: u64) -> Identity {
 }
 
 pub fn room_name(number: u64) -> RoomName {
-    RoomName { room: number, use_count: 0 }
+    RoomName { room: number, use_count: 0, share: 0 }
 }
 
 /// A room as messages name it; `nth` of those that its decode side has opened, prefill ends included.
