@@ -2,6 +2,7 @@
 
 mod commands;
 mod notices;
+mod opening;
 mod posting;
 mod proof;
 mod room;

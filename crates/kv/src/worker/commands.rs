@@ -1,21 +1,11 @@
 //! What users ask for.
 
-use std::sync::Arc;
-
-use crossdock_engine::{Promise, duration_ns};
-use crossdock_memory::PageSet;
-use crossdock_proto::{
-    End, Fetch, Homecoming, LinkCause, Misfit, PeerName, Receive, RoomError, RoomId, RoomName, RoomRefusal,
-    Send, Serve, SessionEnd, Who,
-};
+use crossdock_proto::{LinkCause, Misfit, RoomId, SessionEnd};
 
 use super::Worker;
-use super::room::{Decode, Item, Kind, MAX_ITEMS, Room, SendingRoom, ServingRoom};
-use super::whole::Whole;
-use crate::CacheLayout;
-use crate::request::{
-    Command, DecodePromises, Ended, GatherRequest, Peer, PeerKey, ScatterRequest, ScatterServeRequest, name,
-};
+use super::opening::Asked;
+use super::room::{Item, Kind, MAX_ITEMS, Room};
+use crate::request::{Command, ScatterServeRequest};
 
 impl Worker {
     pub(super) fn take_commands(&mut self, now: u64) -> bool {
@@ -46,15 +36,16 @@ impl Worker {
                 }
             }
             Command::Receive { key, request, asked_ns, pull, told } => {
-                self.open_decode(now, asked_ns.unwrap_or(now), key, request, pull, told);
+                self.open_decode(&Asked { now, key, asked_ns }, request, pull, told);
             }
             Command::Open { key, request, asked_ns, end } => {
-                self.open_sending(now, asked_ns.unwrap_or(now), key, request, end);
+                self.open_prefill(&Asked { now, key, asked_ns }, request, None, end);
             }
             Command::Send { key, layers, tokens } => self.send(now, key, &Item { layers, tokens }),
             Command::Finish { key, aux } => self.finish(key, &aux),
             Command::Serve { key, request, asked_ns, end } => {
-                self.open_serving(now, asked_ns.unwrap_or(now), key, request, end);
+                let ScatterServeRequest { request, aux } = request;
+                self.open_prefill(&Asked { now, key, asked_ns }, request, Some(aux), end);
             }
             Command::Cancel { key } => self.cancel(now, key),
             Command::Stats { told } => {
@@ -62,220 +53,6 @@ impl Worker {
                 self.tell(told, stats);
             }
             Command::Stop => self.stopped = true,
-        }
-    }
-
-    /// Opens a share with each source and for each pool.
-    fn open_decode(
-        &mut self,
-        now: u64,
-        asked_ns: u64,
-        key: u64,
-        request: GatherRequest,
-        pull: bool,
-        told: DecodePromises,
-    ) {
-        if let Err(end) = self.check_gather(&request) {
-            return told.refuse(request.pages, Ended::alone(end));
-        }
-        let GatherRequest { sources, room, use_count, tokens, skip_tokens, pages, deadline } = request;
-        let deadline_ns = asked_ns.saturating_add(duration_ns(deadline));
-        let checksums = self.verify.covers(room);
-        let arrivals = told.arrivals.clone();
-        let mut whole = Whole::decode(told, sources.len());
-        let mut refusal = None;
-        for (pool, pages) in pages.into_iter().enumerate() {
-            let ask = self.layout.ask(pool, tokens, skip_tokens, pages.len(), checksums);
-            let ids: Arc<[u32]> = pages.ids().into();
-            let granted = pages.grant();
-            let mut values: Vec<_> = sources[1..].iter().map(|_| granted.another_writer()).collect();
-            values.push(granted);
-            for (source, pages) in sources.iter().zip(values) {
-                let share = name(room, use_count, (source.rank, self.layout.rank(), pool));
-                let params = ask.encode();
-                let opened = match (self.peer_name(source.peer), &refusal) {
-                    (Some(peer), None) if pull => self
-                        .engine
-                        .proto()
-                        .fetch(now, Fetch { peer, room: share, pages, params, deadline_ns }),
-                    (Some(peer), None) => {
-                        let buffers = self.buffers[pool].clone();
-                        let receive = Receive { peer, room: share, pages, buffers, params, deadline_ns };
-                        self.engine.proto().receive(now, receive)
-                    }
-                    _ => {
-                        refusal.get_or_insert_with(gone);
-                        tell_home(self, &mut whole, pool, Homecoming::new(pages));
-                        continue;
-                    }
-                };
-                match opened {
-                    Ok(id) => {
-                        let role = if pull { "fetch" } else { "receive" };
-                        let decode = Decode {
-                            ask,
-                            pages: ids.clone(),
-                            aux: Vec::new(),
-                            sources: sources.len(),
-                            is_home: false,
-                            arrivals: arrivals.clone(),
-                            arrived: 0,
-                            reads: None,
-                            proof: None,
-                        };
-                        whole.opened(id);
-                        self.add_share(key, id, pool, span(role, share, tokens), Kind::Decode(decode));
-                    }
-                    Err(unopened) => {
-                        refusal.get_or_insert(refused(unopened.error));
-                        tell_home(self, &mut whole, pool, unopened.pages);
-                    }
-                }
-            }
-        }
-        self.begin(now, key, whole, refusal);
-    }
-
-    fn check_gather(&self, request: &GatherRequest) -> Result<(), End> {
-        let GatherRequest { sources, tokens, skip_tokens, pages, .. } = request;
-        let (tokens, skip_tokens) = (*tokens, *skip_tokens);
-        if skip_tokens > tokens {
-            return Err(misfit(Misfit::Skipped { tokens, skip_tokens }));
-        }
-        let ids = |pages: &PageSet| pages.ids().len();
-        self.check_lists(pages.len(), sources.iter().map(|source| source.rank))?;
-        for (pool, pages) in pages.iter().enumerate() {
-            let ask = self.layout.ask(pool, tokens, skip_tokens, ids(pages), false);
-            let table = self.layout.decode_table(&ask, pages.ids());
-            if table.covering(&self.layout.moved(&ask)).is_err() {
-                return Err(misfit(Misfit::Pages { whose: Who::Here }));
-            }
-        }
-        Ok(())
-    }
-
-    /// There is a list for each pool, and ranks that can be named, each once.
-    fn check_lists(&self, lists: usize, ranks: impl Iterator<Item = u32>) -> Result<(), End> {
-        let pools = self.layout.pools().len();
-        if lists != pools {
-            return Err(misfit(Misfit::Lists { lists, pools }));
-        }
-        let mut ranks: Vec<u32> = ranks.collect();
-        ranks.sort_unstable();
-        let is_sound = !ranks.is_empty()
-            && ranks.is_sorted_by(|a, b| a < b)
-            && ranks.iter().all(|&rank| rank < CacheLayout::MAX_RANKS);
-        if is_sound { Ok(()) } else { Err(misfit(Misfit::Ranks)) }
-    }
-
-    fn check_scatter(&self, request: &ScatterRequest) -> Result<(), End> {
-        let ScatterRequest { ranks, tokens, pages, .. } = request;
-        self.check_lists(pages.len(), ranks.iter().copied())?;
-        for (pool, pages) in pages.iter().enumerate() {
-            let ask = self.layout.ask(pool, *tokens, 0, pages.len(), false);
-            let table = self.layout.prefill_table(&ask, pages.ids());
-            if table.covering(&self.layout.moved(&ask)).is_err() {
-                return Err(misfit(Misfit::Pages { whose: Who::Here }));
-            }
-        }
-        Ok(())
-    }
-
-    fn open_sending(
-        &mut self,
-        now: u64,
-        asked_ns: u64,
-        key: u64,
-        request: ScatterRequest,
-        end: Promise<Ended>,
-    ) {
-        self.open_prefill(now, asked_ns, key, request, end, "send", |_| None);
-    }
-
-    fn open_serving(
-        &mut self,
-        now: u64,
-        asked_ns: u64,
-        key: u64,
-        request: ScatterServeRequest,
-        end: Promise<Ended>,
-    ) {
-        let ScatterServeRequest { request, aux } = request;
-        // What goes with the pages goes with those of the tokens.
-        let aux_of = |pool| Some(if pool == 0 { aux.clone() } else { Vec::new() });
-        self.open_prefill(now, asked_ns, key, request, end, "serve", aux_of);
-    }
-
-    /// Opens a share for each rank and pool: one that is served, with this `aux`, or, without, one that is sent.
-    fn open_prefill(
-        &mut self,
-        now: u64,
-        asked_ns: u64,
-        key: u64,
-        request: ScatterRequest,
-        end: Promise<Ended>,
-        role: &'static str,
-        aux_of: impl Fn(usize) -> Option<Vec<u8>>,
-    ) {
-        if let Err(why) = self.check_scatter(&request) {
-            return self.tell(end, Ended::alone(why));
-        }
-        let ScatterRequest { ranks, room, use_count, tokens, pages, deadline } = request;
-        let deadline_ns = asked_ns.saturating_add(duration_ns(deadline));
-        let mut whole = Whole::prefill(end);
-        let mut refusal = None;
-        for (pool, shared) in pages.into_iter().enumerate() {
-            let ask = self.layout.ask(pool, tokens, 0, shared.len(), false);
-            let ids: Arc<[u32]> = shared.ids().into();
-            for &rank in &ranks {
-                let (share, pages) =
-                    (name(room, use_count, (self.layout.rank(), rank, pool)), shared.clone());
-                let (aux, buffers) = (aux_of(pool), self.buffers[pool].clone());
-                let opened = match &aux {
-                    None => self.engine.proto().send_room(now, Send { room: share, pages, deadline_ns }),
-                    Some(_) => {
-                        self.engine.proto().serve(now, Serve { room: share, pages, buffers, deadline_ns })
-                    }
-                };
-                match opened {
-                    Ok(id) => {
-                        let (tokens, pages) = (ask.tokens, ids.clone());
-                        let kind = match aux {
-                            None => Kind::Sending(SendingRoom::new(tokens, pages)),
-                            Some(aux) => Kind::Serving(ServingRoom { tokens, pages, aux, sums: None }),
-                        };
-                        whole.opened(id);
-                        self.add_share(key, id, pool, span(role, share, tokens), kind);
-                    }
-                    Err(error) => {
-                        refusal.get_or_insert(refused(error));
-                    }
-                }
-                if refusal.is_some() {
-                    return self.begin(now, key, whole, refusal);
-                }
-            }
-        }
-        self.begin(now, key, whole, None);
-    }
-
-    fn add_share(&mut self, key: u64, id: RoomId, pool: usize, span: tracing::Span, kind: Kind) {
-        self.rooms.insert(id, Room { key, pool, span, is_ready: false, has_ended: false, kind });
-    }
-
-    /// Every share has been opened, or one was refused: then the others are given up.
-    fn begin(&mut self, now: u64, key: u64, mut whole: Whole, refusal: Option<End>) {
-        let shares = refusal.is_some().then(|| whole.shares.clone());
-        if let Some(end) = refusal
-            && let Some(told) = whole.refuse(Ended::alone(end))
-        {
-            self.tell_end(told);
-        }
-        if !whole.is_over() {
-            self.wholes.insert(key, whole);
-        }
-        for share in shares.into_iter().flatten() {
-            self.engine.proto().cancel(now, share);
         }
     }
 
@@ -321,50 +98,12 @@ impl Worker {
         }
     }
 
-    fn peer_name(&self, peer: Peer) -> Option<PeerName> {
-        match peer.0 {
-            PeerKey::Dialed(key) => self.targets.get(&key).copied().map(PeerName::Target),
-            PeerKey::Node(node) => Some(PeerName::Node(node)),
-        }
-    }
-
     /// The share of a room that was opened as the `nth` and is still known; none behind the last one.
     fn share_of(&mut self, key: u64, nth: usize) -> Option<(RoomId, &mut Room)> {
         let mut shares = self.wholes.get(&key)?.shares.iter().filter(|share| self.rooms.contains_key(share));
         let id = *shares.nth(nth)?;
         Some((id, self.rooms.get_mut(&id)?))
     }
-}
-
-/// A pool's pages that a peer was never told of.
-fn tell_home(worker: &Worker, whole: &mut Whole, pool: usize, pages: Homecoming) {
-    if let Some((promise, home)) = whole.home(pool, pages) {
-        worker.tell(promise, home);
-    }
-}
-
-fn gone() -> End {
-    End::PeerLost { cause: SessionEnd::ClosedHere }
-}
-
-fn span(role: &'static str, name: RoomName, tokens: u32) -> tracing::Span {
-    use tracing::field::Empty;
-    let RoomName { room, use_count, share } = name;
-    tracing::debug_span!("room", role, room, use_count, share, tokens, peer = Empty, port = Empty)
-}
-
-fn misfit(misfit: Misfit) -> End {
-    End::Refused { by: Who::Here, why: RoomRefusal::Mismatch(misfit) }
-}
-
-fn refused(error: RoomError) -> End {
-    let why = match error {
-        RoomError::Duplicate { .. } => RoomRefusal::Duplicate,
-        RoomError::UnknownPeer => return End::PeerLost { cause: SessionEnd::ClosedHere },
-        RoomError::TooLong { bytes, limit } => RoomRefusal::TooLong { bytes, limit },
-        _ => RoomRefusal::Busy,
-    };
-    End::Refused { by: Who::Here, why }
 }
 
 /// Commands taken in one turn.
