@@ -282,7 +282,16 @@ fn shuffled(seed: u64, count: u32) -> Vec<u32> {
 }
 
 fn both() -> impl Strategy<Value = (Model, Form, Form)> {
-    models().prop_flat_map(|model| (Just(model), forms(model), forms(model)))
+    let forms = models().prop_flat_map(|model| (Just(model), forms(model), forms(model), 0..3));
+    forms.prop_map(|(model, mut source, mut destination, alike)| {
+        // Whole pages of heads in one piece: where the pages of both sides are alike.
+        if alike == 0 {
+            destination.page_tokens = source.page_tokens;
+            destination.context = source.context;
+            (source.orders, destination.orders) = ([HeadOrder::HeadsFirst; 2], [HeadOrder::HeadsFirst; 2]);
+        }
+        (model, source, destination)
+    })
 }
 
 proptest! {
