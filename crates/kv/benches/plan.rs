@@ -6,7 +6,7 @@
 //! cargo bench -p crossdock-kv --bench plan -- 1-1     # one case
 //! ```
 //!
-//! An *input* is one page of the source in one layer; the limit is 20 ns for each. *Whole node* is the same request
+//! An *input* is one page in one buffer (of the side that has more of them); the limit is 20 ns for each. *Whole node* is the same request
 //! through a worker, its engine, its protocol and a control stream to a second node: the sender's turns in which
 //! anything happened, from opening its room until it has ended. Where time is noisy, count the instructions of one
 //! request (`apt-get install valgrind`; the `--cfg` is for the whole node, since valgrind hides what rustix's
@@ -22,9 +22,10 @@
 //! ```
 //!
 //! It prints both the inputs and what was collected. Recorded with rustc 1.95 and valgrind 3.19 on x86-64, instructions
-//! an input: 1-1 70.6, 64-64 58.4, 64-64-merged 22.7, 1-1-merged 2.7, 1-64 70.8, 64-16 177.9 (four pieces an input),
-//! 48-64-padded 74.3, 1-1-in-runs 7.5. Of the sender's turns of a whole node: 1-1 59, 64-64 43, 64-64-merged 11. (The
-//! first count also holds what a process does only once, which the handshake has done before the second begins.)
+//! an input: 1-1 58.9, 64-64 40.9, 64-64-merged 8.9, 1-1-merged 2.4, 1-64 58.5, 64-16 37.9, 48-64-padded 61.2,
+//! 1-1-in-runs 7.6, 64-1 59.0, gqa-tp-1-2 56.9, gqa-tp-2-1 56.9, gqa-hnd-1-2 38.2, gqa-64-1 56.7. Of the sender's turns of
+//! a whole node: 1-1 59, 64-64 43, 64-64-merged 11. (The first count also holds what a process does only once, which the
+//! handshake has done before the second begins.)
 #[path = "plan/node.rs"]
 mod node;
 
@@ -32,7 +33,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use crossdock_kv::{
-    CacheKind, CacheLayout, Dtype, LayerBuffer, LayoutOptions, PageTable, Placement, Plan, PlanInput, Route,
+    CacheKind, CacheLayout, Dtype, HeadOrder, HeadShare, LayerBuffer, LayoutOptions, PageTable, Placement,
+    Plan, PlanInput, Route,
 };
 use crossdock_transport::{Direction, GrantId, LocalId, Op, Posted, RemoteId, Shape};
 use node::Nodes;
@@ -194,12 +196,16 @@ impl Case {
         .expect("the case is sound")
     }
 
+    /// Pairs of a page of the source and one of the destination that share tokens, in each buffer.
     fn inputs(&self) -> u64 {
-        self.source_pages.len() as u64 * self.source.layers().len() as u64
+        let pages = self.source_pages.len().max(self.destination_pages.len());
+        let buffers: usize = self.source.tokens().parts().iter().map(|part| part.buffers().len()).sum();
+        pages as u64 * buffers as u64
     }
 }
 
-/// Named by the page sizes of source and destination.
+/// Named by the page sizes of source and destination; `gqa` by the tensor-parallel ranks, with pages of one token, or with
+/// pages of 64 whose heads lie one after the other (`hnd`).
 fn cases() -> Vec<Case> {
     let case = |name,
                 (source, destination): (CacheLayout, CacheLayout),
@@ -219,6 +225,11 @@ fn cases() -> Vec<Case> {
         case("64-16", (dense(64), dense(16)), scattered),
         case("48-64-padded", (padded(48), padded(64)), scattered),
         case("1-1-in-runs", (dense(1), dense(1)), in_runs),
+        case("64-1", (dense(64), dense(1)), scattered),
+        case("gqa-tp-1-2", (gqa(1, 1, NHD), gqa(1, 2, NHD)), scattered),
+        case("gqa-tp-2-1", (gqa(1, 2, NHD), gqa(1, 1, NHD)), scattered),
+        case("gqa-hnd-1-2", (gqa(64, 1, HND), gqa(64, 2, HND)), scattered),
+        case("gqa-64-1", (gqa(64, 1, NHD), gqa(1, 1, NHD)), scattered),
     ]
 }
 
@@ -256,6 +267,25 @@ fn shuffle<T>(list: &mut [T], seed: u32) {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         list.swap(end, ((u64::from(state) * (end as u64 + 1)) >> 32) as usize);
     }
+}
+
+const NHD: HeadOrder = HeadOrder::TokensFirst;
+const HND: HeadOrder = HeadOrder::HeadsFirst;
+
+/// Llama-3-70B on the last of `ranks` ranks.
+fn gqa(page_tokens: u32, ranks: u32, order: HeadOrder) -> CacheLayout {
+    let heads = HeadShare::of_rank(8, ranks - 1, ranks).expect("ranks that share 8 heads");
+    CacheLayout::new(LayoutOptions {
+        model: "llama-3-70b".into(),
+        model_layers: 80,
+        layers: 0..80,
+        kind: CacheKind::Heads { heads, head_bytes: 256, order },
+        dtype: Dtype::Bf16,
+        page_tokens,
+        pages: 4 * TOKENS.div_ceil(page_tokens),
+        placement: Placement::LayerMajor { region: 0 },
+    })
+    .expect("the buffers do not collide")
 }
 
 /// Pages padded to the next 4 KiB, so that none touches the next.
