@@ -63,10 +63,10 @@ pub use crossdock_engine::{
 pub use crossdock_kv::{
     CacheKind, CacheLayout, CacheLayoutError, CachePart, CachePartOptions, CachePool, CachePoolOptions,
     ContextShare, Dtype, Ended, Extent, FetchRequest, GatherRequest, Handle, HeadOrder, HeadShare,
-    LayerBuffer, LayoutOptions, NotTaken, PagesTicket, Parallelism, Peer, PeerUp, Placement, RankShare,
-    ReceiveRequest, Received, Receiving, ScatterRequest, ScatterServeRequest, SendError, SendRequest,
-    Sending, ServeRequest, Serving, Source, Stats, TopologyError, Turn, Verify, Worker, WorkerError,
-    dp_rank_of, even_stages, trace,
+    LayerBuffer, LayoutOptions, NotTaken, PagesTicket, Parallelism, Parts, Peer, PeerUp, Placement,
+    RankShare, ReceiveRequest, Received, Receiving, ScatterRequest, ScatterServeRequest, SendError,
+    SendRequest, Sending, ServeRequest, Serving, Source, SourceRank, Stats, TopologyError, Turn, Verify,
+    Worker, WorkerError, dp_rank_of, even_stages, trace,
 };
 pub use crossdock_memory::{
     AllocateOptions, HugePages, Memory, MemoryError, MemoryKind, PageLayout, PagePool, PageRef, PageSet,

@@ -29,12 +29,12 @@ pub use layout::{
     ContextShare, Dtype, Extent, HeadOrder, HeadShare, LayerBuffer, LayoutDecodeError, LayoutOptions,
     Placement,
 };
-pub use page_table::{PageTable, PageTableError};
+pub use page_table::{PageTable, PageTableError, Parts};
 pub use pages_ticket::PagesTicket;
 pub use plan::{Cursor, Ops, OpsError, Plan, PlanError, PlanInput, Route};
 pub use request::{
     Ended, FetchRequest, GatherRequest, Peer, PeerUp, ReceiveRequest, Received, Receiving, ScatterRequest,
     ScatterServeRequest, SendError, SendRequest, Sending, ServeRequest, Serving, Source, Stats,
 };
-pub use topology::{Parallelism, RankShare, TopologyError, dp_rank_of, even_stages};
+pub use topology::{Parallelism, RankShare, SourceRank, TopologyError, dp_rank_of, even_stages};
 pub use worker::{Turn, Worker, WorkerError, WorkerOptions};

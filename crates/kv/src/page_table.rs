@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{CacheLayout, CachePool, ContextShare};
+use crate::{CacheLayout, CachePart, CachePool, ContextShare};
 
 /// One worker's pages of one pool for one request. Entry `i` of the list holds the tokens from
 /// `(first_page + i) * page_tokens` on, counted among the [tokens that are here](CacheLayout::context).
@@ -12,11 +12,29 @@ pub struct PageTable<'a> {
     pub layout: &'a CacheLayout,
     /// Of which of its pools the pages are.
     pub pool: usize,
+    /// Which parts of each page take part in a move.
+    pub parts: Parts,
     /// How many pages of the request come before the list: 0 unless the list leaves out a prefix that is not
     /// going to move, or belongs to a later chunk of the request.
     pub first_page: u32,
     /// The page numbers.
     pub pages: &'a [u32],
+}
+
+/// Which parts of a page take part in a move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Parts {
+    /// All of them.
+    #[default]
+    All,
+    /// Those that the ranks of a side share by their heads, and not what each of them keeps whole: another one brings it.
+    Shared,
+}
+
+impl Parts {
+    pub(crate) fn have(self, part: &CachePart) -> bool {
+        self == Self::All || part.heads().of > 1
+    }
 }
 
 impl<'a> PageTable<'a> {
@@ -37,7 +55,7 @@ impl<'a> PageTable<'a> {
     /// If the layout has no such pool.
     pub fn of_pool(layout: &'a CacheLayout, pool: usize, token: u32, pages: &'a [u32]) -> Self {
         let first_page = layout.context_of(pool).held_before(token) / layout.pools()[pool].page_tokens();
-        Self { layout, pool, first_page, pages }
+        Self { layout, pool, parts: Parts::All, first_page, pages }
     }
 
     /// The pool of the pages.
@@ -155,7 +173,7 @@ mod tests {
     fn a_table_covers_what_its_list_holds() {
         let layout = CacheLayout::deepseek_r1(16, 100).unwrap();
         let pages = [7, 3, 99, 100];
-        let table = PageTable { layout: &layout, pool: 0, first_page: 2, pages: &pages };
+        let table = PageTable { layout: &layout, pool: 0, parts: Parts::All, first_page: 2, pages: &pages };
         assert_eq!(table.covering(&(32..80)), Ok(&pages[..3]));
         assert_eq!(table.covering(&(47..49)), Ok(&pages[..2]));
         assert_eq!(table.covering(&(48..64)), Ok(&pages[1..2]));
@@ -168,7 +186,8 @@ mod tests {
     #[test]
     fn a_walk_enters_each_page_once() {
         let layout = CacheLayout::deepseek_r1(16, 100).unwrap();
-        let table = PageTable { layout: &layout, pool: 0, first_page: 1, pages: &[5, 4, 9] };
+        let table =
+            PageTable { layout: &layout, pool: 0, parts: Parts::All, first_page: 1, pages: &[5, 4, 9] };
         let tokens = 20..50;
         let mut walk = Walk::new(table.covering(&tokens).unwrap(), 4, 16);
         let mut seen = Vec::new();

@@ -6,7 +6,7 @@
 //! | | 1 | of which pool of the layouts |
 //! | | 4 | tokens of the request; entries, of a pool of these |
 //! | | 4 | tokens that the decode side holds already |
-//! | | 1 | 1: send checksums |
+//! | | 1 | bits: 1 send checksums, 2 only the parts that ranks share by heads |
 //! | answer: with a push's finish, a pull's grant | 1 | version: 2 |
 //! | | 4 | tokens of the request |
 //! | | 4, n | the user's own bytes |
@@ -15,7 +15,7 @@
 use std::ops::Range;
 
 use crate::fields::{Fields, Truncated};
-use crate::{CacheLayout, Extent, PageTable};
+use crate::{CacheLayout, Extent, PageTable, Parts};
 
 const VERSION: u8 = 2;
 
@@ -26,6 +26,7 @@ pub(crate) struct Ask {
     pub tokens: u32,
     pub skip_tokens: u32,
     pub checksums: bool,
+    pub parts: Parts,
 }
 
 /// What the prefill side says with the bytes.
@@ -39,19 +40,12 @@ pub(crate) struct Answer {
 
 impl CacheLayout {
     /// What a decode side asks for of a pool, of which it lists so many pages.
-    pub(crate) fn ask(
-        &self,
-        pool: usize,
-        tokens: u32,
-        skip_tokens: u32,
-        pages: usize,
-        checksums: bool,
-    ) -> Ask {
+    pub(crate) fn ask(&self, pool: usize, tokens: u32, skip_tokens: u32, pages: usize) -> Ask {
         let (tokens, skip_tokens) = match self.pools()[pool].extent() {
             Extent::Tokens | Extent::Window(_) => (tokens, skip_tokens),
             Extent::Entries => (pages as u32, 0),
         };
-        Ask { pool: pool as u8, tokens, skip_tokens, checksums }
+        Ask { pool: pool as u8, tokens, skip_tokens, checksums: false, parts: Parts::All }
     }
 
     /// Which tokens move.
@@ -61,12 +55,14 @@ impl CacheLayout {
 
     /// The pages of a decode side that asks so: they begin with what moves.
     pub(crate) fn decode_table<'a>(&'a self, ask: &Ask, pages: &'a [u32]) -> PageTable<'a> {
-        PageTable::of_pool(self, ask.pool.into(), self.moved(ask).start, pages)
+        let table = PageTable::of_pool(self, ask.pool.into(), self.moved(ask).start, pages);
+        PageTable { parts: ask.parts, ..table }
     }
 
     /// The pages of the prefill side that is asked: they begin with what it keeps.
     pub(crate) fn prefill_table<'a>(&'a self, ask: &Ask, pages: &'a [u32]) -> PageTable<'a> {
-        PageTable::of_pool(self, ask.pool.into(), self.kept_from(ask), pages)
+        let table = PageTable::of_pool(self, ask.pool.into(), self.kept_from(ask), pages);
+        PageTable { parts: ask.parts, ..table }
     }
 
     fn kept_from(&self, ask: &Ask) -> u32 {
@@ -82,7 +78,7 @@ impl Ask {
         let mut out = vec![VERSION, self.pool];
         out.extend(self.tokens.to_le_bytes());
         out.extend(self.skip_tokens.to_le_bytes());
-        out.push(self.checksums as u8);
+        out.push(self.checksums as u8 | ((self.parts == Parts::Shared) as u8) << 1);
         out
     }
 
@@ -95,9 +91,13 @@ impl Ask {
                 pool: fields.u8("pool")?,
                 tokens: fields.u32("tokens")?,
                 skip_tokens: fields.u32("skip tokens")?,
-                checksums: fields.u8("checksums")? == 1,
+                checksums: false,
+                parts: Parts::All,
             };
-            Ok((version, ask, fields.0.is_empty()))
+            let flags = fields.u8("flags")?;
+            let parts = if flags & 2 == 0 { Parts::All } else { Parts::Shared };
+            let ask = Self { checksums: flags & 1 == 1, parts, ..ask };
+            Ok((version, ask, fields.0.is_empty() && flags < 4))
         };
         match read() {
             Ok((VERSION, ask, true)) if ask.skip_tokens <= ask.tokens => Some(ask),
@@ -140,7 +140,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read(pool: u8, tokens: u32, aux: Vec<u8>, checksums: Vec<u8>, flag: bool) {
-            let ask = Ask { pool, tokens, skip_tokens: tokens / 2, checksums: flag };
+            let ask = Ask { pool, tokens, skip_tokens: tokens / 2, checksums: flag, parts: if flag { Parts::Shared } else { Parts::All } };
             prop_assert_eq!(Ask::decode(&ask.encode()), Some(ask));
             let answer = Answer { tokens, aux, checksums };
             prop_assert_eq!(Answer::decode(&answer.encode()), Some(answer));

@@ -125,6 +125,9 @@ impl Plan {
         self.entries.reserve(layers.len() * parts.len());
         for layer in layers.clone() {
             for (from, to) in parts.clone() {
+                if !source.parts.have(from) || !destination.parts.have(to) {
+                    continue;
+                }
                 let (Some(from_buffer), Some(to_buffer)) = (from.buffer(layer), to.buffer(layer)) else {
                     continue;
                 };

@@ -9,9 +9,9 @@ use crossdock_engine::{Promise, RailStats, Ticket, ticket};
 use crossdock_memory::{PageRef, PageSet};
 use crossdock_proto::{Counters, End, Homecoming, Identity, RoomName, SessionEnd};
 
-use crate::PagesTicket;
 use crate::handle::{Handle, NotTaken};
 use crate::pages_ticket::AllHome;
+use crate::{PagesTicket, Parts};
 
 /// A peer that is dialed, or that has dialed this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -107,12 +107,14 @@ pub struct Source {
     pub peer: Peer,
     /// Its [rank](crate::CacheLayout::rank).
     pub rank: u32,
+    /// What it brings. What every rank of a stage keeps whole, one of them is to bring.
+    pub parts: Parts,
 }
 
 impl From<ReceiveRequest> for GatherRequest {
     fn from(request: ReceiveRequest) -> Self {
         let ReceiveRequest { peer, room, use_count, tokens, skip_tokens, pages, deadline } = request;
-        let sources = vec![Source { peer, rank: 0 }];
+        let sources = vec![Source { peer, rank: 0, parts: Parts::All }];
         Self { sources, room, use_count, tokens, skip_tokens, pages: vec![pages], deadline }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::{CacheLayout, CachePart, ContextShare, HeadShare};
+use crate::{CacheLayout, CachePart, ContextShare, HeadShare, Parts};
 
 /// How the ranks of one engine that serve a request together share its KV: tensor parallelism within a pipeline stage,
 /// pipeline stages, and context parallelism within tensor parallelism.
@@ -22,6 +22,15 @@ pub struct Parallelism {
     pub interleave: u32,
     /// KV heads of the model; `None` where every rank keeps all that is kept of a token, as under MLA.
     pub kv_heads: Option<u32>,
+}
+
+/// A rank from which another takes its share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SourceRank {
+    /// The rank.
+    pub rank: u32,
+    /// What it brings: of those that keep the same layers and tokens only the first one brings what each keeps whole.
+    pub parts: Parts,
 }
 
 /// What one rank keeps.
@@ -113,7 +122,7 @@ impl Parallelism {
     /// The prefill ranks, of this side, from which a rank of `decode` takes a request: each layer, head and token from one
     /// of those that keep it. Where several keep the same, the load is spread by rank and by `spread`, for which both
     /// sides take the same number, as the room's.
-    pub fn sources(&self, decode: &Self, rank: u32, spread: u64) -> Result<Vec<u32>, TopologyError> {
+    pub fn sources(&self, decode: &Self, rank: u32, spread: u64) -> Result<Vec<SourceRank>, TopologyError> {
         let needed = decode.share(rank)?;
         let mut chosen: Vec<(RankShare, Vec<u32>)> = Vec::new();
         for source in 0..self.ranks() {
@@ -127,9 +136,14 @@ impl Parallelism {
             }
         }
         let one = |alike: &Vec<u32>| alike[((u64::from(rank) + spread) % alike.len() as u64) as usize];
-        let mut sources: Vec<u32> = chosen.iter().map(|(_, alike)| one(alike)).collect();
-        sources.sort_unstable();
-        Ok(sources)
+        chosen.sort_unstable_by_key(|(_, alike)| one(alike));
+        let is_like =
+            |one: &RankShare, two: &RankShare| (&one.layers, one.context) == (&two.layers, two.context);
+        let source = |(nth, (share, alike)): (usize, &(RankShare, Vec<u32>))| {
+            let is_first = !chosen[..nth].iter().any(|(earlier, _)| is_like(earlier, share));
+            SourceRank { rank: one(alike), parts: if is_first { Parts::All } else { Parts::Shared } }
+        };
+        Ok(chosen.iter().enumerate().map(source).collect())
     }
 
     /// The ranks of `decode` that take a request from a prefill rank, of this side: those that have it among their
@@ -138,7 +152,7 @@ impl Parallelism {
         self.share(rank)?;
         let mut destinations = Vec::new();
         for destination in 0..decode.ranks() {
-            if self.sources(decode, destination, spread)?.contains(&rank) {
+            if self.sources(decode, destination, spread)?.iter().any(|source| source.rank == rank) {
                 destinations.push(destination);
             }
         }
@@ -172,11 +186,12 @@ pub fn dp_rank_of(room: u64, ranks: u32) -> u32 {
 }
 
 impl CacheLayout {
-    /// Whether workers with these layouts together bring every byte that this one keeps of a request's tokens, and each
-    /// byte once.
-    pub fn is_covered_by<L: AsRef<CacheLayout>>(&self, sources: &[L]) -> bool {
-        let sources: Vec<&CacheLayout> = sources.iter().map(AsRef::as_ref).collect();
-        let periods = sources.iter().map(|source| source.context()).chain([self.context()]);
+    /// Whether workers with these layouts, and with what each brings, together bring every byte that this one keeps of a
+    /// request's tokens, and each byte once.
+    pub fn is_covered_by<L: AsRef<CacheLayout>>(&self, sources: &[(L, Parts)]) -> bool {
+        let sources: Vec<(&CacheLayout, Parts)> =
+            sources.iter().map(|(layout, parts)| (layout.as_ref(), *parts)).collect();
+        let periods = sources.iter().map(|(source, _)| source.context()).chain([self.context()]);
         let Some(period) = periods.map(|context| context.round()).try_fold(1, least_common_multiple) else {
             return false;
         };
@@ -185,11 +200,17 @@ impl CacheLayout {
     }
 
     /// The volumes of what is brought add up to what is kept, and no two of them meet.
-    fn is_part_covered(&self, nth: usize, part: &CachePart, sources: &[&CacheLayout], period: u64) -> bool {
+    fn is_part_covered(
+        &self,
+        nth: usize,
+        part: &CachePart,
+        sources: &[(&CacheLayout, Parts)],
+        period: u64,
+    ) -> bool {
         let volume = |layers: usize, heads: u32, tokens: u64| layers as u64 * u64::from(heads) * tokens;
         let mut brought = Vec::new();
         let mut found = 0;
-        for source in sources {
+        for (source, _) in sources.iter().filter(|(_, parts)| parts.have(part)) {
             let Some(theirs) = source.tokens().parts().get(nth) else { return false };
             let Some(heads) = part.heads().common(&theirs.heads()) else { continue };
             let layers: Vec<u32> =

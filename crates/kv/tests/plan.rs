@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use crossdock_kv::{
-    CacheKind, CacheLayout, Dtype, LayerBuffer, LayoutOptions, OpsError, PageTable, PageTableError,
+    CacheKind, CacheLayout, Dtype, LayerBuffer, LayoutOptions, OpsError, PageTable, PageTableError, Parts,
     Placement, Plan, PlanError, PlanInput, Route,
 };
 use crossdock_transport::{Direction, GrantId, LocalId, Op, Posted, RemoteId, Shape};
@@ -395,7 +395,13 @@ const REGIONS: usize = 2;
 
 impl Side {
     fn table(&self) -> PageTable<'_> {
-        PageTable { layout: &self.layout, pool: 0, first_page: self.first_page, pages: &self.pages }
+        PageTable {
+            layout: &self.layout,
+            pool: 0,
+            parts: Parts::All,
+            first_page: self.first_page,
+            pages: &self.pages,
+        }
     }
 
     fn region_bytes(&self) -> [usize; REGIONS] {

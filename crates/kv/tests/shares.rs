@@ -7,7 +7,7 @@ use std::ops::Range;
 use crossdock_kv::{
     CacheKind, CacheLayout, CachePart, CachePartOptions, CachePool, CachePoolOptions, Checksums,
     ContextShare, Dtype, Extent, HeadOrder, HeadShare, LayerBuffer, LayoutOptions, PageTable, Parallelism,
-    Placement, Plan, PlanError, PlanInput, RankShare, Route, even_stages,
+    Parts, Placement, Plan, PlanError, PlanInput, RankShare, Route, SourceRank, even_stages,
 };
 use crossdock_memory::{AllocateOptions, Memory};
 use crossdock_transport::{Direction, GrantId, LocalId, Op, Posted, RemoteId, Shape};
@@ -300,7 +300,7 @@ proptest! {
     #[test]
     fn each_byte_that_both_hold_moves_once_and_no_other(
         (model, source, destination) in both(), ends in (0u32..70, 0u32..70), seeds in any::<(u64, u64)>(),
-        batch in 1usize..9, by_layer: bool,
+        batch in 1usize..9, by_layer: bool, is_shared_only in (0..4).prop_map(|choice| choice == 0),
     ) {
         let (from, to) = (source.layout(model), destination.layout(model));
         let tokens = ends.0.min(ends.1)..ends.0.max(ends.1);
@@ -311,9 +311,11 @@ proptest! {
             let tokens = if of.extent() == Extent::Entries { entries } else { tokens.clone() };
             let (from_pages, to_pages) =
                 (shuffled(seeds.0, of.pages()), shuffled(seeds.1, to.pools()[pool].pages()));
+            let parts = if is_shared_only { Parts::Shared } else { Parts::All };
+            let table = |layout, pages| PageTable { parts, ..PageTable::of_pool(layout, pool, tokens.start, pages) };
             let input = PlanInput {
-                source: PageTable::of_pool(&from, pool, tokens.start, &from_pages),
-                destination: PageTable::of_pool(&to, pool, tokens.start, &to_pages),
+                source: table(&from, &from_pages),
+                destination: table(&to, &to_pages),
                 tokens: tokens.clone(),
             };
             let plan = match Plan::build(&input) {
@@ -329,7 +331,8 @@ proptest! {
                 }
                 Err(PlanError::NothingInCommon) => {
                     prop_assert_eq!(pool, 0);
-                    prop_assert!(source.heads.common(&destination.heads).is_none());
+                    let is_none = source.heads.common(&destination.heads).is_none();
+                    prop_assert!(is_none || is_shared_only && source.heads.of == 1);
                     continue;
                 }
                 Err(error) => return Err(TestCaseError::fail(format!("{error}"))),
@@ -346,6 +349,9 @@ proptest! {
             let mut expected = vec![0; copy.to.len()];
             for (cell, (at, bytes)) in cells(&to, pool, tokens.clone(), &to_pages) {
                 let Some(&(from_at, _)) = sources.get(&cell) else { continue };
+                if is_shared_only && of.parts()[cell.1].heads().of == 1 {
+                    continue;
+                }
                 for byte in 0..bytes {
                     expected[(at + byte) as usize] += 1;
                     prop_assert_eq!(
@@ -431,16 +437,18 @@ proptest! {
         let mut pairs = Vec::new();
         for rank in 0..decode.ranks() {
             let sources = prefill.sources(&decode, rank, room).unwrap();
-            prop_assert!(sources.is_sorted_by(|a, b| a < b));
-            let layouts: Vec<CacheLayout> =
-                sources.iter().map(|&source| layout(prefill.share(source).unwrap())).collect();
+            prop_assert!(sources.is_sorted_by(|a, b| a.rank < b.rank));
+            let layouts: Vec<(CacheLayout, Parts)> = sources
+                .iter()
+                .map(|source| (layout(prefill.share(source.rank).unwrap()), source.parts))
+                .collect();
             let here = layout(decode.share(rank).unwrap());
             prop_assert!(here.is_covered_by(&layouts), "{:?} for {}", sources, rank);
             // One less, or one twice, is not enough, or too much.
             prop_assert!(!here.is_covered_by(&layouts[1..]));
-            let twice: Vec<_> = layouts.iter().chain(&layouts[..1]).collect();
+            let twice = [&layouts[..], &layouts[..1]].concat();
             prop_assert!(!here.is_covered_by(&twice));
-            pairs.extend(sources.into_iter().map(|source| (source, rank)));
+            pairs.extend(sources.into_iter().map(|source| (source.rank, rank)));
         }
         // The two maps are one.
         let mut other_way = Vec::new();
@@ -456,7 +464,8 @@ proptest! {
 #[test]
 fn a_latent_is_sent_once_and_the_load_is_spread() {
     let eight = Parallelism::tensor(8, LAYERS, None);
-    let sources = |decode: &Parallelism, rank, room| eight.sources(decode, rank, room).unwrap();
+    let ranks = |sources: Vec<SourceRank>| sources.iter().map(|source| source.rank).collect::<Vec<u32>>();
+    let sources = |decode: &Parallelism, rank, room| ranks(eight.sources(decode, rank, room).unwrap());
     for rank in 0..8 {
         assert_eq!(sources(&eight, rank, 0), [rank]);
         assert_eq!(sources(&eight, rank, 3), [(rank + 3) % 8]);
@@ -468,7 +477,9 @@ fn a_latent_is_sent_once_and_the_load_is_spread() {
     );
     // Heads: two of four come from each of two ranks, and each of two stages has its own.
     let four = Parallelism { stages: even_stages(LAYERS, 2), ..Parallelism::tensor(4, LAYERS, Some(8)) };
-    assert_eq!(four.sources(&Parallelism::tensor(2, LAYERS, Some(8)), 1, 9).unwrap(), [2, 3, 6, 7]);
+    let sources = four.sources(&Parallelism::tensor(2, LAYERS, Some(8)), 1, 9).unwrap();
+    let parts: Vec<_> = sources.iter().map(|source| (source.rank, source.parts)).collect();
+    assert_eq!(parts, [(2, Parts::All), (3, Parts::Shared), (6, Parts::All), (7, Parts::Shared)]);
 }
 
 #[test]

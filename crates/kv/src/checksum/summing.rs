@@ -176,7 +176,8 @@ fn moving<'a>(
 ) -> impl Iterator<Item = (u32, usize, HeadShare)> + use<'a> {
     let theirs = peer.pools().get(table.pool).map_or(&[][..], |pool| pool.parts());
     let parts = table.of().parts().iter().zip(theirs).enumerate();
-    parts.filter_map(move |(nth, (one, two))| {
+    let wanted = table.parts;
+    parts.filter(move |(_, (one, _))| wanted.have(one)).filter_map(move |(nth, (one, two))| {
         one.buffer(layer).and(two.buffer(layer))?;
         Some((layer, nth, one.heads().common(&two.heads())?))
     })

@@ -158,6 +158,7 @@ impl Worker {
             Ok(both) => both,
             Err(misfit) => return self.engine.proto().mismatch(now, id, misfit),
         };
+        serving.ask = ask;
         if !ask.checksums {
             let answer = Answer { tokens: ask.tokens, aux: serving.aux.clone(), checksums: Vec::new() };
             return self.engine.proto().offer(now, id, answer.encode());
@@ -193,8 +194,10 @@ impl Worker {
         // One rank may have less than this one, as no layers of a draft model. Of several, each is there for its share.
         if room.pool == 0
             && decode.sources > 1
-            && let Some(brought) =
-                self.wholes.get_mut(&room.key).and_then(|whole| whole.brought(cache, decode.sources))
+            && let Some(brought) = self
+                .wholes
+                .get_mut(&room.key)
+                .and_then(|whole| whole.brought(cache, decode.ask.parts, decode.sources))
             && !self.layout.is_covered_by(brought)
         {
             return self.engine.proto().mismatch(now, id, Misfit::Gap);

@@ -14,6 +14,7 @@ use super::Worker;
 use super::room::{Decode, Kind, Room, SendingRoom, ServingRoom};
 use super::whole::Whole;
 use crate::CacheLayout;
+use crate::params::Ask;
 use crate::request::{DecodePromises, Ended, GatherRequest, Peer, PeerKey, ScatterRequest, name};
 
 /// When a user has asked for a room, and by which number.
@@ -49,13 +50,14 @@ impl Worker {
         let mut whole = Whole::decode(told, sources.len());
         let mut refusal = None;
         for (pool, pages) in pages.into_iter().enumerate() {
-            let ask = self.layout.ask(pool, tokens, skip_tokens, pages.len(), checksums);
+            let ask = Ask { checksums, ..self.layout.ask(pool, tokens, skip_tokens, pages.len()) };
             let ids: Arc<[u32]> = pages.ids().into();
             let granted = pages.grant();
             let mut values: Vec<_> = sources[1..].iter().map(|_| granted.another_writer()).collect();
             values.push(granted);
             for (source, pages) in sources.iter().zip(values) {
                 let share = name(room, use_count, (source.rank, self.layout.rank(), pool));
+                let ask = Ask { parts: source.parts, ..ask };
                 let params = ask.encode();
                 let opened = match (self.peer_name(source.peer), &refusal) {
                     (Some(peer), None) if pull => self
@@ -109,7 +111,7 @@ impl Worker {
         let ids = |pages: &PageSet| pages.ids().len();
         self.check_lists(pages.len(), sources.iter().map(|source| source.rank))?;
         for (pool, pages) in pages.iter().enumerate() {
-            let ask = self.layout.ask(pool, tokens, skip_tokens, ids(pages), false);
+            let ask = self.layout.ask(pool, tokens, skip_tokens, ids(pages));
             let table = self.layout.decode_table(&ask, pages.ids());
             if table.covering(&self.layout.moved(&ask)).is_err() {
                 return Err(misfit(Misfit::Pages { whose: Who::Here }));
@@ -136,7 +138,7 @@ impl Worker {
         let ScatterRequest { ranks, tokens, pages, .. } = request;
         self.check_lists(pages.len(), ranks.iter().copied())?;
         for (pool, pages) in pages.iter().enumerate() {
-            let ask = self.layout.ask(pool, *tokens, 0, pages.len(), false);
+            let ask = self.layout.ask(pool, *tokens, 0, pages.len());
             let table = self.layout.prefill_table(&ask, pages.ids());
             if table.covering(&self.layout.moved(&ask)).is_err() {
                 return Err(misfit(Misfit::Pages { whose: Who::Here }));
@@ -164,7 +166,7 @@ impl Worker {
         let deadline_ns = asked.deadline_ns(deadline);
         let mut whole = Whole::prefill(end);
         for (pool, shared) in pages.into_iter().enumerate() {
-            let ask = self.layout.ask(pool, tokens, 0, shared.len(), false);
+            let ask = self.layout.ask(pool, tokens, 0, shared.len());
             let ids: Arc<[u32]> = shared.ids().into();
             for &rank in &ranks {
                 let (share, pages) =
@@ -181,7 +183,7 @@ impl Worker {
                         let (tokens, pages) = (ask.tokens, ids.clone());
                         let kind = match aux {
                             None => Kind::Sending(SendingRoom::new(tokens, pages)),
-                            Some(aux) => Kind::Serving(ServingRoom { tokens, pages, aux, sums: None }),
+                            Some(aux) => Kind::Serving(ServingRoom { tokens, pages, aux, ask, sums: None }),
                         };
                         whole.opened(id);
                         self.add_share(key, id, pool, span(role, share, tokens), kind);

@@ -146,8 +146,7 @@ impl Worker {
                 if serving.sums.is_none() {
                     return Pumped::Nothing;
                 }
-                let ask = self.layout.ask(room.pool, serving.tokens, 0, serving.pages.len(), true);
-                let table = self.layout.prefill_table(&ask, &serving.pages);
+                let table = self.layout.prefill_table(&serving.ask, &serving.pages);
                 let checksums = match sum_on(&mut serving.sums, &self.memory, &table, left) {
                     Ok(Some(checksums)) => checksums,
                     Ok(None) => return Pumped::More,

@@ -101,7 +101,7 @@ mod tests {
 
     use super::super::posting::local_table;
     use super::*;
-    use crate::{CacheKind, Dtype, LayoutOptions, Placement};
+    use crate::{CacheKind, Dtype, LayoutOptions, Parts, Placement};
 
     fn layout(layers: Range<u32>) -> CacheLayout {
         CacheLayout::new(LayoutOptions {
@@ -124,7 +124,7 @@ mod tests {
         let bytes = here.bytes_needed(0) as usize;
         let memory = [Memory::allocate(bytes, &AllocateOptions::default()).unwrap()];
         let pages = [5, 2];
-        let ask = Ask { pool: 0, tokens: 40, skip_tokens: 20, checksums: true };
+        let ask = Ask { pool: 0, tokens: 40, skip_tokens: 20, checksums: true, parts: Parts::All };
         let table = local_table(&here, &pages, Direction::Read, &ask);
         let is_proven = |sums: &[u8]| {
             let mut proof = Proof::begin(&memory, &table, &peer, &ask, sums);

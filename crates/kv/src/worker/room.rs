@@ -76,6 +76,8 @@ pub(super) struct ServingRoom {
     pub tokens: u32,
     pub pages: Arc<[u32]>,
     pub aux: Vec<u8>,
+    /// What a reader has asked for, or could at the most.
+    pub ask: Ask,
     /// A reader has asked for sums.
     pub sums: Option<Summing>,
 }

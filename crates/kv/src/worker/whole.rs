@@ -5,9 +5,9 @@ use std::sync::Arc;
 use crossdock_engine::Promise;
 use crossdock_proto::{Homecoming, RoomId};
 
-use crate::CacheLayout;
 use crate::pages_ticket::AllHome;
 use crate::request::{DecodePromises, Ended, Received};
+use crate::{CacheLayout, Parts};
 
 /// What is told of a user's room, once, and what it waits for.
 pub(super) struct Whole {
@@ -31,7 +31,7 @@ struct DecodeTold {
     /// One for each pool.
     homes: Vec<Home>,
     /// The caches of the ranks whose tokens have landed.
-    brought: Vec<Arc<CacheLayout>>,
+    brought: Vec<(Arc<CacheLayout>, Parts)>,
 }
 
 /// One pool's pages, on their way home.
@@ -81,9 +81,14 @@ impl Whole {
 
     /// The tokens of a rank with this cache have landed. The caches of all ranks, once the last of so many has brought
     /// its share.
-    pub fn brought(&mut self, cache: &Arc<CacheLayout>, sources: usize) -> Option<&[Arc<CacheLayout>]> {
+    pub fn brought(
+        &mut self,
+        cache: &Arc<CacheLayout>,
+        parts: Parts,
+        sources: usize,
+    ) -> Option<&[(Arc<CacheLayout>, Parts)]> {
         let Told::Decode(told) = &mut self.told else { return None };
-        told.brought.push(cache.clone());
+        told.brought.push((cache.clone(), parts));
         (told.brought.len() == sources).then_some(&told.brought[..])
     }
 

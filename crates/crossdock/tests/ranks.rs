@@ -1,0 +1,456 @@
+//! One request between several ranks: each rank of the decode side takes its shares from the ranks of the prefill side
+//! that keep them, whatever the tensor, pipeline and context parallelism of the two, and what is kept beside the tokens
+//! comes with them.
+
+use std::time::{Duration, Instant};
+
+use crossdock::{
+    Authentication, CacheKind, CacheLayout, CachePartOptions, CachePoolOptions, Config, Dtype, End, Extent,
+    GatherRequest, HeadOrder, HeadShare, LayerBuffer, LayoutOptions, Memory, Misfit, Node, PagePool, PageSet,
+    Parallelism, Parts, Peer, Placement, PortConfig, Receiving, RoomRefusal, ScatterRequest,
+    ScatterServeRequest, Sending, Serving, Source, Verify, Who, even_stages,
+};
+
+const WAIT: Duration = Duration::from_secs(30);
+const LAYERS: u32 = 4;
+const HEAD_BYTES: u32 = 8;
+const PAGES: u32 = 64;
+
+/// How the cache of a model is laid out on one side.
+#[derive(Clone, Debug)]
+struct Side {
+    ranks: Parallelism,
+    page_tokens: u32,
+    order: HeadOrder,
+    /// A sliding window, Mamba's state and an indexer's keys beside the tokens.
+    has_more: bool,
+}
+
+struct Rank {
+    node: Node,
+    layout: CacheLayout,
+    memory: Memory,
+    pools: Vec<PagePool>,
+}
+
+impl Side {
+    fn new(ranks: Parallelism, page_tokens: u32, order: HeadOrder) -> Self {
+        Self { ranks, page_tokens, order, has_more: false }
+    }
+
+    fn layout(&self, rank: u32) -> CacheLayout {
+        let share = self.ranks.share(rank).unwrap();
+        let kind = match self.ranks.kv_heads {
+            None => CacheKind::Mla { latent_bytes: HEAD_BYTES, rope_bytes: 0 },
+            Some(_) => CacheKind::Heads { heads: share.heads, head_bytes: HEAD_BYTES, order: self.order },
+        };
+        let layout = CacheLayout::new(LayoutOptions {
+            model: "m".into(),
+            model_layers: LAYERS,
+            layers: share.layers.clone(),
+            kind,
+            dtype: Dtype::Bf16,
+            page_tokens: self.page_tokens,
+            pages: PAGES,
+            placement: Placement::PageMajor { region: 0 },
+        });
+        let layout = layout.unwrap().with_rank(rank).unwrap().with_context(share.context).unwrap();
+        if !self.has_more {
+            return layout;
+        }
+        let mut end = layout.bytes_needed(0);
+        let layers: Vec<u32> = share.layers.collect();
+        let mut part = |name: &str, heads: HeadShare, head_bytes: u32, page_tokens: u32, layers: &[u32]| {
+            let stride_bytes = u64::from(heads.count * head_bytes * page_tokens);
+            let place = |_| {
+                let buffer = LayerBuffer { region: 0, offset: end, stride_bytes };
+                end += stride_bytes * u64::from(PAGES);
+                buffer
+            };
+            let buffers = layers.iter().map(place).collect();
+            let (name, layers, order) = (name.into(), layers.to_vec(), self.order);
+            CachePartOptions { name, heads, head_bytes, order, layers, buffers }
+        };
+        let index = part("index", HeadShare::WHOLE, 4, self.page_tokens, &layers);
+        let window = part("k", share.heads, HEAD_BYTES, 4, &layers);
+        // Only one layer of the model keeps a state.
+        let stateful: Vec<u32> = layers.iter().copied().filter(|&layer| layer == 2).collect();
+        let layout = layout.with_part(index).unwrap();
+        let pool = |name: &str, extent, page_tokens, parts| CachePoolOptions {
+            name: name.into(),
+            extent,
+            page_tokens,
+            pages: PAGES,
+            parts,
+        };
+        let layout = layout.with_pool(pool("window", Extent::Window(10), 4, vec![window])).unwrap();
+        match stateful.is_empty() {
+            true => layout,
+            false => {
+                let state = part("ssm", share.heads, 16, 1, &stateful);
+                layout.with_pool(pool("state", Extent::Entries, 1, vec![state])).unwrap()
+            }
+        }
+    }
+
+    fn open(&self, name: &str, port: &PortConfig) -> Vec<Rank> {
+        let open = |rank| {
+            let layout = self.layout(rank);
+            let (mut memory, pool) = crossdock::allocate(&layout).unwrap();
+            let mut config =
+                Config::new(format!("{name}-{rank}"), layout.clone(), memory.clone(), Authentication::Off);
+            config.ports = vec![port.clone()];
+            config.verify = Verify::All;
+            let node = Node::open(config).unwrap();
+            let more = layout.pools()[1..].iter().map(|pool| PagePool::external(pool.pages()));
+            let pools = [pool].into_iter().chain(more).collect();
+            Rank { node, layout, memory: memory.remove(0), pools }
+        };
+        (0..self.ranks.ranks()).map(open).collect()
+    }
+}
+
+/// What is kept of a token, or entry, for a head: anything that no other has.
+fn content(pool: usize, part: usize, layer: u32, token: u32, head: u32, bytes: u32) -> Vec<u8> {
+    let word = [pool as u32, part as u32, layer, token, head]
+        .iter()
+        .fold(7u64, |sum, &part| sum.wrapping_mul(1_000_003).wrapping_add(part.into()));
+    (0..bytes)
+        .map(|byte| (word.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (byte % 56)) as u8 ^ byte as u8)
+        .collect()
+}
+
+impl Rank {
+    /// Where each token's bytes are that this rank keeps, of those from `first` on: `f(offset, content)`.
+    fn each(&self, pool: usize, first: u32, end: u32, pages: &[u32], mut f: impl FnMut(usize, Vec<u8>)) {
+        let of = &self.layout.pools()[pool];
+        let context = self.layout.context();
+        let is_entries = of.extent() == Extent::Entries;
+        let before = if is_entries { 0 } else { context.held_before(first) / of.page_tokens() };
+        for token in first..end {
+            let is_held = is_entries || token / context.interleave % context.ranks == context.rank;
+            if !is_held {
+                continue;
+            }
+            let place = if is_entries { token } else { context.held_before(token) };
+            let page = pages[(place / of.page_tokens() - before) as usize];
+            for (nth, part) in of.parts().iter().enumerate() {
+                for &layer in part.layers() {
+                    let at = part.page_layout(layer).unwrap().page_offset(page).unwrap();
+                    for head in part.heads().first..part.heads().first + part.heads().count {
+                        let offset = at + part.place(place % of.page_tokens(), head);
+                        f(offset as usize, content(pool, nth, layer, token, head, part.head_bytes()));
+                    }
+                }
+            }
+        }
+    }
+
+    fn pages(&self, pool: usize, count: u32) -> PageSet {
+        match pool {
+            0 => self.pools[0].take(count).unwrap(),
+            // The engine's own allocator chooses: from the end, every other one.
+            _ => {
+                let ids: Vec<u32> = (0..count).map(|nth| PAGES - 1 - 2 * nth).collect();
+                self.pools[pool].adopt(&ids).unwrap()
+            }
+        }
+    }
+}
+
+const ENTRIES: u32 = 3;
+
+/// The tokens that a pool's pages hold, and for how many pages there must be room.
+fn extent(rank: &Rank, pool: usize, tokens: u32, skip: u32) -> (u32, u32, u32) {
+    let of = &rank.layout.pools()[pool];
+    let (first, end) = match of.extent() {
+        Extent::Tokens => (skip, tokens),
+        Extent::Window(window) => (skip.max(tokens.saturating_sub(window)), tokens),
+        Extent::Entries => return (0, ENTRIES, ENTRIES),
+    };
+    let context = rank.layout.context();
+    let pages =
+        context.held_before(end).div_ceil(of.page_tokens()) - context.held_before(first) / of.page_tokens();
+    (first, end, pages)
+}
+
+enum Prefilling {
+    Sending(Sending),
+    Serving(Serving),
+}
+
+/// Hands one request over between all ranks, and compares every byte that a decode rank keeps.
+fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, tokens: u32, skip: u32) {
+    let room = 11;
+    let (prefills, decodes) = (prefill.open("prefill", port), decode.open("decode", port));
+    let mut prefilling: Vec<Prefilling> = Vec::new();
+    for rank in &prefills {
+        let ranks = prefill.ranks.destinations(&decode.ranks, rank.layout.rank(), room).unwrap();
+        if ranks.is_empty() {
+            continue;
+        }
+        let mut pages = Vec::new();
+        for pool in 0..rank.pools.len() {
+            let (first, end, count) = extent(rank, pool, tokens, 0);
+            let set = rank.pages(pool, count);
+            rank.each(pool, first, end, set.ids(), |at, bytes| rank.memory.write(at, &bytes).unwrap());
+            pages.push(set.share());
+        }
+        let request = ScatterRequest { ranks, room, use_count: 0, tokens, pages, deadline: WAIT };
+        let aux = format!("of {}", rank.layout.rank()).into_bytes();
+        prefilling.push(match pull {
+            true => {
+                Prefilling::Serving(rank.node.handle().serve(ScatterServeRequest { request, aux }).unwrap())
+            }
+            false => {
+                let mut sending = rank.node.handle().open(request).unwrap();
+                // In two chunks, each layer by layer.
+                for chunk in [0..tokens / 3, tokens / 3..tokens] {
+                    for layer in rank.layout.layers() {
+                        sending.send(layer..layer + 1, chunk.clone()).unwrap();
+                    }
+                }
+                sending.finish(aux).unwrap();
+                Prefilling::Sending(sending)
+            }
+        });
+    }
+    let mut receivings: Vec<(usize, Vec<(u32, u32, Vec<u32>)>, Receiving)> = Vec::new();
+    for (nth, rank) in decodes.iter().enumerate() {
+        let sources = prefill.ranks.sources(&decode.ranks, rank.layout.rank(), room).unwrap();
+        let sources = sources
+            .into_iter()
+            .map(|source| {
+                let node = &prefills[source.rank as usize].node;
+                let (peer, mut up) = rank.node.handle().connect(node.address()).unwrap();
+                up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
+                Source { peer, rank: source.rank, parts: source.parts }
+            })
+            .collect();
+        let (mut pages, mut kept) = (Vec::new(), Vec::new());
+        for pool in 0..rank.pools.len() {
+            let (first, end, count) = extent(rank, pool, tokens, skip);
+            let set = rank.pages(pool, count);
+            kept.push((first, end, set.ids().to_vec()));
+            pages.push(set);
+        }
+        let request =
+            GatherRequest { sources, room, use_count: 0, tokens, skip_tokens: skip, pages, deadline: WAIT };
+        let handle = rank.node.handle();
+        let receiving = if pull { handle.fetch(request) } else { handle.receive(request) };
+        receivings.push((nth, kept, receiving.unwrap()));
+    }
+    for (nth, kept, mut receiving) in receivings {
+        let rank = &decodes[nth];
+        let received = receiving.end.wait_until(Instant::now() + WAIT).unwrap();
+        assert_eq!(received.ended.end, End::Delivered, "decode {nth}: {}", received.ended);
+        assert!(received.aux.starts_with(b"of "));
+        let mut compared = 0;
+        for (pool, (first, end, pages)) in kept.iter().enumerate() {
+            rank.each(pool, *first, *end, pages, |at, expected| {
+                let mut found = vec![0; expected.len()];
+                rank.memory.read(at, &mut found).unwrap();
+                assert_eq!(found, expected, "decode {nth}, pool {pool}");
+                compared += found.len();
+            });
+        }
+        assert!(compared > 0);
+        for mut pages in std::iter::once(receiving.pages).chain(receiving.state) {
+            drop(pages.wait_until(Instant::now() + WAIT).unwrap());
+        }
+        for pool in &rank.pools {
+            assert_eq!(pool.stats().free, PAGES, "every page is home");
+        }
+    }
+    for prefilling in prefilling {
+        let ended = match prefilling {
+            Prefilling::Sending(mut sending) => sending.end.wait_until(Instant::now() + WAIT),
+            Prefilling::Serving(mut serving) => serving.end.wait_until(Instant::now() + WAIT),
+        };
+        assert_eq!(ended.unwrap().end, End::Delivered);
+    }
+}
+
+const NHD: HeadOrder = HeadOrder::TokensFirst;
+const HND: HeadOrder = HeadOrder::HeadsFirst;
+
+fn stages(tp: u32, stages: u32, kv_heads: Option<u32>) -> Parallelism {
+    Parallelism { stages: even_stages(LAYERS, stages), ..Parallelism::tensor(tp, LAYERS, kv_heads) }
+}
+
+fn turns(tp: u32, context: u32, interleave: u32, kv_heads: Option<u32>) -> Parallelism {
+    Parallelism { context, interleave, ..Parallelism::tensor(tp, LAYERS, kv_heads) }
+}
+
+#[test]
+fn heads_are_cut_and_joined() {
+    let (tcp, shm) = (PortConfig::Tcp(None), PortConfig::Shm(Default::default()));
+    let side =
+        |tp, page_tokens, order| Side::new(Parallelism::tensor(tp, LAYERS, Some(8)), page_tokens, order);
+    for (from, to, port) in [
+        (side(1, 16, NHD), side(2, 16, NHD), &shm),
+        (side(4, 16, NHD), side(1, 4, NHD), &tcp),
+        (side(2, 8, HND), side(4, 8, HND), &shm),
+        (side(2, 5, HND), side(1, 7, NHD), &shm),
+    ] {
+        for pull in [false, true] {
+            hand_over(&from, &to, port, pull, 50, 0);
+        }
+    }
+    // More ranks than heads: each head comes from one of those that keep it.
+    let few = |tp| Side::new(Parallelism::tensor(tp, LAYERS, Some(2)), 4, NHD);
+    hand_over(&few(4), &few(2), &shm, false, 33, 0);
+    hand_over(&few(1), &few(4), &shm, false, 33, 0);
+}
+
+#[test]
+fn stages_and_turns_are_mapped() {
+    let (tcp, shm) = (PortConfig::Tcp(None), PortConfig::Shm(Default::default()));
+    let side = |ranks, page_tokens| Side::new(ranks, page_tokens, NHD);
+    for (from, to, port) in [
+        // Pipeline stages to one, and to as many, and heads besides.
+        (side(stages(1, 2, None), 4), side(stages(1, 1, None), 16), &shm),
+        (side(stages(2, 2, Some(4)), 4), side(stages(1, 2, Some(4)), 4), &shm),
+        (side(stages(1, 3, Some(4)), 4), side(stages(2, 1, Some(4)), 4), &tcp),
+        // A latent is sent once to each; tokens in turns.
+        (side(stages(4, 1, None), 4), side(stages(2, 1, None), 4), &shm),
+        (side(stages(2, 1, None), 16), side(turns(4, 4, 1, None), 4), &shm),
+        (side(turns(2, 2, 3, None), 4), side(turns(4, 4, 1, None), 4), &tcp),
+        (side(stages(4, 1, Some(2)), 4), side(turns(4, 2, 2, Some(2)), 4), &shm),
+    ] {
+        for pull in [false, true] {
+            hand_over(&from, &to, port, pull, 41, if pull { 7 } else { 0 });
+        }
+    }
+}
+
+#[test]
+fn what_is_kept_beside_the_tokens_comes_with_them() {
+    let shm = PortConfig::Shm(Default::default());
+    let side = |ranks, page_tokens, order| Side { has_more: true, ..Side::new(ranks, page_tokens, order) };
+    for (from, to) in [
+        (side(stages(2, 1, Some(4)), 8, NHD), side(stages(1, 1, Some(4)), 4, HND)),
+        (side(stages(1, 1, Some(4)), 8, HND), side(stages(2, 1, Some(4)), 8, HND)),
+    ] {
+        for (pull, skip) in [(false, 0), (true, 0), (false, 20), (true, 37)] {
+            hand_over(&from, &to, &shm, pull, 40, skip);
+        }
+    }
+}
+
+/// A decode rank that gathers from two prefill ranks, of which only the first opens its end, if any does.
+fn gather(
+    prefills: &[Rank],
+    decode: &Rank,
+    sources: &[u32],
+    room: u64,
+    deadline: Duration,
+) -> (Receiving, Option<Sending>) {
+    let sources: Vec<Source> = sources
+        .iter()
+        .map(|&rank| {
+            let (peer, mut up) =
+                decode.node.handle().connect(prefills[rank as usize].node.address()).unwrap();
+            up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
+            Source { peer, rank, parts: Parts::All }
+        })
+        .collect();
+    let pages = vec![decode.pools[0].take(4).unwrap()];
+    let request = GatherRequest { sources, room, use_count: 0, tokens: 16, skip_tokens: 0, pages, deadline };
+    let receiving = decode.node.handle().receive(request).unwrap();
+    let pages = vec![prefills[0].pools[0].take(4).unwrap().share()];
+    let request = ScatterRequest { ranks: vec![0], room, use_count: 0, tokens: 16, pages, deadline: WAIT };
+    let mut sending = prefills[0].node.handle().open(request).unwrap();
+    sending.send_layers(0..LAYERS).unwrap();
+    sending.finish(Vec::new()).unwrap();
+    (receiving, Some(sending))
+}
+
+fn sides() -> (Vec<Rank>, Vec<Rank>) {
+    let side = |tp| Side::new(Parallelism::tensor(tp, LAYERS, Some(8)), 4, NHD);
+    let shm = PortConfig::Shm(Default::default());
+    (side(2).open("prefill", &shm), side(1).open("decode", &shm))
+}
+
+#[test]
+fn each_share_ends_apart_and_the_room_once() {
+    // The second prefill rank never opens its end: the room expires, though the first share was delivered.
+    let (prefills, decodes) = sides();
+    let (mut receiving, sending) = gather(&prefills, &decodes[0], &[0, 1], 1, Duration::from_secs(1));
+    let sent = sending.unwrap().end.wait_until(Instant::now() + WAIT).unwrap();
+    assert_eq!(sent.end, End::Delivered);
+    let received = receiving.end.wait_until(Instant::now() + WAIT).unwrap();
+    assert!(matches!(received.ended.end, End::Expired { by: Who::Here, .. }), "{}", received.ended);
+    assert!(received.aux.is_empty());
+    assert_eq!(receiving.pages.wait_until(Instant::now() + WAIT).unwrap().len(), 4);
+
+    // It is closed in the middle: the room ends at once, with its reason.
+    let (mut receiving, sending) = gather(&prefills, &decodes[0], &[0, 1], 2, WAIT * 10);
+    let mut prefills = prefills;
+    drop(prefills.pop());
+    let received = receiving.end.wait_until(Instant::now() + WAIT).unwrap();
+    assert!(matches!(received.ended.end, End::PeerLost { .. }), "{}", received.ended);
+    assert_eq!(receiving.pages.wait_until(Instant::now() + WAIT).unwrap().len(), 4);
+    assert_eq!(decodes[0].pools[0].stats().free, PAGES);
+    sending.unwrap().end.wait_until(Instant::now() + WAIT).unwrap();
+}
+
+#[test]
+fn ranks_that_do_not_bring_everything_are_refused() {
+    let (prefills, decodes) = sides();
+    let misfit = |sources: &[u32], room| {
+        let (mut receiving, _sending) = gather(&prefills, &decodes[0], sources, room, Duration::from_secs(5));
+        let end = receiving.end.wait_until(Instant::now() + WAIT).unwrap().ended.end;
+        drop(receiving.pages.wait_until(Instant::now() + WAIT).unwrap());
+        match end {
+            End::Refused { by: Who::Here, why: RoomRefusal::Mismatch(misfit) } => misfit,
+            end => panic!("{end}"),
+        }
+    };
+    assert_eq!(misfit(&[0, 0], 1), Misfit::Ranks);
+    assert_eq!(misfit(&[], 2), Misfit::Ranks);
+
+    // The second rank says that it is rank 7, and keeps what the first one keeps.
+    let same = Side::new(Parallelism::tensor(2, LAYERS, Some(8)), 4, NHD).layout(0).with_rank(7).unwrap();
+    let (memory, pool) = crossdock::allocate(&same).unwrap();
+    let node = Node::open(Config::new("same", same, memory, Authentication::Off)).unwrap();
+    let connect = |node: &Node| -> Peer {
+        let (peer, mut up) = decodes[0].node.handle().connect(node.address()).unwrap();
+        up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
+        peer
+    };
+    let sources = vec![
+        Source { peer: connect(&prefills[0].node), rank: 0, parts: Parts::All },
+        Source { peer: connect(&node), rank: 7, parts: Parts::All },
+    ];
+    let pages = vec![decodes[0].pools[0].take(4).unwrap()];
+    let (room, tokens) = (3, 16);
+    let request =
+        GatherRequest { sources, room, use_count: 0, tokens, skip_tokens: 0, pages, deadline: WAIT };
+    let mut receiving = decodes[0].node.handle().receive(request).unwrap();
+    let mut sendings = Vec::new();
+    for (node, pool) in [(&prefills[0].node, &prefills[0].pools[0]), (&node, &pool)] {
+        let pages = vec![pool.take(4).unwrap().share()];
+        let request = ScatterRequest { ranks: vec![0], room, use_count: 0, tokens, pages, deadline: WAIT };
+        let mut sending = node.handle().open(request).unwrap();
+        sending.send_layers(0..LAYERS).unwrap();
+        sending.finish(Vec::new()).unwrap();
+        sendings.push(sending);
+    }
+    let end = receiving.end.wait_until(Instant::now() + WAIT).unwrap().ended.end;
+    let why = RoomRefusal::Mismatch(Misfit::Gap);
+    assert_eq!(end, End::Refused { by: Who::Here, why });
+    drop(receiving.pages.wait_until(Instant::now() + WAIT).unwrap());
+
+    // A list of pages for each pool, and no more.
+    let pages = vec![decodes[0].pools[0].take(4).unwrap(), decodes[0].pools[0].take(1).unwrap()];
+    let sources = vec![Source { peer: connect(&prefills[0].node), rank: 0, parts: Parts::All }];
+    let request =
+        GatherRequest { sources, room: 4, use_count: 0, tokens, skip_tokens: 0, pages, deadline: WAIT };
+    let mut receiving = decodes[0].node.handle().receive(request).unwrap();
+    let end = receiving.end.wait_until(Instant::now() + WAIT).unwrap().ended.end;
+    let why = RoomRefusal::Mismatch(Misfit::Lists { lists: 2, pools: 1 });
+    assert_eq!(end, End::Refused { by: Who::Here, why });
+    assert_eq!(receiving.pages.wait_until(Instant::now() + WAIT).unwrap().len(), 4);
+    assert_eq!(receiving.state[0].wait_until(Instant::now() + WAIT).unwrap().len(), 1);
+}
