@@ -180,6 +180,8 @@ impl CacheLayout {
     pub const MAX_PAGE_TOKENS: u32 = 1 << 16;
     /// A token, or an entry, takes at most this many bytes in a layer.
     pub const MAX_TOKEN_BYTES: u64 = 1 << 26;
+    /// All pools together have at most this many buffers, one for each layer and part.
+    pub const MAX_BUFFERS: usize = 4096;
     /// A pool has at most this many parts.
     pub const MAX_PARTS: usize = 8;
     /// Ranks of one side that serve a request together are fewer than this.
@@ -242,14 +244,26 @@ impl CacheLayout {
 
     /// Keeps something more in the pages of the tokens, as the keys of an indexer beside a latent.
     pub fn with_part(mut self, part: CachePartOptions) -> Result<Self, CacheLayoutError> {
-        self.check_layers(&part)?;
-        self.pools[0].add(part)?;
+        self.add_part(part)?;
         self.check_buffers()?;
         Ok(self)
     }
 
     /// Keeps something more, in pages of its own. A room has a list of pages for each pool.
     pub fn with_pool(mut self, pool: CachePoolOptions) -> Result<Self, CacheLayoutError> {
+        self.add_pool(pool)?;
+        self.check_buffers()?;
+        Ok(self)
+    }
+
+    /// Whether its buffers collide is still to be checked.
+    fn add_part(&mut self, part: CachePartOptions) -> Result<(), CacheLayoutError> {
+        self.check_layers(&part)?;
+        self.pools[0].add(part)
+    }
+
+    /// Whether its buffers collide is still to be checked.
+    fn add_pool(&mut self, pool: CachePoolOptions) -> Result<(), CacheLayoutError> {
         if self.pools.len() == Self::MAX_POOLS {
             return Err(CacheLayoutError::PoolCount { pools: self.pools.len() + 1 });
         }
@@ -258,8 +272,7 @@ impl CacheLayout {
         }
         pool.parts.iter().try_for_each(|part| self.check_layers(part))?;
         self.pools.push(CachePool::checked(pool)?);
-        self.check_buffers()?;
-        Ok(self)
+        Ok(())
     }
 
     /// The worker's number among those of its side that serve a request together, below
@@ -491,6 +504,12 @@ impl CacheLayout {
 
     /// No two buffers share a byte.
     fn check_buffers(&self) -> Result<(), CacheLayoutError> {
+        let buffers = self.buffers().count();
+        // The check compares buffers that lie between each other's pages with each other, and a peer sends as many as it
+        // likes.
+        if buffers > Self::MAX_BUFFERS {
+            return Err(CacheLayoutError::TooManyBuffers { buffers });
+        }
         let mut order: Vec<Placed> = self.placed().collect();
         order.sort_by_key(|placed| (placed.region, placed.pages.offset));
         for (nth, one) in order.iter().enumerate() {
@@ -661,6 +680,12 @@ pub enum CacheLayoutError {
         pool: String,
         /// How many.
         parts: usize,
+    },
+    /// There are too many layers and parts.
+    #[error("{buffers} buffers: at most {} are possible", CacheLayout::MAX_BUFFERS)]
+    TooManyBuffers {
+        /// How many.
+        buffers: usize,
     },
     /// There are too many pools.
     #[error("{pools} pools: at most {} are possible", CacheLayout::MAX_POOLS)]

@@ -103,11 +103,12 @@ impl CacheLayout {
         .with_rank(rank)?
         .with_context(context)?;
         for _ in 0..fields.u8("parts")? {
-            layout = layout.with_part(take_part(&mut fields)?)?;
+            layout.add_part(take_part(&mut fields)?)?;
         }
         for _ in 0..fields.u8("pools")? {
-            layout = layout.with_pool(take_pool(&mut fields)?)?;
+            layout.add_pool(take_pool(&mut fields)?)?;
         }
+        layout.check_buffers()?;
         match fields.0.len() {
             0 => Ok(layout),
             bytes => Err(LayoutDecodeError::Trailing { bytes }),
