@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crossdock_kv::{CacheLayout, ContextShare};
 use crossdock_proto::Message;
 
 #[allow(dead_code)]
@@ -15,7 +16,7 @@ mod world;
 
 fn main() -> std::io::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
-    for target in ["message", "peer"] {
+    for target in ["layout", "message", "peer"] {
         std::fs::create_dir_all(root.join(target))?;
     }
     let messages = corpus::corpus();
@@ -27,8 +28,36 @@ fn main() -> std::io::Result<()> {
             std::fs::write(root.join("peer").join(format!("{moment}-{at:02}")), input)?;
         }
     }
+    for (at, pair) in layouts().iter().enumerate() {
+        std::fs::write(root.join("layout").join(format!("{at:02}")), pair)?;
+    }
     println!("{} messages at {} moments", messages.len(), world::Moment::ALL.len());
     Ok(())
+}
+
+/// Pairs of layouts, one behind the other, behind the length of the first one.
+fn layouts() -> Vec<Vec<u8>> {
+    let heads = |page_tokens, rank, ranks| CacheLayout::llama_3_70b(page_tokens, 64, rank, ranks);
+    let latent = |page_tokens| CacheLayout::deepseek_r1(page_tokens, 64);
+    let turns = |rank| {
+        latent(4).and_then(|layout| layout.with_context(ContextShare { rank, ranks: 4, interleave: 1 }))
+    };
+    let pairs = [
+        (latent(64), latent(64)),
+        (latent(1), latent(64)),
+        (latent(64), turns(3)),
+        (turns(1), turns(1)),
+        (heads(16, 0, 1), heads(4, 1, 2)),
+        (heads(16, 3, 4), heads(16, 0, 1)),
+    ];
+    pairs.into_iter().map(|(one, two)| joined(one.expect("a layout"), two.expect("a layout"))).collect()
+}
+
+fn joined(one: CacheLayout, two: CacheLayout) -> Vec<u8> {
+    let (mut first, mut second) = (Vec::new(), Vec::new());
+    one.encode(&mut first);
+    two.encode(&mut second);
+    [&(first.len() as u16).to_le_bytes()[..], &first, &second].concat()
 }
 
 /// A message as the peer says it about a room.
