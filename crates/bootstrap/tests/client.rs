@@ -7,9 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossdock_bootstrap::{
-    Client, ClientConfig, Error, ErrorCode, ForeignAnswer, Incarnation, Labels, Limits, NodeId, Query,
-    Registered, Registration, Role, Server, ServerConfig, Stage, StartError, Status, Token, WaitError,
-    Worker,
+    Client, ClientConfig, Counted, Error, ErrorCode, ForeignAnswer, GroupId, Incarnation, Labels, Limits,
+    Member, NodeId, Query, Ranks, Registered, Registration, Role, Server, ServerConfig, Stage, StartError,
+    Status, Token, Topology, WaitError, Worker,
 };
 
 const SOON: Duration = Duration::from_secs(10);
@@ -126,6 +126,35 @@ fn many_clients_at_once() {
 }
 
 #[test]
+fn thousands_of_workers_fill_the_registry_and_not_one_more() {
+    const WORKERS: u64 = 4096;
+    let server = Server::start(anywhere()).unwrap();
+    let client = &client(server.address());
+    let worker = |index: u64| {
+        let topology =
+            Topology { tp_size: 8, ..Topology::single("m".parse().unwrap(), "bf16".parse().unwrap(), 64) };
+        let group = GroupId::new(&format!("g{}", index / 8)).unwrap();
+        let member = Member::new(group, topology, Ranks::tp(index as u32 % 8)).unwrap();
+        Worker { ttl_ms: 60_000, member: Some(member), ..worker(&format!("w{index}"), index) }
+    };
+    thread::scope(|scope| {
+        for part in 0..4 {
+            scope.spawn(move || {
+                for index in (part..WORKERS).step_by(4) {
+                    assert_eq!(client.register(&worker(index)).unwrap(), Registered::Created);
+                }
+            });
+        }
+    });
+    let refused = client.register(&worker(WORKERS)).unwrap_err();
+    assert_eq!(refused.code(), Some(ErrorCode::RegistryFull), "{refused}");
+    assert_eq!(client.register(&worker(7)).unwrap(), Registered::Renewed, "who is there is not turned away");
+    assert_eq!(client.find(&Query::all()).unwrap().len() as u64, WORKERS);
+    let groups = client.groups(Counted::Ready).unwrap();
+    assert!(groups.len() as u64 == WORKERS / 8 && groups.iter().all(|group| group.complete));
+}
+
+#[test]
 fn a_server_that_hangs_costs_a_call_its_deadline_and_no_more() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let config = ClientConfig {
@@ -175,6 +204,34 @@ fn another_service_at_the_address_is_recognised() {
         assert!(matches!(foreign, Error::Foreign { .. }), "{foreign:?}");
         assert_eq!(foreign.retry_helps(), retry_helps, "{foreign:?}");
         answering.join().unwrap();
+    }
+}
+
+#[test]
+fn another_service_in_place_of_etcd_is_recognised() {
+    for (says, retry_helps) in [
+        ("SSH-2.0-OpenSSH_9.2\r\n", false),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>", false),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", false),
+        ("HTTP/1.1 404 Not Found\r\nContent-Length: 19\r\n\r\n404 page not found\n", false),
+        ("HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", true),
+    ] {
+        let other = TcpListener::bind("127.0.0.1:0").unwrap();
+        let name = format!("etcd://{}", other.local_addr().unwrap());
+        let client = Client::new(ClientConfig::to(&name)).unwrap();
+        let answering = thread::spawn(move || {
+            let (mut stream, _) = other.accept().unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+            stream.write_all(says.as_bytes()).unwrap();
+        });
+        let foreign = client.find(&Query::all()).unwrap_err();
+        assert!(matches!(foreign, Error::Foreign { .. }), "{foreign:?}");
+        assert_eq!(foreign.retry_helps(), retry_helps, "{foreign:?}");
+        answering.join().unwrap();
+    }
+    for wrong in ["etcd://", "etcd://a,", "etcd://a:0", "etcd:/a"] {
+        let refused = Client::new(ClientConfig::to(wrong)).unwrap_err();
+        assert!(refused.to_string().contains("etcd://HOST:PORT"), "{refused}");
     }
 }
 

@@ -73,7 +73,6 @@ pub(crate) struct Range {
 /// How a transaction ended.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Done {
-    #[serde(default)]
     pub(crate) header: Header,
     #[serde(default)]
     pub(crate) succeeded: bool,
@@ -269,7 +268,7 @@ impl Gateway {
 
 #[derive(Deserialize)]
 struct Lease {
-    #[serde(rename = "ID", default, deserialize_with = "whole")]
+    #[serde(rename = "ID", deserialize_with = "whole")]
     id: i64,
     #[serde(rename = "TTL", default, deserialize_with = "whole")]
     ttl: i64,
@@ -309,3 +308,101 @@ fn natural<'de, D: Deserializer<'de>>(source: D) -> Result<u64, D::Error> {
 
 const DEFAULT_PORT: u16 = 2379;
 const MEMBERS_MAX: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn members_and_prefix_are_read_from_the_address() {
+        for (given, name, prefix) in [
+            ("etcd://10.0.0.1", "etcd://10.0.0.1:2379", "crossdock/"),
+            ("etcd://a:1,[::1]:2,c/", "etcd://a:1,[::1]:2,c:2379", "crossdock/"),
+            ("etcd://a/team/b/", "etcd://a:2379", "team/b/"),
+        ] {
+            let (members, found) = parse(given).unwrap();
+            assert_eq!((Gateway::new(members, None, 1).name(), found.as_str()), (name, prefix));
+        }
+        let many = format!("etcd://{}", vec!["a"; 17].join(","));
+        for wrong in ["etcd://", "etcd://a,,b", "etcd://a:0", "etcd://a b", "etcd://a/b c", "http://a", &many]
+        {
+            assert_eq!(parse(wrong).unwrap_err(), InvalidServer { given: wrong.to_owned() });
+        }
+    }
+
+    #[test]
+    fn operations_are_written_as_the_gateway_reads_them() {
+        let put = Op::Put { key: "k", value: b"\x00\xff", lease: i64::MAX };
+        let text = r#"{"request_put":{"key":"aw==","lease":"9223372036854775807","value":"AP8="}}"#;
+        assert_eq!(put.json(), serde_json::from_str::<Value>(text).unwrap());
+        let all = r#"{"request_range":{"key":"YS8=","range_end":"YTA="}}"#;
+        assert_eq!(Op::GetAll("a/").json(), serde_json::from_str::<Value>(all).unwrap());
+        assert_eq!(after("a/"), b"a0");
+    }
+
+    #[test]
+    fn an_answer_may_leave_out_what_is_nothing() {
+        let text = r#"{"header":{"cluster_id":"18446744073709551615","revision":"7"},"succeeded":true,"responses":[
+            {"response_put":{"header":{"revision":"7"}}},
+            {"response_range":{"header":{"revision":"7"}}},
+            {"responseRange":{"kvs":[{"key":"YQ==","mod_revision":"5"},{"key":"Yg==","value":"eA==","lease":"9"}]}}]}"#;
+        let done: Done = serde_json::from_str(text).unwrap();
+        assert!(done.succeeded);
+        assert_eq!((done.header.cluster_id, done.header.revision), (u64::MAX, 7));
+        let ranges: Vec<Range> = done.ranges().take(3).collect();
+        assert_eq!(ranges.iter().map(|range| range.kvs.len()).collect::<Vec<_>>(), [0, 2, 0]);
+        let [a, b] = &ranges[1].kvs[..] else { panic!("two pairs") };
+        assert_eq!((&a.key[..], &a.value[..], a.mod_revision, a.lease), (&b"a"[..], &b""[..], 5, 0));
+        assert_eq!((&b.key[..], &b.value[..], b.mod_revision, b.lease), (&b"b"[..], &b"x"[..], 0, 9));
+        assert!(!serde_json::from_str::<Done>(r#"{"header":{}}"#).unwrap().succeeded);
+        for wrong in [
+            "{}",
+            "[]",
+            r#"{"header":{"revision":7}}"#,
+            r#"{"header":{"revision":"seven"}}"#,
+            r#"{"responses":[{"response_range":{"kvs":[{"key":"not base64"}]}}]}"#,
+            r#"{"responses":[{"response_range":{"kvs":[{"value":"eA=="}]}}]}"#,
+        ] {
+            assert!(serde_json::from_str::<Done>(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_etcd_says_when_it_cannot_is_told() {
+        let gateway = Gateway::new(parse("etcd://a").unwrap().0, None, 1);
+        let parse = |status, body: &str| {
+            gateway.parse::<Done>(Answer { status, body: body.as_bytes().to_vec() }).unwrap_err()
+        };
+        let both = r#"{"error":"etcdserver: no leader","message":"etcdserver: no leader","code":14}"#;
+        let no_leader = parse(503, both);
+        assert!(matches!(no_leader, Error::Etcd { status: 503, .. }) && no_leader.retry_helps());
+        assert_eq!(no_leader.to_string(), "etcd at etcd://a:2379 answered 503: etcdserver: no leader");
+        let token = parse(401, r#"{"error":"etcdserver: invalid auth token"}"#);
+        assert!(matches!(token, Error::Etcd { status: 401, .. }) && !token.retry_helps());
+        let full = parse(429, r#"{"message":"etcdserver: mvcc: database space exceeded"}"#);
+        assert!(full.retry_helps());
+        for (status, body) in [(200, "<html>"), (200, "[]"), (502, "<html>"), (404, "{}")] {
+            assert!(matches!(parse(status, body), Error::Foreign { .. }), "{body}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_answer_is_read_or_refused(
+            body in prop_oneof![
+                proptest::collection::vec(any::<u8>(), 0..200),
+                r#"\{("(header|responses|kvs|key|result|ID|TTL)":("[0-9A-Za-z=]{0,6}"|[0-9]{1,3}|\[|\{|\}|\]),?){0,6}\}?"#
+                    .prop_map(String::into_bytes),
+            ],
+            status in prop_oneof![Just(200u16), 0..600u16],
+        ) {
+            let gateway = Gateway::new(parse("etcd://a").unwrap().0, None, 1);
+            let answer = || Answer { status, body: body.clone() };
+            let _ = gateway.parse::<Done>(answer());
+            let _ = gateway.parse::<Lease>(answer());
+            let _ = gateway.parse::<Stream<Lease>>(answer());
+        }
+    }
+}

@@ -195,3 +195,101 @@ pub(super) fn encode(value: &impl Serialize) -> Vec<u8> {
 
 const KEPT: &str = "kept";
 const WARMING: &str = "warming";
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::worker::{Labels, Role};
+
+    fn worker(node: &str) -> Worker {
+        Worker {
+            node: NodeId::new(node).unwrap(),
+            incarnation: Incarnation::new(1),
+            role: Role::Prefill,
+            address: "10.0.0.1:7000".parse().unwrap(),
+            ttl_ms: 1_000,
+            warm_up_ms: 0,
+            member: None,
+            labels: Labels::none(),
+        }
+    }
+
+    fn pair(key: &[u8], value: &[u8]) -> Pair {
+        Pair { key: key.to_vec(), value: value.to_vec(), mod_revision: 1, lease: 2 }
+    }
+
+    #[test]
+    fn a_worker_lies_under_its_own_name_and_group_alone() {
+        let keys = Keys::new("p/".to_owned());
+        let (n, encoded) = (worker("n"), encode(&worker("n")));
+        assert_eq!(keys.kept(None, &n.node), "p/live//n/kept");
+        let group = GroupId::new("g").unwrap();
+        assert!(keys.warming(Some(&group), &n.node).starts_with(&keys.live(Some(&group))));
+        for (key, there) in [
+            ("p/live//n/kept", true),
+            ("p/live//n/warming", true),
+            ("p/live//n/kept/", false),
+            ("p/live//n/other", false),
+            ("p/live//m/kept", false),
+            ("p/live/g/n/kept", false),
+            ("p/live/n", false),
+            ("q/live//n/kept", false),
+        ] {
+            let entries = keys.entries(Range { kvs: vec![pair(key.as_bytes(), &encoded)] });
+            assert_eq!(entries.len(), usize::from(there), "{key}");
+        }
+        let both = [("p/live//n/kept", 1), ("p/live//n/warming", 2)];
+        for (incarnation, state) in [(1, State::Warming), (2, State::Ready)] {
+            let kvs = both.map(|(key, second)| {
+                let incarnation = Incarnation::new(if second == 2 { incarnation } else { 1 });
+                pair(key.as_bytes(), &encode(&Worker { incarnation, ..worker("n") }))
+            });
+            let entries = keys.entries(Range { kvs: kvs.into() });
+            assert_eq!(
+                entries[&n.node].listed().unwrap().state,
+                state,
+                "of another start is no warm-up of this one"
+            );
+        }
+    }
+
+    #[test]
+    fn the_past_is_bounded_and_in_order() {
+        let mut past: Option<Past> = None;
+        for number in [1, 2, 2, 3, 4] {
+            past = Some(Past::after(past.as_ref(), Incarnation::new(number), None, 2));
+        }
+        let past = past.unwrap();
+        let standing = |number| past.standing(Incarnation::new(number));
+        assert_eq!(standing(1), Standing::New, "only two before the latest are kept");
+        assert_eq!([2, 3, 4].map(standing), [Standing::Superseded, Standing::Superseded, Standing::Latest]);
+        let read = Past::read(Range { kvs: vec![pair(b"k", &encode(&past))] }).unwrap();
+        assert_eq!((read.0.incarnations, read.0.lease, read.1), (past.incarnations, 2, 1));
+        let garbage = Past::read(Range { kvs: vec![pair(b"k", b"\xff")] }).unwrap();
+        assert_eq!((garbage.0.incarnations, garbage.1), (vec![], 1));
+    }
+
+    proptest! {
+        #[test]
+        fn any_keys_and_values_are_read_or_passed_over(
+            pairs in proptest::collection::vec(
+                (
+                    prop_oneof!["p/live/(g)?/(n|m|[^/]{0,3})/(kept|warming)".prop_map(String::into_bytes),
+                        proptest::collection::vec(any::<u8>(), 0..20)],
+                    prop_oneof![Just(encode(&worker("n"))), proptest::collection::vec(any::<u8>(), 0..40)],
+                ),
+                0..8,
+            ),
+        ) {
+            let kvs = |pairs: &[(Vec<u8>, Vec<u8>)]| pairs.iter().map(|(key, value)| pair(key, value)).collect();
+            let entries = Keys::new("p/".to_owned()).entries(Range { kvs: kvs(&pairs) });
+            for (node, entry) in &entries {
+                prop_assert_eq!(&entry.worker().unwrap().node, node);
+                prop_assert!(entry.listed().is_some());
+            }
+            let _ = Past::read(Range { kvs: kvs(&pairs) });
+        }
+    }
+}
