@@ -61,8 +61,9 @@ impl Backend for Etcd {
             let plan = Plan::new(worker, &seen).map_err(|refusal| self.refused(refusal))?;
             self.carry_out(worker, &seen, plan, &mut leases, by)
         });
-        if done.is_err() {
-            // They would end by themselves; this only spares etcd the wait.
+        if let Err(Error::Refused { .. }) = done {
+            // They would end by themselves; this only spares etcd the wait. After any other failure the transaction may
+            // have been made, and what it put hangs on them.
             for lease in [leases.kept, leases.warming, leases.past].into_iter().flatten() {
                 let _ = self.gateway.revoke(lease, by);
             }
