@@ -489,6 +489,8 @@ const LABEL_VALUE_BYTES_MAX: usize = 256;
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::group::Ranks;
 
@@ -570,6 +572,36 @@ mod tests {
         ] as [(&str, serde_json::Value); 30]
         {
             json(|value| value[field] = wrong.clone()).expect_err(&format!("{field} = {wrong}"));
+        }
+    }
+
+    proptest! {
+        /// A worker's JSON with one part exchanged for anything.
+        #[test]
+        fn any_json_is_a_worker_that_survives_it_or_is_refused(
+            at in prop_oneof![
+                proptest::sample::select(vec!["node", "incarnation", "role", "address", "ttl_ms", "warm_up_ms", "member"]),
+                proptest::sample::select(vec!["group", "tp_size", "dp_rank", "page_tokens", "dtype", "model", "rooms"]),
+            ],
+            with in prop_oneof![
+                any::<i64>().prop_map(serde_json::Value::from),
+                (0..9u32).prop_map(serde_json::Value::from),
+                "\\PC{0,12}".prop_map(serde_json::Value::from),
+                "[a-z0-9.:]{1,12}".prop_map(serde_json::Value::from),
+                Just(serde_json::Value::Null),
+                Just(serde_json::json!([])),
+                Just(serde_json::json!({})),
+            ],
+        ) {
+            let read = json(|value| {
+                let top = value.get(at).is_some();
+                let place = if top { &mut value[at] } else { &mut value["member"][at] };
+                *place = with;
+            });
+            if let Ok(worker) = read {
+                let text = serde_json::to_string(&worker).unwrap();
+                prop_assert_eq!(serde_json::from_str::<Worker>(&text).unwrap(), worker);
+            }
         }
     }
 

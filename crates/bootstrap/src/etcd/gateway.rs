@@ -99,6 +99,8 @@ pub(crate) enum Op<'a> {
     Get(&'a str),
     /// All keys that begin so.
     GetAll(&'a str),
+    /// The first key that begins so.
+    GetFirst(&'a str),
     Put {
         key: &'a str,
         value: &'a [u8],
@@ -114,6 +116,9 @@ impl Op<'_> {
             Op::GetAll(prefix) => {
                 json!({"request_range": {"key": encode(prefix), "range_end": STANDARD.encode(after(prefix))}})
             }
+            Op::GetFirst(prefix) => json!({"request_range": {
+                "key": encode(prefix), "range_end": STANDARD.encode(after(prefix)), "limit": "1",
+            }}),
             Op::Put { key, value, lease } => json!({"request_put": {
                 "key": encode(key), "value": STANDARD.encode(value), "lease": lease.to_string(),
             }}),

@@ -15,7 +15,7 @@ use crate::backoff::{Backoff, random};
 use crate::client::ClientConfig;
 use crate::error::{Error, InvalidServer, Stage};
 use crate::exchange::Deadline;
-use crate::group::{Counted, Group, GroupId, RoomPolicy, fits};
+use crate::group::{Counted, Group, GroupId, RoomPolicy, Topology, fits};
 use crate::problem::Problem;
 use crate::query::{Mark, Query, Until, Wait};
 use crate::registry::{Limits, Refusal, Registered};
@@ -170,7 +170,7 @@ impl Backend for Etcd {
         by: Deadline,
     ) -> Result<(), Error> {
         self.limits.check_keep(keep).map_err(|refusal| self.room_refused(refusal))?;
-        let topology = self.group(group, Counted::ReadyAndWarming, Duration::ZERO, by)?.topology;
+        let topology = self.topology(group, by)?;
         rooms::admit(group, &topology, rooms).map_err(|refusal| self.room_refused(refusal))?;
         if rooms.is_empty() {
             return Ok(());
@@ -196,7 +196,7 @@ impl Backend for Etcd {
         by: Deadline,
     ) -> Result<Vec<DpRank>, Error> {
         let over = (!wait.is_zero()).then(|| by.within(wait));
-        let topology = self.group(group, Counted::ReadyAndWarming, Duration::ZERO, by)?.topology;
+        let topology = self.topology(group, by)?;
         if topology.rooms == RoomPolicy::Follow {
             return Ok(rooms.iter().map(|room| rooms::follow(*room, &topology)).collect());
         }
@@ -219,6 +219,19 @@ impl Etcd {
         let done = self.gateway.transact(&[], &[Op::GetAll(&self.keys.node(group, node))], by)?;
         let found = done.ranges().next().map(|range| self.keys.entries(range)).unwrap_or_default();
         Ok(found.into_values().next().unwrap_or_default())
+    }
+
+    /// A group's topology. All members agree on it, so one of them is asked, as a rule: rooms are looked up at each
+    /// request, and groups may be large.
+    fn topology(&self, group: &GroupId, by: Deadline) -> Result<Topology, Error> {
+        let done = self.gateway.transact(&[], &[Op::GetFirst(&self.keys.live(Some(group)))], by)?;
+        let first = done.ranges().next().map(|range| self.keys.entries(range)).unwrap_or_default();
+        let member = first.values().find_map(|entry| entry.worker()?.member.as_ref());
+        match member {
+            Some(member) => Ok(member.topology().clone()),
+            // Nobody is there, or what somebody else wrote is the first.
+            None => Ok(self.group(group, Counted::ReadyAndWarming, Duration::ZERO, by)?.topology),
+        }
     }
 
     /// What is known of a node and its group before it registers.

@@ -173,6 +173,8 @@ pub fn a_registry_that_has_forgotten_everyone_is_refilled(home: &mut Home) {
         })
         .collect();
     client.wait_for_group(&group("g"), Counted::Ready, SOON).unwrap();
+    let mut watch = client.watch(Query::all());
+    assert_eq!(watch.next(SOON).unwrap().len(), 4);
     home.kill();
     eventually("every worker sees that the registry is away", || {
         registrations.iter().all(|one| matches!(one.status(), Status::Retrying { .. }))
@@ -183,8 +185,22 @@ pub fn a_registry_that_has_forgotten_everyone_is_refilled(home: &mut Home) {
         let client = client.clone();
         move || client.wait_for_group(&group("g"), Counted::Ready, SOON)
     });
+    let away = watch.next(Duration::from_millis(500)).unwrap_err();
+    assert!(away.retry_helps(), "{away}");
     home.start_anew();
     waiting.join().unwrap().expect("a wait goes on over the restart");
+    // A watch tells nothing, or that who was away for longer than its time to live left and came again.
+    let mut there = 4;
+    while let changes @ [_, ..] = &watch.next(Duration::from_secs(1)).unwrap()[..] {
+        for change in changes {
+            match change {
+                Change::Came(_) => there += 1,
+                Change::Left(_) => there -= 1,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert_eq!(there, 4);
     for registration in registrations {
         registration.wait(SOON).unwrap();
         registration.deregister().unwrap();

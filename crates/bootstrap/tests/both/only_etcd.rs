@@ -65,7 +65,8 @@ fn what_somebody_else_wrote_harms_nobody() {
     client.register(&a).unwrap();
     let another = serde_json::to_vec(&worker("another", 1)).unwrap();
     for (key, value) in [
-        ("crossdock/live/g/b/kept", &b"no JSON"[..]),
+        ("crossdock/live/g/", &b"before all others"[..]),
+        ("crossdock/live/g/b/kept", b"no JSON"),
         ("crossdock/live/g/c/kept", b"{}"),
         ("crossdock/live/g/d/kept", &another),
         ("crossdock/live//another/kept/deeper", &another),
