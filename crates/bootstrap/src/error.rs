@@ -3,14 +3,15 @@
 use std::fmt;
 use std::io;
 
+use crate::group::{Group, GroupId};
 use crate::problem::{ErrorCode, Problem};
 use crate::worker::Listed;
 
-/// Why a call to the bootstrap server gave no answer to go on with.
+/// Why a call to the registry gave no answer to go on with.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The server could not be reached, or the connection broke. It may be starting again.
-    #[error("bootstrap server {server}: {stage} failed")]
+    #[error("registry {server}: {stage} failed")]
     Unreachable {
         /// The server, as it was configured.
         server: String,
@@ -20,7 +21,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The time for the call was over. A change that was asked for may have been made.
-    #[error("bootstrap server {server}: {stage} was not over within {time_ms} ms")]
+    #[error("registry {server}: {stage} was not over within {time_ms} ms")]
     Deadline {
         /// The server, as it was configured.
         server: String,
@@ -29,19 +30,29 @@ pub enum Error {
         /// The whole call's time.
         time_ms: u64,
     },
-    /// The server understood the request and refused it.
-    #[error("bootstrap server {server} refused ({status}): {}; {}", .problem.message, .problem.advice)]
+    /// The registry understood the request and refused it.
+    #[error("registry {server} refused ({status}): {}; {}", .problem.message, .problem.advice)]
     Refused {
         /// The server, as it was configured.
         server: String,
+        /// The HTTP status; with etcd, the one that crossdock's own server gives.
+        status: u16,
+        /// What the registry said.
+        problem: Problem,
+    },
+    /// etcd understood the request and could not do it: it has no leader, no space, or the token is wrong.
+    #[error("etcd at {server} answered {status}: {message}")]
+    Etcd {
+        /// etcd, as it was configured.
+        server: String,
         /// The HTTP status.
         status: u16,
-        /// What the server said.
-        problem: Problem,
+        /// What etcd said.
+        message: String,
     },
     /// What answers there does not speak as a bootstrap server does: the address is another service's, or a
     /// proxy answered in the server's place.
-    #[error("what answers at {server} is no crossdock bootstrap server")]
+    #[error("what answers at {server} is not the registry that was expected")]
     Foreign {
         /// The server, as it was configured.
         server: String,
@@ -56,8 +67,14 @@ impl Error {
         match self {
             Error::Unreachable { .. } | Error::Deadline { .. } => true,
             Error::Refused { problem, .. } => {
-                matches!(problem.error, ErrorCode::RegistryFull | ErrorCode::BodyTimeout)
+                use ErrorCode::*;
+                // A group's earlier members may still be listed, and new ones may still be on their way.
+                matches!(
+                    problem.error,
+                    RegistryFull | RoomsFull | BodyTimeout | UnknownGroup | TopologyMismatch | RankTaken
+                )
             }
+            Error::Etcd { status, .. } => *status == 429 || *status >= 500,
             // A proxy says so when the server behind it is away.
             Error::Foreign { source: ForeignAnswer::Status { status: 500..=599 }, .. } => true,
             Error::Foreign { .. } => false,
@@ -131,13 +148,13 @@ pub enum ForeignAnswer {
 
 /// The server's address cannot be understood.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{given:?} is not HOST, HOST:PORT or http://HOST:PORT")]
+#[error("{given:?} is not HOST, HOST:PORT, http://HOST:PORT or etcd://HOST:PORT,…/PREFIX")]
 pub struct InvalidServer {
     /// What was given.
     pub given: String,
 }
 
-/// Why a wait for workers ended without them.
+/// Why a wait ended without what it was for.
 #[derive(Debug, thiserror::Error)]
 pub enum WaitError {
     /// The time is over, and fewer workers are there than were asked for.
@@ -152,9 +169,40 @@ pub enum WaitError {
         /// Why the last call failed, if it did.
         last: Option<Box<Error>>,
     },
+    /// The time is over, and a group is not complete.
+    #[error("{}{}", incomplete(.group, .seen, *.waited_ms), because(.last))]
+    Incomplete {
+        /// The group.
+        group: GroupId,
+        /// How it was when the registry answered last; `None` if none of its workers was registered.
+        seen: Option<Box<Group>>,
+        /// How long the wait was.
+        waited_ms: u64,
+        /// Why the last call failed, if it did.
+        last: Option<Box<Error>>,
+    },
+    /// The time is over, and nobody has said which ranks serve these rooms.
+    #[error("{} rooms of group {group} have no dp rank after {waited_ms} ms{}", .not_yet.len(), because(.last))]
+    RoomsNotYet {
+        /// The group.
+        group: GroupId,
+        /// The rooms.
+        not_yet: Vec<u64>,
+        /// How long the wait was.
+        waited_ms: u64,
+        /// Why the last call failed, if it did.
+        last: Option<Box<Error>>,
+    },
     /// A call failed in a way that waiting does not cure.
     #[error(transparent)]
     Failed(#[from] Error),
+}
+
+fn incomplete(group: &GroupId, seen: &Option<Box<Group>>, waited_ms: u64) -> String {
+    match seen {
+        Some(seen) => format!("{seen}, after {waited_ms} ms"),
+        None => format!("no worker of group {group} was registered within {waited_ms} ms"),
+    }
 }
 
 fn because(last: &Option<Box<Error>>) -> String {

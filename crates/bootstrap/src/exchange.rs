@@ -7,6 +7,11 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, ForeignAnswer, Stage};
 use crate::lookup::Lookup;
 
+/// The beginning of a request, to which further header lines may be added.
+pub(crate) fn request_head(method: &str, path: &str, server: &Lookup) -> String {
+    format!("{method} {path} HTTP/1.1\r\nHost: {}\r\n{HEADERS}", server.name())
+}
+
 /// When a call must be over.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Deadline {
@@ -15,6 +20,12 @@ pub(crate) struct Deadline {
 }
 
 impl Deadline {
+    /// This deadline, or `time` from now if that is earlier.
+    pub(crate) fn within(self, time: Duration) -> Deadline {
+        let sooner = Deadline::after(time);
+        if sooner.end < self.end { sooner } else { self }
+    }
+
     pub(crate) fn after(time: Duration) -> Deadline {
         let now = Instant::now();
         // An absurdly long time would overflow the clock; a year is as good as for ever.
@@ -28,6 +39,11 @@ impl Deadline {
 
     pub(crate) fn end(&self) -> Instant {
         self.end
+    }
+
+    /// How long there was when it was set.
+    pub(crate) fn time(&self) -> Duration {
+        self.time
     }
 
     pub(crate) fn time_ms(&self) -> u64 {
@@ -50,6 +66,17 @@ pub(crate) fn exchange(
     body_limit: usize,
     deadline: Deadline,
 ) -> Result<Answer, Error> {
+    exchange_until(server, request, body_limit, deadline, |_| false)
+}
+
+/// The same, and an answer that comes in chunks is left when the part that has come is enough.
+pub(crate) fn exchange_until(
+    server: &Lookup,
+    request: &[u8],
+    body_limit: usize,
+    deadline: Deadline,
+    enough: impl Fn(&[u8]) -> bool,
+) -> Result<Answer, Error> {
     let failed = |stage| {
         move |source: io::Error| {
             let server = server.name().to_owned();
@@ -64,7 +91,7 @@ pub(crate) fn exchange(
     let stream = connect(&addresses, deadline).map_err(failed(Stage::Connect))?;
     let mut stream = Timed { stream, deadline };
     stream.write_all(request).map_err(failed(Stage::Send))?;
-    receive(&mut stream, body_limit).map_err(|fault| match fault {
+    receive(&mut stream, body_limit, &enough).map_err(|fault| match fault {
         Fault::Stream(source) => failed(Stage::Receive)(source),
         Fault::Foreign(source) => Error::Foreign { server: server.name().to_owned(), source },
     })
@@ -142,7 +169,11 @@ enum Framing {
     End,
 }
 
-fn receive(source: &mut impl Read, body_limit: usize) -> Result<Answer, Fault> {
+fn receive(
+    source: &mut impl Read,
+    body_limit: usize,
+    enough: &impl Fn(&[u8]) -> bool,
+) -> Result<Answer, Fault> {
     let mut bytes = Vec::new();
     let (status, framing) = loop {
         match head(&bytes)? {
@@ -172,7 +203,7 @@ fn receive(source: &mut impl Read, body_limit: usize) -> Result<Answer, Fault> {
                 return Err(too_large());
             }
         }
-        Framing::Chunks => bytes = chunks(source, bytes, body_limit)?,
+        Framing::Chunks => bytes = chunks(source, bytes, body_limit, enough)?,
     }
     Ok(Answer { status, body: bytes })
 }
@@ -208,7 +239,12 @@ fn head(bytes: &[u8]) -> Result<Option<(usize, u16, Framing)>, ForeignAnswer> {
     Ok(Some((length, status, framing)))
 }
 
-fn chunks(source: &mut impl Read, mut bytes: Vec<u8>, body_limit: usize) -> Result<Vec<u8>, Fault> {
+fn chunks(
+    source: &mut impl Read,
+    mut bytes: Vec<u8>,
+    body_limit: usize,
+    enough: &impl Fn(&[u8]) -> bool,
+) -> Result<Vec<u8>, Fault> {
     let mut body = Vec::new();
     loop {
         let (line, size) = match httparse::parse_chunk_size(&bytes) {
@@ -236,6 +272,9 @@ fn chunks(source: &mut impl Read, mut bytes: Vec<u8>, body_limit: usize) -> Resu
         }
         body.extend_from_slice(&bytes[line..end]);
         bytes.drain(..end + CRLF.len());
+        if enough(&body) {
+            return Ok(body);
+        }
     }
 }
 
@@ -271,6 +310,11 @@ fn more(source: &mut impl Read, bytes: &mut Vec<u8>) -> io::Result<More> {
     }
 }
 
+const HEADERS: &str = concat!(
+    "Connection: close\r\nAccept: application/json\r\nUser-Agent: crossdock/",
+    env!("CARGO_PKG_VERSION"),
+    "\r\n"
+);
 const A_YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 const HEAD_BYTES_MAX: usize = 16 * 1024;
 const HEAD_LINES_MAX: usize = 64;
@@ -299,7 +343,7 @@ mod tests {
     }
 
     fn received(bytes: &[u8], step: usize, body_limit: usize) -> Result<(u16, String), String> {
-        match receive(&mut Dribble { bytes, step }, body_limit) {
+        match receive(&mut Dribble { bytes, step }, body_limit, &|_| false) {
             Ok(answer) => Ok((answer.status, String::from_utf8_lossy(&answer.body).into_owned())),
             Err(Fault::Stream(error)) => Err(error.kind().to_string()),
             Err(Fault::Foreign(error)) => Err(error.to_string()),
@@ -324,6 +368,16 @@ mod tests {
                 assert_eq!(received(answer.as_bytes(), step, 5), Ok((200, body.to_owned())), "{answer}");
             }
             assert_eq!(received(b"HTTP/1.1 204 No\r\n\r\nx", step, 5), Ok((204, String::new())));
+        }
+    }
+
+    #[test]
+    fn an_answer_without_an_end_is_left_when_enough_has_come() {
+        let endless = format!("{CHUNKED}2\r\na\n\r\n4\r\nb\nc\n\r\n1\r\n");
+        for step in [1, 4, 1000] {
+            let mut source = Dribble { bytes: endless.as_bytes(), step };
+            let answer = receive(&mut source, 100, &|body| body.ends_with(b"c\n"));
+            assert!(matches!(answer, Ok(Answer { status: 200, body }) if body == b"a\nb\nc\n"));
         }
     }
 
@@ -407,7 +461,7 @@ mod tests {
             step in 1usize..50,
         ) {
             let bytes = [start.as_bytes(), &rest].concat();
-            if let Ok(answer) = receive(&mut Dribble { bytes: &bytes, step }, 64) {
+            if let Ok(answer) = receive(&mut Dribble { bytes: &bytes, step }, 64, &|body| body.ends_with(b"zz")) {
                 prop_assert!(answer.body.len() <= 64);
             }
         }

@@ -32,14 +32,20 @@ impl Lookup {
     pub(crate) fn new(given: &str) -> Result<Lookup, InvalidServer> {
         let text = given.strip_prefix("http://").unwrap_or(given);
         let text = text.strip_suffix('/').unwrap_or(text);
-        let host = host(text).ok_or_else(|| InvalidServer { given: given.to_owned() })?;
+        Lookup::with_port(text, DEFAULT_PORT).ok_or_else(|| InvalidServer { given: given.to_owned() })
+    }
+
+    /// `HOST` or `HOST:PORT`.
+    pub(crate) fn with_port(text: &str, port: u16) -> Option<Lookup> {
+        let host = host(text, port)?;
         let name = match &host {
             Host::Address(address) => address.to_string(),
             Host::Name(name, port) => format!("{name}:{port}"),
         };
-        Ok(Lookup { name, host, running: Mutex::new(None) })
+        Some(Lookup { name, host, running: Mutex::new(None) })
     }
 
+    /// Without the scheme, and with the port.
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
@@ -74,16 +80,16 @@ impl Lookup {
     }
 }
 
-fn host(text: &str) -> Option<Host> {
+fn host(text: &str, default_port: u16) -> Option<Host> {
     if let Ok(address) = text.parse::<SocketAddr>() {
         return (address.port() != 0).then_some(Host::Address(address));
     }
     if let Ok(address) = text.parse::<IpAddr>() {
-        return Some(Host::Address(SocketAddr::new(address, DEFAULT_PORT)));
+        return Some(Host::Address(SocketAddr::new(address, default_port)));
     }
     let (name, port) = match text.split_once(':') {
         Some((name, port)) => (name, port.parse().ok().filter(|port| *port != 0)?),
-        None => (text, DEFAULT_PORT),
+        None => (text, default_port),
     };
     // The name goes into a header, where a line break would begin another one.
     let fits = (1..=NAME_BYTES_MAX).contains(&name.len())

@@ -17,6 +17,8 @@ use crate::worker::Worker;
 /// Keeps a worker registered from a thread of its own until it is dropped, which takes the worker out. It renews
 /// in the last part of each third of the time to live. A server that is away, full or refuses is asked again and
 /// again with growing pauses: the registry may be lost at any time without harm to workers that run.
+///
+/// A worker that has asked for time to warm up says with [`Registration::ready`] when that is over.
 #[derive(Debug)]
 pub struct Registration {
     shared: Arc<Shared>,
@@ -74,6 +76,8 @@ struct Shared {
 #[derive(Debug)]
 struct State {
     status: Status,
+    /// The worker warms up no longer, and the thread has not heard of it yet.
+    ready: bool,
     leaving: bool,
     /// What taking the worker out gave, when the thread has come to its end.
     left: Option<Result<(), Error>>,
@@ -84,13 +88,20 @@ impl Registration {
     /// take it. It fails only when the system gives no thread.
     pub fn start(client: Client, worker: Worker) -> io::Result<Registration> {
         let status = Status::Joining { attempts: 0, last: None };
-        let state = Mutex::new(State { status, leaving: false, left: None });
+        let state = Mutex::new(State { status, ready: false, leaving: false, left: None });
         let shared = Arc::new(Shared { state, changed: Condvar::new() });
         let thread = std::thread::Builder::new().name("crossdock-registration".to_owned()).spawn({
             let (shared, client) = (Arc::clone(&shared), client.clone());
-            move || keep(&shared, &client, &worker)
+            move || keep(&shared, &client, worker)
         })?;
         Ok(Registration { shared, thread: Some(thread), client })
+    }
+
+    /// Says that the worker has warmed up, and returns at once: the thread tells the registry. More than the first call
+    /// changes nothing.
+    pub fn ready(&self) {
+        self.shared.state.lock().ready = true;
+        self.shared.changed.notify_all();
     }
 
     /// How the registration stands.
@@ -153,20 +164,30 @@ impl Drop for Registration {
 }
 
 /// The registration's thread.
-fn keep(shared: &Shared, client: &Client, worker: &Worker) {
+fn keep(shared: &Shared, client: &Client, mut worker: Worker) {
     let mut renewal = Renewal::new(Duration::from_millis(worker.ttl_ms));
+    // A registry that has forgotten the worker is asked for what is left of its time to warm up.
+    let warm = Instant::now() + Duration::from_millis(worker.warm_up_ms);
     let mut state = shared.state.lock();
     while !state.leaving {
+        if std::mem::take(&mut state.ready) && worker.warm_up_ms > 0 {
+            worker.warm_up_ms = 0;
+            renewal.changes();
+        }
         let sent = Instant::now();
         let result = MutexGuard::unlocked(&mut state, || {
             let deadline = Deadline::after(renewal.call_time().min(client.call_time()));
             match renewal.call() {
-                Call::Register => client.register_by(worker, deadline).map(drop),
+                Call::Register => {
+                    let left = warm.saturating_duration_since(sent).as_millis();
+                    worker.warm_up_ms = worker.warm_up_ms.min(u64::try_from(left).unwrap_or(u64::MAX));
+                    client.register_by(&worker, deadline).map(drop)
+                }
                 Call::Renew => client.renew_by(&worker.node, worker.incarnation, deadline),
             }
         });
         let (status, next) = renewal.done(sent, Instant::now(), result, random());
-        log(worker, &state.status, &status);
+        log(&worker, &state.status, &status);
         state.status = status;
         let Some(next) = next else {
             state.left = Some(Ok(()));
@@ -174,7 +195,10 @@ fn keep(shared: &Shared, client: &Client, worker: &Worker) {
             return;
         };
         shared.changed.notify_all();
-        while !state.leaving && !shared.changed.wait_until(&mut state, next).timed_out() {}
+        let mut over = false;
+        while !state.leaving && !state.ready && !over {
+            over = shared.changed.wait_until(&mut state, next).timed_out();
+        }
     }
     let left = MutexGuard::unlocked(&mut state, || {
         client.deregister_by(&worker.node, worker.incarnation, Deadline::after(client.call_time()))
@@ -188,7 +212,7 @@ fn log(worker: &Worker, before: &Status, after: &Status) {
     let node = &worker.node;
     match (before, after) {
         (Status::Registered { .. }, Status::Registered { .. }) => {}
-        (_, Status::Registered { .. }) => tracing::info!(%node, "registered with the bootstrap server"),
+        (_, Status::Registered { .. }) => tracing::info!(%node, "registered"),
         (_, Status::Replaced { last }) => {
             tracing::error!(%node, %last, "another process holds this node's name")
         }
@@ -196,7 +220,7 @@ fn log(worker: &Worker, before: &Status, after: &Status) {
             _,
             Status::Joining { attempts: 1, last: Some(last) } | Status::Retrying { attempts: 1, last, .. },
         ) => {
-            tracing::warn!(%node, %last, "cannot register with the bootstrap server; trying again");
+            tracing::warn!(%node, %last, "cannot register; trying again");
         }
         _ => {}
     }

@@ -17,6 +17,10 @@ pub(crate) struct Renewal {
     /// before the first and after the server has forgotten.
     renewed: Option<Instant>,
     attempts: u32,
+    /// The worker says something else than what the server holds.
+    changed: bool,
+    /// The last call was a renewal, and it was granted: nobody has replaced the worker.
+    confirmed: bool,
 }
 
 /// What to ask the server for next.
@@ -24,8 +28,8 @@ pub(crate) struct Renewal {
 pub(crate) enum Call {
     /// Hand in the whole registration.
     Register,
-    /// Renew it. A worker that was replaced while it stood still must ask for this first: registering would
-    /// take the name back from its successor at a server that has forgotten both.
+    /// Renew it. A worker that was replaced while it stood still must ask for this first, also when it has something
+    /// new to say: registering would take the name back from its successor at a server that has forgotten both.
     Renew,
 }
 
@@ -33,11 +37,17 @@ impl Renewal {
     pub(crate) fn new(ttl: Duration) -> Renewal {
         let interval = ttl / 3;
         let backoff = Backoff::new(RETRY_PAUSE_MIN.min(interval / 4), RETRY_PAUSE_MAX.min(interval));
-        Renewal { interval, backoff, renewed: None, attempts: 0 }
+        Renewal { interval, backoff, renewed: None, attempts: 0, changed: false, confirmed: false }
     }
 
     pub(crate) fn call(&self) -> Call {
-        if self.renewed.is_some() { Call::Renew } else { Call::Register }
+        let says_more = self.changed && self.confirmed;
+        if self.renewed.is_some() && !says_more { Call::Renew } else { Call::Register }
+    }
+
+    /// The worker has something else to say of itself.
+    pub(crate) fn changes(&mut self) {
+        (self.changed, self.confirmed) = (true, false);
     }
 
     /// How long the next call may take: one that hangs must leave time for others before the time to live is
@@ -54,12 +64,15 @@ impl Renewal {
         result: Result<(), Error>,
         random: u64,
     ) -> (Status, Option<Instant>) {
+        let call = self.call();
+        self.confirmed = call == Call::Renew && result.is_ok();
         let error = match result {
             Ok(()) => {
+                self.changed &= call == Call::Renew;
                 self.renewed = Some(sent);
                 self.attempts = 0;
                 self.backoff.reset();
-                let next = sent + shortened(self.interval, 0.85, random);
+                let next = if self.changed { now } else { sent + shortened(self.interval, 0.85, random) };
                 return (Status::Registered { renewed: sent }, Some(next));
             }
             Err(error) => error,
@@ -95,7 +108,7 @@ mod tests {
 
     fn refused(error: ErrorCode) -> Result<(), Error> {
         let problem = Problem::new(error, "for this test");
-        Err(Error::Refused { server: "s".to_owned(), status: error.status().as_u16(), problem })
+        Err(Error::Refused { server: "s".to_owned(), status: error.status(), problem })
     }
 
     fn away() -> Result<(), Error> {
@@ -139,6 +152,30 @@ mod tests {
         assert!(matches!(renewal.done(start, start, Ok(()), 0).0, Status::Registered { .. }));
         let (_, next) = renewal.done(start, start, away(), u64::MAX);
         assert_eq!(next.unwrap() - start, RETRY_PAUSE_MIN, "a success makes the pauses short again");
+    }
+
+    #[test]
+    fn a_worker_that_says_something_new_makes_sure_first_that_it_was_not_replaced() {
+        let start = Instant::now();
+        let mut renewal = Renewal::new(TTL);
+        renewal.done(start, start, Ok(()), 0);
+        renewal.changes();
+        assert_eq!(renewal.call(), Call::Renew);
+        let (_, next) = renewal.done(start, start, Ok(()), 0);
+        assert_eq!((renewal.call(), next), (Call::Register, Some(start)), "at once");
+        // A failure leaves in doubt who holds the name.
+        renewal.done(start, start, away(), 0);
+        assert_eq!(renewal.call(), Call::Renew);
+        renewal.done(start, start, Ok(()), 0);
+        assert_eq!(renewal.call(), Call::Register);
+        let (_, next) = renewal.done(start, start, Ok(()), u64::MAX);
+        assert_eq!((renewal.call(), next), (Call::Renew, Some(start + TTL / 3)), "it is said");
+        // At a server that has forgotten, there is nothing to make sure of.
+        renewal.changes();
+        renewal.done(start, start, refused(ErrorCode::UnknownWorker), 0);
+        assert_eq!(renewal.call(), Call::Register);
+        renewal.done(start, start, Ok(()), u64::MAX);
+        assert_eq!(renewal.call(), Call::Renew);
     }
 
     #[test]

@@ -83,7 +83,7 @@ impl ServerConfig {
             longest_wait: Duration::from_secs(30),
             head_bytes: 16 * 1024,
             head_lines: 64,
-            body_bytes: 16 * 1024,
+            body_bytes: 64 * 1024,
             head_time: Duration::from_secs(10),
             body_time: Duration::from_secs(5),
             answer_time: Duration::from_secs(10),

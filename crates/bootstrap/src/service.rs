@@ -1,23 +1,29 @@
 //! From a request to its answer: a thin layer of HTTP over the registry.
 
+use std::collections::BTreeMap;
 use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Body, Bytes};
 use hyper::header::{self, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request as HttpRequest, Response, StatusCode};
 use parking_lot::Mutex;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, watch};
 
+use crate::backoff::random;
+use crate::group::{Counted, Group, GroupId};
+use crate::metrics::{self, Metrics, Present, Request};
 use crate::problem::{ErrorCode, Problem};
-use crate::query::{self, Query, Wait};
+use crate::query::{self, Mark, Query, QueryFault, Until, Wait};
 use crate::registry::{Registered, Registry};
+use crate::rooms::{DpRank, ROOMS_PER_CALL_MAX, RoomRefusal};
 use crate::server::ServerConfig;
 use crate::token::Token;
-use crate::worker::{Incarnation, Listed, NodeId, Worker};
+use crate::wire::{AskRooms, Changed, Groups, Health, RenewBody, Room, RoomRanks, TellRooms, Workers};
+use crate::worker::{NodeId, Worker};
 
 /// What all connections of one server share.
 pub(crate) struct Service {
@@ -29,49 +35,28 @@ pub(crate) struct Service {
     longest_wait: Duration,
     /// A place for each request that may be kept waiting.
     waits: Semaphore,
-    /// Told whenever a worker came or changed, so that waiting requests look again. Nobody waits for a worker
-    /// to leave.
+    waits_most: usize,
+    /// Told whenever a worker came, changed or was taken out, so that requests which wait for workers look again.
     changes: watch::Sender<()>,
+    /// The same for rooms, which are told far more often than workers change.
+    told: watch::Sender<()>,
+    /// Tells the marks of this start of the server from those of an earlier one.
+    epoch: u64,
+    metrics: Metrics,
     stopping: watch::Receiver<bool>,
-}
-
-/// What `GET /health` answers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Health {
-    /// `"ok"`: a server that can answer is well.
-    pub status: String,
-    /// How many workers are registered.
-    pub workers: usize,
-    /// How long the server has been running.
-    pub uptime_ms: u64,
-    /// The server's version.
-    pub version: String,
-}
-
-/// What `GET /v1/workers` answers.
-#[derive(Serialize, Deserialize)]
-pub(crate) struct Workers {
-    pub(crate) workers: Vec<Listed>,
-}
-
-/// The body of `POST /v1/workers/{node}/renew`.
-#[derive(Serialize, Deserialize)]
-pub(crate) struct RenewBody {
-    pub(crate) incarnation: Incarnation,
-}
-
-/// What a change to one worker answers.
-#[derive(Serialize, Deserialize)]
-pub(crate) struct Changed<O> {
-    pub(crate) outcome: O,
 }
 
 /// What a URL names.
 enum Route {
     Health,
+    Metrics,
     Workers,
     Worker(NodeId),
     Renew(NodeId),
+    Groups,
+    Group(GroupId),
+    Rooms(GroupId),
+    AskRooms(GroupId),
 }
 
 type Answer = Response<Full<Bytes>>;
@@ -86,15 +71,24 @@ impl Service {
             body_time: config.body_time,
             longest_wait: config.longest_wait,
             waits: Semaphore::new(config.waits),
+            waits_most: config.waits,
             changes: watch::Sender::new(()),
+            told: watch::Sender::new(()),
+            epoch: random(),
+            metrics: Metrics::default(),
             stopping,
         }
     }
 
     /// Answers one request, whatever it holds.
-    pub(crate) async fn answer<B: Body<Data = Bytes>>(&self, request: Request<B>) -> Answer {
-        self.routed(request).await.unwrap_or_else(|problem| {
-            let mut answer = json(problem.error.status(), &problem);
+    pub(crate) async fn answer<B: Body<Data = Bytes>>(&self, request: HttpRequest<B>) -> Answer {
+        let began = Instant::now();
+        let mut asked = Request::Other;
+        let routed = self.routed(request, &mut asked).await;
+        self.metrics.answered(asked, began.elapsed());
+        routed.unwrap_or_else(|problem| {
+            self.metrics.refused(problem.error);
+            let mut answer = json(status(problem.error), &problem);
             if problem.error == ErrorCode::WrongToken {
                 answer.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             }
@@ -102,48 +96,96 @@ impl Service {
         })
     }
 
-    async fn routed<B: Body<Data = Bytes>>(&self, request: Request<B>) -> Result<Answer, Problem> {
+    /// Says in `asked` what the request is as soon as that is known.
+    async fn routed<B: Body<Data = Bytes>>(
+        &self,
+        request: HttpRequest<B>,
+        asked: &mut Request,
+    ) -> Result<Answer, Problem> {
         let route = Route::of(request.uri().path());
         // Anyone may ask whether the server is well; that tells a stranger no more than a number.
         if !matches!(route, Ok(Route::Health)) {
             self.admit(&request)?;
         }
         let route = route?;
-        let parameters = request.uri().query().unwrap_or("");
+        let parameters = request.uri().query().unwrap_or("").to_owned();
         match (&route, request.method()) {
-            (Route::Health, &(Method::GET | Method::HEAD)) => Ok(json(StatusCode::OK, &self.health())),
-            (Route::Workers, &(Method::GET | Method::HEAD)) => {
-                let (query, wait) = query::read(parameters)?;
-                let workers = self.find(&query, wait).await;
-                Ok(json(StatusCode::OK, &Workers { workers }))
+            (Route::Health, &(Method::GET | Method::HEAD)) => {
+                *asked = Request::Health;
+                Ok(json(StatusCode::OK, &self.health()))
             }
-            (Route::Worker(node), &(Method::GET | Method::HEAD)) => self.one(node),
+            (Route::Metrics, &(Method::GET | Method::HEAD)) => {
+                *asked = Request::Metrics;
+                Ok(answer(StatusCode::OK, metrics::CONTENT_TYPE, self.metrics_text()))
+            }
+            (Route::Workers, &(Method::GET | Method::HEAD)) => {
+                *asked = Request::Workers;
+                let (query, wait) = query::read(&parameters)?;
+                Ok(json(StatusCode::OK, &self.find(&query, wait, asked).await))
+            }
+            (Route::Worker(node), &(Method::GET | Method::HEAD)) => {
+                *asked = Request::Worker;
+                self.one(node)
+            }
             (Route::Worker(node), &Method::PUT) => {
-                let node = node.clone();
-                self.register(&node, self.body(request).await?)
+                *asked = Request::Register;
+                self.register(node, self.body(request).await?)
             }
             (Route::Worker(node), &Method::DELETE) => {
-                let incarnation = query::read_incarnation(parameters)?;
-                self.registry.lock().deregister(self.started.elapsed(), node, incarnation)?;
+                *asked = Request::Deregister;
+                let incarnation = query::read_incarnation(&parameters)?;
+                self.registry.lock().deregister(self.now(), node, incarnation)?;
+                self.metrics.deregistered();
+                self.changes.send_replace(());
                 Ok(json(StatusCode::OK, &Changed { outcome: "deregistered" }))
             }
             (Route::Renew(node), &Method::POST) => {
-                let node = node.clone();
+                *asked = Request::Renew;
                 let RenewBody { incarnation } = self.body(request).await?;
-                self.registry.lock().renew(self.started.elapsed(), &node, incarnation)?;
+                self.registry.lock().renew(self.now(), node, incarnation)?;
+                self.metrics.registered(Registered::Renewed);
                 Ok(json(StatusCode::OK, &Changed { outcome: Registered::Renewed }))
+            }
+            (Route::Groups, &(Method::GET | Method::HEAD)) => {
+                *asked = Request::Groups;
+                let (counted, wait) = query::read_group(&parameters)?;
+                if !wait.is_zero() {
+                    return Err(QueryFault::Name { name: "wait_ms".to_owned() }.into());
+                }
+                let groups = self.registry.lock().groups(self.now(), counted);
+                Ok(json(StatusCode::OK, &Groups { groups }))
+            }
+            (Route::Group(group), &(Method::GET | Method::HEAD)) => {
+                *asked = Request::Group;
+                let (counted, wait) = query::read_group(&parameters)?;
+                Ok(json(StatusCode::OK, &self.group(group, counted, wait, asked).await?))
+            }
+            (Route::Rooms(group), &Method::POST) => {
+                *asked = Request::TellRooms;
+                self.tell_rooms(group, self.body(request).await?)
+            }
+            (Route::AskRooms(group), &Method::POST) => {
+                *asked = Request::AskRooms;
+                let ask = self.body(request).await?;
+                Ok(json(StatusCode::OK, &self.ask_rooms(group, ask, asked).await?))
             }
             (_, method) => {
                 let message = format!("{} takes no {method}", request.uri().path());
                 let problem = Problem::new(ErrorCode::MethodNotAllowed, message);
-                let mut answer = json(problem.error.status(), &problem);
+                self.metrics.refused(problem.error);
+                let mut answer = json(status(problem.error), &problem);
                 answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static(route.methods()));
                 Ok(answer)
             }
         }
     }
 
-    fn admit<B>(&self, request: &Request<B>) -> Result<(), Problem> {
+    /// The registry's clock.
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn admit<B>(&self, request: &HttpRequest<B>) -> Result<(), Problem> {
         let Some(token) = &self.token else { return Ok(()) };
         match request.headers().get(header::AUTHORIZATION) {
             None => Err(Problem::new(ErrorCode::WrongToken, "this server wants a token")),
@@ -153,17 +195,37 @@ impl Service {
     }
 
     fn health(&self) -> Health {
-        let uptime = self.started.elapsed();
+        let uptime = self.now();
         Health {
             status: "ok".to_owned(),
             workers: self.registry.lock().count(uptime, &Query::all()),
-            uptime_ms: u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX),
+            uptime_ms: Some(u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX)),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
 
+    fn metrics_text(&self) -> String {
+        let uptime = self.now();
+        let mut registry = self.registry.lock();
+        let workers = registry.find(uptime, &Query::all());
+        let groups = registry.groups(uptime, Counted::Ready);
+        let (tally, rooms) = registry.tally(uptime);
+        drop(registry);
+        let workers: Vec<_> = workers.into_iter().map(|listed| (listed.worker.role, listed.state)).collect();
+        let groups_complete = groups.iter().filter(|group| group.complete).count();
+        self.metrics.text(&Present {
+            workers: &workers,
+            groups_complete,
+            groups_incomplete: groups.len() - groups_complete,
+            rooms,
+            waiting: self.waits_most - self.waits.available_permits(),
+            tally,
+            uptime,
+        })
+    }
+
     fn one(&self, node: &NodeId) -> Result<Answer, Problem> {
-        let listed = self.registry.lock().worker(self.started.elapsed(), node);
+        let listed = self.registry.lock().worker(self.now(), node);
         let message = || format!("node {node} is not registered");
         let listed = listed.ok_or_else(|| Problem::new(ErrorCode::UnknownWorker, message()))?;
         Ok(json(StatusCode::OK, &listed))
@@ -175,7 +237,8 @@ impl Service {
             return Err(Problem::new(ErrorCode::InvalidUrl, message));
         }
         let (incarnation, address) = (worker.incarnation, worker.address);
-        let outcome = self.registry.lock().register(self.started.elapsed(), worker)?;
+        let outcome = self.registry.lock().register(self.now(), worker)?;
+        self.metrics.registered(outcome);
         if outcome != Registered::Renewed {
             tracing::info!(%node, %incarnation, %address, ?outcome, "a worker registered");
             self.changes.send_replace(());
@@ -184,31 +247,117 @@ impl Service {
         Ok(json(status, &Changed { outcome }))
     }
 
-    async fn find(&self, query: &Query, wait: Option<Wait>) -> Vec<Listed> {
+    async fn find(&self, query: &Query, wait: Option<Wait>, asked: &mut Request) -> Workers {
+        let time = wait.as_ref().map_or(Duration::ZERO, |wait| wait.time);
+        let enough = |registry: &mut Registry, now, mark: &Mark| match wait.as_ref().map(|wait| &wait.until) {
+            None => true,
+            Some(Until::Count(count)) => registry.count(now, query) >= *count,
+            Some(Until::Changed(seen)) => seen != mark,
+        };
+        let look = |registry: &mut Registry, now, last| {
+            let mark = Mark { epoch: self.epoch, revision: registry.revision(now) };
+            let done = last || enough(registry, now, &mark);
+            done.then(|| Workers { workers: registry.find(now, query), mark })
+        };
+        self.look_until(time, &self.changes, asked, look).await
+    }
+
+    async fn group(
+        &self,
+        group: &GroupId,
+        counted: Counted,
+        wait: Duration,
+        asked: &mut Request,
+    ) -> Result<Group, Problem> {
+        let look = |registry: &mut Registry, now, last| {
+            let group = registry.group(now, group, counted);
+            (last || group.as_ref().is_some_and(|group| group.complete)).then_some(group)
+        };
+        let found = self.look_until(wait, &self.changes, asked, look).await;
+        found.ok_or_else(|| RoomRefusal::UnknownGroup { group: group.clone() }.into())
+    }
+
+    fn tell_rooms(
+        &self,
+        group: &GroupId,
+        TellRooms { rooms, keep_ms }: TellRooms,
+    ) -> Result<Answer, Problem> {
+        check_rooms(rooms.len())?;
+        let rooms: Vec<(u64, u32)> = rooms.into_iter().map(|(Room(room), rank)| (room, rank)).collect();
+        let keep = Duration::from_millis(keep_ms);
+        self.registry.lock().tell_rooms(self.now(), group, &rooms, keep)?;
+        self.told.send_replace(());
+        Ok(json(StatusCode::OK, &Changed { outcome: "told" }))
+    }
+
+    async fn ask_rooms(
+        &self,
+        group: &GroupId,
+        AskRooms { rooms, wait_ms }: AskRooms,
+        asked: &mut Request,
+    ) -> Result<RoomRanks, Problem> {
+        check_rooms(rooms.len())?;
+        let numbers: Vec<u64> = rooms.iter().map(|Room(room)| *room).collect();
+        let look = |registry: &mut Registry, now, last| {
+            let ranks = registry.dp_ranks(now, group, &numbers);
+            let known = |ranks: &Vec<DpRank>| !ranks.contains(&DpRank::NotYet);
+            (last || ranks.as_ref().is_ok_and(known)).then_some(ranks)
+        };
+        let ranks = self.look_until(Duration::from_millis(wait_ms), &self.told, asked, look).await?;
+        let (mut dp_ranks, mut not_yet) = (BTreeMap::new(), Vec::new());
+        for (room, rank) in rooms.into_iter().zip(ranks) {
+            match rank {
+                DpRank::Known(rank) => drop(dp_ranks.insert(room, rank)),
+                DpRank::NotYet => not_yet.push(room),
+            }
+        }
+        Ok(RoomRanks { dp_ranks, not_yet })
+    }
+
+    /// Looks again and again until `look` finds what it is there for or the time is over; the last look takes what
+    /// there is.
+    async fn look_until<T>(
+        &self,
+        time: Duration,
+        changes: &watch::Sender<()>,
+        asked: &mut Request,
+        mut look: impl FnMut(&mut Registry, Duration, bool) -> Option<T>,
+    ) -> T {
         // Where no place is left the caller is answered at once and may ask again: waiting requests must not
         // take the connections that renewals need.
-        if let Some(Wait { count, time }) = wait
+        if !time.is_zero()
             && let Ok(_place) = self.waits.try_acquire()
         {
+            *asked = Request::Wait;
             let mut over = pin!(tokio::time::sleep(time.min(self.longest_wait)));
             let mut stopping = self.stopping.clone();
-            // Subscribed before the first look, so that no worker can come unseen in between.
-            let mut changes = self.changes.subscribe();
-            while self.registry.lock().count(self.started.elapsed(), query) < count {
+            // Subscribed before the first look, so that nothing can come unseen in between.
+            let mut changes = changes.subscribe();
+            loop {
+                let next = {
+                    let mut registry = self.registry.lock();
+                    if let Some(found) = look(&mut registry, self.now(), false) {
+                        return found;
+                    }
+                    registry.next_change()
+                };
+                let next = next.unwrap_or(self.now() + self.longest_wait);
                 tokio::select! {
                     _ = changes.changed() => {}
                     _ = stopping.wait_for(|stopping| *stopping) => break,
                     () = &mut over => break,
+                    () = tokio::time::sleep_until((self.started + next).into()) => {}
                 }
             }
         }
-        self.registry.lock().find(self.started.elapsed(), query)
+        let mut registry = self.registry.lock();
+        look(&mut registry, self.now(), true).expect("the last look takes what there is")
     }
 
     /// Takes in a body within its limits of bytes and time.
     async fn body<B: Body<Data = Bytes>, T: DeserializeOwned>(
         &self,
-        request: Request<B>,
+        request: HttpRequest<B>,
     ) -> Result<T, Problem> {
         let too_large = || {
             let message = format!("the body has more than {} bytes", self.body_bytes);
@@ -248,42 +397,62 @@ impl Service {
 
 impl Route {
     fn of(path: &str) -> Result<Route, Problem> {
-        if path == "/health" {
-            return Ok(Route::Health);
-        }
         let no_such_path = || {
             let shown: String = path.chars().take(128).collect();
             Problem::new(ErrorCode::NoSuchPath, format!("there is nothing at {shown}"))
         };
-        let below = path.strip_prefix("/v1/workers").ok_or_else(no_such_path)?;
-        if below.is_empty() {
-            return Ok(Route::Workers);
+        match path {
+            "/health" => return Ok(Route::Health),
+            "/metrics" => return Ok(Route::Metrics),
+            "/v1/workers" => return Ok(Route::Workers),
+            "/v1/groups" => return Ok(Route::Groups),
+            _ => {}
         }
-        let below = below.strip_prefix('/').ok_or_else(no_such_path)?;
-        let (node, last) = below.split_once('/').map_or((below, None), |(node, last)| (node, Some(last)));
-        let node = NodeId::new(&query::percent_decode(node)?)
-            .map_err(|invalid| Problem::new(ErrorCode::InvalidUrl, invalid))?;
-        match last {
-            None => Ok(Route::Worker(node)),
-            Some("renew") => Ok(Route::Renew(node)),
-            Some(_) => Err(no_such_path()),
+        let below = path.strip_prefix("/v1/").and_then(|below| below.split_once('/'));
+        let (kind, below) = below.ok_or_else(no_such_path)?;
+        let (name, last) = below.split_once('/').map_or((below, None), |(name, last)| (name, Some(last)));
+        let name = query::percent_decode(name);
+        let invalid = |invalid| Problem::new(ErrorCode::InvalidUrl, invalid);
+        match (kind, last) {
+            ("workers", None) => Ok(Route::Worker(NodeId::new(&name?).map_err(invalid)?)),
+            ("workers", Some("renew")) => Ok(Route::Renew(NodeId::new(&name?).map_err(invalid)?)),
+            ("groups", None) => Ok(Route::Group(GroupId::new(&name?).map_err(invalid)?)),
+            ("groups", Some("rooms")) => Ok(Route::Rooms(GroupId::new(&name?).map_err(invalid)?)),
+            ("groups", Some("rooms/query")) => Ok(Route::AskRooms(GroupId::new(&name?).map_err(invalid)?)),
+            _ => Err(no_such_path()),
         }
     }
 
     fn methods(&self) -> &'static str {
         match self {
-            Route::Health | Route::Workers => "GET, HEAD",
+            Route::Health | Route::Metrics | Route::Workers | Route::Groups | Route::Group(_) => "GET, HEAD",
             Route::Worker(_) => "GET, HEAD, PUT, DELETE",
-            Route::Renew(_) => "POST",
+            Route::Renew(_) | Route::Rooms(_) | Route::AskRooms(_) => "POST",
         }
     }
 }
 
+fn check_rooms(count: usize) -> Result<(), Problem> {
+    if count <= ROOMS_PER_CALL_MAX {
+        return Ok(());
+    }
+    let message = format!("{count} rooms are more than the {ROOMS_PER_CALL_MAX} of one request");
+    Err(Problem::new(ErrorCode::InvalidBody, message))
+}
+
+fn status(code: ErrorCode) -> StatusCode {
+    StatusCode::from_u16(code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+}
+
 fn json(status: StatusCode, body: &impl Serialize) -> Answer {
-    let bytes = serde_json::to_vec(body).expect("every key is a string and every value has a JSON form");
-    let mut answer = Response::new(Full::new(Bytes::from(bytes)));
+    let text = serde_json::to_string(body).expect("every key is a string and every value has a JSON form");
+    answer(status, "application/json", text)
+}
+
+fn answer(status: StatusCode, content_type: &'static str, text: String) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from(text)));
     *answer.status_mut() = status;
-    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     answer
 }
 

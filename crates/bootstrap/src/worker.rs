@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::group::{GROUP_SIZE_MAX, Member};
+
 /// One worker's registration: who it is, what it does and where its control listener waits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "WorkerWire", into = "WorkerWire")]
 pub struct Worker {
     /// The worker's name, the same at every start.
     pub node: NodeId,
@@ -19,13 +20,20 @@ pub struct Worker {
     pub incarnation: Incarnation,
     /// Which half of an inference it runs.
     pub role: Role,
-    /// Its place among the ranks of its group.
-    pub rank: Rank,
     /// Where its control listener accepts peers.
     pub address: Address,
     /// How long the registration holds without a renewal.
     pub ttl_ms: u64,
+    /// For how long at most the worker warms up: 0 says that it is ready. The time begins with the first
+    /// registration of this incarnation, and ends when it registers with 0. Until then it is listed as warming, and
+    /// holds without renewals.
+    #[serde(default)]
+    pub warm_up_ms: u64,
+    /// Its group and its ranks there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub member: Option<Member>,
     /// What else its peers or a router select by.
+    #[serde(default)]
     pub labels: Labels,
 }
 
@@ -35,10 +43,34 @@ pub struct Listed {
     /// What the worker registered.
     #[serde(flatten)]
     pub worker: Worker,
-    /// How long ago this incarnation registered first.
-    pub age_ms: u64,
-    /// How long the registration still holds, rounded up: never 0.
-    pub remaining_ms: u64,
+    /// Whether it is ready to work.
+    pub state: State,
+    /// How long ago this incarnation registered first, where the registry keeps times.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub age_ms: Option<u64>,
+    /// How long the registration still holds, rounded up: never 0. etcd does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remaining_ms: Option<u64>,
+}
+
+/// Whether a worker is ready to work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// It is.
+    Ready,
+    /// It has asked for time to warm up, which is not over. Its silence says nothing: it may be compiling kernels.
+    Warming,
+}
+
+impl State {
+    /// As it stands in JSON and in URLs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            State::Ready => "ready",
+            State::Warming => "warming",
+        }
+    }
 }
 
 /// The name of a worker: 1 to 128 characters out of `A-Z a-z 0-9 . _ ~ : @ -`, so that it stands in a URL as it
@@ -136,30 +168,6 @@ impl Role {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RoleName(Box<str>);
 
-/// A worker's place in its group: `rank` of `ranks`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Rank {
-    rank: u32,
-    ranks: u32,
-}
-
-impl Rank {
-    /// The place `rank`, counted from 0, among `ranks`.
-    pub fn new(rank: u32, ranks: u32) -> Result<Rank, Invalid> {
-        if rank < ranks { Ok(Rank { rank, ranks }) } else { Err(Invalid::Rank { rank, ranks }) }
-    }
-
-    /// The place, counted from 0.
-    pub fn rank(self) -> u32 {
-        self.rank
-    }
-
-    /// How many ranks the group has.
-    pub fn ranks(self) -> u32 {
-        self.ranks
-    }
-}
-
 /// Where peers reach a worker. The wildcard address and port 0 are what a listener is told, not where it can
 /// be reached, and are refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -236,13 +244,42 @@ pub enum Invalid {
         /// The beginning of what was given.
         given: String,
     },
-    /// The rank is not one of the group's.
-    #[error("rank {rank} is not below ranks {ranks}")]
+    /// The group's name is empty, too long or has a character that a URL would change.
+    #[error("group {given:?} is not 1 to {NODE_BYTES_MAX} characters out of A-Z a-z 0-9 . _ ~ : @ -")]
+    Group {
+        /// The beginning of what was given.
+        given: String,
+    },
+    /// A rank is not one of the group's.
+    #[error("{axis}_rank {rank} is not below {axis}_size {ranks}")]
     Rank {
+        /// Along which axis: `tp`, `pp`, `cp` or `dp`.
+        axis: &'static str,
         /// The rank.
         rank: u32,
-        /// The group's size.
+        /// The group's size along this axis.
         ranks: u32,
+    },
+    /// A size is 0, or all of them together make a group that is too large.
+    #[error("sizes {sizes:?} (tp, pp, cp, dp) do not make 1 to {GROUP_SIZE_MAX} ranks")]
+    GroupSize {
+        /// The sizes.
+        sizes: [u32; 4],
+    },
+    /// A page has no token.
+    #[error("page_tokens is 0")]
+    PageTokens,
+    /// The name of a model or of a data type is empty, too long or not printable.
+    #[error("{given:?} is not 1 to 128 printable ASCII characters")]
+    Tag {
+        /// The beginning of what was given.
+        given: String,
+    },
+    /// A state that no worker has.
+    #[error("state {given:?} is not ready or warming")]
+    State {
+        /// The beginning of what was given.
+        given: String,
     },
     /// The address is not an IP address with a port.
     #[error("address {given:?} is not an IP address with a port, like 10.0.0.1:7000 or [fd00::1]:7000")]
@@ -274,36 +311,6 @@ pub enum Invalid {
         /// The label's key.
         key: String,
     },
-}
-
-/// The form of a worker in JSON.
-#[derive(Serialize, Deserialize)]
-struct WorkerWire {
-    node: NodeId,
-    incarnation: Incarnation,
-    role: Role,
-    rank: u32,
-    ranks: u32,
-    address: Address,
-    ttl_ms: u64,
-    #[serde(default)]
-    labels: Labels,
-}
-
-impl TryFrom<WorkerWire> for Worker {
-    type Error = Invalid;
-
-    fn try_from(wire: WorkerWire) -> Result<Worker, Invalid> {
-        let WorkerWire { node, incarnation, role, rank, ranks, address, ttl_ms, labels } = wire;
-        Ok(Worker { node, incarnation, role, rank: Rank::new(rank, ranks)?, address, ttl_ms, labels })
-    }
-}
-
-impl From<Worker> for WorkerWire {
-    fn from(worker: Worker) -> WorkerWire {
-        let Worker { node, incarnation, role, rank, address, ttl_ms, labels } = worker;
-        WorkerWire { node, incarnation, role, rank: rank.rank, ranks: rank.ranks, address, ttl_ms, labels }
-    }
 }
 
 impl TryFrom<String> for NodeId {
@@ -401,6 +408,18 @@ impl fmt::Display for Role {
     }
 }
 
+impl FromStr for State {
+    type Err = Invalid;
+
+    fn from_str(name: &str) -> Result<State, Invalid> {
+        match name {
+            "ready" => Ok(State::Ready),
+            "warming" => Ok(State::Warming),
+            _ => Err(Invalid::State { given: excerpt(name) }),
+        }
+    }
+}
+
 impl TryFrom<String> for Address {
     type Error = Invalid;
 
@@ -458,7 +477,7 @@ impl From<Labels> for BTreeMap<String, String> {
 }
 
 /// Enough of a refused text to recognise it; the whole of it would come back in the answer and in logs.
-fn excerpt(text: &str) -> String {
+pub(crate) fn excerpt(text: &str) -> String {
     text.chars().take(64).collect()
 }
 
@@ -470,12 +489,19 @@ const LABEL_VALUE_BYTES_MAX: usize = 256;
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::group::Ranks;
 
     fn json(change: impl FnOnce(&mut serde_json::Value)) -> Result<Worker, String> {
         let mut value = serde_json::json!({
-            "node": "prefill-0", "incarnation": "00c0ffee", "role": "prefill", "rank": 1, "ranks": 8,
-            "address": "10.0.0.1:7000", "ttl_ms": 10_000, "labels": {"model": "deepseek-r1"},
+            "node": "prefill-0", "incarnation": "00c0ffee", "role": "prefill",
+            "address": "10.0.0.1:7000", "ttl_ms": 10_000, "warm_up_ms": 60_000, "labels": {"zone": "a"},
+            "member": {
+                "group": "prefill", "tp_rank": 1, "tp_size": 8, "page_tokens": 64, "dtype": "bf16",
+                "model": "deepseek-r1",
+            },
         });
         change(&mut value);
         serde_json::from_value(value).map_err(|error| error.to_string())
@@ -485,7 +511,7 @@ mod tests {
     fn a_worker_survives_json() {
         let worker = json(|_| {}).unwrap();
         assert_eq!(worker.incarnation, Incarnation::new(0xc0ffee));
-        assert_eq!(worker.rank, Rank::new(1, 8).unwrap());
+        assert_eq!(worker.member.as_ref().unwrap().ranks(), Ranks::tp(1));
         let text = serde_json::to_string(&worker).unwrap();
         assert!(text.contains(r#""incarnation":"0000000000c0ffee""#), "{text}");
         assert_eq!(serde_json::from_str::<Worker>(&text).unwrap(), worker);
@@ -499,12 +525,15 @@ mod tests {
     }
 
     #[test]
-    fn labels_may_be_left_out_and_fields_of_later_versions_are_passed_over() {
+    fn what_is_optional_may_be_left_out_and_fields_of_later_versions_are_passed_over() {
         let worker = json(|value| {
-            value.as_object_mut().unwrap().remove("labels");
+            for optional in ["labels", "member", "warm_up_ms"] {
+                value.as_object_mut().unwrap().remove(optional);
+            }
             value["zone"] = "b".into();
         });
-        assert_eq!(worker.unwrap().labels, Labels::none());
+        let worker = worker.unwrap();
+        assert_eq!((worker.labels, worker.member, worker.warm_up_ms), (Labels::none(), None, 0));
     }
 
     #[test]
@@ -523,9 +552,9 @@ mod tests {
             ("role", "Prefill".into()),
             ("role", "".into()),
             ("role", "r".repeat(33).into()),
-            ("rank", 8.into()),
-            ("rank", (-1).into()),
-            ("ranks", 0.into()),
+            ("warm_up_ms", (-1).into()),
+            ("member", "prefill".into()),
+            ("member", serde_json::json!({"group": "g"})),
             ("address", "10.0.0.1".into()),
             ("address", "10.0.0.1:0".into()),
             ("address", "0.0.0.0:7000".into()),
@@ -543,6 +572,36 @@ mod tests {
         ] as [(&str, serde_json::Value); 30]
         {
             json(|value| value[field] = wrong.clone()).expect_err(&format!("{field} = {wrong}"));
+        }
+    }
+
+    proptest! {
+        /// A worker's JSON with one part exchanged for anything.
+        #[test]
+        fn any_json_is_a_worker_that_survives_it_or_is_refused(
+            at in prop_oneof![
+                proptest::sample::select(vec!["node", "incarnation", "role", "address", "ttl_ms", "warm_up_ms", "member"]),
+                proptest::sample::select(vec!["group", "tp_size", "dp_rank", "page_tokens", "dtype", "model", "rooms"]),
+            ],
+            with in prop_oneof![
+                any::<i64>().prop_map(serde_json::Value::from),
+                (0..9u32).prop_map(serde_json::Value::from),
+                "\\PC{0,12}".prop_map(serde_json::Value::from),
+                "[a-z0-9.:]{1,12}".prop_map(serde_json::Value::from),
+                Just(serde_json::Value::Null),
+                Just(serde_json::json!([])),
+                Just(serde_json::json!({})),
+            ],
+        ) {
+            let read = json(|value| {
+                let top = value.get(at).is_some();
+                let place = if top { &mut value[at] } else { &mut value["member"][at] };
+                *place = with;
+            });
+            if let Ok(worker) = read {
+                let text = serde_json::to_string(&worker).unwrap();
+                prop_assert_eq!(serde_json::from_str::<Worker>(&text).unwrap(), worker);
+            }
         }
     }
 

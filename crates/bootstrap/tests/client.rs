@@ -7,9 +7,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossdock_bootstrap::{
-    Client, ClientConfig, Error, ErrorCode, ForeignAnswer, Incarnation, Labels, Limits, NodeId, Query, Rank,
-    Registered, Registration, Role, Server, ServerConfig, Stage, StartError, Status, Token, WaitError,
-    Worker,
+    Client, ClientConfig, Counted, Error, ErrorCode, ForeignAnswer, GroupId, Incarnation, Labels, Limits,
+    Member, NodeId, Query, Ranks, Registered, Registration, Role, Server, ServerConfig, Stage, StartError,
+    Status, Token, Topology, WaitError, Worker,
 };
 
 const SOON: Duration = Duration::from_secs(10);
@@ -29,15 +29,12 @@ fn worker(node: &str, incarnation: u64) -> Worker {
         node: NodeId::new(node).unwrap(),
         incarnation: Incarnation::new(incarnation),
         role: Role::Decode,
-        rank: Rank::new(0, 1).unwrap(),
         address: "10.0.0.1:7000".parse().unwrap(),
         ttl_ms: 10_000,
+        warm_up_ms: 0,
+        member: None,
         labels: Labels::none(),
     }
-}
-
-fn nodes(found: &[crossdock_bootstrap::Listed]) -> Vec<&str> {
-    found.iter().map(|listed| listed.worker.node.as_str()).collect()
 }
 
 /// Waits for something that another thread brings about.
@@ -47,120 +44,6 @@ fn eventually(what: &str, mut done: impl FnMut() -> bool) {
         assert!(Instant::now() < end, "not within {SOON:?}: {what}");
         thread::sleep(Duration::from_millis(5));
     }
-}
-
-#[test]
-fn two_clients_see_the_same_workers() {
-    let server = Server::start(anywhere()).unwrap();
-    let (one, two) = (client(server.address()), client(server.address()));
-    let prefill = Worker { role: Role::Prefill, rank: Rank::new(1, 2).unwrap(), ..worker("p1", 7) };
-    let labels = Labels::none().with("model", "deepseek r1 & co").unwrap();
-    let decode = Worker { labels, ..worker("d0", u64::MAX) };
-    assert_eq!(one.register(&prefill).unwrap(), Registered::Created);
-    assert_eq!(two.register(&decode).unwrap(), Registered::Created);
-    assert_eq!(two.register(&decode).unwrap(), Registered::Renewed);
-    for client in [&one, &two] {
-        let query = |query: Query| client.find(&query).unwrap();
-        assert_eq!(nodes(&query(Query::all())), ["d0", "p1"]);
-        assert_eq!(nodes(&query(Query::all().role(Role::Prefill))), ["p1"]);
-        assert_eq!(nodes(&query(Query::all().rank(0))), ["d0"]);
-        let model = Query::all().label("model", "deepseek r1 & co").unwrap();
-        assert_eq!(nodes(&query(model.clone())), ["d0"]);
-        assert!(query(model.role(Role::Prefill)).is_empty());
-        let listed = client.worker(&decode.node).unwrap().unwrap();
-        assert_eq!(listed.worker, decode);
-        assert!(listed.age_ms < 10_000 && listed.remaining_ms <= 10_000);
-        assert_eq!(client.worker(&NodeId::new("d1").unwrap()).unwrap(), None);
-    }
-    let health = one.health().unwrap();
-    assert_eq!((health.status.as_str(), health.workers), ("ok", 2));
-
-    two.renew(&decode.node, decode.incarnation).unwrap();
-    one.deregister(&decode.node, decode.incarnation).unwrap();
-    one.deregister(&decode.node, decode.incarnation).expect("what is not there needs no taking out");
-    assert_eq!(nodes(&two.find(&Query::all()).unwrap()), ["p1"]);
-    let gone = two.renew(&decode.node, decode.incarnation).unwrap_err();
-    assert_eq!(gone.code(), Some(ErrorCode::UnknownWorker));
-}
-
-#[test]
-fn an_incarnation_that_was_replaced_stays_out() {
-    let server = Server::start(anywhere()).unwrap();
-    let client = client(server.address());
-    let (old, new) = (worker("d0", 0xa), worker("d0", 0xb));
-    client.register(&old).unwrap();
-    assert_eq!(client.register(&new).unwrap(), Registered::Replaced);
-    let node = &old.node;
-    for refused in [
-        client.register(&old).map(drop),
-        client.renew(node, old.incarnation),
-        client.deregister(node, old.incarnation),
-    ] {
-        let refused = refused.unwrap_err();
-        assert!(matches!(refused, Error::Refused { status: 409, .. }), "{refused}");
-        assert_eq!(refused.code(), Some(ErrorCode::StaleIncarnation));
-        assert!(refused.to_string().contains("by incarnation 000000000000000b"), "{refused}");
-        assert!(!refused.retry_helps());
-    }
-    client.deregister(node, new.incarnation).unwrap();
-    assert_eq!(client.register(&old).unwrap_err().code(), Some(ErrorCode::StaleIncarnation));
-}
-
-#[test]
-fn a_worker_that_does_not_renew_expires_and_one_that_does_stays() {
-    let server = Server::start(anywhere()).unwrap();
-    let client = client(server.address());
-    let registration =
-        Registration::start(client.clone(), Worker { ttl_ms: 1_500, ..worker("kept", 1) }).unwrap();
-    registration.wait(SOON).unwrap();
-    let registered = Instant::now();
-    client.register(&Worker { ttl_ms: 300, ..worker("left", 1) }).unwrap();
-    eventually("the worker that does not renew is gone", || {
-        let found = client.find(&Query::all()).unwrap();
-        assert!(found.iter().all(|listed| listed.remaining_ms > 0));
-        assert!(
-            nodes(&found).contains(&"kept"),
-            "{:?} after {:?}",
-            registration.status(),
-            registered.elapsed()
-        );
-        registered.elapsed() > Duration::from_millis(1_800) && nodes(&found) == ["kept"]
-    });
-    drop(registration);
-    assert!(client.find(&Query::all()).unwrap().is_empty(), "dropping takes the worker out");
-}
-
-#[test]
-fn a_server_that_is_restarted_is_refilled() {
-    let server = Server::start(anywhere()).unwrap();
-    let address = server.address();
-    let client = client(address);
-    let registrations: Vec<Registration> = (0..8)
-        .map(|index| {
-            let worker = Worker { ttl_ms: 300, ..worker(&format!("d{index}"), index) };
-            Registration::start(client.clone(), worker).unwrap()
-        })
-        .collect();
-    assert_eq!(client.wait_for(&Query::all(), 8, SOON).unwrap().len(), 8);
-    server.shutdown();
-    eventually("every worker sees that the server is away", || {
-        registrations.iter().all(|one| matches!(one.status(), Status::Retrying { .. }))
-    });
-    let down = client.find(&Query::all()).unwrap_err();
-    assert!(matches!(down, Error::Unreachable { .. }) && down.retry_helps(), "{down}");
-
-    let waiting = thread::spawn({
-        let client = client.clone();
-        move || client.wait_for(&Query::all(), 8, SOON)
-    });
-    let server = Server::start(ServerConfig { listen: address, ..anywhere() }).unwrap();
-    assert_eq!(waiting.join().unwrap().unwrap().len(), 8, "a wait goes on over the restart");
-    for registration in registrations {
-        registration.wait(SOON).unwrap();
-        registration.deregister().unwrap();
-    }
-    assert_eq!(client.health().unwrap().workers, 0);
-    drop(server);
 }
 
 #[test]
@@ -176,19 +59,6 @@ fn a_worker_may_start_before_its_server() {
     assert!(late.to_string().contains("connecting"), "{late}");
     let _server = Server::start(ServerConfig { listen: address, ..anywhere() }).unwrap();
     registration.wait(SOON).unwrap();
-}
-
-#[test]
-fn a_registration_ends_when_its_node_is_taken() {
-    let server = Server::start(anywhere()).unwrap();
-    let client = client(server.address());
-    let registration = Registration::start(client.clone(), Worker { ttl_ms: 150, ..worker("n", 1) }).unwrap();
-    registration.wait(SOON).unwrap();
-    client.register(&worker("n", 2)).unwrap();
-    eventually("the first one is told", || matches!(registration.status(), Status::Replaced { .. }));
-    assert!(registration.wait(SOON).unwrap_err().to_string().contains("was replaced"));
-    registration.deregister().expect("there is nothing of it left to take out");
-    assert_eq!(client.worker(&NodeId::new("n").unwrap()).unwrap().unwrap().worker.incarnation.number(), 2);
 }
 
 #[test]
@@ -234,32 +104,6 @@ fn only_the_token_opens_the_registry() {
 }
 
 #[test]
-fn a_wait_ends_when_enough_are_there_and_by_its_deadline() {
-    let server = Server::start(anywhere()).unwrap();
-    let client = client(server.address());
-    client.register(&worker("d0", 1)).unwrap();
-    let began = Instant::now();
-    let too_few = client.wait_for(&Query::all(), 3, Duration::from_millis(300)).unwrap_err();
-    assert!((300..2_000).contains(&(began.elapsed().as_millis() as u64)), "{:?}", began.elapsed());
-    match &too_few {
-        WaitError::TooFew { wanted: 3, found, waited_ms: 300, .. } => assert_eq!(nodes(found), ["d0"]),
-        other => panic!("{other}"),
-    }
-    let waiting = thread::spawn({
-        let client = client.clone();
-        move || client.wait_for(&Query::all(), 3, SOON).map(|found| (found.len(), Instant::now()))
-    });
-    thread::sleep(Duration::from_millis(50));
-    client.register(&worker("d1", 1)).unwrap();
-    client.register(&worker("d2", 1)).unwrap();
-    let there = Instant::now();
-    let (found, told) = waiting.join().unwrap().unwrap();
-    assert_eq!(found, 3);
-    let delay = told.saturating_duration_since(there);
-    assert!(delay < Duration::from_secs(2), "the server tells at once, not by polls: {delay:?}");
-}
-
-#[test]
 fn many_clients_at_once() {
     const CLIENTS: u64 = 64;
     let server = Server::start(ServerConfig { connections: 24, waits: 8, ..anywhere() }).unwrap();
@@ -279,6 +123,35 @@ fn many_clients_at_once() {
             });
         }
     });
+}
+
+#[test]
+fn thousands_of_workers_fill_the_registry_and_not_one_more() {
+    const WORKERS: u64 = 4096;
+    let server = Server::start(anywhere()).unwrap();
+    let client = &client(server.address());
+    let worker = |index: u64| {
+        let topology =
+            Topology { tp_size: 8, ..Topology::single("m".parse().unwrap(), "bf16".parse().unwrap(), 64) };
+        let group = GroupId::new(&format!("g{}", index / 8)).unwrap();
+        let member = Member::new(group, topology, Ranks::tp(index as u32 % 8)).unwrap();
+        Worker { ttl_ms: 60_000, member: Some(member), ..worker(&format!("w{index}"), index) }
+    };
+    thread::scope(|scope| {
+        for part in 0..4 {
+            scope.spawn(move || {
+                for index in (part..WORKERS).step_by(4) {
+                    assert_eq!(client.register(&worker(index)).unwrap(), Registered::Created);
+                }
+            });
+        }
+    });
+    let refused = client.register(&worker(WORKERS)).unwrap_err();
+    assert_eq!(refused.code(), Some(ErrorCode::RegistryFull), "{refused}");
+    assert_eq!(client.register(&worker(7)).unwrap(), Registered::Renewed, "who is there is not turned away");
+    assert_eq!(client.find(&Query::all()).unwrap().len() as u64, WORKERS);
+    let groups = client.groups(Counted::Ready).unwrap();
+    assert!(groups.len() as u64 == WORKERS / 8 && groups.iter().all(|group| group.complete));
 }
 
 #[test]
@@ -331,6 +204,34 @@ fn another_service_at_the_address_is_recognised() {
         assert!(matches!(foreign, Error::Foreign { .. }), "{foreign:?}");
         assert_eq!(foreign.retry_helps(), retry_helps, "{foreign:?}");
         answering.join().unwrap();
+    }
+}
+
+#[test]
+fn another_service_in_place_of_etcd_is_recognised() {
+    for (says, retry_helps) in [
+        ("SSH-2.0-OpenSSH_9.2\r\n", false),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>", false),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", false),
+        ("HTTP/1.1 404 Not Found\r\nContent-Length: 19\r\n\r\n404 page not found\n", false),
+        ("HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", true),
+    ] {
+        let other = TcpListener::bind("127.0.0.1:0").unwrap();
+        let name = format!("etcd://{}", other.local_addr().unwrap());
+        let client = Client::new(ClientConfig::to(&name)).unwrap();
+        let answering = thread::spawn(move || {
+            let (mut stream, _) = other.accept().unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+            stream.write_all(says.as_bytes()).unwrap();
+        });
+        let foreign = client.find(&Query::all()).unwrap_err();
+        assert!(matches!(foreign, Error::Foreign { .. }), "{foreign:?}");
+        assert_eq!(foreign.retry_helps(), retry_helps, "{foreign:?}");
+        answering.join().unwrap();
+    }
+    for wrong in ["etcd://", "etcd://a,", "etcd://a:0", "etcd:/a"] {
+        let refused = Client::new(ClientConfig::to(wrong)).unwrap_err();
+        assert!(refused.to_string().contains("etcd://HOST:PORT"), "{refused}");
     }
 }
 

@@ -68,8 +68,13 @@ fn send(method: &str, path: &str, body: &str) -> String {
 
 fn registration() -> Value {
     json!({
-        "node": "d0", "incarnation": "0000000000c0ffee", "role": "decode", "rank": 0, "ranks": 8,
-        "address": "10.0.0.1:7000", "ttl_ms": 10_000, "labels": {"model": "deepseek-r1"},
+        "node": "d0", "incarnation": "0000000000c0ffee", "role": "decode",
+        "address": "10.0.0.1:7000", "ttl_ms": 10_000, "warm_up_ms": 0, "labels": {"model": "deepseek-r1"},
+        "member": {
+            "group": "decode", "tp_rank": 0, "pp_rank": 0, "cp_rank": 0, "dp_rank": 0,
+            "tp_size": 8, "pp_size": 1, "cp_size": 1, "dp_size": 1,
+            "page_tokens": 64, "dtype": "fp8_e4m3", "model": "deepseek-r1", "rooms": "follow",
+        },
     })
 }
 
@@ -106,14 +111,20 @@ fn the_interface_is_as_documented() {
     assert!(age.as_u64().unwrap() < 10_000 && remaining.as_u64().unwrap() <= 10_000);
     let mut expected = registration();
     (expected["age_ms"], expected["remaining_ms"]) = (Value::Null, Value::Null);
+    expected["state"] = "ready".into();
     assert_eq!(listed, expected);
 
     for (query, found) in [
         ("", 1),
         ("?", 1),
-        ("?role=decode&rank=0&label.model=deepseek%2Dr1", 1),
+        ("?role=decode&group=decode&tp_rank=0&state=ready&label.model=deepseek%2Dr1", 1),
         ("?role=prefill", 0),
-        ("?rank=1", 0),
+        ("?group=other", 0),
+        ("?tp_rank=1", 0),
+        ("?pp_rank=1", 0),
+        ("?cp_rank=1", 0),
+        ("?dp_rank=1", 0),
+        ("?state=warming", 0),
         ("?label.model=", 0),
         ("?count=1&wait_ms=60000", 1),
         ("?count=2&wait_ms=1", 1),
@@ -135,6 +146,86 @@ fn the_interface_is_as_documented() {
 }
 
 #[test]
+fn groups_and_rooms_are_as_documented() {
+    let server = Server::start(anywhere()).unwrap();
+    let ask = |method, path: &str, body: Value| ask(server.address(), &send(method, path, &body.to_string()));
+    let put = |rank: u32, warm_up_ms: u32| {
+        let mut body = registration();
+        body["node"] = format!("d{rank}").into();
+        body["warm_up_ms"] = warm_up_ms.into();
+        body["member"] = json!({
+            "group": "decode", "dp_rank": rank, "dp_size": 2, "page_tokens": 64, "dtype": "bf16", "model": "m",
+            "rooms": "told",
+        });
+        ask("PUT", &format!("/v1/workers/d{rank}"), body)
+    };
+    assert_eq!(put(0, 0).status, 201);
+    let missing = json!([{"dp_rank": 1, "pp_rank": 0, "cp_rank": 0, "tp_rank": 0}]);
+    let mut group = json!({
+        "group": "decode", "role": "decode", "complete": false, "size": 2, "ready": 1, "warming": 0,
+        "missing_count": 1, "missing": missing,
+        "topology": {
+            "tp_size": 1, "pp_size": 1, "cp_size": 1, "dp_size": 2, "page_tokens": 64, "dtype": "bf16", "model": "m",
+            "rooms": "told",
+        },
+    });
+    let shown = ask("GET", "/v1/groups/decode", json!(null));
+    assert_eq!((shown.status, shown.body), (200, group.clone()));
+    assert_eq!(put(1, 60_000).status, 201);
+    group["warming"] = 1.into();
+    assert_eq!(ask("GET", "/v1/groups/decode?count=ready&wait_ms=1", json!(null)).body, group);
+    assert_eq!(ask("GET", "/v1/groups", json!(null)).body, json!({"groups": [group.clone()]}));
+    (group["complete"], group["missing_count"], group["missing"]) = (true.into(), 0.into(), json!([]));
+    assert_eq!(ask("GET", "/v1/groups/decode?count=all&wait_ms=60000", json!(null)).body, group);
+    let warming = ask("GET", "/v1/workers?state=warming", json!(null)).body;
+    assert_eq!(warming["workers"][0]["node"], "d1");
+
+    let told = ask(
+        "POST",
+        "/v1/groups/decode/rooms",
+        json!({"rooms": {"7": 1, "18446744073709551615": 0}, "keep_ms": 60_000}),
+    );
+    assert_eq!((told.status, told.body), (200, json!({"outcome": "told"})));
+    let asked = json!({"rooms": ["18446744073709551615", "8", "7"], "wait_ms": 1});
+    let known = ask("POST", "/v1/groups/decode/rooms/query", asked);
+    let expected = json!({"dp_ranks": {"7": 1, "18446744073709551615": 0}, "not_yet": ["8"]});
+    assert_eq!((known.status, known.body), (200, expected));
+    let wrong = ask("POST", "/v1/groups/decode/rooms", json!({"rooms": {"7": 2}, "keep_ms": 1}));
+    assert_eq!(wrong.error(), (400, "rank_out_of_range"));
+}
+
+#[test]
+fn a_list_is_kept_back_until_it_is_another_than_was_seen() {
+    let server = Server::start(anywhere()).unwrap();
+    let address = server.address();
+    let list = |query: &str| ask(address, &send("GET", &format!("/v1/workers{query}"), ""));
+    let put = |ttl_ms: u32| {
+        let mut body = registration();
+        body["ttl_ms"] = ttl_ms.into();
+        let answer = ask(address, &send("PUT", "/v1/workers/d0", &body.to_string()));
+        assert!(answer.status < 300, "{answer:?}");
+    };
+    let after = |mark: &Value| format!("?seen={}&wait_ms=20000", mark.as_str().unwrap());
+    let mark = list("").body["mark"].clone();
+    let waiting = thread::spawn({
+        let query = after(&mark);
+        move || ask(address, &send("GET", &format!("/v1/workers{query}"), ""))
+    });
+    thread::sleep(Duration::from_millis(50));
+    put(600);
+    let seen = waiting.join().unwrap().body;
+    assert_eq!(seen["workers"].as_array().unwrap().len(), 1);
+    // A mark of the past is answered at once, and so is one of another start of the server.
+    assert_eq!(list(&after(&mark)).body["mark"], seen["mark"]);
+    assert_eq!(list("?seen=0000000000000001.1&wait_ms=20000").body["mark"], seen["mark"]);
+    // A renewal is no change; the end of a worker is, and nobody need call for it to be heard of.
+    put(600);
+    let began = Instant::now();
+    assert_eq!(list(&after(&seen["mark"])).body["workers"], json!([]));
+    assert!(began.elapsed() >= Duration::from_millis(300), "{:?}", began.elapsed());
+}
+
+#[test]
 fn every_wrong_request_is_told_what_is_wrong() {
     let server = Server::start(anywhere()).unwrap();
     let with = |field: &str, value: Value| {
@@ -144,6 +235,7 @@ fn every_wrong_request_is_told_what_is_wrong() {
     };
     let valid = registration().to_string();
     let deep = "[".repeat(10_000);
+    let many = json!({"rooms": (0..1025).map(|room: u32| room.to_string()).collect::<Vec<_>>()}).to_string();
     for (method, path, body, status, error) in [
         ("GET", "/", "", 404, "no_such_path"),
         ("GET", "/v1/worker", "", 404, "no_such_path"),
@@ -155,8 +247,10 @@ fn every_wrong_request_is_told_what_is_wrong() {
         ("GET", "/v1/workers/%ff", "", 400, "invalid_url"),
         ("GET", "/v1/workers/a%2Fb", "", 400, "invalid_url"),
         ("GET", "/v1/workers?color=red", "", 400, "invalid_url"),
-        ("GET", "/v1/workers?rank=first", "", 400, "invalid_url"),
-        ("GET", "/v1/workers?rank=1&rank=2", "", 400, "invalid_url"),
+        ("GET", "/v1/workers?tp_rank=first", "", 400, "invalid_url"),
+        ("GET", "/v1/workers?tp_rank=1&tp_rank=2", "", 400, "invalid_url"),
+        ("GET", "/v1/workers?state=up", "", 400, "invalid_url"),
+        ("GET", "/v1/workers?seen=here&wait_ms=1", "", 400, "invalid_url"),
         ("GET", "/v1/workers?count=2", "", 400, "invalid_url"),
         ("GET", "/v1/workers/d0", "", 404, "unknown_worker"),
         ("DELETE", "/v1/workers/d0", "", 400, "invalid_url"),
@@ -174,11 +268,27 @@ fn every_wrong_request_is_told_what_is_wrong() {
         ("PUT", "/v1/workers/d0", &valid[1..], 400, "invalid_body"),
         ("PUT", "/v1/workers/d0", &valid[..valid.len() - 1], 400, "invalid_body"),
         ("PUT", "/v1/workers/d0", &deep, 400, "invalid_body"),
-        ("PUT", "/v1/workers/d0", &with("rank", 8.into()), 400, "invalid_body"),
+        ("PUT", "/v1/workers/d0", &with("member", json!({"group": "g"})), 400, "invalid_body"),
+        ("PUT", "/v1/workers/d0", &with("warm_up_ms", 3_600_001.into()), 400, "warm_up_out_of_range"),
+        ("GET", "/v1/groups/g", "", 404, "unknown_group"),
+        ("GET", "/v1/groups/", "", 400, "invalid_url"),
+        ("GET", "/v1/groups/g?count=some", "", 400, "invalid_url"),
+        ("GET", "/v1/groups/g?wait_ms=soon", "", 400, "invalid_url"),
+        ("GET", "/v1/groups?wait_ms=1", "", 400, "invalid_url"),
+        ("GET", "/v1/groups/g/rooms/1", "", 404, "no_such_path"),
+        ("GET", "/v1/groups/g/rooms", "", 405, "method_not_allowed"),
+        ("POST", "/v1/groups/g/rooms", r#"{"rooms":{"1":0},"keep_ms":1000}"#, 404, "unknown_group"),
+        ("POST", "/v1/groups/g/rooms", r#"{"rooms":{"1":0},"keep_ms":0}"#, 400, "keep_out_of_range"),
+        ("POST", "/v1/groups/g/rooms", r#"{"rooms":{"x":0},"keep_ms":1000}"#, 400, "invalid_body"),
+        ("POST", "/v1/groups/g/rooms", r#"{"rooms":{"1":-1},"keep_ms":1000}"#, 400, "invalid_body"),
+        ("POST", "/v1/groups/g/rooms/query", r#"{"rooms":["1"]}"#, 404, "unknown_group"),
+        ("POST", "/v1/groups/g/rooms/query", r#"{"rooms":[1]}"#, 400, "invalid_body"),
+        ("POST", "/v1/groups/g/rooms/query", &many, 400, "invalid_body"),
+        ("POST", "/metrics", "", 405, "method_not_allowed"),
         ("PUT", "/v1/workers/d0", &with("address", "0.0.0.0:1".into()), 400, "invalid_body"),
         ("PUT", "/v1/workers/d0", &with("ttl_ms", 1.into()), 400, "ttl_out_of_range"),
         ("PUT", "/v1/workers/d0", &with("ttl_ms", u64::MAX.into()), 400, "ttl_out_of_range"),
-        ("PUT", "/v1/workers/d0", &with("padding", "x".repeat(16 * 1024).into()), 413, "body_too_large"),
+        ("PUT", "/v1/workers/d0", &with("padding", "x".repeat(64 * 1024).into()), 413, "body_too_large"),
     ] {
         let answer = ask(server.address(), &send(method, path, body));
         assert_eq!(answer.error(), (status, error), "{method} {path}: {answer:?}");
@@ -195,7 +305,7 @@ fn every_wrong_request_is_told_what_is_wrong() {
 fn without_the_token_nothing_but_health_is_told() {
     let token = Some(Token::new("s3cret").unwrap());
     let server = Server::start(ServerConfig { token, ..anywhere() }).unwrap();
-    for path in ["/v1/workers", "/v1/workers/d0", "/anything"] {
+    for path in ["/v1/workers", "/v1/workers/d0", "/v1/groups", "/metrics", "/anything"] {
         let refused = ask(server.address(), &send("GET", path, ""));
         assert_eq!(refused.error(), (401, "wrong_token"));
         assert!(refused.head.contains("www-authenticate: bearer"));
@@ -218,14 +328,14 @@ fn oversized_requests_are_cut() {
         "PUT /v1/workers/d0 HTTP/1.1\r\nHost: t\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n";
     assert_eq!(ask(address, head).error(), (413, "body_too_large"));
     // A body without an announced length.
-    let chunk = format!("8000\r\n{}\r\n", "x".repeat(0x8000));
+    let chunk = format!("18000\r\n{}\r\n", "x".repeat(0x18000));
     let head = "PUT /v1/workers/d0 HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n";
     assert_eq!(ask(address, &format!("{head}{chunk}0\r\n\r\n")).error(), (413, "body_too_large"));
     // One without an end is cut off, not swallowed.
     let mut endless = connect(address);
     endless.write_all(head.as_bytes()).unwrap();
     let cut = (0..10_000).find(|_| endless.write_all(chunk.as_bytes()).is_err());
-    assert!(cut.is_some(), "300 MB were taken");
+    assert!(cut.is_some(), "a GB was taken");
     // Heads.
     let long = format!("GET /health HTTP/1.1\r\nHost: t\r\nx: {}\r\n\r\n", "y".repeat(20_000));
     assert_eq!(ask(address, &long).status, 431);
@@ -322,6 +432,7 @@ fn a_client_that_does_not_read_is_cut_off() {
     for index in 0..100 {
         let mut body = registration();
         body["node"] = format!("d{index}").into();
+        body["member"] = Value::Null;
         body["labels"] = labels.clone().into();
         let put = send("PUT", &format!("/v1/workers/d{index}"), &body.to_string());
         filling.write_all(put.as_bytes()).unwrap();
@@ -350,7 +461,7 @@ fn a_wait_is_cut_to_the_longest_that_the_server_allows() {
         Server::start(ServerConfig { longest_wait: Duration::from_millis(50), ..anywhere() }).unwrap();
     let began = Instant::now();
     let found = ask(server.address(), &send("GET", "/v1/workers?count=1&wait_ms=60000", ""));
-    assert_eq!((found.status, found.body), (200, json!({"workers": []})));
+    assert_eq!((found.status, &found.body["workers"]), (200, &json!([])));
     assert!(began.elapsed() >= Duration::from_millis(50) && began.elapsed() < SOON);
 }
 
@@ -362,7 +473,7 @@ fn a_waiting_client_that_goes_away_leaves_its_place() {
     first.write_all(wait(60_000).as_bytes()).unwrap();
     let waited = || {
         let began = Instant::now();
-        assert_eq!(ask(server.address(), &wait(100)).body, json!({"workers": []}));
+        assert_eq!(ask(server.address(), &wait(100)).body["workers"], json!([]));
         began.elapsed() >= Duration::from_millis(100)
     };
     let began = Instant::now();
@@ -396,7 +507,7 @@ fn a_stopping_server_answers_what_waits_and_leaves_the_rest() {
     server.shutdown();
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     let answered = answer(&mut waiting);
-    assert_eq!((answered.status, answered.body), (200, json!({"workers": []})));
+    assert_eq!((answered.status, &answered.body["workers"]), (200, &json!([])));
     assert_eq!(until_closed(&mut idle), b"");
     until_closed(&mut stuck);
     assert!(TcpStream::connect(address).is_err(), "nobody listens");
@@ -456,7 +567,12 @@ fn any_mutation() -> impl Strategy<Value = Vec<u8>> {
         send("PUT", "/v1/workers/d0", &registration().to_string()),
         send("POST", "/v1/workers/d0/renew", r#"{"incarnation":"c0ffee"}"#),
         send("DELETE", "/v1/workers/d0?incarnation=c0ffee", ""),
-        send("GET", "/v1/workers?role=decode&rank=0&label.a=b%20c&count=1&wait_ms=1", ""),
+        send("GET", "/v1/workers?role=decode&group=g&tp_rank=0&label.a=b%20c&count=1&wait_ms=1", ""),
+        send("GET", "/v1/workers?seen=0000000000000001.1&wait_ms=1", ""),
+        send("GET", "/v1/groups/decode?count=all&wait_ms=1", ""),
+        send("POST", "/v1/groups/decode/rooms", r#"{"rooms":{"17":1},"keep_ms":1000}"#),
+        send("POST", "/v1/groups/decode/rooms/query", r#"{"rooms":["17"],"wait_ms":1}"#),
+        send("GET", "/metrics", ""),
         "PUT /v1/workers/d0 HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n{\"a\r\n0\r\n\r\n".to_owned(),
     ];
     let change = (any::<prop::sample::Index>(), any::<Option<u8>>(), any::<bool>());

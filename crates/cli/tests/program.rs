@@ -62,6 +62,11 @@ fn wrong_calls_are_explained() {
         ),
         (vec!["bootstrap", "--listen", "here"], vec!["--listen", "socket address"]),
         (vec!["bootstrap", "--listen", "127.0.0.1:0", "--token", ""], vec!["token"]),
+        (vec!["bootstrap", "--listen", "127.0.0.1:0", "--workers", "0"], vec!["0 workers"]),
+        (
+            vec!["bootstrap", "--listen", "127.0.0.1:0", "--connections", "1"],
+            vec!["--connections", "2..=65536"],
+        ),
     ] {
         let (success, text) = call(&arguments);
         assert!(!success, "{arguments:?} is accepted: {text}");

@@ -52,6 +52,11 @@ mod config;
 mod error;
 mod node;
 
+/// Where the peers are: a registry server, its client, and the same over etcd. The node does not need it: whoever knows
+/// its peers' addresses may leave the feature `bootstrap` out.
+#[cfg(feature = "bootstrap")]
+pub use crossdock_bootstrap as bootstrap;
+
 pub use cache::allocate;
 pub use config::{Authentication, Config, PortConfig, Progress};
 pub use error::Error;

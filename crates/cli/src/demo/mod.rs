@@ -24,7 +24,6 @@ use clap::{Args, ValueEnum, value_parser};
 use crossdock::CacheLayout;
 use crossdock::trace::{Request, Scale, Synthetic, SyntheticOptions, TraceLimits, TraceReader};
 
-use process::Child;
 use registry::Registry;
 use report::Scene;
 use router::Router;
@@ -62,6 +61,9 @@ pub struct Options {
     /// Begins no hand-over after so many seconds; what is under way then still ends by its deadline
     #[arg(long, default_value_t = 55, value_parser = value_parser!(u64).range(1..=86_400))]
     within_s: u64,
+    /// Where the workers meet: the HOST:PORT of a bootstrap server, or etcd://HOST:PORT; by default a server is started
+    #[arg(long)]
+    registry: Option<String>,
     /// Also prints a line when a room begins and when it ends on either side, and after how many milliseconds
     #[arg(long)]
     each_room: bool,
@@ -124,11 +126,10 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         scale.factor()
     );
     let begin = Instant::now();
-    let registry =
-        Child::start("bootstrap", &["bootstrap", "--listen", "127.0.0.1:0", "--until-stdin-ends"])?;
-    let address = registry.first_line(Duration::from_secs(10))?;
-    println!("registry at http://{address}, process {}", registry.id());
-    let mut registry = Registry::new(registry, address.clone())?;
+    let mut registry = match &options.registry {
+        Some(address) => Registry::at(address),
+        None => Registry::start()?,
+    };
     let mut scenes = Vec::new();
     for (at, &port) in options.ports.iter().enumerate() {
         // What is left of the time is shared by the scenes that are left.
@@ -137,7 +138,7 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         scenes.push(match registry.ended(Duration::ZERO) {
             // Nobody can meet any more.
             Some(how) => Scene::without(port.name(), requests.len(), how),
-            None => Router::start(options, port, pages, &address, Instant::now() + share)?
+            None => Router::start(options, port, pages, registry.address(), Instant::now() + share)?
                 .play(&requests, &mut registry),
         });
     }

@@ -1,37 +1,58 @@
 //! The demo's registry, whose end is heard of.
 
+use std::error::Error;
 use std::net::TcpStream;
 use std::sync::mpsc::{self, Receiver};
 use std::time::Duration;
 
 use super::process::{Child, Heard};
 
-/// The bootstrap process.
+/// Where the workers meet: a bootstrap process of the demo's own, or a registry that was there before.
 pub struct Registry {
-    child: Child,
     address: String,
+    own: Option<Own>,
+}
+
+struct Own {
+    child: Child,
     heard: Receiver<(usize, Heard)>,
     ended: Option<String>,
 }
 
 impl Registry {
-    /// Listens to a process that has said all it has to say: where it serves.
-    pub fn new(mut child: Child, address: String) -> std::io::Result<Self> {
+    /// Starts one.
+    pub fn start() -> Result<Self, Box<dyn Error>> {
+        let mut child =
+            Child::start("bootstrap", &["bootstrap", "--listen", "127.0.0.1:0", "--until-stdin-ends"])?;
+        let address = child.first_line(Duration::from_secs(10))?;
+        println!("registry at http://{address}, process {}", child.id());
         let (events, heard) = mpsc::channel();
         child.listen(0, events)?;
-        Ok(Self { child, address, heard, ended: None })
+        Ok(Self { address, own: Some(Own { child, heard, ended: None }) })
+    }
+
+    /// One that somebody else keeps. What becomes of it the workers tell.
+    pub fn at(address: &str) -> Self {
+        println!("registry at {address}");
+        Self { address: address.to_owned(), own: None }
+    }
+
+    /// What a client takes to find it.
+    pub fn address(&self) -> &str {
+        &self.address
     }
 
     /// In words, which process ended and how, if it has ended or does so in this time, and nobody has started another
     /// one in its place.
     pub fn ended(&mut self, within: Duration) -> Option<String> {
-        if self.ended.is_none()
-            && let Ok((_, Heard::Gone { how })) = self.heard.recv_timeout(within)
+        let own = self.own.as_mut()?;
+        if own.ended.is_none()
+            && let Ok((_, Heard::Gone { how })) = own.heard.recv_timeout(within)
         {
-            let (name, id) = (self.child.name(), self.child.id());
-            self.ended = Some(format!("the {name} process ({id}) ended early: {how}"));
+            let (name, id) = (own.child.name(), own.child.id());
+            own.ended = Some(format!("the {name} process ({id}) ended early: {how}"));
         }
-        self.ended.clone().filter(|_| !self.is_replaced())
+        own.ended.clone().filter(|_| !self.is_replaced())
     }
 
     fn is_replaced(&self) -> bool {
@@ -39,8 +60,10 @@ impl Registry {
         address.is_ok_and(|address| TcpStream::connect_timeout(&address, Duration::from_millis(200)).is_ok())
     }
 
-    /// Ends it, and waits.
+    /// Ends the demo's own, and waits.
     pub fn finish(self) {
-        self.child.finish(Duration::from_secs(5));
+        if let Some(own) = self.own {
+            own.child.finish(Duration::from_secs(5));
+        }
     }
 }

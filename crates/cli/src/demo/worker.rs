@@ -13,7 +13,8 @@ use crossdock::{
     ReceiveRequest, SendRequest, ServeRequest, ShmOptions, now_ns,
 };
 use crossdock_bootstrap::{
-    Address, Client, ClientConfig, Incarnation, Labels, NodeId, Query, Rank, Registration, Role,
+    Address, Client, ClientConfig, GroupId, Incarnation, Labels, Member, NodeId, Query, Ranks, Registration,
+    Role, Tag, Topology,
 };
 
 use super::content::Content;
@@ -85,9 +86,10 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
             node: NodeId::new(&name)?,
             incarnation: Incarnation::new(node.identity().incarnation),
             role,
-            rank: Rank::new(0, 1)?,
             address: Address::new(node.address().parse()?)?,
             ttl_ms: 3_000,
+            warm_up_ms: 0,
+            member: Some(Member::new(GroupId::new(&name)?, topology()?, Ranks::default())?),
             labels: Labels::none().with("port", options.port.name())?,
         },
     )?;
@@ -119,6 +121,11 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
     // The registry may be gone by now; what it still lists ends with its time to live.
     let _ = registration.deregister();
     Ok(ExitCode::SUCCESS)
+}
+
+/// One rank that holds all of the cache.
+fn topology() -> Result<Topology, crossdock_bootstrap::Invalid> {
+    Ok(Topology::single(Tag::new("deepseek-r1")?, Tag::new("bf16")?, PAGE_TOKENS))
 }
 
 /// What the parent says first.

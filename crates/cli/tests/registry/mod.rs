@@ -83,6 +83,24 @@ fn a_demo_goes_on_with_a_registry_that_was_started_again() {
     }
 }
 
+#[test]
+fn a_demo_meets_at_a_registry_that_is_there() {
+    let registry = Registry::start("127.0.0.1:0");
+    let address = registry.address.clone();
+    let requests = ["--requests", "3", "--ports", "tcp", "--pool-mib", "64", "--registry", &address];
+    let demo = Demo::start(&requests);
+    let ended = demo.end(Duration::from_secs(120));
+    let shown = format!("{}\n{}", ended.text, ended.errors);
+    assert!(ended.status.success() && shown.contains(&format!("registry at {address}\n")), "{shown}");
+    assert_eq!(registry.lists(0), BTreeMap::new(), "who met there has left");
+    // Where nobody is, it says so and ends.
+    registry.kill();
+    let demo = Demo::start(&requests);
+    let ended = demo.end(Duration::from_secs(120));
+    assert!(!ended.status.success(), "{}", ended.text);
+    assert!(ended.text.contains("! tcp: ") || !ended.errors.is_empty(), "{}\n{}", ended.text, ended.errors);
+}
+
 /// A bootstrap server. Dropping it kills it.
 struct Registry {
     process: Process,
