@@ -77,8 +77,8 @@ pub struct Config {
     /// default, about a millisecond of copying: more lets few large rooms run longer at a time, less lets peers,
     /// commands and deadlines be looked at more often.
     pub turn_bytes: u64,
-    /// How much the flight recorder keeps of what happens. By default the last 512 events of each of 128 peers, which takes
-    /// 6 MiB once as many have come; [`FlightLimits::OFF`] keeps nothing.
+    /// How much the flight recorder keeps of what happens. By default the last 1,024 events of each of 128 peers, which takes
+    /// 12 MiB once as many have come; [`FlightLimits::OFF`] keeps nothing.
     pub flight: FlightLimits,
     /// Where it is written down when a room fails or a session is lost, for `crossdock timeline`; and by
     /// [`Handle::flight`](crate::Handle::flight) it can be asked for at any time. Nowhere by default.

@@ -147,6 +147,10 @@ event! {
     expected: u32,
     /// How far the room had come.
     stage: Cow<'static, str>,
+    /// How long before the room was opened.
+    age_ms: u32,
+    /// How long before it had met its peer.
+    met_ms: u32,
     /// Since the last bytes came.
     quiet_ms: u32,
     /// Since anything was heard of the peer.
@@ -367,7 +371,8 @@ impl Event {
             What::CancelCame { why } => {
                 (self.kind, self.why) = (Kind::CancelCame, Some(why_word(why).into()));
             }
-            What::Ended { ref end, stage, counted, expected, quiet_ms, silent_ms } => {
+            What::Ended { ref end, stage, counted, expected, age_ms, met_ms, quiet_ms, silent_ms } => {
+                (self.age_ms, self.met_ms) = (Some(age_ms), met_ms);
                 self.kind = Kind::Ended;
                 let end = end.as_deref().unwrap_or(&End::Delivered);
                 self.cause = Some(Cause::of_end(end));

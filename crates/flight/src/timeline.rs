@@ -107,7 +107,7 @@ impl Timeline {
             life.source.correction_ns = correction_ns;
             life.source.events = life.events.len();
         }
-        let overwritten = lives.iter().map(|life| life.overwritten).sum();
+        let overwritten = lives.iter().fold(0, |sum: u64, life| sum.saturating_add(life.overwritten));
         let entries = ordered(&lives, &links);
         let sources = lives.into_iter().map(|life| life.source).collect();
         let mut timeline = Self { sources, clocks, entries, rooms: Vec::new(), overwritten };
@@ -250,6 +250,20 @@ impl Life {
     fn wall_ns(&self, at_ns: u64) -> i64 {
         let wall = i128::from(self.unix_ns) + i128::from(at_ns) - i128::from(self.monotonic_ns);
         wall.clamp(0, i64::MAX.into()) as i64
+    }
+
+    /// When an event happened at the earliest: its time is that of the turn's beginning.
+    fn earliest_ns(&self, serial: u64) -> i64 {
+        self.events.get(&serial).map_or(0, |(_, event)| self.wall_ns(event.at_ns))
+    }
+
+    /// When it had happened at the latest. A turn may be long, and a process that is stopped in the middle of one finds
+    /// what was sent seconds after it began.
+    fn latest_ns(&self, serial: u64) -> i64 {
+        let Some((_, event)) = self.events.get(&serial) else { return 0 };
+        let later = self.events.range(serial..).map(|(_, (_, later))| later.at_ns);
+        let next = later.into_iter().find(|&later| later > event.at_ns);
+        self.wall_ns(next.unwrap_or(self.monotonic_ns.max(event.at_ns)))
     }
 
     fn first_ns(&self) -> i64 {

@@ -35,6 +35,7 @@ impl Proto {
             serial: 0,
             ring: RingId::NODE,
             opened_ns: 0,
+            met_ns: None,
             peer: Some(fetch.peer),
             session: None,
             deadline_ns: fetch.deadline_ns,

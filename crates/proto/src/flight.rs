@@ -29,8 +29,8 @@ pub struct FlightLimits {
 }
 
 impl FlightLimits {
-    /// The usual: 6 MiB if 128 peers have come.
-    pub const USUAL: Self = Self { peers: 128, records: 512 };
+    /// The usual: of each peer about the last 120 rooms. It takes 12 MiB if 128 peers have come.
+    pub const USUAL: Self = Self { peers: 128, records: 1024 };
     /// Nothing is recorded.
     pub const OFF: Self = Self { peers: 0, records: 0 };
 }
@@ -53,6 +53,14 @@ pub struct RingPeer {
     pub name: Arc<str>,
     /// The transport of the latest session's lanes.
     pub port: &'static str,
+}
+
+/// What a room's records say of it beside what happened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FlightTag {
+    ring: RingId,
+    session: Option<SessionId>,
+    room: RoomName,
 }
 
 /// What a ring held at one moment.
@@ -235,10 +243,15 @@ impl Recorder {
 const SETTLING_NS: u64 = 1_000_000_000;
 
 impl Proto {
-    /// Lets the layer above record what it does for a room.
-    pub fn note(&mut self, now_ns: u64, room: RoomId, what: What) {
-        self.now_ns = now_ns;
-        self.note_room(room, what);
+    /// How the layer above records what it does for a room, also when the room is over here.
+    pub fn flight_tag(&self, room: RoomId) -> Option<FlightTag> {
+        let room = self.rooms.get(&room)?;
+        Some(FlightTag { ring: room.ring, session: room.session, room: room.name })
+    }
+
+    /// Records what the layer above does for a room.
+    pub fn note(&mut self, now_ns: u64, tag: FlightTag, what: What) {
+        self.recorder.record(tag.ring, now_ns, tag.session, Some(tag.room), what);
     }
 
     /// The flight recorder.
@@ -271,6 +284,7 @@ impl Proto {
     pub(crate) fn note_room(&mut self, id: RoomId, what: What) {
         if self.recorder.is_on()
             && let Some(room) = self.rooms.get(&id)
+            && !(room.end == Some(End::Delivered) && what.goes_without_saying())
         {
             self.recorder.record(room.ring, self.now_ns, room.session, Some(room.name), what);
         }
@@ -292,4 +306,201 @@ impl Proto {
 /// Whether a room's end is one that somebody will ask about.
 pub(crate) fn is_failure(end: &End) -> bool {
     !matches!(end, End::Delivered | End::Cancelled { .. } | End::PeerLost { cause: SessionEnd::ClosedHere })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn peer(node: u64) -> RingPeer {
+        RingPeer {
+            identity: Identity { node, incarnation: 1 },
+            name: format!("peer-{node}").into(),
+            port: "sim",
+        }
+    }
+
+    fn lost() -> What {
+        What::SessionDown { cause: Box::new(SessionEnd::Silent { for_ns: 1 }), rooms: 0, silent_ms: 2 }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Begins(u64),
+        Ends(u64),
+        Records(u64, u8),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            (0..6u64).prop_map(Step::Begins),
+            (0..6u64).prop_map(Step::Ends),
+            (0..6u64, any::<u8>()).prop_map(|(node, slot)| Step::Records(node, slot)),
+        ];
+        prop::collection::vec(step, 0..200)
+    }
+
+    /// What is known of a peer, by the simplest means.
+    #[derive(Default)]
+    struct Known {
+        rings: Vec<RingId>,
+        slots: Vec<u8>,
+    }
+
+    proptest! {
+        /// As long as a peer has a session, its ring holds the last of what was recorded of it, in order, and nothing of
+        /// others; what found no ring is the node's.
+        #[test]
+        fn rings_hold_the_last_of_each_peer(steps in steps(), peers in 1..4u32, records in 1..9u32) {
+            let mut recorder = Recorder::new(FlightLimits { peers, records });
+            let mut known: BTreeMap<u64, Known> = BTreeMap::new();
+            let mut of_node: Vec<u8> = Vec::new();
+            for step in steps {
+                match step {
+                    Step::Begins(node) => {
+                        let ring = recorder.begin(peer(node));
+                        let entry = known.entry(node).or_default();
+                        if ring != RingId::NODE {
+                            // It may be another's place now, or this one's after another's.
+                            if recorder.copy(ring).unwrap().records.is_empty() {
+                                entry.slots.clear();
+                            }
+                        }
+                        entry.rings.push(ring);
+                    }
+                    Step::Ends(node) => {
+                        if let Some(ring) = known.get_mut(&node).and_then(|entry| entry.rings.pop()) {
+                            recorder.end(ring);
+                        }
+                    }
+                    Step::Records(node, slot) => {
+                        let ring = known.get(&node).and_then(|entry| entry.rings.last().copied());
+                        let Some(ring) = ring else { continue };
+                        recorder.record(ring, 0, None, None, What::LaneUp { slot });
+                        match ring {
+                            RingId::NODE => of_node.push(slot),
+                            _ => known.get_mut(&node).unwrap().slots.push(slot),
+                        }
+                    }
+                }
+                prop_assert!(recorder.rings() <= 1 + peers as usize);
+                let slots = |ring| -> Vec<u8> {
+                    let copy: RingCopy = recorder.copy(ring).unwrap();
+                    copy.records.iter().map(|record| match record.what {
+                        What::LaneUp { slot } => slot,
+                        ref other => panic!("{other:?}"),
+                    }).collect()
+                };
+                let last = |all: &[u8]| all[all.len().saturating_sub(records as usize)..].to_vec();
+                prop_assert_eq!(slots(RingId::NODE), last(&of_node));
+                for (node, entry) in &known {
+                    let Some(&ring) = entry.rings.iter().find(|ring| **ring != RingId::NODE) else { continue };
+                    let copy = recorder.copy(ring).unwrap();
+                    prop_assert_eq!(copy.peer.unwrap().identity.node, *node);
+                    prop_assert_eq!(slots(ring), last(&entry.slots));
+                    prop_assert_eq!(copy.overwritten as usize + copy.records.len(), entry.slots.len());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ten_thousand_peers_take_no_more_than_the_limit() {
+        let mut recorder = Recorder::new(FlightLimits { peers: 100, records: 4 });
+        for node in 0..10_000 {
+            let ring = recorder.begin(peer(node));
+            assert_ne!(ring, RingId::NODE, "peers that have gone make room");
+            for at_ns in 0..6 {
+                recorder.record(ring, at_ns, None, None, lost());
+            }
+            recorder.end(ring);
+        }
+        assert_eq!((recorder.rings(), recorder.recorded()), (101, 60_000));
+        // What nobody takes away is bounded by the rings, too.
+        assert!(recorder.open.len() <= 101, "{}", recorder.open.len());
+        // The last hundred are there, those before are not.
+        let peers: Vec<u64> =
+            (1..101).filter_map(|ring| Some(recorder.copy(RingId(ring))?.peer?.identity.node)).collect();
+        assert!(peers.len() == 100 && peers.iter().all(|&node| node >= 9_900), "{peers:?}");
+        // While they stay, more share the node's ring.
+        let rings: Vec<RingId> = (20_000..20_101).map(|node| recorder.begin(peer(node))).collect();
+        assert!(rings[..100].iter().all(|&ring| ring != RingId::NODE));
+        assert_eq!(rings[100], RingId::NODE);
+    }
+
+    #[test]
+    fn an_incident_is_told_at_once_and_again_when_it_has_settled() {
+        let mut recorder = Recorder::new(FlightLimits { peers: 2, records: 4 });
+        let ring = recorder.begin(peer(7));
+        let name = RoomName { room: 4711, use_count: 2 };
+        recorder.record(ring, 1_000, None, None, What::LaneUp { slot: 0 });
+        assert_eq!(recorder.next_incident(u64::MAX), None);
+        recorder.record(ring, 2_000, None, None, lost());
+        recorder.record(
+            ring,
+            2_000,
+            None,
+            Some(name),
+            What::Ended {
+                end: Some(Box::new(End::PeerLost { cause: SessionEnd::Silent { for_ns: 1 } })),
+                stage: crate::Stage::Transfer,
+                counted: 1,
+                expected: None,
+                age_ms: 3,
+                met_ms: None,
+                quiet_ms: 4,
+                silent_ms: 5,
+            },
+        );
+        let incident = Incident { number: 1, ring, room: Some(name) };
+        assert_eq!(
+            (recorder.next_incident_ns(), recorder.next_incident(2_000)),
+            (Some(2_000), Some(incident))
+        );
+        assert_eq!(recorder.next_incident(2_000), None, "more of it within a second is the same incident");
+        recorder.record(ring, 3_000, None, None, lost());
+        assert_eq!(recorder.next_incident(2_000 + SETTLING_NS - 1), None);
+        assert_eq!(recorder.next_incident(2_000 + SETTLING_NS), Some(incident));
+        assert_eq!((recorder.next_incident_ns(), recorder.next_incident(u64::MAX)), (None, None));
+        recorder.record(ring, 9_000, None, None, lost());
+        assert_eq!(recorder.next_incident(u64::MAX).map(|incident| incident.number), Some(2));
+    }
+
+    #[test]
+    fn what_was_asked_for_is_no_failure() {
+        let ended = |end: End| What::Ended {
+            end: Some(Box::new(end)),
+            stage: crate::Stage::Grant,
+            counted: 0,
+            expected: None,
+            age_ms: 0,
+            met_ms: None,
+            quiet_ms: 0,
+            silent_ms: 0,
+        };
+        use crate::end::Who;
+        assert!(!ended(End::Cancelled { by: Who::Here }).is_failure());
+        assert!(!ended(End::Cancelled { by: Who::Peer }).is_failure());
+        assert!(!ended(End::PeerLost { cause: SessionEnd::ClosedHere }).is_failure());
+        assert!(ended(End::PeerLost { cause: SessionEnd::ClosedByPeer }).is_failure());
+        assert!(ended(End::Expired { by: Who::Here, stage: crate::Stage::Grant }).is_failure());
+        assert!(lost().is_failure() && !What::Home.is_failure());
+    }
+
+    #[test]
+    fn nothing_is_kept_where_nothing_is_asked_for() {
+        let mut recorder = Recorder::new(FlightLimits::OFF);
+        let ring = recorder.begin(peer(1));
+        recorder.record(ring, 1, None, None, lost());
+        recorder.end(ring);
+        assert_eq!(
+            (recorder.is_on(), recorder.recorded(), recorder.next_incident(u64::MAX)),
+            (false, 0, None)
+        );
+        assert!(recorder.copy(RingId::NODE).is_none());
+    }
 }

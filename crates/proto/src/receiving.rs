@@ -42,6 +42,7 @@ impl Proto {
             serial: 0,
             ring: RingId::NODE,
             opened_ns: 0,
+            met_ns: None,
             peer: Some(receive.peer),
             session: None,
             deadline_ns: receive.deadline_ns,

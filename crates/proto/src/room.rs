@@ -128,6 +128,8 @@ pub(crate) struct Room {
     /// Where what happens to it is recorded: its peer's, once that is known.
     pub ring: RingId,
     pub opened_ns: u64,
+    /// When its session became known.
+    pub met_ns: Option<u64>,
     /// The peer asked for, on the decode side.
     pub peer: Option<PeerName>,
     /// The session, once there is one.

@@ -66,6 +66,7 @@ impl Proto {
     pub(crate) fn bind(&mut self, id: RoomId, session: SessionId) {
         let Some(room) = self.rooms.get_mut(&id) else { return };
         room.session = Some(session);
+        room.met_ns = Some(self.now_ns);
         self.bound.insert((room.role.kind(), room.name, session), id);
         if let Some(s) = self.sessions.get_mut(&session) {
             s.rooms.insert(id);
@@ -164,6 +165,8 @@ impl Proto {
             stage: room.stage,
             counted,
             expected,
+            age_ms: millis(self.now_ns.saturating_sub(room.opened_ns)),
+            met_ms: room.met_ns.map(|met_ns| millis(self.now_ns.saturating_sub(met_ns))),
             quiet_ms: millis(quiet_ns),
             silent_ms: millis(silent_ns),
         };

@@ -23,6 +23,7 @@ impl Proto {
             serial: 0,
             ring: RingId::NODE,
             opened_ns: 0,
+            met_ns: None,
             peer: None,
             session: None,
             deadline_ns: send.deadline_ns,

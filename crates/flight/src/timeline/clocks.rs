@@ -114,11 +114,8 @@ pub(super) fn agree(lives: &[Life], links: &Links) -> (Vec<ClockPair>, Vec<i64>)
         if from == to {
             continue;
         }
-        let wall = |at: usize, serial: u64| {
-            lives[at].events.get(&serial).map_or(0, |(_, event)| lives[at].wall_ns(event.at_ns))
-        };
-        // The true time of the coming is later: `to` is ahead of `from` by no more than this.
-        let most_ns = wall(to, came).saturating_sub(wall(from, sent));
+        // The true time between the two is not negative: `to` is ahead of `from` by no more than what is left.
+        let most_ns = lives[to].latest_ns(came).saturating_sub(lives[from].earliest_ns(sent));
         let (a, b) = (from.min(to), from.max(to));
         let pair = pairs.entry((a, b)).or_insert(ClockPair {
             a,
@@ -193,11 +190,11 @@ fn corrections(nodes: usize, pairs: &[ClockPair]) -> Vec<i64> {
             if let Some(least) = pair.least_ns
                 && added_ns < least
             {
-                added[pair.a] = added[pair.a].saturating_add(least - added_ns);
+                added[pair.a] = added[pair.a].saturating_add(least.saturating_sub(added_ns));
             } else if let Some(most) = pair.most_ns
                 && added_ns > most
             {
-                added[pair.b] = added[pair.b].saturating_add(added_ns - most);
+                added[pair.b] = added[pair.b].saturating_add(added_ns.saturating_sub(most));
             }
         }
     }

@@ -90,6 +90,12 @@ impl fmt::Display for Table<'_> {
             timeline.count(Outcome::Cancelled),
             timeline.count(Outcome::Open)
         )?;
+        if timeline.overwritten > 0 && timeline.count(Outcome::Open) > 0 {
+            writeln!(
+                f,
+                "(the ends of some of those may have been overwritten: raise the recorder's limits)"
+            )?;
+        }
         for room in self.rooms {
             let key = room.key;
             write!(f, "\nroom {}", key.room)?;
@@ -147,7 +153,7 @@ impl fmt::Display for Events<'_> {
         let times: Vec<String> = self
             .entries
             .iter()
-            .map(|at| format!("{:+.3}", (entry(at).unix_ns - begin_ns) as f64 / 1e6))
+            .map(|at| format!("{:+.3}", entry(at).unix_ns.saturating_sub(begin_ns) as f64 / 1e6))
             .collect();
         let width = |lengths: &mut dyn Iterator<Item = usize>| lengths.max().unwrap_or(0);
         let time_width = width(&mut times.iter().map(String::len));
@@ -172,7 +178,7 @@ fn details(entry: &Entry, names_room: bool) -> String {
     let event = &entry.event;
     let mut parts: Vec<String> = Vec::new();
     let mut say = |part: String| parts.push(part);
-    let ms = |ms: u32| span(i64::from(ms) * 1_000_000);
+    let ms = |ms: u32| if ms == 0 { "<1 ms".into() } else { span(i64::from(ms) * 1_000_000) };
     if let (true, Some(room)) = (names_room, event.room) {
         say(format!("room {room}"));
     }
@@ -203,7 +209,7 @@ fn details(entry: &Entry, names_room: bool) -> String {
         say(format!("{} of {}", size(bytes), size(of_bytes)));
     }
     if let Some(layers) = event.layers {
-        say(format!("{layers} layers"));
+        say(plural(layers.into(), "layer"));
     }
     if let Some(waited) = event.waited_ms.filter(|&waited| waited > 0) {
         say(format!("waited {}", ms(waited)));
@@ -214,7 +220,11 @@ fn details(entry: &Entry, names_room: bool) -> String {
     if let (Kind::Ended, Some(quiet), true) = (event.kind, event.quiet_ms, event.counted > Some(0)) {
         say(format!("last arrival {} before", ms(quiet)));
     }
-    if let Some(silent) = event.silent_ms.filter(|&silent| silent > 0) {
+    if let (Kind::Ended, Some(age)) = (event.kind, event.age_ms) {
+        say(format!("opened {} before", ms(age)));
+    }
+    let is_delivered = event.cause.as_ref().is_some_and(|cause| cause.code == "delivered");
+    if let Some(silent) = event.silent_ms.filter(|&silent| silent > 0 && !is_delivered) {
         say(format!("peer last heard {} before", ms(silent)));
     }
     parts.join(", ")
@@ -232,7 +242,7 @@ fn said(event: &Event, say: &mut impl FnMut(String)) {
         say(address.clone());
     }
     if let Some(pages) = event.pages {
-        say(format!("{pages} pages"));
+        say(plural(pages, "page"));
     }
     if let Some(grant) = &event.grant {
         say(format!("grant {grant}"));
@@ -244,17 +254,21 @@ fn said(event: &Event, say: &mut impl FnMut(String)) {
         say(format!("lane {lane}"));
     }
     if let Some(lanes) = event.lanes {
-        say(format!("{lanes} lanes"));
+        say(plural(lanes.into(), "lane"));
     }
     if let Some(rooms) = event.rooms.filter(|&rooms| rooms > 0) {
-        say(format!("{rooms} rooms"));
+        say(plural(rooms, "room"));
     }
     match (event.counted.filter(|_| event.kind != Kind::Landed || event.counted > Some(0)), event.expected) {
         (Some(counted), Some(expected)) => say(format!("{counted} of {expected} arrivals")),
-        (Some(counted), None) if counted > 0 => say(format!("{counted} arrivals")),
-        (None, Some(expected)) => say(format!("{expected} arrivals")),
+        (Some(counted), None) if counted > 0 => say(plural(counted, "arrival")),
+        (None, Some(expected)) => say(plural(expected, "arrival")),
         _ => {}
     }
+}
+
+fn plural(count: u32, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }
 
 /// A moment of the wall clock, by the calendar.

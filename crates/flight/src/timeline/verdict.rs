@@ -1,5 +1,7 @@
 //! What to think of a room: how it ended, by whose doing, and what the other side had done by then.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use super::{Entry, Timeline};
@@ -35,13 +37,13 @@ pub struct Verdict {
 impl Verdict {
     pub(super) fn of(timeline: &Timeline, entries: &[usize]) -> Self {
         let story = Story { timeline, entries };
-        let ends = || story.of_kind(Kind::Ended);
-        let failed = ends().filter(|&at| story.event_failed(at)).min_by_key(|&at| (story.blame(at), at));
+        let ends = || story.ends().into_iter();
+        let failed = ends().filter(|&at| story.event_failed(at)).min_by_key(|&at| (story.is_hearsay(at), at));
         if let Some(end) = failed {
             return story.failure(end);
         }
         let cancelled = ends().filter(|&at| story.code(at) == "cancelled");
-        if let Some(at) = cancelled.min_by_key(|&at| (story.blame(at), at)) {
+        if let Some(at) = cancelled.min_by_key(|&at| (story.is_hearsay(at), at)) {
             let text = format!("{}: {}", story.name(at), story.cause_text(at));
             return Self { outcome: Outcome::Cancelled, deciding: Some(at), text, advice: None };
         }
@@ -96,6 +98,15 @@ impl<'a> Story<'a> {
         self.entries.iter().copied().filter(move |&at| self.entry(at).event.kind == kind)
     }
 
+    /// The last end of each side: a request may be tried again under its name.
+    fn ends(&self) -> Vec<usize> {
+        let ends: BTreeMap<usize, usize> =
+            self.of_kind(Kind::Ended).map(|at| (self.entry(at).source, at)).collect();
+        let mut ends: Vec<usize> = ends.into_values().collect();
+        ends.sort_unstable();
+        ends
+    }
+
     fn code(&self, at: usize) -> &'a str {
         self.entry(at).event.cause.as_ref().map_or("", |cause| &cause.code)
     }
@@ -108,13 +119,10 @@ impl<'a> Story<'a> {
         self.entry(at).event.failed == Some(true)
     }
 
-    /// What was done here comes before what was only seen, and that before what was heard from the peer.
-    fn blame(&self, at: usize) -> u8 {
-        match self.entry(at).event.by.as_deref() {
-            Some("here") => 0,
-            Some("peer") => 2,
-            _ => 1,
-        }
+    /// What was only heard from the peer comes after what was found or done here.
+    fn is_hearsay(&self, at: usize) -> bool {
+        let heard = ["peer-lost/closed-by-peer", "peer-lost/restarted"];
+        self.entry(at).event.by.as_deref() == Some("peer") || heard.contains(&self.code(at))
     }
 
     fn since_first(&self, at: usize) -> i64 {
@@ -166,7 +174,7 @@ impl<'a> Story<'a> {
         if let Some(silent) = event.silent_ms.filter(|&silent| silent >= WORTH_SAYING_MS) {
             text.push_str(&format!("; the peer was last heard {} before", span(millis(Some(silent)))));
         }
-        if let Some(posted) = self.posted(self.entry(end).source, end) {
+        if let Some(posted) = self.posted(self.entry(end).source) {
             text.push_str(&format!("; it had posted {posted}"));
         }
         text
@@ -183,7 +191,7 @@ impl<'a> Story<'a> {
         for &side in &sides {
             let name = &self.timeline.sources[side].name;
             let last = self.of_room().rfind(|&at| self.entry(at).source == side && at < until);
-            match (self.posted(side, until), last) {
+            match (self.posted(side), last) {
                 (Some(posted), _) => text.push_str(&format!("; {name} had posted {posted}")),
                 (None, Some(at)) => {
                     text.push_str(&format!("; last on {name}: {}", self.entry(at).event.kind.words()));
@@ -206,9 +214,9 @@ impl<'a> Story<'a> {
         entries.find_map(|entry| entry.peer.as_deref())
     }
 
-    fn posted(&self, source: usize, until: usize) -> Option<String> {
-        let mut posted = self.of_kind(Kind::Posted);
-        let at = posted.rfind(|&at| self.entry(at).source == source && at < until)?;
+    /// How far a side had come when it stopped, which it records after its end.
+    fn posted(&self, source: usize) -> Option<String> {
+        let at = self.of_kind(Kind::Posted).rfind(|&at| self.entry(at).source == source)?;
         let event = &self.entry(at).event;
         let (bytes, of_bytes) = (event.bytes?, event.of_bytes?);
         let layers = u64::from(event.layers.unwrap_or(0));

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use crossdock_engine::{Engine, Promise, now_ns};
 use crossdock_flight::{Clocks, Dump, Folder};
 use crossdock_proto::RoomId;
-use crossdock_proto::flight::{Reason, Snapshot, What};
+use crossdock_proto::flight::{FlightTag, Reason, Snapshot, What};
 
 use super::Worker;
 use super::posting::{Run, overlap};
@@ -26,6 +26,7 @@ pub(super) struct FlightDesk {
 /// What was recorded of a run.
 #[derive(Default)]
 pub(super) struct Noted {
+    tag: Option<FlightTag>,
     at_ns: u64,
     bytes: u64,
     is_last: bool,
@@ -130,16 +131,18 @@ impl Run {
         let tokens = u64::from(self.ask.tokens.saturating_sub(self.ask.skip_tokens));
         let of_bytes = tokens * layout.token_bytes() * layers as u64;
         let is_last = is_stopped || self.posted_bytes >= of_bytes;
+        // A room that is stopped may be over already.
+        let Some(tag) = self.noted.tag.or_else(|| engine.proto().flight_tag(id)) else { return };
         if self.noted.bytes == 0 && is_new {
-            engine.proto().note(now, id, What::Posting);
+            engine.proto().note(now, tag, What::Posting);
         } else if !is_last && now.saturating_sub(self.noted.at_ns) < BETWEEN_NOTES_NS {
             return;
         }
         let is_begun_only = self.noted.bytes == 0 && !is_last;
-        self.noted = Noted { at_ns: now, bytes: self.posted_bytes, is_last };
+        self.noted = Noted { tag: Some(tag), at_ns: now, bytes: self.posted_bytes, is_last };
         if !is_begun_only {
             let what = What::Posted { bytes: self.posted_bytes, of_bytes, layers: layers as u16, is_last };
-            engine.proto().note(now, id, what);
+            engine.proto().note(now, tag, what);
         }
     }
 }

@@ -191,7 +191,11 @@ pub enum What {
         counted: u32,
         /// Of so many, if the sender had finished.
         expected: Option<u32>,
-        /// Since the last of them.
+        /// How long before it was opened.
+        age_ms: u32,
+        /// How long before it had met its peer.
+        met_ms: Option<u32>,
+        /// Since the last of the immediates.
         quiet_ms: u32,
         /// Since anything was heard of the peer.
         silent_ms: u32,
@@ -220,6 +224,11 @@ pub enum What {
 }
 
 impl What {
+    /// Whether it follows every delivery, and tells nothing more.
+    pub(crate) fn goes_without_saying(&self) -> bool {
+        matches!(self, Self::Home | Self::Revoked { .. })
+    }
+
     /// Whether somebody will ask about it.
     pub fn is_failure(&self) -> bool {
         match self {
@@ -243,6 +252,6 @@ mod tests {
 
     #[test]
     fn a_record_stays_small() {
-        assert!(size_of::<Record>() <= 88, "{} bytes", size_of::<Record>());
+        assert!(size_of::<Record>() <= 96, "{} bytes", size_of::<Record>());
     }
 }
