@@ -83,6 +83,7 @@ impl Dump {
             reason: reason.into(),
             room: room.map(|name| name.room),
             use_count: room.map(|name| name.use_count),
+            share: room.map(|name| name.share).filter(|&share| share > 0),
             monotonic_ns: self.clocks.monotonic_ns,
             unix_ns: self.clocks.unix_ns,
         }

@@ -54,6 +54,9 @@ pub struct Header {
     /// Which use of its number.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub use_count: Option<u32>,
+    /// Which share of the request, if there are several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<u32>,
     /// The clock of the events, when the dump was taken.
     pub monotonic_ns: u64,
     /// The wall clock at the same moment, since 1970.
@@ -109,6 +112,8 @@ event! {
     room: u64,
     /// Which use of that number.
     use_count: u32,
+    /// Which share of the request, if there are several.
+    share: u32,
     /// Whether somebody will ask about it.
     failed: bool,
     /// What is dialed.
@@ -278,6 +283,7 @@ impl Event {
             session: record.session.map(|session| session.0),
             room: record.room.map(|name| name.room),
             use_count: record.room.map(|name| name.use_count),
+            share: record.room.map(|name| name.share).filter(|&share| share > 0),
             failed: record.what.is_failure().then_some(true),
             ..Self::default()
         };

@@ -436,7 +436,7 @@ mod tests {
     fn an_incident_is_told_at_once_and_again_when_it_has_settled() {
         let mut recorder = Recorder::new(FlightLimits { peers: 2, records: 4 });
         let ring = recorder.begin(peer(7));
-        let name = RoomName { room: 4711, use_count: 2 };
+        let name = RoomName { room: 4711, use_count: 2, share: 0 };
         recorder.record(ring, 1_000, None, None, What::LaneUp { slot: 0 });
         assert_eq!(recorder.next_incident(u64::MAX), None);
         recorder.record(ring, 2_000, None, None, lost());

@@ -71,7 +71,7 @@ impl Links {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Message {
     kind: &'static str,
-    room: Option<(u64, u32)>,
+    room: Option<(u64, u32, u32)>,
     attempt: Option<u32>,
     grant: Option<String>,
 }
@@ -79,7 +79,7 @@ struct Message {
 impl Message {
     /// And whether it is the sending of it.
     fn of(event: &Event) -> Option<(bool, Self)> {
-        let room = event.room.map(|room| (room, event.use_count.unwrap_or(0)));
+        let room = event.room.map(|room| (room, event.use_count.unwrap_or(0), event.share.unwrap_or(0)));
         let (is_sent, kind) = match event.kind {
             Kind::WantSent => (true, "want"),
             Kind::WantCame => (false, "want"),

@@ -182,6 +182,9 @@ fn details(entry: &Entry, names_room: bool) -> String {
     if let (true, Some(room)) = (names_room, event.room) {
         say(format!("room {room}"));
     }
+    if let Some(share) = event.share {
+        say(format!("share {share}"));
+    }
     let with_peer = |words: &str| entry.peer.as_ref().map(|peer| format!("{words} {}", peer.name));
     match event.kind {
         Kind::Bound => {

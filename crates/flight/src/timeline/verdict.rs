@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{Entry, Timeline};
-use crate::event::Kind;
+use crate::event::{Event, Kind};
 
 /// How a room ended, all sides together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -98,10 +98,12 @@ impl<'a> Story<'a> {
         self.entries.iter().copied().filter(move |&at| self.entry(at).event.kind == kind)
     }
 
-    /// The last end of each side: a request may be tried again under its name.
+    /// The last end of each share on each side: a request may be tried again under its name.
     fn ends(&self) -> Vec<usize> {
-        let ends: BTreeMap<usize, usize> =
-            self.of_kind(Kind::Ended).map(|at| (self.entry(at).source, at)).collect();
+        let ends: BTreeMap<(usize, Option<u32>), usize> = self
+            .of_kind(Kind::Ended)
+            .map(|at| ((self.entry(at).source, self.entry(at).event.share), at))
+            .collect();
         let mut ends: Vec<usize> = ends.into_values().collect();
         ends.sort_unstable();
         ends
@@ -216,10 +218,17 @@ impl<'a> Story<'a> {
 
     /// How far a side had come when it stopped, which it records after its end.
     fn posted(&self, source: usize) -> Option<String> {
-        let at = self.of_kind(Kind::Posted).rfind(|&at| self.entry(at).source == source)?;
-        let event = &self.entry(at).event;
-        let (bytes, of_bytes) = (event.bytes?, event.of_bytes?);
-        let layers = u64::from(event.layers.unwrap_or(0));
+        let last: BTreeMap<Option<u32>, &Event> = self
+            .of_kind(Kind::Posted)
+            .map(|at| self.entry(at))
+            .filter(|entry| entry.source == source)
+            .map(|entry| (entry.event.share, &entry.event))
+            .collect();
+        let sum = |number: fn(&Event) -> Option<u64>| {
+            last.values().filter_map(|event| number(event)).fold(0, u64::saturating_add)
+        };
+        let (bytes, of_bytes) = (sum(|event| event.bytes), sum(|event| event.of_bytes));
+        let layers = u64::from(last.values().filter_map(|event| event.layers).max()?);
         Some(
             match (bytes >= of_bytes, u128::from(bytes) * u128::from(layers) / u128::from(of_bytes.max(1))) {
                 (true, _) => format!("everything ({layers} layers, {})", size(bytes)),

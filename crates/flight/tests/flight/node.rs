@@ -35,7 +35,7 @@ impl Node {
 
     /// Records something at this true time.
     pub fn note(&mut self, true_ns: i64, ring: RingId, room: Option<u64>, what: What) {
-        let room = room.map(|room| RoomName { room, use_count: 0 });
+        let room = room.map(|room| RoomName { room, use_count: 0, share: 0 });
         let at_ns = (self.began_ns + true_ns) as u64;
         self.recorder.record(ring, at_ns, Some(SessionId(1)), room, what);
     }
@@ -100,7 +100,7 @@ pub fn expired(by: Who) -> End {
 }
 
 pub fn failed(number: u64, ring: RingId) -> Reason {
-    Reason::Failed(Incident { number, ring, room: Some(RoomName { room: 4711, use_count: 0 }) })
+    Reason::Failed(Incident { number, ring, room: Some(RoomName { room: 4711, use_count: 0, share: 0 }) })
 }
 
 /// A folder of this test's own; removed when dropped.

@@ -8,9 +8,9 @@ use crossdock_proto::RoomId;
 use crossdock_proto::flight::{FlightTag, Reason, Snapshot, What};
 
 use super::Worker;
-use super::posting::{Run, overlap};
+use super::posting::Run;
 use super::room::Kind;
-use crate::CacheLayout;
+use crate::Plan;
 
 /// Who waits for copies of the rings.
 #[derive(Default)]
@@ -23,9 +23,10 @@ pub(super) struct FlightDesk {
     copied: Option<Snapshot>,
 }
 
-/// What was recorded of a run.
-#[derive(Default)]
+/// What is recorded of a run, and what was.
 pub(super) struct Noted {
+    of_bytes: u64,
+    layers: u16,
     tag: Option<FlightTag>,
     at_ns: u64,
     bytes: u64,
@@ -86,7 +87,7 @@ impl Worker {
             Some(Kind::Serving(_)) | None => None,
         };
         if let Some(run) = run {
-            run.note(&mut self.engine, now, id, &self.layout, true);
+            run.note(&mut self.engine, now, id, true);
         }
     }
 
@@ -113,23 +114,22 @@ impl Worker {
     }
 }
 
+impl Noted {
+    /// Nothing yet, of a run that is planned so.
+    pub fn new(plan: &Plan) -> Self {
+        let layers = plan.layers().len().try_into().unwrap_or(u16::MAX);
+        Self { of_bytes: plan.total_bytes(), layers, tag: None, at_ns: 0, bytes: 0, is_last: false }
+    }
+}
+
 impl Run {
     /// Records how far the run is: when it begins, now and then, and when it is done or stopped.
-    pub fn note(
-        &mut self,
-        engine: &mut Engine,
-        now: u64,
-        id: RoomId,
-        layout: &CacheLayout,
-        is_stopped: bool,
-    ) {
+    pub fn note(&mut self, engine: &mut Engine, now: u64, id: RoomId, is_stopped: bool) {
         let is_new = self.posted_bytes > self.noted.bytes;
         if self.noted.is_last || !(is_new || is_stopped) || !engine.proto().recorder().is_on() {
             return;
         }
-        let layers = overlap(&layout.layers(), &self.cache.layers()).len();
-        let tokens = u64::from(self.ask.tokens.saturating_sub(self.ask.skip_tokens));
-        let of_bytes = tokens * layout.token_bytes() * layers as u64;
+        let Noted { of_bytes, layers, .. } = self.noted;
         let is_last = is_stopped || self.posted_bytes >= of_bytes;
         // A room that is stopped may be over already.
         let Some(tag) = self.noted.tag.or_else(|| engine.proto().flight_tag(id)) else { return };
@@ -139,9 +139,9 @@ impl Run {
             return;
         }
         let is_begun_only = self.noted.bytes == 0 && !is_last;
-        self.noted = Noted { tag: Some(tag), at_ns: now, bytes: self.posted_bytes, is_last };
+        self.noted = Noted { tag: Some(tag), at_ns: now, bytes: self.posted_bytes, is_last, ..self.noted };
         if !is_begun_only {
-            let what = What::Posted { bytes: self.posted_bytes, of_bytes, layers: layers as u16, is_last };
+            let what = What::Posted { bytes: self.posted_bytes, of_bytes, layers, is_last };
             engine.proto().note(now, tag, what);
         }
     }

@@ -130,6 +130,7 @@ impl Worker {
             ask,
             cache,
             remote_pages: start.remote_pages,
+            noted: Noted::new(&plan),
             plan,
             at: usize::from(start.attempt > 0 && is_planted(Planted::NotSentAgain)),
             cursor: None,
@@ -137,7 +138,6 @@ impl Worker {
             posted_bytes: 0,
             sums: None,
             posted_all: false,
-            noted: Noted::default(),
         };
         match &mut room.kind {
             Kind::Sending(sending) => sending.run = Some(run),

@@ -100,7 +100,7 @@ impl Worker {
                 };
                 let local = local_table(&self.layout, pages, Direction::Write, &run.ask);
                 let posted = post_items(&mut self.engine, now, run, &local, items, left);
-                run.note(&mut self.engine, now, id, &self.layout, false);
+                run.note(&mut self.engine, now, id, false);
                 if let Some(pumped) = posted {
                     return pumped;
                 }
@@ -140,7 +140,7 @@ impl Worker {
                 let layers = overlap(&self.layout.layers(), &run.cache.layers());
                 let whole = [Item { layers, tokens: 0..ask.tokens }];
                 let posted = post_items(&mut self.engine, now, run, &local, &whole, left);
-                run.note(&mut self.engine, now, id, &self.layout, false);
+                run.note(&mut self.engine, now, id, false);
                 if let Some(pumped) = posted {
                     return pumped;
                 }
