@@ -57,6 +57,11 @@ impl Folder {
         Ok(Self { shared, thread: Some(thread) })
     }
 
+    /// Whether another dump can wait. Those that cannot are better made later than left out.
+    pub fn has_room(&self) -> bool {
+        !self.shared.waiting.is_full()
+    }
+
     /// Lets a dump be written. If as many wait already as may, it is left out, and the log says so.
     pub fn put(&self, dump: Dump) {
         if self.shared.waiting.push(dump).is_err() {

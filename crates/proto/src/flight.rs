@@ -228,6 +228,11 @@ impl Recorder {
         }
     }
 
+    /// An incident of which nothing more will come, due or not.
+    pub fn last_incident(&mut self) -> Option<Incident> {
+        Some(self.open.pop()?.incident)
+    }
+
     /// When the next one is due.
     pub fn next_incident_ns(&self) -> Option<u64> {
         self.open.iter().map(|open| open.due_ns).min()
@@ -467,7 +472,8 @@ mod tests {
         assert_eq!(recorder.next_incident(2_000 + SETTLING_NS), Some(incident));
         assert_eq!((recorder.next_incident_ns(), recorder.next_incident(u64::MAX)), (None, None));
         recorder.record(ring, 9_000, None, None, lost());
-        assert_eq!(recorder.next_incident(u64::MAX).map(|incident| incident.number), Some(2));
+        assert_eq!(recorder.last_incident().map(|incident| incident.number), Some(2));
+        assert_eq!(recorder.last_incident(), None);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The flight recorder's place in the progress loop: how far a room's bytes are, and copies for those who read them.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use crossdock_engine::{Engine, Promise, now_ns};
 use crossdock_flight::{Clocks, Dump, Folder};
@@ -48,9 +49,9 @@ impl Worker {
 
     /// Gives the writer what is due, and whoever asked for all of it a share of the copies. True if there is more.
     pub(super) fn write_down(&mut self, now: u64) -> bool {
-        self.dump_incidents(now);
+        let dumped = self.dump_incident(now);
         if self.flight.asked.is_empty() {
-            return false;
+            return dumped;
         }
         let rings = self.engine.proto().recorder().rings() as u32;
         let from = self.flight.copied.as_ref().map_or(0, |copied| copied.rings.len() as u32);
@@ -71,12 +72,17 @@ impl Worker {
         true
     }
 
-    fn dump_incidents(&mut self, now: u64) {
-        let Some(folder) = &self.flight.folder else { return };
+    /// One a turn: when many peers are lost at once, rooms with others go on meanwhile.
+    fn dump_incident(&mut self, now: u64) -> bool {
+        let Some(folder) = self.flight.folder.as_ref().filter(|folder| folder.has_room()) else {
+            return false;
+        };
         let proto = self.engine.proto();
-        while let Some(incident) = proto.recorder().next_incident(now) {
+        let incident = proto.recorder().next_incident(now);
+        if let Some(incident) = incident {
             folder.put(Dump { snapshot: proto.snapshot_incident(incident), clocks: Clocks::now(now_ns()) });
         }
+        incident.is_some()
     }
 
     /// Records how far a room's bytes were when they stopped.
@@ -93,20 +99,25 @@ impl Worker {
 
     /// A sleep is not so long that a dump is late.
     pub(super) fn until_dump(&mut self, longest_ns: u64) -> u64 {
-        match self.flight.folder {
-            Some(_) => {
-                let due_ns = self.engine.proto().recorder().next_incident_ns();
-                due_ns.map_or(longest_ns, |due_ns| longest_ns.min(due_ns.saturating_sub(now_ns())))
-            }
-            None => longest_ns,
-        }
+        let Some(folder) = &self.flight.folder else { return longest_ns };
+        let Some(due_ns) = self.engine.proto().recorder().next_incident_ns() else { return longest_ns };
+        // The thread that writes wakes nobody.
+        let least_ns = if folder.has_room() { 0 } else { BETWEEN_LOOKS_NS };
+        longest_ns.min(due_ns.saturating_sub(now_ns()).max(least_ns))
     }
 
     /// Nothing more will come of what is still watched. The rings are plain memory: also a panic has left them whole.
     pub(super) fn dump_last(&mut self) {
-        self.dump_incidents(u64::MAX);
-        if let (true, Some(folder)) = (std::thread::panicking(), &self.flight.folder) {
-            let proto = self.engine.proto();
+        let Some(folder) = &self.flight.folder else { return };
+        let proto = self.engine.proto();
+        let until_ns = now_ns() + LAST_DUMPS_NS;
+        while let Some(incident) = proto.recorder().last_incident() {
+            while !folder.has_room() && now_ns() < until_ns {
+                std::thread::sleep(Duration::from_nanos(BETWEEN_LOOKS_NS));
+            }
+            folder.put(Dump { snapshot: proto.snapshot_incident(incident), clocks: Clocks::now(now_ns()) });
+        }
+        if std::thread::panicking() {
             let rings = proto.recorder().rings() as u32;
             let snapshot = proto.snapshot(Reason::Panicked, 0..rings);
             folder.put(Dump { snapshot, clocks: Clocks::now(now_ns()) });
@@ -149,6 +160,12 @@ impl Run {
 
 /// A run that takes long is not to push everything else out of its ring.
 const BETWEEN_NOTES_NS: u64 = 50_000_000;
+
+/// How long the end of a node waits for a disk that does not keep up.
+const LAST_DUMPS_NS: u64 = 1_000_000_000;
+
+/// How soon it is looked again whether another dump can wait.
+const BETWEEN_LOOKS_NS: u64 = 5_000_000;
 
 /// What is copied in a turn stays far below a millisecond.
 const RINGS_A_TURN: u32 = 8;
