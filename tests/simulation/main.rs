@@ -17,6 +17,7 @@ mod room;
 mod rules;
 mod run;
 mod scenario;
+mod story;
 mod workload;
 mod world;
 
@@ -34,7 +35,7 @@ use crate::faults::Fault;
 use crate::node::Process;
 use crate::report::Pairs;
 use crate::room::EndKind;
-use crate::run::{replay, run, run_many, run_with};
+use crate::run::{replay, run, run_many, run_with, story_with};
 use crate::scenario::Scenario;
 use crate::world::LEAST_EVENTS;
 
@@ -106,6 +107,22 @@ fn planted_bugs_are_found() {
         }
     }
     assert!(missed.is_empty(), "{MOST_SEEDS} seeds do not find {missed:?}");
+}
+
+/// The recorders of all nodes tell of the room in which a rule was broken what happened on both sides.
+#[test]
+fn a_broken_rule_comes_with_its_story() {
+    let bug = Planted::ChecksumUnchecked;
+    let found = (0..MOST_SEEDS).find_map(|seed| Some((seed, run_with(bug, seed).err()?)));
+    let (seed, violation) = found.expect("a seed that finds it");
+    assert!(violation.what.starts_with("room "), "{violation}");
+    let story = story_with(Some(bug), seed);
+    println!("seed {seed}: {violation}\n{story}");
+    for words in ["met peer", "landed", "ended", "delivered", "  ⇒ "] {
+        assert!(story.contains(words), "no '{words}' in:\n{story}");
+    }
+    let sources = story.lines().filter(|line| line.contains("(life ")).count();
+    assert!(sources >= 2, "{story}");
 }
 
 /// How many seeds may pass before a planted bug is found.

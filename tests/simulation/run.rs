@@ -26,7 +26,7 @@ pub fn replay(seed: u64) {
     let _printed = tracing::subscriber::set_default(printer);
     match finish(&mut World::new(seed, true)) {
         Ok(outcome) => println!("seed {seed}: {} events, {:#018x}", outcome.events, outcome.fingerprint),
-        Err(violation) => panic!("seed {seed}: {violation}"),
+        Err(violation) => panic!("seed {seed}: {violation}\n{}", story_with(None, seed)),
     }
 }
 
@@ -36,6 +36,19 @@ pub fn run_with(bug: Planted, seed: u64) -> Result<Outcome, Violation> {
     let outcome = run(seed);
     plant(None);
     outcome
+}
+
+/// What the flight recorders say of a seed that breaks a rule: it is run again.
+pub fn story_with(bug: Option<Planted>, seed: u64) -> String {
+    plant(bug);
+    let mut world = World::new(seed, false);
+    world.past = Some(Vec::new());
+    let outcome = finish(&mut world);
+    plant(None);
+    match outcome {
+        Ok(_) => "run again, it breaks no rule".to_owned(),
+        Err(violation) => world.story(&violation.what),
+    }
 }
 
 fn finish(world: &mut World) -> Result<Outcome, Violation> {
@@ -85,10 +98,11 @@ pub fn run_many(seeds: Range<u64>, time: Duration) -> Tally {
     if let Some((first, _)) = failures.first() {
         let lines: Vec<String> = failures.iter().map(|(seed, what)| format!("seed {seed}: {what}")).collect();
         panic!(
-            "after {} seeds:\n{}\nreplay: CROSSDOCK_SEED={first} cargo test -p crossdock-tests --test simulation \
-             the_rules -- --nocapture",
+            "after {} seeds:\n{}\n\nseed {first}:\n{}\nreplay: CROSSDOCK_SEED={first} cargo test -p crossdock-tests \
+             --test simulation the_rules -- --nocapture",
             tally.seeds,
-            lines.join("\n")
+            lines.join("\n"),
+            story_with(None, *first)
         );
     }
     tally.took = began.elapsed();

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crossdock_flight::Dump;
 use crossdock_kv::Turn;
 use crossdock_sim::{Fabric, NodeId, PortId};
 use crossdock_transport::LaneId;
@@ -34,6 +35,8 @@ pub struct World {
     scheduled: u64,
     fingerprint: u64,
     pub is_logged: bool,
+    /// What the flight recorders of processes that are gone held, if it is to be told.
+    pub past: Option<Vec<Dump>>,
 }
 
 /// What is going to happen outside the fabric.
@@ -95,6 +98,7 @@ impl World {
             scheduled: 0,
             fingerprint: 0,
             is_logged,
+            past: None,
             scenario,
         };
         for node in 0..world.nodes.len() {
@@ -379,6 +383,7 @@ impl World {
                 side.is_settled = true;
             }
         }
+        self.keep_records(node);
         self.nodes[node].process = None;
         self.nodes[node].held_until_ns = 0;
     }

@@ -15,7 +15,17 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("crossdock-tcp", PORT),
     ("crossdock-proto", &["crossdock-memory", "crossdock-transport"]),
     ("crossdock-engine", &["crossdock-memory", "crossdock-transport", "crossdock-proto"]),
-    ("crossdock-kv", &["crossdock-memory", "crossdock-transport", "crossdock-proto", "crossdock-engine"]),
+    ("crossdock-flight", &["crossdock-transport", "crossdock-proto"]),
+    (
+        "crossdock-kv",
+        &[
+            "crossdock-memory",
+            "crossdock-transport",
+            "crossdock-proto",
+            "crossdock-engine",
+            "crossdock-flight",
+        ],
+    ),
     ("crossdock-bootstrap", &[]),
     (
         "crossdock",
@@ -24,6 +34,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "crossdock-transport",
             "crossdock-proto",
             "crossdock-engine",
+            "crossdock-flight",
             "crossdock-kv",
             "crossdock-bootstrap",
             "crossdock-shm",

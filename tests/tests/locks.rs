@@ -22,6 +22,7 @@ const DATA_PATH: &[&str] = &[
     "crates/transport",
     "crates/proto",
     "crates/engine",
+    "crates/flight",
     "crates/kv",
     "crates/crossdock",
     "crates/ports/shm",

@@ -4,6 +4,7 @@
 mod bootstrap;
 mod demo;
 mod table;
+mod timeline;
 
 use std::process::ExitCode;
 
@@ -22,6 +23,8 @@ enum Command {
     Demo(demo::Options),
     /// Runs the registry that tells where the workers are
     Bootstrap(bootstrap::Options),
+    /// Merges dumps of the flight recorder and says of each request what happened, on which side, and why
+    Timeline(timeline::Options),
     /// One of the demo's processes; started by `demo`
     #[command(hide = true)]
     DemoWorker(demo::WorkerOptions),
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Demo(options) => demo::run(&options),
         Command::Bootstrap(options) => bootstrap::run(&options),
+        Command::Timeline(options) => timeline::run(&options),
         Command::DemoWorker(options) => demo::work(&options),
     };
     match done {

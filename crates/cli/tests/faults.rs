@@ -14,10 +14,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use demo::{Demo, Ended, TraceFile};
+use demo::{Demo, Ended, Scratch, TraceFile};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// What is done to which process, and when.
@@ -202,6 +203,73 @@ fn the_numbers_of_a_table_add_up_when_a_worker_dies() {
     let others = ended.text.lines().filter_map(|line| line.split_once(" × decode: "));
     let others: u64 = others.map(|(times, _)| number(times.rsplit(' ').next().expect("a word"))).sum();
     assert_eq!(begun, delivered + others, "{}", ended.text);
+}
+
+/// What the surviving side has recorded says which peer, which rooms and why; and so do both, where both live.
+#[test]
+fn a_timeline_names_what_happened_to_a_worker() {
+    for (port, dies) in [("shm", true), ("tcp", true), ("tcp", false)] {
+        let folder = Scratch::new(&format!("{port}-{dies}"));
+        let mut demo = Demo::start(&[
+            "--requests",
+            &REQUESTS.to_string(),
+            "--ports",
+            port,
+            "--deadline-s",
+            "3",
+            "--pool-mib",
+            "96",
+            "--within-s",
+            "8",
+            "--each-room",
+            "--flight-dir",
+            folder.path(),
+        ]);
+        assert!(demo.reads("room 5 begins", Duration::from_secs(40)), "{}", demo.text);
+        let id = children(&demo.text)["prefill"];
+        if dies {
+            send(id, Signal::KILL);
+        } else {
+            send(id, Signal::STOP);
+            demo.reads("\u{0}", Duration::from_secs(4));
+            send(id, Signal::CONT);
+        }
+        let ended = demo.end(Duration::from_secs(90));
+        // As the decode side has told its user.
+        let reason = ended.text.lines().find_map(|line| {
+            let (_, reason) = line.split_once(" × decode: peer lost: ")?;
+            Some(reason.split_once(" (peer prefill-0").map_or(reason, |(reason, _)| reason))
+        });
+        let reason = reason.unwrap_or_else(|| panic!("no room was open at the moment:\n{}", ended.text));
+        let (told, errors) = timeline(&[folder.path()]);
+        assert!(errors.is_empty(), "{errors}");
+        let shown = format!("{port}, dies: {dies}\n{told}\n{}", ended.text);
+        let verdict = told.lines().find(|line| line.starts_with("  ⇒ decode-0 lost prefill-0: "));
+        let verdict = verdict.unwrap_or_else(|| panic!("no verdict: {shown}"));
+        let other = if dies { "there is no dump of prefill-0" } else { "prefill-0" };
+        assert!(verdict.contains(reason) && verdict.contains(other), "{shown}");
+        let decided = told.lines().find(|line| line.starts_with('✗')).unwrap_or_default();
+        assert!(decided.contains("decode-0") && decided.contains("session down"), "{shown}");
+        let has_peer = told.lines().any(|line| line.starts_with("prefill-0 (life "));
+        assert_eq!(has_peer, !dies, "{shown}");
+        // One of the rooms alone, and for programs.
+        let room =
+            told.lines().find_map(|line| line.strip_prefix("room ")?.split(',').next()).expect("a room");
+        let (json, _) = timeline(&[folder.path(), "--room", room, "--peer", "prefill-0", "--json"]);
+        let json: serde_json::Value = serde_json::from_str(&json).expect("it is JSON");
+        let rooms = json["rooms"].as_array().expect("a list");
+        assert!(rooms.len() == 1 && rooms[0]["outcome"] == "failed", "{json:#}");
+        assert_eq!(rooms[0]["room"].to_string(), room);
+    }
+}
+
+/// What `crossdock timeline` prints, and what it complains of.
+fn timeline(arguments: &[&str]) -> (String, String) {
+    let run = Command::new(demo::CROSSDOCK).arg("timeline").args(arguments).output().expect("it runs");
+    let text = |bytes| String::from_utf8(bytes).expect("it is text");
+    let (told, errors) = (text(run.stdout), text(run.stderr));
+    assert!(run.status.success(), "{errors}");
+    (told, errors)
 }
 
 /// The cells of a scene's row.

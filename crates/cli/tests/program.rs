@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use demo::{CROSSDOCK, Demo, TraceFile};
+use demo::{CROSSDOCK, Demo, Scratch, TraceFile};
 
 #[test]
 fn a_demo_over_both_ports_shows_a_table() {
@@ -105,4 +105,39 @@ fn call(arguments: &[&str]) -> (bool, String) {
     let output =
         Command::new(CROSSDOCK).args(arguments).stdin(Stdio::null()).output().expect("the program starts");
     (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+#[test]
+fn a_demo_that_goes_well_has_a_timeline() {
+    let folder = Scratch::new("flight");
+    let arguments = ["--requests", "3", "--pool-mib", "64", "--ports", "shm", "--flight-dir", folder.path()];
+    let ended = Demo::start(&arguments).end(Duration::from_secs(90));
+    assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
+    let (told, errors, succeeds) = timeline(&[folder.path(), "--all"]);
+    assert!(succeeds && errors.is_empty(), "{errors}");
+    assert!(told.contains("rooms: 0 failed, 3 delivered, 0 cancelled, 0 without an end"), "{told}");
+    assert!(told.contains("decode-0 (life ") && told.contains("prefill-0 (life "), "{told}");
+    assert_eq!(told.matches("⇒ delivered within").count(), 3, "{told}");
+    let (told, _, succeeds) = timeline(&[folder.path()]);
+    assert!(succeeds && told.contains("no room failed; the last events:"), "{told}");
+    let (_, errors, succeeds) = timeline(&[folder.path(), "--room", "77"]);
+    assert!(!succeeds && errors.contains("no dump names room 77"), "{errors}");
+}
+
+#[test]
+fn a_timeline_of_nothing_says_why() {
+    let trace = TraceFile::new("no-dump", "{\"timestamp\": 0}\n");
+    let (_, errors, succeeds) = timeline(&[trace.path(), "/nonexistent"]);
+    assert!(!succeeds, "{errors}");
+    assert!(errors.contains("not a dump of the flight recorder"), "{errors}");
+    assert!(errors.contains("/nonexistent: No such file"), "{errors}");
+    assert!(errors.contains("there is no dump to read"), "{errors}");
+    let (_, errors, succeeds) = timeline(&[trace.path(), "--last", "soon"]);
+    assert!(!succeeds && errors.contains("10s, 500ms or 2m"), "{errors}");
+}
+
+fn timeline(arguments: &[&str]) -> (String, String, bool) {
+    let run = Command::new(CROSSDOCK).arg("timeline").args(arguments).output().expect("it runs");
+    let text = |bytes| String::from_utf8(bytes).expect("it is text");
+    (text(run.stdout), text(run.stderr), run.status.success())
 }

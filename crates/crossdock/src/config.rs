@@ -3,8 +3,10 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use crossdock_flight::FolderOptions;
 use crossdock_kv::{CacheLayout, Verify, WorkerOptions};
 use crossdock_memory::Memory;
+use crossdock_proto::flight::FlightLimits;
 use crossdock_shm::ShmOptions;
 use crossdock_tcp::TcpOptions;
 
@@ -75,6 +77,12 @@ pub struct Config {
     /// default, about a millisecond of copying: more lets few large rooms run longer at a time, less lets peers,
     /// commands and deadlines be looked at more often.
     pub turn_bytes: u64,
+    /// How much the flight recorder keeps of what happens. By default the last 1,024 events of each of 128 peers, which takes
+    /// 12 MiB once as many have come; [`FlightLimits::OFF`] keeps nothing.
+    pub flight: FlightLimits,
+    /// Where it is written down when a room fails or a session is lost, for `crossdock timeline`; and by
+    /// [`Handle::flight`](crate::Handle::flight) it can be asked for at any time. Nowhere by default.
+    pub flight_folder: Option<FolderOptions>,
 }
 
 /// Whether peers must prove a shared key. It has no default: a node that lets anybody in was told to.
@@ -147,6 +155,8 @@ impl Config {
             max_frame_bytes: 1 << 20,
             max_commands: 65_536,
             turn_bytes: WorkerOptions::TURN_BYTES,
+            flight: FlightLimits::USUAL,
+            flight_folder: None,
         }
     }
 }

@@ -65,6 +65,7 @@ pub use node::Node;
 pub use crossdock_engine::{
     Abandoned, EventFd, NetworkError, OsError, RailStats, Ticket, TicketError, now_ns,
 };
+pub use crossdock_flight::{Clocks, Dump, FolderOptions};
 pub use crossdock_kv::{
     CacheKind, CacheLayout, CacheLayoutError, CachePart, CachePartOptions, CachePool, CachePoolOptions,
     ContextShare, Dtype, Ended, Extent, FetchRequest, GatherRequest, Handle, HeadOrder, HeadShare,
@@ -77,6 +78,7 @@ pub use crossdock_memory::{
     AllocateOptions, HugePages, Memory, MemoryError, MemoryKind, PageLayout, PagePool, PageRef, PageSet,
     PoolError, PoolOptions, PoolStats, QuarantineEntry, QuarantineReason, Until,
 };
+pub use crossdock_proto::flight::FlightLimits;
 pub use crossdock_proto::{
     Counters, Difference, End, Failure, Identity, LinkCause, Misfit, Refusal, RoomRefusal, SessionEnd, Stage,
     Who,

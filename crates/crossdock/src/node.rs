@@ -7,6 +7,7 @@ use std::time::Duration;
 use crossdock_engine::{
     Engine, EngineOptions, Network, OsError, SocketNetwork, SocketOptions, duration_ns, now_ns,
 };
+use crossdock_flight::Folder;
 use crossdock_kv::{Handle, NotTaken, Turn, Worker, WorkerOptions};
 use crossdock_proto::{Auth, Fingerprint, Identity, Proto, Rail};
 use crossdock_shm::ShmPort;
@@ -86,12 +87,14 @@ impl Node {
         proto.max_parked_bytes_per_session = config.max_parked_bytes_per_session;
         proto.max_parked_ns = duration_ns(config.max_parked_time);
         proto.max_frame_bytes = config.max_frame_bytes;
+        proto.flight = config.flight;
         let identity = proto.identity;
         let mut options = EngineOptions::default();
         options.max_backlog_bytes = options.max_backlog_bytes.max(config.max_frame_bytes.saturating_mul(16));
         let engine = Engine::new(Proto::new(proto), Box::new(network), ports, options);
         let address = engine.address().to_owned();
-        let (worker, handle) = Worker::new(
+        let folder = config.flight_folder.map(Folder::open).transpose().map_err(Error::Thread)?;
+        let (mut worker, handle) = Worker::new(
             engine,
             WorkerOptions {
                 layout: config.layout,
@@ -103,6 +106,7 @@ impl Node {
             },
         )?;
         worker.count_from_calls();
+        folder.into_iter().for_each(|folder| worker.dump_into(folder));
         let progress = match config.progress {
             Progress::Caller => Progression::Caller(Box::new(worker)),
             Progress::Thread { spin } => {
@@ -221,6 +225,9 @@ fn check_limits(config: &Config) -> Result<(), Error> {
     if !(1..=MOST_SESSIONS).contains(&config.max_sessions) {
         return bad("max_sessions", "from 1 to a million");
     }
+    if config.flight.peers > MOST_SESSIONS || config.flight.records > MOST_RECORDS {
+        return bad("flight", "at most a million peers, and 65 536 records of each");
+    }
     if config.max_rooms == 0 || config.max_grants == 0 || config.max_commands == 0 {
         return bad("max_rooms, max_grants or max_commands", "at least 1 each");
     }
@@ -231,6 +238,7 @@ fn check_limits(config: &Config) -> Result<(), Error> {
 }
 
 const MOST_SESSIONS: u32 = 1_000_000;
+const MOST_RECORDS: u32 = 65_536;
 const SHORTEST_FRAME_BYTES: usize = 64 << 10;
 const LONGEST_FRAME_BYTES: usize = 1 << 30;
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossdock_engine::{AddressCheck, Doorbell, EventFd, Ticket, now_ns, ticket};
+use crossdock_flight::Dump;
 use crossdock_proto::SessionEnd;
 
 use crate::queue::{Queue, Rejected};
@@ -196,6 +197,14 @@ impl Handle {
     pub fn stats(&self) -> Result<Ticket<Stats>, NotTaken> {
         let (told, ticket) = ticket();
         self.push(Command::Stats { told })?;
+        Ok(ticket)
+    }
+
+    /// Asks for what the flight recorder holds: the last events of each peer. It is copied a share a turn, so that rooms go
+    /// on meanwhile. [`Abandoned`](crossdock_engine::Abandoned), if too many ask at once.
+    pub fn flight(&self) -> Result<Ticket<Dump>, NotTaken> {
+        let (told, ticket) = ticket();
+        self.push(Command::Flight { told })?;
         Ok(ticket)
     }
 

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crossdock_engine::{Promise, RailStats, Ticket, ticket};
+use crossdock_flight::Dump;
 use crossdock_memory::{PageRef, PageSet};
 use crossdock_proto::{Counters, End, Homecoming, Identity, RoomName, SessionEnd};
 
@@ -446,6 +447,7 @@ pub(crate) enum Command {
     Serve { key: u64, request: ScatterServeRequest, asked_ns: Option<u64>, end: Promise<Ended> },
     Cancel { key: u64 },
     Stats { told: Promise<Stats> },
+    Flight { told: Promise<Dump> },
     Stop,
 }
 
@@ -462,7 +464,7 @@ impl Command {
             }
             Command::Open { end, .. } | Command::Serve { end, .. } => drop(end.tell(ended)),
             // Who asked finds the promise dropped.
-            Command::Stats { .. } => {}
+            Command::Stats { .. } | Command::Flight { .. } => {}
             Command::Disconnect { .. }
             | Command::Send { .. }
             | Command::Finish { .. }

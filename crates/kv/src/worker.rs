@@ -1,6 +1,7 @@
 //! The progress of one node's KV rooms: commands in, notices in, ops out, ends out.
 
 mod commands;
+mod flight;
 mod notices;
 mod opening;
 mod posting;
@@ -16,6 +17,7 @@ use crossdock_memory::Memory;
 use crossdock_proto::{Buffers, End, RoomBuffer, RoomId, SessionEnd, SessionId, TargetId};
 use crossdock_transport::Port;
 
+use self::flight::FlightDesk;
 use self::room::Room;
 use self::whole::Whole;
 use crate::handle::{Handle, Shared};
@@ -51,6 +53,7 @@ pub struct Worker {
     /// For how long the network may be left out after that.
     glances_ns: u64,
     stopped: bool,
+    flight: FlightDesk,
 }
 
 /// How a node's KV side is set up.
@@ -168,6 +171,7 @@ impl Worker {
             turned_ns: 0,
             glances_ns: GLANCES_NS.start,
             stopped: false,
+            flight: FlightDesk::default(),
         };
         Ok((worker, handle))
     }
@@ -241,6 +245,7 @@ impl Worker {
             self.take_notices(now_ns);
         }
         self.show_arrivals();
+        active |= self.write_down(now_ns);
         match (self.stopped, active) {
             (true, _) => Turn::Stopped,
             (false, true) => Turn::Active,
@@ -251,6 +256,7 @@ impl Worker {
     /// Sleeps until there is something to do, for no longer than `longest_ns`.
     pub fn park(&mut self, longest_ns: u64) -> Result<(), OsError> {
         let shared = self.shared.clone();
+        let longest_ns = self.until_dump(longest_ns);
         // A port that is full says when it takes more, but not every medium can tell.
         let longest_ns = if self.ready.is_empty() { longest_ns } else { longest_ns.min(FULL_SLEEP_NS) };
         self.engine.park(now_ns(), &shared.doorbell, longest_ns, || shared.is_empty())
@@ -315,6 +321,7 @@ impl Drop for Worker {
             // Told already, unless by a panic. Pages that are not home stay out of their pool.
             self.ended(room, Ended::alone(End::PeerLost { cause: SessionEnd::ClosedHere }));
         }
+        self.dump_last();
     }
 }
 

@@ -4,6 +4,7 @@ use crossdock_transport::RemoteKey;
 
 use crate::auth::Auth;
 use crate::fingerprint::Fingerprint;
+use crate::flight::FlightLimits;
 use crate::message::Identity;
 
 /// The configuration of one node's protocol.
@@ -58,6 +59,8 @@ pub struct Config {
     pub max_parked_ns: u64,
     /// The longest frame that the network takes, either way. Every node of a cluster takes the same.
     pub max_frame_bytes: usize,
+    /// How much the flight recorder keeps.
+    pub flight: FlightLimits,
 }
 
 /// One opened port, as the handshake offers it.
@@ -111,6 +114,7 @@ impl Config {
             max_parked_bytes_per_session: 64 << 20,
             max_parked_ns: 600_000 * MS,
             max_frame_bytes: 1 << 20,
+            flight: FlightLimits::USUAL,
         }
     }
 }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use crossdock_transport::{Direction, GrantId};
 
 use crate::end::{End, SessionEnd, Stage};
+use crate::flight::{RingId, What};
 use crate::message::{Message, RoleKind, RoomOnWire};
 use crate::notice::{Homecoming, Notice, Start};
 use crate::planted::{Planted, is_planted};
@@ -32,6 +33,9 @@ impl Proto {
         let id = self.add_room(Room {
             name: fetch.room,
             serial: 0,
+            ring: RingId::NODE,
+            opened_ns: 0,
+            met_ns: None,
             peer: Some(fetch.peer),
             session: None,
             deadline_ns: fetch.deadline_ns,
@@ -64,6 +68,7 @@ impl Proto {
         let aux = f.offer.to_vec();
         r.moving = Moving::No;
         r.stage = Stage::Verify;
+        self.note_room(room, What::Landed { counted: 0 });
         self.tell(Notice::Landed { room, session, aux });
     }
 
@@ -72,6 +77,7 @@ impl Proto {
         let Role::Fetching(f) = &room.role else { return };
         let (room, duration_ns) = (room.on_wire(), self.duration_ns(room));
         let message = Message::Want { room, duration_ns, params: f.params.clone() };
+        self.note_room(id, What::WantSent);
         self.send(session, &message);
     }
 
@@ -93,9 +99,11 @@ impl Proto {
             let what = "offered a room a second time";
             return self.end_session(session, SessionEnd::Misbehaved { what });
         }
+        let what = What::GrantCame { grant, attempt: f.attempt, pages: pages.len() as u32 };
         f.grant = Some(grant);
         f.remote_pages = pages.into();
         f.offer = params.into();
+        self.note_room(id, what);
         self.limit_deadline(id, session, duration_ns);
         self.start_fetching(id);
     }
@@ -155,6 +163,7 @@ impl Proto {
         let pages = f.pages.take().map(Homecoming::new);
         let (grant, session, down_lanes) = (f.grant.take(), room.session, f.down_lanes);
         if let Some(pages) = pages {
+            self.note_room(id, What::Home);
             self.tell(Notice::Home { room: id, pages });
         }
         if let (Some(session), Some(grant)) = (session, grant) {

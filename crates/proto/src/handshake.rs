@@ -10,11 +10,13 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use crate::action::{Action, PulsePlan};
 use crate::auth::{Side, same};
 use crate::config::Rail;
 use crate::end::{SessionEnd, Who};
+use crate::flight::{RingPeer, What};
 use crate::lanes::{Slot, SlotState};
 use crate::link_cause::LinkCause;
 use crate::message::{About, Identity, MAX_LANES, Message, RailOffer, Refusal, VERSION_MAX, VERSION_MIN};
@@ -335,13 +337,15 @@ impl Proto {
             })
             .collect();
         let tick = self.next_session_tick(self.now_ns, true);
+        let name: Arc<str> = about.name.into();
+        let ring = self.recorder.begin(RingPeer { identity: peer, name: name.clone(), port });
         self.sessions.insert(
             id,
             Session {
                 link: Some(link),
                 side,
                 peer,
-                name: about.name.into(),
+                name,
                 port,
                 key,
                 phase: Phase::SettingUp { ready_sent: false, ready_received: false },
@@ -352,12 +356,15 @@ impl Proto {
                 silent_ns: 0,
                 next_tick_ns: tick,
                 rtt_max_ns: 0,
+                ring,
                 rooms: BTreeSet::new(),
                 parked_use: Default::default(),
                 grants: 0,
                 held: BTreeMap::new(),
             },
         );
+        let (incarnation, is_dialer) = (peer.incarnation, side == Side::Dialer);
+        self.note_session(id, None, What::SessionBegan { incarnation, is_dialer });
         self.arm(tick, Timer::Session(id));
         self.links.insert(link, Link::Bound(id));
         self.act(Action::Trust { link });

@@ -4,6 +4,7 @@ use crossdock_transport::{DownCause, Error, LaneAddress};
 
 use crate::action::Action;
 use crate::end::SessionEnd;
+use crate::flight::What;
 use crate::message::Message;
 use crate::proto::{Proto, SessionId};
 use crate::session::Phase;
@@ -67,6 +68,7 @@ impl Proto {
         let Some(entry) = s.slots.get_mut(usize::from(slot)) else { return };
         if matches!(entry.state, SlotState::Connecting) {
             entry.state = SlotState::Up;
+            self.note_session(session, None, What::LaneUp { slot });
             self.attach_when_lanes_known(session);
         }
     }
@@ -80,6 +82,7 @@ impl Proto {
             return;
         }
         entry.state = SlotState::Down(cause);
+        self.note_session(session, None, What::LaneDown { slot, cause: Box::new(cause) });
         // First what this lane was waited for: bytes that are all here need not come again.
         for room in self.rooms_of(session) {
             self.settle(room);
@@ -143,6 +146,7 @@ impl Proto {
             return self.end_session(session, SessionEnd::Misbehaved { what });
         };
         entry.lost_there = true;
+        self.note_session(session, None, What::LaneLostThere { slot });
         self.close_lane(session, slot);
         self.regrant_if_agreed(session, slot);
     }

@@ -14,6 +14,7 @@ mod config;
 mod end;
 mod fetching;
 mod fingerprint;
+pub mod flight;
 mod grants;
 mod handshake;
 mod lanes;

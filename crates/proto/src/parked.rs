@@ -2,6 +2,7 @@
 //! remembered of rooms that have ended.
 
 use crate::end::{End, Failure, RoomRefusal, SessionEnd};
+use crate::flight::What;
 use crate::message::{CancelWhy, Message, RoleKind, RoomName, RoomOnWire};
 use crate::proto::{Proto, RoomId, SessionId, Timer};
 use crate::room::{Room, RoomError};
@@ -104,6 +105,7 @@ impl Proto {
         {
             return self.turn_away(key, &message, CancelWhy::Busy);
         }
+        self.note_session(session, Some(name), What::Parked { role: kind });
         let expires_ns = self.now_ns.saturating_add(duration_ns);
         let kept_until_ns = expires_ns.min(self.now_ns.saturating_add(self.config.max_parked_ns));
         self.arm(kept_until_ns, Timer::Parked(kind, name, session));
@@ -157,6 +159,7 @@ impl Proto {
 
     fn turn_away(&mut self, (from, _, session): ParkedKey, message: &Message, why: CancelWhy) {
         if let Message::Grant { room, .. } | Message::Want { room, .. } = *message {
+            self.note_session(session, Some(room.name), What::TurnedAway { why });
             self.send(session, &Message::Cancel { room, from, why });
         }
         self.give_back(session, message);

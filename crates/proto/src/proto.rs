@@ -9,6 +9,7 @@ use crate::action::Action;
 use crate::auth::{Auth, mac};
 use crate::config::{Config, Region};
 use crate::end::{End, Failure, Misfit, Stage, Who};
+use crate::flight::{Recorder, What};
 use crate::grants::{Grants, Revocation};
 use crate::handshake::Link;
 use crate::message::{CancelWhy, Identity, Message, RoleKind, RoomName};
@@ -96,6 +97,7 @@ pub struct Proto {
     pub(crate) ended_serial: u64,
     pub(crate) grants: Grants,
     pub(crate) counters: Counters,
+    pub(crate) recorder: Recorder,
     /// Sessions whose peer waits to hear of grants of earlier ones.
     pub(crate) asking: BTreeSet<SessionId>,
     /// Shut down.
@@ -142,6 +144,7 @@ impl Proto {
         assert!(config.auth != Auth::PreSharedKey(Vec::new()), "an empty pre-shared key");
         Self {
             grants: Grants::new(config.max_grants),
+            recorder: Recorder::new(config.flight),
             config,
             regions: Vec::new(),
             now_ns: 0,
@@ -345,6 +348,7 @@ impl Proto {
         {
             given.revocation = Revocation::Done(fence);
             let room = given.room;
+            self.note_room(room, What::Revoked { grant, fence });
             self.settle(room);
         }
     }

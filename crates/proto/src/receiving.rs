@@ -20,6 +20,7 @@ use crossdock_transport::{Access, Fence, GrantId};
 
 use crate::action::Action;
 use crate::end::{End, Failure, RoomRefusal, SessionEnd, Stage, Who};
+use crate::flight::{RingId, What};
 use crate::grants::{Revocation, is_same};
 use crate::message::{CancelWhy, MAX_LANES, Message, RoleKind, RoomName, RoomOnWire};
 use crate::notice::{Homecoming, Notice};
@@ -39,6 +40,9 @@ impl Proto {
         let id = self.add_room(Room {
             name: receive.room,
             serial: 0,
+            ring: RingId::NODE,
+            opened_ns: 0,
+            met_ns: None,
             peer: Some(receive.peer),
             session: None,
             deadline_ns: receive.deadline_ns,
@@ -53,6 +57,7 @@ impl Proto {
                 grant: None,
                 grants: Vec::new(),
                 arrivals: [0; MAX_LANES],
+                last_arrival_ns: 0,
                 has_grown: false,
                 finish: None,
             }),
@@ -85,7 +90,12 @@ impl Proto {
                 if !std::mem::replace(&mut r.has_grown, true) {
                     self.grown.push_back(id);
                 }
-                if r.finish.is_some() {
+                let is_first = std::mem::replace(&mut r.last_arrival_ns, now_ns) == 0;
+                let is_finished = r.finish.is_some();
+                if is_first {
+                    self.note_room(id, What::Arriving { slot });
+                }
+                if is_finished {
                     self.check_landed(id);
                 }
             }
@@ -188,6 +198,7 @@ impl Proto {
         if !is_planted(Planted::ArrivalsCarriedOver) {
             r.arrivals = [0; MAX_LANES];
         }
+        r.last_arrival_ns = 0;
         r.finish = None;
         self.act(Action::Grant { session, grant, room: id });
         let Some(room) = self.rooms.get(&id) else { return };
@@ -204,6 +215,8 @@ impl Proto {
             },
             _ => Message::Regrant { room: room.on_wire(), attempt, grant },
         };
+        let pages = room.role.pages();
+        self.note_room(id, What::GrantSent { grant, attempt, pages });
         self.send(session, &message);
     }
 
@@ -251,6 +264,8 @@ impl Proto {
         let mut expected = [0; MAX_LANES];
         expected[..arrivals.len()].copy_from_slice(arrivals);
         r.finish = Some(Finish { arrivals: expected, aux });
+        let (expected, counted) = (total(&expected), total(&r.arrivals));
+        self.note_room(id, What::FinishCame { attempt, expected, counted });
         self.check_landed(id);
     }
 
@@ -284,6 +299,8 @@ impl Proto {
         let Some(Room { role: Role::Receiving(r), stage, .. }) = self.rooms.get_mut(&id) else { return };
         *stage = Stage::Verify;
         let aux = r.finish.as_mut().map(|finish| std::mem::take(&mut finish.aux)).unwrap_or_default();
+        let counted = total(&r.arrivals);
+        self.note_room(id, What::Landed { counted });
         self.tell(Notice::Landed { room: id, session, aux });
     }
 
@@ -292,6 +309,7 @@ impl Proto {
         let (None, Stage::Verify, Some(session)) = (&room.end, room.stage, room.session) else { return };
         let (on_wire, kind) = (room.on_wire(), room.role.kind());
         if kind == RoleKind::Receiving {
+            self.note_room(id, What::DeliveredSent);
             self.send(session, &Message::Delivered { room: on_wire });
         }
         self.end_room(id, End::Delivered, None);
@@ -310,6 +328,7 @@ impl Proto {
             {
                 pages.quarantine(QuarantineReason { peer, until: Until::ReleaseOrDeath }, now_ns);
             }
+            self.note_room(id, What::Quarantined);
         }
         self.settle(id);
     }
@@ -329,6 +348,7 @@ impl Proto {
         let Some(Room { role: Role::Receiving(r), .. }) = self.rooms.get_mut(&id) else { return };
         if quiet {
             if let Some(pages) = r.pages.take() {
+                self.note_room(id, What::Home);
                 self.tell(Notice::Home { room: id, pages: Homecoming::new(pages) });
             }
         } else if let (true, Some(pages)) = (only_lanes, &mut r.pages) {
@@ -363,6 +383,11 @@ impl Proto {
     }
 }
 
+/// Of all lanes.
+pub(crate) fn total(arrivals: &[u32]) -> u32 {
+    arrivals.iter().fold(0, |sum, lane| sum.saturating_add(*lane))
+}
+
 impl Receiving {
     /// Counts an immediate of this attempt; `None` if there were as many as can be counted.
     fn count(&mut self, slot: u8) -> Option<()> {
@@ -388,6 +413,7 @@ mod tests {
             grant: None,
             grants: Vec::new(),
             arrivals,
+            last_arrival_ns: 0,
             has_grown: false,
             finish: None,
         };

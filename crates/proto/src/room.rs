@@ -6,6 +6,7 @@ use crossdock_memory::{GrantedPages, PageLayout, PageRef};
 use crossdock_transport::{Access, GrantId};
 
 use crate::end::{End, Stage};
+use crate::flight::RingId;
 use crate::message::{MAX_LANES, RoleKind, RoomName, RoomOnWire};
 use crate::notice::Homecoming;
 use crate::proto::{PeerName, SessionId};
@@ -124,6 +125,11 @@ pub(crate) struct Room {
     pub name: RoomName,
     /// The decode side's number for it; known to the prefill side with the session.
     pub serial: u32,
+    /// Where what happens to it is recorded: its peer's, once that is known.
+    pub ring: RingId,
+    pub opened_ns: u64,
+    /// When its session became known.
+    pub met_ns: Option<u64>,
     /// The peer asked for, on the decode side.
     pub peer: Option<PeerName>,
     /// The session, once there is one.
@@ -172,6 +178,8 @@ pub(crate) struct Receiving {
     pub grants: Vec<GrantId>,
     /// Immediates of this attempt, by lane.
     pub arrivals: [u32; MAX_LANES],
+    /// When the last of them came; 0: none has.
+    pub last_arrival_ns: u64,
     /// Stands in the list of rooms whose arrivals have grown.
     pub has_grown: bool,
     /// What the sender says to expect of this attempt, once it has finished it.
@@ -230,6 +238,19 @@ impl Role {
             Role::Fetching(_) => RoleKind::Fetching,
             Role::Serving(_) => RoleKind::Serving,
         }
+    }
+
+    /// How many pages it holds.
+    pub fn pages(&self) -> u32 {
+        let pages = match self {
+            Role::Receiving(Receiving { pages, .. }) | Role::Fetching(Fetching { pages, .. }) => {
+                pages.as_ref().map(|pages| pages.ids().len())
+            }
+            Role::Sending(Sending { pages, .. }) | Role::Serving(Serving { pages, .. }) => {
+                pages.as_ref().map(|pages| pages.ids().len())
+            }
+        };
+        pages.unwrap_or(0) as u32
     }
 }
 

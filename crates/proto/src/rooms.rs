@@ -6,12 +6,14 @@ use crossdock_transport::{Access, Fence, GrantId};
 
 use crate::action::Action;
 use crate::end::{End, Failure, Misfit, Stage, Who};
+use crate::flight::{What, millis};
 use crate::grants::{Given, Revocation};
 use crate::message::{CancelWhy, Message, Released, RoleKind, RoomOnWire};
 use crate::notice::Notice;
 use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId, Timer};
-use crate::room::{Moving, Room, RoomError};
+use crate::receiving::total;
+use crate::room::{Moving, Role, Room, RoomError};
 
 impl Proto {
     /// Adds a room and arms its deadline.
@@ -19,8 +21,12 @@ impl Proto {
         self.next_room += 1;
         let id = RoomId(self.next_room);
         room.serial = id.0 as u32;
+        room.opened_ns = self.now_ns;
         self.arm(room.deadline_ns, Timer::Room(id));
+        let left_ms = millis(self.duration_ns(&room));
+        let what = What::Opened { role: room.role.kind(), pages: room.role.pages(), left_ms };
         self.rooms.insert(id, room);
+        self.note_room(id, what);
         id
     }
 
@@ -60,10 +66,16 @@ impl Proto {
     pub(crate) fn bind(&mut self, id: RoomId, session: SessionId) {
         let Some(room) = self.rooms.get_mut(&id) else { return };
         room.session = Some(session);
+        room.met_ns = Some(self.now_ns);
         self.bound.insert((room.role.kind(), room.name, session), id);
         if let Some(s) = self.sessions.get_mut(&session) {
             s.rooms.insert(id);
+            room.ring = s.ring;
         }
+        let waited_ms = millis(self.now_ns.saturating_sub(room.opened_ns));
+        let left_ms = millis(room.deadline_ns.saturating_sub(self.now_ns));
+        let what = What::Bound { role: room.role.kind(), pages: room.role.pages(), waited_ms, left_ms };
+        self.note_room(id, what);
     }
 
     /// Ends a room no later than the peer that has granted it something will, whose clock started earlier: by the
@@ -121,8 +133,10 @@ impl Proto {
                 self.remember_ended(kind, name, &end);
             }
         }
+        self.note_end(id, &end);
         self.stop_moving(id);
         if let (Some(session), Some(why), false) = (session, why, is_planted(Planted::CancelUntold)) {
+            self.note_room(id, What::CancelSent { why });
             self.send(session, &Message::Cancel { room: on_wire, from: kind, why });
         }
         let with = session.and_then(|session| self.sessions.get(&session));
@@ -134,6 +148,29 @@ impl Proto {
             RoleKind::Fetching => self.fetching_ended(id),
             RoleKind::Serving => self.serving_ended(id),
         }
+    }
+
+    fn note_end(&mut self, id: RoomId, end: &End) {
+        let Some(room) = self.rooms.get(&id) else { return };
+        let (mut counted, mut expected, mut quiet_ns) = (0, None, 0);
+        if let Role::Receiving(r) = &room.role {
+            counted = total(&r.arrivals);
+            expected = r.finish.as_ref().map(|finish| total(&finish.arrivals));
+            let since_ns = if r.last_arrival_ns == 0 { room.opened_ns } else { r.last_arrival_ns };
+            quiet_ns = self.now_ns.saturating_sub(since_ns);
+        }
+        let silent_ns = room.session.and_then(|s| self.sessions.get(&s)).map_or(0, |s| s.silent_ns);
+        let what = What::Ended {
+            end: (*end != End::Delivered).then(|| Box::new(end.clone())),
+            stage: room.stage,
+            counted,
+            expected,
+            age_ms: millis(self.now_ns.saturating_sub(room.opened_ns)),
+            met_ms: room.met_ns.map(|met_ns| millis(self.now_ns.saturating_sub(met_ns))),
+            quiet_ms: millis(quiet_ns),
+            silent_ms: millis(silent_ns),
+        };
+        self.note_room(id, what);
     }
 
     /// Lets no more of a room be posted. True: the owner says when the last op has ended.
@@ -271,6 +308,9 @@ impl Proto {
         if !grants.is_empty() {
             let other = u32::from(is_planted(Planted::ReleaseOfAnother)) << 12;
             let named = |grant: &GrantId| GrantId::from_bits(grant.bits() ^ other);
+            for &grant in grants.iter().take(RELEASES_NOTED) {
+                self.note_session(session, None, What::ReleaseSent { grant });
+            }
             let released = grants.iter().map(|grant| Released { grant: named(grant), down_lanes }).collect();
             self.send(session, &Message::Release { released, delivered });
         }
@@ -284,6 +324,9 @@ impl Proto {
         }
     }
 }
+
+/// Of the grants that one message gives back, so many are recorded: the rest are of the same moment.
+const RELEASES_NOTED: usize = 8;
 
 /// The fields of any message about a room, without its lists, are not longer than this.
 const LONGEST_FIXED_BYTES: usize = 160;

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use crossdock_transport::{Access, Direction, GrantId};
 
 use crate::end::{End, SessionEnd, Stage};
+use crate::flight::{RingId, What};
 use crate::message::{Message, RoleKind, RoomOnWire};
 use crate::notice::{Notice, Start};
 use crate::parked::Parked;
 use crate::planted::{Planted, is_planted};
 use crate::proto::{Proto, RoomId, SessionId};
+use crate::receiving::total;
 use crate::room::{Moving, Role, Room, RoomError, Send, Sending};
 
 impl Proto {
@@ -19,6 +21,9 @@ impl Proto {
         self.open_prefill(Room {
             name: send.room,
             serial: 0,
+            ring: RingId::NODE,
+            opened_ns: 0,
+            met_ns: None,
             peer: None,
             session: None,
             deadline_ns: send.deadline_ns,
@@ -41,13 +46,13 @@ impl Proto {
     }
 
     /// All ops of a sending room's attempt have been posted, with this many immediates on each lane.
-    pub fn finish(&mut self, now_ns: u64, room: RoomId, arrivals: &[u32], aux: Vec<u8>) {
+    pub fn finish(&mut self, now_ns: u64, id: RoomId, arrivals: &[u32], aux: Vec<u8>) {
         self.now_ns = now_ns;
-        if self.end_if_too_long(room, aux.len()) {
+        if self.end_if_too_long(id, aux.len()) {
             return;
         }
-        let Some(r) = self.rooms.get_mut(&room) else { return };
-        let room = r.on_wire();
+        let Some(r) = self.rooms.get_mut(&id) else { return };
+        let on_wire = r.on_wire();
         let (Role::Sending(s), Moving::Yes, Some(session)) = (&mut r.role, r.moving, r.session) else {
             return;
         };
@@ -57,7 +62,9 @@ impl Proto {
         }
         r.stage = Stage::Confirm;
         s.finished = true;
-        let message = Message::Finish { room, attempt: s.attempt, arrivals: arrivals.to_vec(), aux };
+        let attempt = s.attempt;
+        self.note_room(id, What::FinishSent { attempt, arrivals: total(arrivals) });
+        let message = Message::Finish { room: on_wire, attempt, arrivals: arrivals.to_vec(), aux };
         self.send(session, &message);
     }
 
@@ -76,9 +83,11 @@ impl Proto {
         let Some(Room { role: Role::Sending(s), serial, .. }) = self.rooms.get_mut(&id) else { return };
         *serial = room.serial;
         s.attempt = attempt;
+        let what = What::GrantCame { grant, attempt, pages: pages.len() as u32 };
         s.remote_pages = pages.into();
         s.params = params.into();
         self.bind(id, session);
+        self.note_room(id, what);
         self.limit_deadline(id, session, duration_ns);
         self.start_sending(id, grant);
     }
@@ -113,6 +122,7 @@ impl Proto {
         // What arrived and was counted has left: whatever the ports here still have to say of it changes nothing
         // for the receiver.
         s.grant = None;
+        self.note_room(id, What::DeliveredCame);
         self.end_room(id, End::Delivered, None);
     }
 
@@ -135,7 +145,9 @@ impl Proto {
                 .end_session(session, SessionEnd::Misbehaved { what: "granted an earlier attempt again" });
         }
         let skipped = s.regrant.replace((attempt, grant));
+        let pages = s.remote_pages.len() as u32;
         room.stage = Stage::Transfer;
+        self.note_room(id, What::GrantCame { grant, attempt, pages });
         // Nothing was ever posted under it, so it need not wait for the ops under the one before; and the list of what
         // is owed does not grow with what the peer says.
         if let Some((_, skipped)) = skipped {
@@ -202,6 +214,7 @@ impl Proto {
             self.release(session, &owed, down_lanes, false);
         }
         if let Some(pages) = pages {
+            self.note_room(id, What::Home);
             self.tell(Notice::Unread { pages });
         }
         self.drop_room(id);

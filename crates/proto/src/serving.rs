@@ -4,6 +4,7 @@ use crossdock_transport::Access;
 
 use crate::action::Action;
 use crate::end::{End, RoomRefusal, Stage, Who};
+use crate::flight::{RingId, What};
 use crate::message::{CancelWhy, Message, RoleKind, RoomOnWire};
 use crate::notice::Notice;
 use crate::planted::{Planted, is_planted};
@@ -18,6 +19,9 @@ impl Proto {
         self.open_prefill(Room {
             name: serve.room,
             serial: 0,
+            ring: RingId::NODE,
+            opened_ns: 0,
+            met_ns: None,
             peer: None,
             session: None,
             deadline_ns: serve.deadline_ns,
@@ -43,6 +47,7 @@ impl Proto {
             r.serial = room.serial;
         }
         self.bind(id, session);
+        self.note_room(id, What::WantCame);
         self.tell(Notice::Wanted { room: id, session, params });
     }
 
@@ -81,6 +86,8 @@ impl Proto {
             params,
             pages: s.pages.as_ref().map(|pages| pages.ids().to_vec()).unwrap_or_default(),
         };
+        let pages = room.role.pages();
+        self.note_room(id, What::GrantSent { grant, attempt: 0, pages });
         self.send(session, &message);
     }
 
@@ -132,6 +139,7 @@ impl Proto {
             s.pages = None;
             s.grant = None;
         }
+        self.note_room(id, What::Home);
         self.drop_room(id);
     }
 }

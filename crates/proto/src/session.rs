@@ -8,6 +8,7 @@ use crossdock_transport::{DownCause, Error, GrantId, LaneAddress};
 use crate::action::Action;
 use crate::auth::{SessionKey, Side};
 use crate::end::{End, SessionEnd, Stage, Who};
+use crate::flight::{RingId, What, millis};
 use crate::grants::Given;
 use crate::handshake::Link;
 use crate::lanes::{Slot, SlotState};
@@ -39,6 +40,8 @@ pub(crate) struct Session {
     pub next_tick_ns: u64,
     /// The largest round trip of a control message so far.
     pub rtt_max_ns: u64,
+    /// Where what happens with this peer is recorded.
+    pub ring: RingId,
     /// Rooms bound to this session, ended ones whose pages or ops are not home included.
     pub rooms: BTreeSet<RoomId>,
     /// What the peer's requests take that wait for their rooms.
@@ -228,6 +231,8 @@ impl Proto {
         let Some(s) = self.sessions.get_mut(&session) else { return };
         let Phase::SettingUp { ready_sent: true, ready_received: true } = s.phase else { return };
         s.phase = Phase::Live;
+        let lanes = s.slots.iter().filter(|slot| matches!(slot.state, SlotState::Up)).count() as u8;
+        self.note_session(session, None, What::SessionUp { lanes });
         self.counters.sessions += 1;
         let targets = self.targets_of(session);
         if targets.is_empty() {
@@ -311,6 +316,7 @@ impl Proto {
     fn on_cancel(&mut self, session: SessionId, room: RoomOnWire, kind: RoleKind, why: CancelWhy) {
         self.parked_cancelled(kind, session, room);
         if let Some(id) = self.spoken_of(kind, session, room) {
+            self.note_room(id, What::CancelCame { why });
             let stage = self.rooms.get(&id).map_or(Stage::Grant, |r| r.stage);
             self.end_room(id, Proto::room_end_from(why, stage), None);
         }
@@ -329,6 +335,11 @@ impl Proto {
                     let believed = !is_planted(Planted::DownLanesForgotten);
                     given.released = Some(if believed { one.down_lanes } else { 0 });
                 }
+                self.note_session(
+                    session,
+                    self.rooms.get(&given.room).map(|room| room.name),
+                    What::ReleaseCame { grant: one.grant },
+                );
                 self.on_released(given.room, one.grant, delivered);
             }
         }
@@ -344,7 +355,9 @@ impl Proto {
         s.phase = Phase::Over;
         let (link, peer, slots) = (s.link.take(), s.peer, s.slots.len() as u8);
         let (name, port) = (Some(s.name.clone()), Some(s.port));
-        let tick = s.next_tick_ns;
+        let (tick, rooms, silent_ms) = (s.next_tick_ns, s.rooms.len() as u32, millis(s.silent_ns));
+        let what = What::SessionDown { cause: Box::new(cause.clone()), rooms, silent_ms };
+        self.note_session(session, None, what);
         self.disarm(tick, Timer::Session(session));
         if self.by_node.get(&peer.node) == Some(&session) {
             self.by_node.remove(&peer.node);
@@ -390,6 +403,7 @@ impl Proto {
         let Some(s) = self.sessions.get(&session) else { return };
         let opening = s.slots.iter().any(|slot| matches!(slot.state, SlotState::Opening));
         if s.is_over() && s.all_down() && s.grants == 0 && s.rooms.is_empty() && !opening {
+            self.recorder.end(s.ring);
             self.sessions.remove(&session);
             self.act(Action::Forget { session });
         }

@@ -5,6 +5,7 @@
 
 use crate::action::Action;
 use crate::end::{End, RoomRefusal, SessionEnd};
+use crate::flight::What;
 use crate::handshake::Link;
 use crate::link_cause::LinkCause;
 use crate::message::Identity;
@@ -39,6 +40,10 @@ impl Target {
         }
     }
 
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// How rooms with it end, if there will never be a session.
     pub fn why_never(&self) -> Option<End> {
         match &self.state {
@@ -59,6 +64,7 @@ impl Proto {
         let (address, backoff_ns) = (address.into(), self.shortest_pause_ns());
         let dial = address.clone();
         self.targets.insert(target, Target { address, state: TargetState::Dialing, backoff_ns, peer: None });
+        self.note_node(What::Dialed { target });
         self.act(Action::Dial { target, address: dial });
         target
     }
@@ -157,12 +163,14 @@ impl Proto {
         let Some(t) = self.targets.get_mut(&target) else { return };
         t.state = TargetState::Dialing;
         let address = t.address.clone();
+        self.note_node(What::Dialed { target });
         self.act(Action::Dial { target, address });
     }
 
     /// A dial came to nothing.
     pub(crate) fn target_failed(&mut self, target: TargetId, cause: SessionEnd) {
         if self.targets.contains_key(&target) {
+            self.note_node(What::NotReached { target, cause: Box::new(cause.clone()) });
             self.tell_no_session(target, cause.clone());
             self.target_lost(target, &cause);
         }

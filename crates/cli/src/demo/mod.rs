@@ -67,6 +67,10 @@ pub struct Options {
     /// Also prints a line when a room begins and when it ends on either side, and after how many milliseconds
     #[arg(long)]
     each_room: bool,
+    /// Writes the workers' flight recorders here: what failed when it fails, and all of it at the end; to be read with
+    /// `crossdock timeline`
+    #[arg(long)]
+    flight_dir: Option<String>,
     /// Who moves the bytes; for the tests
     #[arg(long, hide = true, default_value = "write")]
     op: OpName,

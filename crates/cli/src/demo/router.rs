@@ -81,26 +81,29 @@ impl Router {
         let mut key = [0; 32];
         rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
         let start = |at: usize, role: &str| -> std::io::Result<Worker> {
-            let mut child = Child::start(
+            let (pages, deadline_s) = (pages.to_string(), options.deadline_s.to_string());
+            let in_flight = options.in_flight.to_string();
+            let mut arguments = vec![
+                "demo-worker",
+                "--role",
                 role,
-                &[
-                    "demo-worker",
-                    "--role",
-                    role,
-                    "--port",
-                    port.name(),
-                    "--registry",
-                    registry,
-                    "--pages",
-                    &pages.to_string(),
-                    "--deadline-s",
-                    &options.deadline_s.to_string(),
-                    "--in-flight",
-                    &options.in_flight.to_string(),
-                    "--op",
-                    options.op.name(),
-                ],
-            )?;
+                "--port",
+                port.name(),
+                "--registry",
+                registry,
+                "--pages",
+                &pages,
+                "--deadline-s",
+                &deadline_s,
+                "--in-flight",
+                &in_flight,
+                "--op",
+                options.op.name(),
+            ];
+            if let Some(folder) = &options.flight_dir {
+                arguments.extend(["--flight-dir", folder]);
+            }
+            let mut child = Child::start(role, &arguments)?;
             child.tell(&Tell::Key { key });
             child.listen(at, events.clone())?;
             Ok(Worker { child, standing: Standing::Launched })

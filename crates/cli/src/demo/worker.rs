@@ -9,13 +9,15 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use crossdock::{
-    Authentication, CacheLayout, Config, Handle, Memory, Node, PagePool, PageSet, Peer, PortConfig,
-    ReceiveRequest, SendRequest, ServeRequest, ShmOptions, now_ns,
+    Authentication, CacheLayout, Config, FolderOptions, Handle, Memory, Node, PagePool, PageSet, Peer,
+    PortConfig, ReceiveRequest, SendRequest, ServeRequest, ShmOptions, now_ns,
 };
 use crossdock_bootstrap::{
     Address, Client, ClientConfig, GroupId, Incarnation, Labels, Member, NodeId, Query, Ranks, Registration,
     Role, Tag, Topology,
 };
+
+use crossdock_flight::Folder;
 
 use super::content::Content;
 use super::talk::{Bye, Ended, Said, Tell};
@@ -40,6 +42,8 @@ pub struct WorkerOptions {
     in_flight: usize,
     #[arg(long)]
     op: OpName,
+    #[arg(long)]
+    flight_dir: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -75,6 +79,7 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
         PortName::Shm => PortConfig::Shm(ShmOptions::default()),
         PortName::Tcp => PortConfig::Tcp(None),
     }];
+    config.flight_folder = options.flight_dir.as_ref().map(FolderOptions::new);
     let node = Node::open(config)?;
     let mut registry = ClientConfig::to(&options.registry);
     // A registry that is stopped must not keep a worker that wants to leave.
@@ -117,6 +122,10 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
     };
     serve(options, &bench)?;
     say(&Said::Bye(farewell(&bench)));
+    if let Some(folder) = &options.flight_dir {
+        let dump = node.handle().flight()?.wait_until(Instant::now() + GRACE)?;
+        Folder::open(FolderOptions::new(folder))?.put(dump);
+    }
     drop(node);
     // The registry may be gone by now; what it still lists ends with its time to live.
     let _ = registration.deregister();

@@ -119,3 +119,24 @@ impl Drop for TraceFile {
         let _ = std::fs::remove_file(&self.0);
     }
 }
+
+/// A folder that is there as long as it is held; made by whoever writes into it.
+pub struct Scratch(String);
+
+impl Scratch {
+    pub fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("crossdock-{}-{name}", std::process::id()));
+        Self(path.to_str().expect("the folder's name is text").to_owned())
+    }
+
+    pub fn path(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Left behind, it does no harm.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

@@ -52,6 +52,7 @@ impl Worker {
                 let stats = self.stats();
                 self.tell(told, stats);
             }
+            Command::Flight { told } => self.ask_for_dump(told),
             Command::Stop => self.stopped = true,
         }
     }

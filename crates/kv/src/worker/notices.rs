@@ -9,6 +9,7 @@ use crossdock_proto::{End, Misfit, Notice, RoomId, SessionId, Start};
 use crossdock_transport::Direction;
 
 use super::Worker;
+use super::flight::Noted;
 use super::posting::{Run, local_table, misfit, plan_input};
 use super::proof::{Proof, moved_sums};
 use super::room::{Kind, Room};
@@ -58,6 +59,7 @@ impl Worker {
             }
             Notice::Start(start) => self.start(now, start),
             Notice::Stop { room } => {
+                self.note_stopped(now, room);
                 match self.rooms.get_mut(&room).map(|room| &mut room.kind) {
                     Some(Kind::Sending(sending)) => sending.run = None,
                     Some(Kind::Decode(decode)) => (decode.reads, decode.proof) = (None, None),
@@ -128,6 +130,7 @@ impl Worker {
             ask,
             cache,
             remote_pages: start.remote_pages,
+            noted: Noted::new(&plan),
             plan,
             at: usize::from(start.attempt > 0 && is_planted(Planted::NotSentAgain)),
             cursor: None,

@@ -9,6 +9,7 @@ use crossdock_proto::{Misfit, RoomId, Who};
 use crossdock_transport::{Direction, GrantId, Op};
 
 use super::Worker;
+use super::flight::Noted;
 use super::proof::{moved_sums, sum, sum_on};
 use super::room::{Decode, Item, Kind, SendingRoom};
 use crate::checksum::Summing;
@@ -34,6 +35,7 @@ pub(super) struct Run {
     /// Everything has been posted, and the peer wants sums of it.
     pub sums: Option<Summing>,
     pub posted_all: bool,
+    pub noted: Noted,
 }
 
 /// What came of one room's turn at the ports.
@@ -97,7 +99,9 @@ impl Worker {
                     return Pumped::Nothing;
                 };
                 let local = local_table(&self.layout, pages, Direction::Write, &run.ask);
-                if let Some(pumped) = post_items(&mut self.engine, now, run, &local, items, left) {
+                let posted = post_items(&mut self.engine, now, run, &local, items, left);
+                run.note(&mut self.engine, now, id, false);
+                if let Some(pumped) = posted {
                     return pumped;
                 }
                 let (false, Some(aux)) = (run.posted_all, finish) else { return Pumped::Nothing };
@@ -135,7 +139,9 @@ impl Worker {
                 let local = local_table(&self.layout, pages, Direction::Read, ask);
                 let layers = overlap(&self.layout.layers(), &run.cache.layers());
                 let whole = [Item { layers, tokens: 0..ask.tokens }];
-                if let Some(pumped) = post_items(&mut self.engine, now, run, &local, &whole, left) {
+                let posted = post_items(&mut self.engine, now, run, &local, &whole, left);
+                run.note(&mut self.engine, now, id, false);
+                if let Some(pumped) = posted {
                     return pumped;
                 }
                 if !std::mem::replace(&mut run.posted_all, true) {
