@@ -17,6 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("crossdock-engine", &["crossdock-memory", "crossdock-transport", "crossdock-proto"]),
     ("crossdock-kv", &["crossdock-memory", "crossdock-transport", "crossdock-proto", "crossdock-engine"]),
     ("crossdock-bootstrap", &[]),
+    ("crossdock-replay", &["crossdock-memory", "crossdock-kv"]),
     (
         "crossdock",
         &[
