@@ -69,6 +69,8 @@ pub enum Error {
     Peer { said: String },
     #[error("the peer process sent something unexpected: {said}")]
     Unexpected { said: String },
+    #[error(transparent)]
+    Chart(#[from] crossdock_replay::ChartError),
     #[error("{pages} pages differ from what was sent")]
     WrongBytes { pages: u64 },
 }
