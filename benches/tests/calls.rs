@@ -11,7 +11,7 @@ fn wrong_calls_name_their_flags() {
             vec!["--page-bytes", "--pool-mib", "holds no page"],
         ),
         (vec!["--model", "deepseek-r1", "--pool-mib", "1"], vec!["--page-tokens", "--pool-mib"]),
-        (vec!["--page-bytes", "1048577"], vec!["--page-bytes 1048577"]),
+        (vec!["--page-bytes", "67108865"], vec!["--page-bytes 67108865"]),
     ] {
         let (success, _, errors) = call(&arguments);
         assert!(!success, "{arguments:?} is accepted");
