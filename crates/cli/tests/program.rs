@@ -106,6 +106,7 @@ fn a_trace_that_comes_too_fast_is_refused_in_part() {
     .end(Duration::from_secs(90));
     assert!(!ended.status.success(), "{}", ended.text);
     assert!(ended.text.contains("router: refused: 8 requests are under way or wait"), "{}", ended.text);
+    assert!(!ended.text.contains("was not told"), "{}", ended.text);
     assert!(ended.text.contains("leaks: 0 "), "{}", ended.text);
 }
 

@@ -28,6 +28,8 @@ pub struct Scene {
     docks: [DockStats; 2],
     /// Ends other than delivery, by side and reason.
     others: BTreeMap<String, usize>,
+    /// Those that no worker was told of.
+    refused: usize,
     stale: u64,
     /// What did not come home.
     pub leaks: u64,
@@ -52,6 +54,7 @@ impl Scene {
             handovers: Vec::new(),
             docks: Default::default(),
             others: BTreeMap::new(),
+            refused: 0,
             stale: 0,
             leaks: 0,
             troubles: Vec::new(),
@@ -94,6 +97,7 @@ impl Scene {
 
     /// A request came when as many were open as may be.
     pub fn refused(&mut self, most_open: usize) {
+        self.refused += 1;
         self.other("router", &format!("refused: {most_open} requests are under way or wait"));
     }
 
@@ -280,7 +284,7 @@ pub fn table(scenes: &[Scene], summaries: &[Summary]) -> String {
             text.push_str(&format!("{}: {times} × {how}\n", scene.port));
         }
         for (side, ended) in [("decode", scene.ended()), ("prefill", scene.prefill_ended)] {
-            match scene.begun.saturating_sub(ended) {
+            match scene.begun.saturating_sub(scene.refused + ended) {
                 0 => {}
                 silent => {
                     text.push_str(&format!("{}: {silent} × {side}: the end was not told\n", scene.port));
