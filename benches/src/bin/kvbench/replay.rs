@@ -146,7 +146,7 @@ impl<'a> Replay<'a> {
                 at_ns,
                 until_ns: at_ns + WAIT.as_nanos() as u64,
             };
-            self.dock.arrive(waiting).map_err(|error| Error::Trace(error.to_string()))?;
+            self.dock.arrive(waiting)?;
         }
         Ok(())
     }
@@ -185,7 +185,7 @@ impl<'a> Replay<'a> {
 
     fn send(&mut self, at: usize, mut lease: Lease, pages: PageSet) -> Result<(), Error> {
         self.dock.keep(&mut lease, pages);
-        let pages = lease.pages().ok_or(Error::Trace("a request has no pages".into()))?;
+        let pages = lease.pages().expect("a request has a page of its own");
         let (room, tokens) = (self.orders.first_room + at as u64, self.orders.arrivals[at].tokens);
         let (use_count, deadline) = (0, WAIT);
         let room = match self.side.setup.op {
@@ -358,7 +358,7 @@ impl Hands {
     }
 
     fn give(&self, job: Job) -> Result<(), Error> {
-        self.jobs.send(job).map_err(|_| Error::Trace("the thread that fills and checks has ended".into()))
+        self.jobs.send(job).map_err(|_| Error::HandsGone)
     }
 
     fn done(&self) -> Option<Done> {
