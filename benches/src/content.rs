@@ -44,6 +44,31 @@ impl Content {
         Wrong { pages: wrong.count() as u64 }
     }
 
+    /// Writes the first bytes of one page, in every layer: they follow from a name and the layer, wherever it lies.
+    pub fn write_named(&self, memory: &Memory, page: u32, name: u64, bytes: usize) -> u64 {
+        let mut words = vec![0; bytes];
+        for layer in 0..self.layers {
+            self.fill(&mut words, named(name, layer));
+            memory.write(self.place(layer, page), &words).expect("the page lies in the pool");
+        }
+        0
+    }
+
+    /// In how many layers the first bytes of one page are not what [`write_named`](Content::write_named) writes.
+    pub fn check_named(&self, memory: &Memory, page: u32, name: u64, bytes: usize) -> u64 {
+        let (mut expected, mut found) = (vec![0; bytes], vec![0; bytes]);
+        let wrong = (0..self.layers).filter(|&layer| {
+            self.fill(&mut expected, named(name, layer));
+            memory.read(self.place(layer, page), &mut found).expect("the page lies in the pool");
+            expected != found
+        });
+        wrong.count() as u64
+    }
+
+    fn place(&self, layer: u32, page: u32) -> usize {
+        (layer as usize * self.layer_pages as usize + page as usize) * self.page_bytes
+    }
+
     fn slots<'a>(&self, pages: &'a [u32]) -> impl Iterator<Item = usize> + use<'a> {
         let layer_pages = self.layer_pages as usize;
         (0..self.layers as usize)
@@ -63,6 +88,13 @@ impl Content {
     }
 }
 
+/// Stands for a slot of a pool larger than any.
+fn named(name: u64, layer: u32) -> usize {
+    let mixed = (name ^ u64::from(layer) << 48).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    // So large that no page's words reach into the next one's, and no product overflows.
+    ((mixed ^ mixed >> 31).wrapping_mul(0x94D0_49BB_1331_11EB) >> 28) as usize
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -79,5 +111,19 @@ mod tests {
         memory.read(6 * 12 + 11, &mut byte).unwrap();
         memory.write(6 * 12 + 11, &[byte[0] ^ 1]).unwrap();
         assert_eq!(content.check(&memory, &[0, 1, 2, 3], &[0, 1, 2, 3]).pages, 1);
+    }
+
+    #[test]
+    fn a_name_says_what_a_page_holds_wherever_it_lies() {
+        let memory = Memory::allocate(2 * 4 * 16, &crossdock::AllocateOptions::default()).unwrap();
+        let content = Content { salt: 5, page_bytes: 16, layer_pages: 4, layers: 2 };
+        content.write_named(&memory, 1, 77, 16);
+        content.write_named(&memory, 3, 77, 8);
+        assert_eq!(content.check_named(&memory, 1, 77, 16), 0);
+        assert_eq!(content.check_named(&memory, 3, 77, 8), 0);
+        assert_eq!(content.check_named(&memory, 3, 77, 16), 2);
+        assert_eq!(content.check_named(&memory, 1, 78, 8), 2);
+        memory.write((4 + 1) * 16 + 15, &[0xA5]).unwrap();
+        assert_eq!(content.check_named(&memory, 1, 77, 16), 1);
     }
 }

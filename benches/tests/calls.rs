@@ -11,7 +11,7 @@ fn wrong_calls_name_their_flags() {
             vec!["--page-bytes", "--pool-mib", "holds no page"],
         ),
         (vec!["--model", "deepseek-r1", "--pool-mib", "1"], vec!["--page-tokens", "--pool-mib"]),
-        (vec!["--page-bytes", "1048577"], vec!["--page-bytes 1048577"]),
+        (vec!["--page-bytes", "67108865"], vec!["--page-bytes 67108865"]),
     ] {
         let (success, _, errors) = call(&arguments);
         assert!(!success, "{arguments:?} is accepted");
@@ -26,6 +26,57 @@ fn the_header_says_what_the_flags_say() {
     let (success, text, errors) = call(&["--pool-mib", "16", "--page-bytes", "4096", "--repeats", "1"]);
     assert!(success, "{errors}");
     assert!(text.starts_with("shm, shared memory, write, pages of 4096 bytes, "), "{text}");
+}
+
+#[test]
+fn a_trace_is_replayed_and_drawn() {
+    let folder = std::env::temp_dir();
+    let file = |name: &str| folder.join(format!("kvbench-{}-{name}", std::process::id()));
+    let (trace, picture) = (file("trace.jsonl"), file("picture.svg"));
+    // Every third request goes on where the first one has ended.
+    let lines = (0..30u64).map(|at| {
+        let ids = if at % 3 == 0 { vec![0, 1] } else { vec![100 + at] };
+        let tokens = ids.len() * 512 + 40;
+        let at_ms = at * 50;
+        format!("{{\"timestamp\": {at_ms}, \"input_length\": {tokens}, \"output_length\": 2, \"hash_ids\": {ids:?}}}\n")
+    });
+    std::fs::write(&trace, lines.collect::<String>()).expect("a file can be written");
+    for op in ["write", "read"] {
+        let arguments = [
+            "--trace",
+            trace.to_str().unwrap(),
+            "--scale",
+            "0.25",
+            "--page-tokens",
+            "16",
+            "--pool-mib",
+            "128",
+            "--repeats",
+            "1",
+            "--op",
+            op,
+            "--verify",
+            "--json",
+            "--svg",
+            picture.to_str().unwrap(),
+        ];
+        let (success, text, errors) = call(&arguments);
+        assert!(success, "{errors}");
+        let line: serde_json::Value = serde_json::from_str(&text).expect("one line of JSON");
+        let replay = &line["replay"];
+        assert_eq!((&replay["delivered"], &line["verified"]), (&30.into(), &true.into()), "{text}");
+        let share = |key: &str| replay[key].as_f64().expect("a number");
+        assert!(share("decode_hit_share") > 0.1 && share("prefill_hit_share") > 0.1, "{text}");
+        assert!(share("decode_hit_share") <= share("possible_hit_share") + 1e-9, "{text}");
+        assert!(line["roofline"].as_array().is_some_and(|points| points.len() >= 3), "{text}");
+        let svg = std::fs::read_to_string(&picture).expect("a picture is written");
+        assert!(
+            svg.contains("crossdock") && svg.contains("memcpy") && svg.contains("shm: hand-over"),
+            "{svg}"
+        );
+    }
+    std::fs::remove_file(&trace).expect("it is there");
+    std::fs::remove_file(&picture).expect("it is there");
 }
 
 fn call(arguments: &[&str]) -> (bool, String, String) {

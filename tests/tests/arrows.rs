@@ -27,6 +27,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("crossdock-bootstrap", &[]),
+    ("crossdock-replay", &["crossdock-memory", "crossdock-kv"]),
     (
         "crossdock",
         &[

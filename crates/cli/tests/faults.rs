@@ -357,6 +357,7 @@ impl Case {
             &REQUESTS.to_string(),
             "--trace",
             trace.path(),
+            "--closed-loop",
             "--scale",
             "1",
             "--ports",

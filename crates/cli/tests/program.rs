@@ -38,6 +38,79 @@ fn a_trace_is_replayed() {
 }
 
 #[test]
+fn requests_of_a_trace_share_their_prefixes() {
+    // Conversations of four turns: each goes on where the one before has ended, a while later.
+    let lines = (0..24u64).map(|at| {
+        let (conversation, turn) = (at % 6, at / 6);
+        let ids: Vec<u64> = (0..=turn).map(|block| conversation * 10 + block).collect();
+        let (at_ms, tokens) = (at * 400, 512 * (turn + 1) + 70);
+        format!("{{\"timestamp\": {at_ms}, \"input_length\": {tokens}, \"output_length\": 2, \"hash_ids\": {ids:?}}}\n")
+    });
+    let trace = TraceFile::new("turns", &lines.collect::<String>());
+    let picture = std::env::temp_dir().join(format!("crossdock-{}-turns.svg", std::process::id()));
+    let picture = picture.to_str().expect("a plain path");
+    for op in ["write", "read"] {
+        let ended = Demo::start(&[
+            "--trace",
+            trace.path(),
+            "--scale",
+            "0.5",
+            "--time-scale",
+            "0.2",
+            "--pool-mib",
+            "512",
+            "--op",
+            op,
+            "--json",
+            "--svg",
+            picture,
+        ])
+        .end(Duration::from_secs(120));
+        assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
+        let lines: Vec<serde_json::Value> =
+            ended.text.lines().map(|line| serde_json::from_str(line).expect("only JSON")).collect();
+        assert_eq!(lines.len(), 2, "{}", ended.text);
+        for line in &lines {
+            assert_eq!((&line["delivered"], &line["verified"]), (&24.into(), &true.into()), "{line}");
+            // A machine that has too much to do may begin a turn before the one before has arrived.
+            let possible = line["possible_hit_share"].as_f64().expect("a number");
+            for side in ["decode_hit_share", "prefill_hit_share"] {
+                let share = line[side].as_f64().expect("a number");
+                assert!(share > 0.1 && share <= possible + 1e-9, "{op}: {side} {share} of {possible}");
+            }
+            let (needed, moved) = (line["gb_needed"].as_f64(), line["gb_moved"].as_f64());
+            assert!(moved < needed, "{line}");
+        }
+        let svg = std::fs::read_to_string(picture).expect("a picture is written");
+        assert!(svg.contains("shm: hand-over") && svg.contains("tcp: hand-over"), "{svg}");
+    }
+    std::fs::remove_file(picture).expect("it is there");
+}
+
+#[test]
+fn a_trace_that_comes_too_fast_is_refused_in_part() {
+    let line = "{\"timestamp\": 0, \"input_length\": 300, \"output_length\": 2}\n";
+    let trace = TraceFile::new("burst", &line.repeat(40));
+    let ended = Demo::start(&[
+        "--trace",
+        trace.path(),
+        "--scale",
+        "1",
+        "--ports",
+        "shm",
+        "--pool-mib",
+        "64",
+        "--queue",
+        "8",
+    ])
+    .end(Duration::from_secs(90));
+    assert!(!ended.status.success(), "{}", ended.text);
+    assert!(ended.text.contains("router: refused: 8 requests are under way or wait"), "{}", ended.text);
+    assert!(!ended.text.contains("was not told"), "{}", ended.text);
+    assert!(ended.text.contains("leaks: 0 "), "{}", ended.text);
+}
+
+#[test]
 fn wrong_calls_are_explained() {
     let bad =
         TraceFile::new("bad", "{\"timestamp\": 0, \"input_length\": 9, \"output_length\": 5}\n{\"no\": 1}\n");
@@ -50,6 +123,7 @@ fn wrong_calls_are_explained() {
         (vec!["demo", "--scale", "nan"], vec!["--scale NaN", "0.0001 to 1"]),
         (vec!["demo", "--scale", "1e300"], vec!["--scale 1e300:", "0.0001 to 1"]),
         (vec!["demo", "--scale", "1e-9"], vec!["--scale 1e-9:", "0.0001 to 1"]),
+        (vec!["demo", "--time-scale", "2"], vec!["--time-scale 2.0", "0.0001 to 1"]),
         (vec!["demo", "--pool-mib", "1"], vec!["--pool-mib 1", "two pages take 9 MiB"]),
         (vec!["demo", "--pool-mib", "0"], vec!["--pool-mib", "1..=1048576"]),
         (vec!["demo", "--ports", "verbs"], vec!["--ports", "shm, tcp"]),

@@ -69,6 +69,12 @@ pub enum Error {
     Peer { said: String },
     #[error("the peer process sent something unexpected: {said}")]
     Unexpected { said: String },
+    #[error(transparent)]
+    Arrive(#[from] crossdock_replay::ArriveError),
+    #[error("the thread that fills and checks pages has ended")]
+    HandsGone,
+    #[error(transparent)]
+    Chart(#[from] crossdock_replay::ChartError),
     #[error("{pages} pages differ from what was sent")]
     WrongBytes { pages: u64 },
 }

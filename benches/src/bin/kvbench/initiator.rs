@@ -1,23 +1,60 @@
 //! The process that measures.
 
 use std::net::{SocketAddr, TcpStream};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crossdock::Peer;
-use crossdock_benches::Sample;
+use crossdock::{Peer, now_ns};
 
 use crate::error::Error;
 use crate::moving::Moving;
 use crate::options::{OpName, Options};
-use crate::passes::{LONGEST_ROOM, Passes};
+use crate::passes::{LONGEST_ROOM, Passes, Traced};
 use crate::process::Process;
+use crate::replay::{Orders, Replay, Role};
 use crate::report::{Means, Report};
 use crate::setup::{Lists, Setup, Side, WAIT, allocate};
 use crate::talk::{Answer, Ask, Pass, Place, Talk};
 use crate::target::SETTLE;
 use crate::ways::{Beside, Timed, Way};
 
+/// Measures what is asked for and, where a picture of it is, other page sizes.
 pub fn run(options: &Options) -> Result<Report, Error> {
+    let mut report = measure(options)?;
+    if let Some(path) = &options.svg {
+        for other in page_sizes(options) {
+            report.add_to_roofs(&measure(&other)?);
+        }
+        std::fs::write(path, report.svg()?).map_err(Error::io("writing the picture"))?;
+    }
+    Ok(report)
+}
+
+/// The same with pages of other sizes, those of which a few fit the pool, in a few short repeats.
+fn page_sizes(options: &Options) -> Vec<Options> {
+    let plain = Options {
+        trace: None,
+        scale: None,
+        time_scale: None,
+        pages: None,
+        in_flight: 1,
+        hog: 0,
+        seconds: 0.0,
+        repeats: options.repeats.min(3),
+        verify: false,
+        ..options.clone()
+    };
+    let model = options.model.clone().or(options.trace.as_ref().map(|_| "deepseek-r1".to_owned()));
+    let sizes = (0..5).map(|at| match &model {
+        Some(_) => Options { model: model.clone(), page_tokens: 4u32.pow(at), ..plain.clone() },
+        None => Options { page_bytes: 1024 * 4u64.pow(at), ..plain.clone() },
+    });
+    sizes.filter(|other| Setup::new(other).is_ok_and(|setup| setup.pool_pages >= LEAST_POOL_PAGES)).collect()
+}
+
+/// Pages of a pool, for its rate to say something.
+const LEAST_POOL_PAGES: u32 = 8;
+
+fn measure(options: &Options) -> Result<Report, Error> {
     if !(0.0..=3600.0).contains(&options.seconds) {
         return Err(Error::Seconds);
     }
@@ -108,10 +145,7 @@ impl Initiator {
             report.hogged = Some(means);
         }
         if let Some(traced) = &passes.traced {
-            report.room_us = Sample::default();
-            for (rooms, arrivals) in passes.rooms.iter().zip(&traced.arrivals) {
-                self.replay(options, rooms, arrivals, report)?;
-            }
+            self.replay(options, traced, report)?;
         }
         Ok(())
     }
@@ -153,23 +187,33 @@ impl Initiator {
         Ok(())
     }
 
-    /// Moves the rooms of a pass through the library when they arrive.
-    fn replay(
-        &mut self,
-        options: &Options,
-        rooms: &[u32],
-        arrivals: &[Duration],
-        report: &mut Report,
-    ) -> Result<(), Error> {
-        let lasts_ms = arrivals.last().map_or(0, |at| at.as_millis() as u64);
-        let pass = Pass { lasts_ms, ..self.next_pass(rooms.to_vec()) };
-        let lists = self.side.setup.lists(&pass);
-        self.fill(&pass, &lists)?;
-        let rooms = self.open_rooms(&pass, &lists)?;
-        let timed = Moving::replay(rooms, &mut self.side, arrivals)?;
-        self.done()?;
-        report.room_us.extend(timed.room_us);
-        self.check(options, &pass, &lists, report)
+    /// Replays a trace through the library, with the other side.
+    fn replay(&mut self, options: &Options, traced: &Traced, report: &mut Report) -> Result<(), Error> {
+        let orders = Orders {
+            arrivals: traced.arrivals.clone(),
+            first_room: self.rooms,
+            verify: options.verify,
+            salt: self.seeds,
+        };
+        self.rooms += orders.arrivals.len() as u64;
+        self.ask(&Ask::Replay(Box::new(orders.clone())))?;
+        let role = match self.side.setup.op {
+            OpName::Write => Role::Prefill,
+            OpName::Read => Role::Decode,
+        };
+        let is_here = self.talk.peer_ip().is_ok_and(|ip| ip.is_loopback());
+        let replay = Replay::new(&mut self.side, self.peer, role, orders)?;
+        let start_ns = now_ns();
+        self.talk.say(&Ask::Begin { start_ns: is_here.then_some(start_ns) })?;
+        let here = replay.run(start_ns)?;
+        // The other side ends its last room by that room's deadline.
+        let there = match self.side.driver.hear(2 * WAIT, &self.talk)? {
+            Answer::Replayed(told) => *told,
+            other => return Err(unexpected(other)),
+        };
+        let (prefill, decode) = if role == Role::Prefill { (here, there) } else { (there, here) };
+        report.replayed(traced, prefill, decode);
+        Ok(())
     }
 
     /// Fills, moves and, if asked, checks one pass.
@@ -271,7 +315,7 @@ impl Initiator {
     }
 
     pub fn next_pass(&mut self, rooms: Vec<u32>) -> Pass {
-        let pass = Pass { seed: self.seeds, salt: self.seeds, first_room: self.rooms, rooms, lasts_ms: 0 };
+        let pass = Pass { seed: self.seeds, salt: self.seeds, first_room: self.rooms, rooms };
         self.seeds += 1;
         self.rooms += pass.rooms.len() as u64;
         pass

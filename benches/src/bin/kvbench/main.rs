@@ -10,6 +10,7 @@ mod moving;
 mod options;
 mod passes;
 mod process;
+mod replay;
 mod report;
 mod setup;
 mod talk;

@@ -59,13 +59,26 @@ pub struct Options {
     /// Tensor parallelism of the decode side; only 1 with a model whose ranks all hold the same
     #[arg(long, default_value_t = 1)]
     pub decode_tp: u32,
-    /// Requests whose lengths are the lengths of the rooms: all ways move them as fast as they can, each repeat a part;
-    /// then ours moves them once more when they arrive, which gives the times of a room
+    /// Requests to replay: each comes at its time, waits for pages, shares those of its prefix with others, and keeps
+    /// them while it is decoded. Rates are measured before, on rooms as long as the first ones of them
     #[arg(long)]
     pub trace: Option<PathBuf>,
-    /// By what the lengths and times of a trace are multiplied [default: so that a run moves 4 GB and takes a minute]
+    /// By what the lengths and times of a trace are multiplied [default: so that its first requests come in half a
+    /// minute and need 16 GB]
     #[arg(long, requires = "trace")]
     pub scale: Option<f64>,
+    /// By what its times are multiplied, where that is something else
+    #[arg(long, requires = "scale")]
+    pub time_scale: Option<f64>,
+    /// How long a token of the output is decoded, in ms, before times shrink
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=10_000))]
+    pub token_ms: u64,
+    /// What a request of a trace may take from its arrival until it is held, to count as goodput, in ms
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=3_600_000))]
+    pub target_ms: u64,
+    /// Draws a picture into this file: the replay of a trace, and the rates of other page sizes, measured for it
+    #[arg(long)]
+    pub svg: Option<PathBuf>,
     /// Who calls the progress loop
     #[arg(long, value_enum, default_value_t = ProgressName::Thread)]
     pub progress: ProgressName,

@@ -2,9 +2,9 @@
 
 use std::io::BufReader;
 use std::path::Path;
-use std::time::Duration;
 
 use crossdock::trace::{Request, Scale, TraceLimits, TraceReader};
+use crossdock_replay::{Arrival, Pace};
 
 use crate::error::Error;
 use crate::options::Options;
@@ -21,10 +21,12 @@ pub struct Passes {
 /// What was made of a trace.
 #[derive(Debug)]
 pub struct Traced {
-    /// By what its lengths and times were multiplied.
+    /// By what its lengths were multiplied.
     pub scale: f64,
-    /// When each room of each pass begins, from the first of its pass on.
-    pub arrivals: Vec<Vec<Duration>>,
+    /// By what its times were.
+    pub time_scale: f64,
+    /// All requests that are replayed.
+    pub arrivals: Vec<Arrival>,
 }
 
 impl Passes {
@@ -48,23 +50,9 @@ impl Passes {
                 Self { rooms: vec![vec![pages as u32; count as usize]], traced: None }
             }
             Some(path) => {
+                let traced = Traced::read(path, options, setup)?;
                 let pass_pages = payload_pages.min(setup.pool_pages.into());
-                let (requests, scale) = match options.scale {
-                    Some(factor) => {
-                        let scale = Scale::new(factor)?;
-                        (read(path)?.into_iter().map(|request| scaled(request, scale)).collect(), scale)
-                    }
-                    None => fit(
-                        read(path)?,
-                        setup.page_tokens,
-                        Limits {
-                            pages: ((TRACE_BYTES / TIMES_MOVED) / setup.slot_bytes()).max(1),
-                            longest_pages: pass_pages.min(LONGEST_ROOM.into()),
-                            last_at_ms: REPLAY_MS,
-                        },
-                    ),
-                };
-                Self::of_trace(&requests, scale, setup, pass_pages, options.repeats)?
+                Self::of_trace(traced, setup, pass_pages, options.repeats)?
             }
         };
         match passes.rooms.iter().flatten().find(|&&pages| pages > LONGEST_ROOM) {
@@ -73,39 +61,36 @@ impl Passes {
         }
     }
 
-    /// Cuts the requests so that each repeat has its share of them and each pass fits.
-    fn of_trace(
-        requests: &[Request],
-        scale: Scale,
-        setup: &Setup,
-        pass_pages: u64,
-        repeats: u32,
-    ) -> Result<Self, Error> {
-        let most = pass_pages.min(pages(requests, setup.page_tokens).div_ceil(repeats.into()));
-        let (mut rooms, mut arrivals) = (vec![Vec::new()], vec![Vec::new()]);
-        let (mut in_pass, mut first_ms) = (0, 0);
-        for request in requests {
-            let pages = request.pages(setup.page_tokens);
+    /// The first requests, as many as all ways can move in a while, cut so that each repeat has its share of them and
+    /// each pass fits.
+    fn of_trace(traced: Traced, setup: &Setup, pass_pages: u64, repeats: u32) -> Result<Self, Error> {
+        let all = traced.arrivals.iter().map(|arrival| arrival.pages(setup.page_tokens));
+        let mut left = (RATED_BYTES / setup.slot_bytes()).max(1);
+        let mut lengths = Vec::new();
+        for pages in all {
             if pages > setup.pool_pages {
                 return Err(Error::PoolTooSmall { pages: pages.into(), pool_pages: setup.pool_pages });
             }
-            if in_pass + u64::from(pages) > most && in_pass > 0 {
-                rooms.push(Vec::new());
-                arrivals.push(Vec::new());
-                in_pass = 0;
+            if left > 0 {
+                lengths.push(pages);
+                left = left.saturating_sub(pages.into());
             }
-            if in_pass == 0 {
-                first_ms = request.at_ms;
+        }
+        let sum: u64 = lengths.iter().map(|&pages| u64::from(pages)).sum();
+        let most = pass_pages.min(sum.div_ceil(repeats.into()));
+        let mut rooms: Vec<Vec<u32>> = Vec::new();
+        let mut in_pass = 0;
+        for pages in lengths {
+            match rooms.last_mut().filter(|_| in_pass + u64::from(pages) <= most) {
+                Some(pass) => pass.push(pages),
+                None => {
+                    rooms.push(vec![pages]);
+                    in_pass = 0;
+                }
             }
             in_pass += u64::from(pages);
-            rooms.last_mut().expect("there is one").push(pages);
-            let at = Duration::from_millis(request.at_ms - first_ms);
-            arrivals.last_mut().expect("there is one").push(at);
         }
-        match in_pass {
-            0 => Err(Error::Trace("it has no requests".into())),
-            _ => Ok(Self { rooms, traced: Some(Traced { scale: scale.factor(), arrivals }) }),
-        }
+        Ok(Self { rooms, traced: Some(traced) })
     }
 
     /// How many rooms there are in all.
@@ -120,6 +105,32 @@ impl Passes {
     }
 }
 
+impl Traced {
+    fn read(path: &Path, options: &Options, setup: &Setup) -> Result<Self, Error> {
+        let requests = read(path)?;
+        if requests.is_empty() {
+            return Err(Error::Trace("it has no requests".into()));
+        }
+        let (requests, lengths) = match options.scale {
+            Some(factor) => (requests, Scale::new(factor)?),
+            None => fit(
+                requests,
+                setup.page_tokens,
+                Limits {
+                    pages: (REPLAYED_BYTES / setup.slot_bytes()).max(1),
+                    longest_pages: u64::from(setup.pool_pages / 2).clamp(1, LONGEST_ROOM.into()),
+                    last_at_ms: REPLAY_MS,
+                },
+            ),
+        };
+        let times = options.time_scale.map_or(Ok(lengths), Scale::new)?;
+        let pace =
+            Pace { lengths, times, page_tokens: setup.page_tokens, token_ns: options.token_ms * 1_000_000 };
+        let arrivals = requests.iter().map(|request| Arrival::of(request, &pace)).collect();
+        Ok(Self { scale: lengths.factor(), time_scale: times.factor(), arrivals })
+    }
+}
+
 /// What a trace has to fit.
 struct Limits {
     /// All requests together.
@@ -131,11 +142,10 @@ struct Limits {
 }
 
 /// Shortens the lengths and the times of a trace by one factor, the largest that fits. No request becomes shorter than
-/// a page: where there are too many for that to leave them different, only some at equal distances are taken.
+/// a page: where there are too many for that to leave them different, only the first ones are taken, which share what
+/// they would share in the whole.
 fn fit(mut requests: Vec<Request>, page_tokens: u32, limits: Limits) -> (Vec<Request>, Scale) {
-    let most = (limits.pages / MEAN_PAGES).max(1) as usize;
-    let every = requests.len().div_ceil(most).max(1);
-    requests = requests.into_iter().step_by(every).collect();
+    requests.truncate((limits.pages / MEAN_PAGES).max(1) as usize);
     let last_at_ms = requests.last().map_or(0, |request| request.at_ms);
     let fits = |factor: f64| {
         let Ok(scale) = Scale::new(factor) else { return false };
@@ -154,18 +164,12 @@ fn fit(mut requests: Vec<Request>, page_tokens: u32, limits: Limits) -> (Vec<Req
         let middle = f64::midpoint(small, large);
         *if fits(middle) { &mut small } else { &mut large } = middle;
     }
-    let scale = Scale::new(small).expect("it lies between two factors");
-    (requests.into_iter().map(|request| scaled(request, scale)).collect(), scale)
+    (requests, Scale::new(small).expect("it lies between two factors"))
 }
 
 fn scaled(mut request: Request, scale: Scale) -> Request {
     request.scale_lengths(scale);
-    request.scale_time(scale);
     request
-}
-
-fn pages(requests: &[Request], page_tokens: u32) -> u64 {
-    requests.iter().map(|request| u64::from(request.pages(page_tokens))).sum()
 }
 
 fn read(path: &Path) -> Result<Vec<Request>, Error> {
@@ -180,14 +184,14 @@ fn read(path: &Path) -> Result<Vec<Request>, Error> {
 pub const LONGEST_ROOM: u32 = 131_072;
 /// What a pass moves if nothing else is asked for.
 const PAYLOAD_BYTES: u64 = 256 << 20;
-/// What a run moves of a trace at most, by all ways and in all repeats together.
-const TRACE_BYTES: u64 = 4_000_000_000;
-/// How often a trace is moved: by up to five ways in turn, and by ours when its requests arrive.
-const TIMES_MOVED: u64 = 6;
+/// What one way moves of a trace at most, in all repeats together, where rates are measured.
+const RATED_BYTES: u64 = 700_000_000;
+/// What the requests of a shortened trace need.
+const REPLAYED_BYTES: u64 = 16_000_000_000;
 /// When the last request of a shortened trace arrives: half of the minute that a run may take.
 const REPLAY_MS: u64 = 30_000;
 /// How many pages the requests of a shortened trace should have, in the mean.
-const MEAN_PAGES: u64 = 4;
+const MEAN_PAGES: u64 = 8;
 
 #[cfg(test)]
 mod tests {
@@ -208,9 +212,11 @@ mod tests {
         let limits = || Limits { pages: 400, longest_pages: 100, last_at_ms: 30_000 };
         for count in [1, 10, 100, 1000, 20_000] {
             let (kept, scale) = fit(requests(count), 64, limits());
-            assert!(!kept.is_empty() && kept.len() as u64 <= count.min(100), "{count}: {} kept", kept.len());
-            assert!(pages(&kept, 64) <= 400 && kept.iter().all(|request| request.pages(64) <= 100));
-            assert!(kept.last().unwrap().at_ms <= 30_000, "{count}");
+            assert!(!kept.is_empty() && kept.len() as u64 <= count.min(50), "{count}: {} kept", kept.len());
+            let pages = |request: &Request| scaled(request.clone(), scale).pages(64);
+            assert!(kept.iter().map(pages).sum::<u32>() <= 400 && kept.iter().all(|one| pages(one) <= 100));
+            assert!(kept.last().unwrap().at_ms as f64 * scale.factor() <= 30_000.0, "{count}");
+            assert_eq!(kept, requests(count)[..kept.len()], "the first ones are kept");
             assert!(scale.factor() > 0.001, "{count}: {scale:?}");
         }
         assert_eq!(fit(requests(1), 64, limits()).1, Scale::ONE, "what fits is left as it is");

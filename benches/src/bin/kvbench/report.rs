@@ -1,10 +1,12 @@
 //! What came out, for programs and for people.
 
 use crossdock_benches::Sample;
+use crossdock_replay::{Arrival, ChartError, Handover, Roof, Sheet, Summary, Trail};
 use serde::Serialize;
 
 use crate::options::{MemoryName, OpName, Options, PortName, ProgressName, name};
-use crate::passes::Passes;
+use crate::passes::{Passes, Traced};
+use crate::replay::Told;
 use crate::setup::Setup;
 
 /// What one way of moving the pages came to, a value a repeat.
@@ -45,6 +47,21 @@ pub struct Report {
     /// A page, here and there.
     pub wakeups: Option<(f64, f64)>,
     pub wrong_pages: u64,
+    /// Of a trace.
+    handovers: Vec<Handover>,
+    target_ms: f64,
+    token_bytes: u64,
+    page_tokens: u32,
+}
+
+/// Rates with pages of one size.
+#[derive(Clone, Serialize)]
+struct RoofPoint {
+    page_bytes: u64,
+    gb_per_s: f64,
+    floor_gb_per_s: f64,
+    memcpy_gb_per_s: f64,
+    floor: &'static str,
 }
 
 /// The line for programs. The first keys, up to `verified`, keep their names and meaning.
@@ -70,6 +87,13 @@ struct Line {
     verified: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     scale: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    time_scale: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replay: Option<Summary>,
+    /// Where a picture is asked for.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    roofline: Vec<RoofPoint>,
     /// The median of the repeats' own ratios to the floor, which a busy machine disturbs less than `efficiency`.
     efficiency_paired: f64,
     floor: &'static str,
@@ -131,6 +155,9 @@ impl Report {
             efficiency: 0.0,
             verified: false,
             scale: passes.traced.as_ref().map(|traced| traced.scale),
+            time_scale: passes.traced.as_ref().map(|traced| traced.time_scale),
+            replay: None,
+            roofline: Vec::new(),
             efficiency_paired: 0.0,
             floor: "",
             floor_cpu_s_per_gb: 0.0,
@@ -157,7 +184,75 @@ impl Report {
             bare_us: Sample::default(),
             wakeups: None,
             wrong_pages: 0,
+            handovers: Vec::new(),
+            target_ms: options.target_ms as f64,
+            token_bytes: setup.token_bytes * u64::from(setup.layers),
+            page_tokens: setup.page_tokens,
         }
+    }
+
+    /// Takes what both sides have seen of a replay.
+    pub fn replayed(&mut self, traced: &Traced, prefill: Told, decode: Told) {
+        let both = prefill.rooms.iter().zip(&decode.rooms);
+        self.handovers = traced
+            .arrivals
+            .iter()
+            .zip(both)
+            .filter(|(_, (_, there))| there.delivered)
+            .map(|(arrival, (here, there))| Handover {
+                arrived_ns: arrival.at_ns,
+                admitted_ns: here.admitted_ns,
+                ready_ns: here.ready_ns,
+                granted_ns: there.admitted_ns,
+                end_ns: there.end_ns,
+                tokens: arrival.tokens,
+                decode_held_tokens: there.held_tokens,
+                prefill_held_tokens: here.held_tokens,
+            })
+            .collect();
+        self.room_us = self.handovers.iter().map(|one| one.moving_ns() as f64 / 1e3).collect();
+        self.wrong_pages += prefill.wrong_pages + decode.wrong_pages;
+        let requests = traced.arrivals.len() as u64;
+        let summary = Summary::of(requests, &self.handovers, self.token_bytes, self.target_ms);
+        self.line.replay = Some(Summary {
+            possible_hit_share: Arrival::possible_hit_share(&traced.arrivals, self.page_tokens),
+            prefill: prefill.dock,
+            decode: decode.dock,
+            ..summary
+        });
+    }
+
+    /// Takes a run with pages of another size.
+    pub fn add_to_roofs(&mut self, other: &Report) {
+        let Line { page_bytes, gb_per_s, floor_gb_per_s, memcpy_gb_per_s, floor, .. } = other.line();
+        self.line.roofline.push(RoofPoint { page_bytes, gb_per_s, floor_gb_per_s, memcpy_gb_per_s, floor });
+    }
+
+    /// The picture of a replay, and of rates by page size.
+    pub fn svg(&self) -> Result<String, ChartError> {
+        let line = self.line();
+        let port = name(line.port);
+        let roof = |name: &str, rate: fn(&RoofPoint) -> f64| Roof {
+            name: name.to_owned(),
+            points: line.roofline.iter().map(|point| (point.page_bytes, rate(point))).collect(),
+        };
+        let trail =
+            Trail { name: port.clone(), handovers: self.handovers.clone(), token_bytes: self.token_bytes };
+        let mut title = format!("kvbench {port}, {}, {} memory", name(line.op), name(line.memory));
+        if let (Some(scale), Some(times)) = (line.scale, line.time_scale) {
+            let requests = line.replay.as_ref().map_or(0, |summary| summary.requests);
+            title += &format!(": {requests} requests, lengths × {scale:.4}, times × {times:.4}");
+        }
+        let sheet = Sheet {
+            title,
+            trails: vec![trail],
+            roofs: vec![
+                roof("crossdock", |point| point.gb_per_s),
+                roof("floor: the best bare means", |point| point.floor_gb_per_s),
+                roof("memcpy, scattered", |point| point.memcpy_gb_per_s),
+            ],
+        };
+        sheet.svg()
     }
 
     /// Ours first, memcpy second, then whatever may be the floor. Gives the position of the one that is.
@@ -247,9 +342,18 @@ impl Report {
                 self.ways[0].gb_per_s.median_ratio(&way.gb_per_s),
             );
         }
-        if let Some(scale) = line.scale {
+        if let (Some(scale), Some(times), Some(replay)) = (line.scale, line.time_scale, &line.replay) {
             out += &format!(
-                "trace: lengths and times multiplied by {scale:.3e}; the next line is of its replay\n"
+                "trace: lengths multiplied by {scale:.3e}, times by {times:.3e}; the rest is of its replay\n"
+            );
+            for (what, figure) in replay.lines() {
+                out += &format!("{what:<58} {figure}\n");
+            }
+        }
+        for point in &line.roofline {
+            out += &format!(
+                "pages of {} bytes: {:.2} GB/s, {} {:.2}, memcpy {:.2}\n",
+                point.page_bytes, point.gb_per_s, point.floor, point.floor_gb_per_s, point.memcpy_gb_per_s
             );
         }
         out += &format!("a room: p50 {:.2} us, p99 {:.2} us", line.p50_us, line.p99_us);

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::replay::{Orders, Told};
 use crate::setup::{Setup, WAIT};
 
 /// From the initiator.
@@ -41,6 +42,12 @@ pub enum Ask {
     BareServe(Pass),
     /// Take single pages that come seldom, and count how often the progress thread sleeps.
     Trickle(Pass),
+    /// Prepare the other side of a replay.
+    Replay(Box<Orders>),
+    /// The replay begins: now, or where the clock is the same, at this time.
+    Begin {
+        start_ns: Option<u64>,
+    },
 }
 
 /// From the target.
@@ -51,6 +58,7 @@ pub enum Answer {
     Done { cpu_s: f64 },
     Checked { wrong_pages: u64 },
     Slept { times: u64 },
+    Replayed(Box<Told>),
     Failed { why: String },
 }
 
@@ -98,18 +106,11 @@ pub struct Pass {
     pub first_room: u64,
     /// Pages of each room.
     pub rooms: Vec<u32>,
-    /// When the last of them begins, after the first.
-    pub lasts_ms: u64,
 }
 
 impl Pass {
     pub fn pages(&self) -> u32 {
         self.rooms.iter().sum()
-    }
-
-    /// Of its rooms, from their opening on.
-    pub fn deadline(&self) -> Duration {
-        WAIT + Duration::from_millis(self.lasts_ms)
     }
 }
 

@@ -3,13 +3,16 @@
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-use crossdock::{Ended, Memory, PageSet, Peer, ReceiveRequest, Received, Receiving, ServeRequest, Serving};
+use crossdock::{
+    Ended, Memory, PageSet, Peer, ReceiveRequest, Received, Receiving, ServeRequest, Serving, now_ns,
+};
 use crossdock_benches::bare::{self, End, Flags, ThereMemory};
 use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::bare_trips::Bare;
 use crate::error::Error;
 use crate::options::{OpName, PortName};
+use crate::replay::{Replay, Role};
 use crate::setup::{Clock, Setup, Side, WAIT, allocate, rooms};
 use crate::talk::{Answer, Ask, Pass, Place, Ready, Talk};
 use crate::trips;
@@ -99,6 +102,23 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
                 })?;
                 Answer::Slept { times }
             }
+            Ask::Replay(orders) => {
+                let role = match target.side.setup.op {
+                    OpName::Write => Role::Decode,
+                    OpName::Read => Role::Prefill,
+                };
+                let replay = Replay::new(&mut target.side, target.peer, role, *orders)?;
+                talk.say(&Answer::Done { cpu_s: 0.0 })?;
+                let start_ns = match talk.hear_within(WAIT)? {
+                    Some(Ask::Begin { start_ns }) => start_ns.unwrap_or_else(now_ns),
+                    Some(other) => return Err(Error::Unexpected { said: format!("{other:?}") }),
+                    None => return Err(Error::no_answer(WAIT)),
+                };
+                Answer::Replayed(Box::new(replay.run(start_ns)?))
+            }
+            Ask::Begin { .. } => {
+                return Err(Error::Unexpected { said: "a beginning of no replay".into() });
+            }
             Ask::BareBounce(pass) => {
                 target.reach(talk)?;
                 Answer::Done { cpu_s: target.bare()?.bounce(&target.side, &pass)? }
@@ -123,8 +143,6 @@ struct Target {
     listener: TcpListener,
     connections: Vec<TcpStream>,
     open: Vec<Open>,
-    /// Of those that are open.
-    deadline: Duration,
 }
 
 enum Open {
@@ -165,7 +183,6 @@ impl Target {
             listener,
             connections: Vec::new(),
             open: Vec::new(),
-            deadline: WAIT,
         })
     }
 
@@ -198,8 +215,6 @@ impl Target {
             OpName::Write => &lists.to,
             OpName::Read => &lists.from,
         };
-        let deadline = pass.deadline();
-        self.deadline = deadline;
         for (room, pages) in rooms(pass, list) {
             let tokens = self.side.setup.tokens(pages.len() as u32);
             let pages = self.side.adopt(pages)?;
@@ -213,14 +228,14 @@ impl Target {
                         tokens,
                         skip_tokens: 0,
                         pages,
-                        deadline,
+                        deadline: WAIT,
                     })?;
                     Open::Receiving(room, receiving, None)
                 }
                 OpName::Read => {
                     let pages = pages.share();
                     let aux = Vec::new();
-                    let request = ServeRequest { room, use_count: 0, tokens, pages, aux, deadline };
+                    let request = ServeRequest { room, use_count: 0, tokens, pages, aux, deadline: WAIT };
                     Open::Serving(room, handle.serve(request)?)
                 }
             });
@@ -232,7 +247,7 @@ impl Target {
     fn wait_for_rooms(&mut self) -> Result<f64, Error> {
         let clock = Clock::start();
         let open = &mut self.open;
-        self.side.driver.until("waiting for the rooms of a pass", self.deadline, || {
+        self.side.driver.until("waiting for the rooms of a pass", WAIT, || {
             while let Some(last) = open.last_mut() {
                 if !has_ended(last)? {
                     return Ok(None);

@@ -7,6 +7,7 @@
 mod content;
 mod limit;
 mod process;
+mod queue;
 mod registry;
 mod report;
 mod router;
@@ -23,9 +24,10 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum, value_parser};
 use crossdock::CacheLayout;
 use crossdock::trace::{Request, Scale, Synthetic, SyntheticOptions, TraceLimits, TraceReader};
+use crossdock_replay::{Arrival, Pace, Sheet, Summary};
 
 use registry::Registry;
-use report::Scene;
+use report::{Print, Scene};
 use router::Router;
 
 pub use process::end_with_parent;
@@ -36,23 +38,45 @@ pub struct Options {
     /// Requests to hand over on each port
     #[arg(long, default_value_t = 120)]
     requests: usize,
-    /// A trace in the Mooncake format (one JSON object a line) in the place of generated requests
+    /// A trace in the Mooncake format (one JSON object a line) in the place of generated requests: each comes at its
+    /// time, and shares the pages of its prefix with others
     #[arg(long)]
     trace: Option<PathBuf>,
+    /// Begins each request of a trace when another one is over, instead of at its time
+    #[arg(long)]
+    closed_loop: bool,
     /// Decides the generated requests
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// The factor by which lengths shrink; from 0.0001 to 1; by default such that the longest request
-    /// fills half of a pool
+    /// The factor by which lengths and times shrink; from 0.0001 to 1; by default lengths such that the longest request
+    /// fills half of a pool, and times such that the last one comes when half of the time is over
     #[arg(long)]
     scale: Option<f64>,
+    /// The factor by which times shrink, where it is another
+    #[arg(long)]
+    time_scale: Option<f64>,
+    /// How long a token of the output is decoded, in ms, before times shrink: so long the decode side keeps the pages
+    #[arg(long, default_value_t = 5, value_parser = value_parser!(u64).range(0..=10_000))]
+    token_ms: u64,
+    /// What a request may take from its arrival until the decode side has it all, to count as goodput, in ms
+    #[arg(long, default_value_t = 1_000, value_parser = value_parser!(u64).range(1..=3_600_000))]
+    target_ms: u64,
+    /// Requests of a trace that may be under way or wait for pages; one that comes when there are as many is refused
+    #[arg(long, default_value_t = 1_024, value_parser = value_parser!(u64).range(1..=4_096))]
+    queue: u64,
+    /// Prints one JSON object a port instead of the tables; all else that is told goes to the standard error
+    #[arg(long)]
+    json: bool,
+    /// Draws the hand-over times and the rates over time into this file
+    #[arg(long)]
+    svg: Option<PathBuf>,
     /// The ports, one scene each
     #[arg(long, value_delimiter = ',', default_value = "shm,tcp")]
     ports: Vec<PortName>,
     /// Memory of each worker's pool, in MiB
     #[arg(long, default_value_t = 768, value_parser = value_parser!(u64).range(1..=1 << 20))]
     pool_mib: u64,
-    /// Requests under way at once
+    /// Requests that move at once; of a trace, others wait beside them
     #[arg(long, default_value_t = 3, value_parser = value_parser!(u64).range(1..=64))]
     in_flight: u64,
     /// What a hand-over may take, in seconds
@@ -74,6 +98,17 @@ pub struct Options {
     /// Who moves the bytes; for the tests
     #[arg(long, hide = true, default_value = "write")]
     op: OpName,
+}
+
+impl Options {
+    /// Whether requests come when others are over.
+    fn is_closed_loop(&self) -> bool {
+        self.closed_loop || self.trace.is_none()
+    }
+
+    fn print(&self) -> Print {
+        if self.json { Print::Errors } else { Print::Output }
+    }
 }
 
 /// The ports that the demo shows.
@@ -124,16 +159,19 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         let least_mib = (2 * page_bytes).div_ceil(1 << 20);
         return Err(format!("--pool-mib {}: two pages take {least_mib} MiB", options.pool_mib).into());
     }
-    let (requests, scale) = requests(options, pages)?;
-    println!(
-        "DeepSeek-R1's MLA cache: 61 layers, 1,152 bytes a token and layer, {PAGE_TOKENS} tokens a page; lengths × {:.4}",
-        scale.factor()
-    );
+    let (arrivals, pace) = arrivals(options, pages)?;
+    let print = options.print();
+    let (lengths, times) = (pace.lengths.factor(), pace.times.factor());
+    let and_times = if options.is_closed_loop() { String::new() } else { format!(", times × {times:.4}") };
+    print.line(&format!(
+        "DeepSeek-R1's MLA cache: 61 layers, 1,152 bytes a token and layer, {PAGE_TOKENS} tokens a page; lengths × {lengths:.4}{and_times}",
+    ));
     let begin = Instant::now();
     let mut registry = match &options.registry {
         Some(address) => Registry::at(address),
         None => Registry::start()?,
     };
+    print.line(&registry.described());
     let mut scenes = Vec::new();
     for (at, &port) in options.ports.iter().enumerate() {
         // What is left of the time is shared by the scenes that are left.
@@ -141,61 +179,101 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         let share = left / (options.ports.len() - at) as u32;
         scenes.push(match registry.ended(Duration::ZERO) {
             // Nobody can meet any more.
-            Some(how) => Scene::without(port.name(), requests.len(), how),
+            Some(how) => Scene::without(port.name(), arrivals.len(), how),
             None => Router::start(options, port, pages, registry.address(), Instant::now() + share)?
-                .play(&requests, &mut registry),
+                .play(&arrivals, &mut registry),
         });
     }
-    println!();
-    print!("{}", report::table(&scenes));
+    let token_bytes = page_bytes / u64::from(PAGE_TOKENS);
+    let possible = Arrival::possible_hit_share(&arrivals, PAGE_TOKENS);
+    let target_ms = options.target_ms as f64;
+    let summaries: Vec<Summary> =
+        scenes.iter().map(|scene| scene.summary(token_bytes, target_ms, possible)).collect();
+    if options.json {
+        for (scene, summary) in scenes.iter().zip(&summaries) {
+            println!("{}", scene.json(lengths, times, summary.clone())?);
+        }
+    } else {
+        print!("\n{}", report::table(&scenes, &summaries));
+        if options.trace.is_some() {
+            print!("\n{}", report::replay_table(&scenes, &summaries));
+        }
+    }
+    if let Some(path) = &options.svg {
+        let trails = scenes.iter().map(|scene| scene.trail(token_bytes)).collect();
+        let title = format!("crossdock demo: {} requests, lengths × {lengths:.4}{and_times}", arrivals.len());
+        let sheet = Sheet { title, trails, roofs: Vec::new() };
+        std::fs::write(path, sheet.svg()?)
+            .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    }
     let leaks: u64 = scenes.iter().map(|scene| scene.leaks).sum();
-    println!("\nleaks: {leaks}   (pages, rooms and grants of a surviving worker that nobody accounts for)");
+    print.line(&format!(
+        "\nleaks: {leaks}   (pages, rooms and grants of a surviving worker that nobody accounts for)"
+    ));
     if let Some(how) = registry.ended(Duration::ZERO)
         && scenes.iter().all(|scene| !scene.troubles().iter().any(|trouble| trouble.contains(&how)))
     {
-        println!("{how}; those who had met went on without it");
+        print.line(&format!("{how}; those who had met went on without it"));
     }
     registry.finish();
     let whole = scenes.iter().all(|scene| scene.is_whole());
     for trouble in scenes.iter().flat_map(Scene::troubles) {
-        println!("! {trouble}");
+        print.line(&format!("! {trouble}"));
     }
     Ok(if whole && leaks == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The requests, shrunk so that the longest one fits.
-fn requests(options: &Options, pages: u32) -> Result<(Vec<Request>, Scale), Box<dyn Error>> {
-    let mut requests: Vec<Request> = match &options.trace {
-        Some(path) => {
-            let file =
-                File::open(path).map_err(|error| format!("cannot open {}: {error}", path.display()))?;
-            TraceReader::new(BufReader::new(file), TraceLimits::default())
-                .take(options.requests)
-                .collect::<Result<_, _>>()
-                .map_err(|error| format!("{}: {error}", path.display()))?
-        }
-        None => Synthetic::new(SyntheticOptions { seed: options.seed, ..SyntheticOptions::default() })?
-            .take(options.requests)
-            .collect(),
+fn arrivals(options: &Options, pages: u32) -> Result<(Vec<Arrival>, Pace), Box<dyn Error>> {
+    let requests = requests(options)?;
+    let Some(longest) = requests.iter().map(|request| request.input_tokens).max() else {
+        return Err("the trace has no request".into());
     };
-    let longest = requests.iter().map(|request| request.input_tokens).max().unwrap_or(0);
     let fits = pages * PAGE_TOKENS;
-    let scale = match options.scale {
-        // A smaller one makes every request a single page.
-        Some(factor) if !(LEAST_SCALE..=1.0).contains(&factor) => {
-            return Err(format!("--scale {factor:?}: a factor of {LEAST_SCALE} to 1 is possible").into());
-        }
-        Some(factor) => Scale::new(factor)?,
-        None => Scale::new((f64::from(fits / 2) / f64::from(longest.max(1))).min(1.0))?,
+    let lengths = match options.scale {
+        Some(factor) => scale("--scale", factor)?,
+        None => Scale::new((f64::from(fits / 2) / f64::from(longest)).min(1.0))?,
     };
-    requests.iter_mut().for_each(|request| request.scale_lengths(scale));
-    requests.retain(|request| request.input_tokens > 0);
-    match requests.iter().map(|request| request.input_tokens).max() {
-        None => Err("the trace has no request".into()),
+    let times = match options.time_scale.map(|factor| scale("--time-scale", factor)).transpose()? {
+        Some(times) => times,
+        None if options.scale.is_some() => lengths,
+        None => {
+            let scene_ms = options.within_s * 1_000 / options.ports.len().max(1) as u64;
+            let last_ms = requests.last().map_or(0, |request| request.at_ms);
+            Scale::new((scene_ms as f64 / 2.0 / last_ms.max(1) as f64).min(1.0))?
+        }
+    };
+    // Whose pages are kept while others could move is not asked where all move as fast as they can.
+    let token_ns = if options.is_closed_loop() { 0 } else { options.token_ms * 1_000_000 };
+    let pace = Pace { lengths, times, page_tokens: PAGE_TOKENS, token_ns };
+    let mut arrivals: Vec<Arrival> = requests.iter().map(|request| Arrival::of(request, &pace)).collect();
+    // The first one comes at once.
+    let first_ns = arrivals.first().map_or(0, |arrival| arrival.at_ns);
+    arrivals.iter_mut().for_each(|arrival| arrival.at_ns -= first_ns);
+    match arrivals.iter().map(|arrival| arrival.tokens).max() {
         Some(longest) if longest > fits => Err(format!(
             "a request of {longest} tokens does not fit a pool of {fits}; take a smaller --scale or a larger --pool-mib"
         )
         .into()),
-        Some(_) => Ok((requests, scale)),
+        _ => Ok((arrivals, pace)),
+    }
+}
+
+fn requests(options: &Options) -> Result<Vec<Request>, Box<dyn Error>> {
+    let Some(path) = &options.trace else {
+        let seeded = SyntheticOptions { seed: options.seed, ..SyntheticOptions::default() };
+        return Ok(Synthetic::new(seeded)?.take(options.requests).collect());
+    };
+    let file = File::open(path).map_err(|error| format!("cannot open {}: {error}", path.display()))?;
+    let requests: Result<_, _> =
+        TraceReader::new(BufReader::new(file), TraceLimits::default()).take(options.requests).collect();
+    requests.map_err(|error| format!("{}: {error}", path.display()).into())
+}
+
+fn scale(flag: &str, factor: f64) -> Result<Scale, Box<dyn Error>> {
+    match (LEAST_SCALE..=1.0).contains(&factor) {
+        true => Ok(Scale::new(factor)?),
+        // A smaller one makes every request a single page.
+        false => Err(format!("{flag} {factor:?}: a factor of {LEAST_SCALE} to 1 is possible").into()),
     }
 }

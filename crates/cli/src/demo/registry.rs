@@ -25,7 +25,6 @@ impl Registry {
         let mut child =
             Child::start("bootstrap", &["bootstrap", "--listen", "127.0.0.1:0", "--until-stdin-ends"])?;
         let address = child.first_line(Duration::from_secs(10))?;
-        println!("registry at http://{address}, process {}", child.id());
         let (events, heard) = mpsc::channel();
         child.listen(0, events)?;
         Ok(Self { address, own: Some(Own { child, heard, ended: None }) })
@@ -33,8 +32,15 @@ impl Registry {
 
     /// One that somebody else keeps. What becomes of it the workers tell.
     pub fn at(address: &str) -> Self {
-        println!("registry at {address}");
         Self { address: address.to_owned(), own: None }
+    }
+
+    /// Where it is, for people.
+    pub fn described(&self) -> String {
+        match &self.own {
+            Some(own) => format!("registry at http://{}, process {}", self.address, own.child.id()),
+            None => format!("registry at {}", self.address),
+        }
     }
 
     /// What a client takes to find it.

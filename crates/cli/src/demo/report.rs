@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use crossdock_replay::{DockStats, Handover, Summary, Trail};
+use serde::Serialize;
+
 use super::talk::{Bye, Ended};
 use crate::table::Table;
 
@@ -19,10 +22,14 @@ pub struct Scene {
     pages: u64,
     /// Delivered bytes.
     pub bytes: u64,
-    /// When each delivered hand-over began and ended.
-    spans_ns: Vec<(u64, u64)>,
+    /// Those of the delivered requests.
+    handovers: Vec<Handover>,
+    /// What the workers' pools have seen, that of the prefill side first.
+    docks: [DockStats; 2],
     /// Ends other than delivery, by side and reason.
     others: BTreeMap<String, usize>,
+    /// Those that no worker was told of.
+    refused: usize,
     stale: u64,
     /// What did not come home.
     pub leaks: u64,
@@ -44,8 +51,10 @@ impl Scene {
             delivered: 0,
             pages: 0,
             bytes: 0,
-            spans_ns: Vec::new(),
+            handovers: Vec::new(),
+            docks: Default::default(),
             others: BTreeMap::new(),
+            refused: 0,
             stale: 0,
             leaks: 0,
             troubles: Vec::new(),
@@ -73,7 +82,7 @@ impl Scene {
         self.delivered += 1;
         self.pages += ended.pages;
         self.bytes += ended.bytes;
-        self.spans_ns.push((ended.begin_ns, ended.end_ns));
+        self.handovers.push(ended.handover);
         if !ended.right {
             self.trouble(format!("room {} arrived with wrong bytes", ended.room));
         }
@@ -86,12 +95,19 @@ impl Scene {
         }
     }
 
+    /// A request came when as many were open as may be.
+    pub fn refused(&mut self, most_open: usize) {
+        self.refused += 1;
+        self.other("router", &format!("refused: {most_open} requests are under way or wait"));
+    }
+
     fn other(&mut self, side: &str, how: &str) {
         *self.others.entry(format!("{side}: {how}")).or_default() += 1;
     }
 
     pub fn bye(&mut self, name: &str, bye: &Bye) {
-        let Bye { pages, rooms, grants, quarantined, held_by, stale } = bye;
+        let Bye { pages, rooms, grants, quarantined, held_by, stale, dock } = bye;
+        self.docks[usize::from(name == "decode")] = dock.clone();
         self.leaks += pages + rooms + grants;
         self.stale += stale;
         if pages + rooms + grants > 0 {
@@ -129,34 +145,96 @@ impl Scene {
         self.troubles.is_empty() && self.begun > 0 && all && self.delivered == self.begun
     }
 
-    /// Time in which at least one hand-over was under way.
-    fn busy_s(&self) -> f64 {
-        let mut spans = self.spans_ns.clone();
-        spans.sort_unstable();
-        let mut busy_ns = 0;
-        let mut covered_ns = 0;
-        for (begin, end) in spans {
-            let begin = begin.max(covered_ns);
-            if end > begin {
-                busy_ns += end - begin;
-                covered_ns = end;
-            }
-        }
-        busy_ns as f64 / 1e9
+    /// Everything in figures.
+    pub fn summary(&self, token_bytes: u64, target_ms: f64, possible_hit_share: f64) -> Summary {
+        let [prefill, decode] = self.docks.clone();
+        let summary = Summary::of(self.begun as u64, &self.handovers, token_bytes, target_ms);
+        Summary { possible_hit_share, prefill, decode, ..summary }
     }
 
-    /// Of the delivered ones, if there are any.
-    fn percentile_ms(&self, share: f64) -> Option<f64> {
-        let mut took: Vec<u64> =
-            self.spans_ns.iter().map(|(begin, end)| end.saturating_sub(*begin)).collect();
-        took.sort_unstable();
-        let at = (share * took.len().saturating_sub(1) as f64).round() as usize;
-        took.get(at).map(|&ns| ns as f64 / 1e6)
+    /// For the picture.
+    pub fn trail(&self, token_bytes: u64) -> Trail {
+        Trail { name: self.port.to_owned(), handovers: self.handovers.clone(), token_bytes }
+    }
+
+    /// For programs.
+    pub fn json(&self, scale: f64, time_scale: f64, summary: Summary) -> serde_json::Result<String> {
+        serde_json::to_string(&Line {
+            bench: "demo",
+            port: self.port,
+            scale,
+            time_scale,
+            asked: self.asked,
+            begun: self.begun,
+            cut_short: self.cut_short,
+            limit_gb_per_s: self.limit_gb_per_s,
+            others: &self.others,
+            stale: self.stale,
+            leaks: self.leaks,
+            verified: self.is_whole(),
+            troubles: &self.troubles,
+            summary,
+        })
     }
 }
 
+/// A scene's line for programs.
+#[derive(Serialize)]
+struct Line<'a> {
+    bench: &'static str,
+    port: &'static str,
+    /// By what lengths shrank.
+    scale: f64,
+    /// By what times shrank.
+    time_scale: f64,
+    asked: usize,
+    begun: usize,
+    cut_short: bool,
+    limit_gb_per_s: f64,
+    others: &'a BTreeMap<String, usize>,
+    stale: u64,
+    leaks: u64,
+    /// All that was begun was delivered, and every byte was right.
+    verified: bool,
+    troubles: &'a [String],
+    #[serde(flatten)]
+    summary: Summary,
+}
+
+/// Where the demo tells what it does: lines for programs have the standard output for themselves.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Print {
+    Output,
+    Errors,
+}
+
+impl Print {
+    pub fn line(self, text: &str) {
+        match self {
+            Print::Output => println!("{text}"),
+            Print::Errors => eprintln!("{text}"),
+        }
+    }
+}
+
+/// What a replay came to, a column a scene.
+pub fn replay_table(scenes: &[Scene], summaries: &[Summary]) -> String {
+    let mut header = vec!["replay"];
+    header.extend(scenes.iter().map(|scene| scene.port));
+    let mut table = Table::new(&header);
+    let columns: Vec<_> = summaries.iter().map(Summary::lines).collect();
+    for (at, (what, _)) in Summary::default().lines().into_iter().enumerate() {
+        let figures = columns.iter().map(|lines| lines[at].1.clone());
+        table.row([what.to_owned()].into_iter().chain(figures).collect());
+    }
+    format!(
+        "{table}\nHand-over: from when both sides have pages and the prefill side has filled them, until the decode side has it all.\n\
+         Queueing: waiting for pages or for a thread, at either side, before that.\n"
+    )
+}
+
 /// The table at the end.
-pub fn table(scenes: &[Scene]) -> String {
+pub fn table(scenes: &[Scene], summaries: &[Summary]) -> String {
     let mut table = Table::new(&[
         "port",
         "asked",
@@ -170,9 +248,10 @@ pub fn table(scenes: &[Scene]) -> String {
         "limit GB/s",
         "share",
     ]);
-    for scene in scenes {
+    for (scene, summary) in scenes.iter().zip(summaries) {
         let gb = scene.bytes as f64 / 1e9;
-        let rate = Some(gb / scene.busy_s()).filter(|rate| rate.is_finite());
+        let delivered = |value: f64| Some(value).filter(|_| scene.delivered > 0);
+        let rate = delivered(summary.gb_per_s);
         let limit = Some(scene.limit_gb_per_s).filter(|&limit| limit > 0.0);
         let share = rate.zip(limit).map(|(rate, limit)| rate / limit);
         table.row(vec![
@@ -183,8 +262,8 @@ pub fn table(scenes: &[Scene]) -> String {
             scene.pages.to_string(),
             format!("{gb:.2}"),
             figure(rate),
-            figure(scene.percentile_ms(0.5)),
-            figure(scene.percentile_ms(0.99)),
+            figure(delivered(summary.handover_ms_p50)),
+            figure(delivered(summary.handover_ms_p99)),
             figure(limit),
             share.map_or(NONE.into(), |share| format!("{:.0} %", share * 100.0)),
         ]);
@@ -205,7 +284,7 @@ pub fn table(scenes: &[Scene]) -> String {
             text.push_str(&format!("{}: {times} × {how}\n", scene.port));
         }
         for (side, ended) in [("decode", scene.ended()), ("prefill", scene.prefill_ended)] {
-            match scene.begun.saturating_sub(ended) {
+            match scene.begun.saturating_sub(scene.refused + ended) {
                 0 => {}
                 silent => {
                     text.push_str(&format!("{}: {silent} × {side}: the end was not told\n", scene.port));

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-use crossdock::trace::Request;
+use crossdock::now_ns;
+use crossdock_replay::Arrival;
 
 use super::process::{Child, Heard};
 use super::registry::Registry;
-use super::report::{Progress, Scene};
+use super::report::{Print, Progress, Scene};
 use super::talk::{Ended, Said, Tell};
 use super::worker::GRACE;
 use super::{Options, PortName, limit};
@@ -20,7 +21,9 @@ pub struct Router {
     heard: Receiver<(usize, Heard)>,
     /// The rooms that one of the workers has not ended.
     open: BTreeMap<u64, Room>,
-    in_flight: usize,
+    /// How many rooms may be open: those that are told of and not over.
+    most_open: usize,
+    is_closed_loop: bool,
     /// How long both workers together may be silent about a room.
     patience: Duration,
     /// When no more rooms are begun.
@@ -28,6 +31,7 @@ pub struct Router {
     /// The time for all scenes, as the user gave it.
     within_s: u64,
     each_room: bool,
+    print: Print,
     limit_gb_per_s: f64,
 }
 
@@ -114,22 +118,27 @@ impl Router {
             workers,
             heard,
             open: BTreeMap::new(),
-            in_flight: options.in_flight as usize,
+            most_open: match options.is_closed_loop() {
+                true => options.in_flight as usize,
+                false => options.queue as usize,
+            },
+            is_closed_loop: options.is_closed_loop(),
             // Each worker ends every room by its deadline, and says so by the end of the grace.
             patience: Duration::from_secs(options.deadline_s) + GRACE + Duration::from_secs(3),
             until,
             within_s: options.within_s,
             each_room: options.each_room,
+            print: options.print(),
             limit_gb_per_s,
         })
     }
 
     /// Hands all requests over, or as many as the time allows, and lets the workers leave.
-    pub fn play(mut self, requests: &[Request], registry: &mut Registry) -> Scene {
-        let mut scene = Scene::new(self.port.name(), requests.len(), self.limit_gb_per_s);
+    pub fn play(mut self, arrivals: &[Arrival], registry: &mut Registry) -> Scene {
+        let mut scene = Scene::new(self.port.name(), arrivals.len(), self.limit_gb_per_s);
         self.meet(&mut scene, registry);
         if scene.troubles().is_empty() {
-            self.hand_over(&mut scene, requests);
+            self.hand_over(&mut scene, arrivals);
         }
         self.part(&mut scene);
         scene
@@ -191,40 +200,64 @@ impl Router {
     fn introduce(&self) {
         if !self.is_any(Standing::Launched) {
             let [prefill, decode] = self.workers.each_ref().map(|worker| worker.child.id());
-            println!(
+            self.print.line(&format!(
                 "\nscene {}: prefill is process {prefill}, decode is process {decode}",
                 self.port.name()
-            );
+            ));
         }
     }
 
-    fn hand_over(&mut self, scene: &mut Scene, requests: &[Request]) {
-        let mut progress = Progress::new(self.port.name(), requests.len());
+    fn hand_over(&mut self, scene: &mut Scene, arrivals: &[Arrival]) {
+        let mut progress = Progress::new(self.port.name(), arrivals.len());
+        let start_ns = now_ns();
         loop {
-            if scene.begun < requests.len() && scene.troubles().is_empty() && Instant::now() >= self.until {
+            if scene.begun < arrivals.len() && scene.troubles().is_empty() && Instant::now() >= self.until {
                 scene.cut_short = true;
             }
-            while self.open.len() < self.in_flight && scene.may_begin() {
-                self.begin(scene, requests[scene.begun].input_tokens);
+            while scene.may_begin() && self.is_next_here(&arrivals[scene.begun], start_ns) {
+                self.begin(scene, &arrivals[scene.begun], start_ns);
             }
-            if self.open.is_empty() {
+            if self.open.is_empty() && !scene.may_begin() {
                 break;
             }
-            self.hear(scene, Instant::now() + Duration::from_millis(100));
+            self.hear(scene, Instant::now() + self.nap(scene, arrivals, start_ns));
             self.find_mute(scene);
             progress.show(scene.ended(), scene.bytes);
         }
         progress.end();
     }
 
-    fn begin(&mut self, scene: &mut Scene, tokens: u32) {
+    /// Whether the next request has come: by its time, or because another one is over.
+    fn is_next_here(&self, next: &Arrival, start_ns: u64) -> bool {
+        match self.is_closed_loop {
+            true => self.open.len() < self.most_open,
+            false => now_ns() >= start_ns + next.at_ns,
+        }
+    }
+
+    /// How long to listen at most.
+    fn nap(&self, scene: &Scene, arrivals: &[Arrival], start_ns: u64) -> Duration {
+        let most = Duration::from_millis(100);
+        match arrivals.get(scene.begun).filter(|_| scene.may_begin() && !self.is_closed_loop) {
+            Some(next) => most.min(Duration::from_nanos((start_ns + next.at_ns).saturating_sub(now_ns()))),
+            None => most,
+        }
+    }
+
+    fn begin(&mut self, scene: &mut Scene, arrival: &Arrival, start_ns: u64) {
         scene.begun += 1;
         let room = scene.begun as u64;
-        if self.each_room {
-            println!("{}: room {room} begins, {tokens} tokens", self.port.name());
+        if self.open.len() >= self.most_open {
+            return scene.refused(self.most_open);
         }
+        if self.each_room {
+            let (port, tokens) = (self.port.name(), arrival.tokens);
+            self.print.line(&format!("{port}: room {room} begins, {tokens} tokens"));
+        }
+        let at_ns = if self.is_closed_loop { now_ns() } else { start_ns + arrival.at_ns };
+        let go = Tell::Go { room, arrival: Arrival { at_ns, ..arrival.clone() } };
         // A worker that cannot be told has ended; its end is heard later.
-        self.workers.iter_mut().for_each(|worker| worker.child.tell(&Tell::Go { room, tokens }));
+        self.workers.iter_mut().for_each(|worker| worker.child.tell(&go));
         self.open.insert(room, Room { begin: Instant::now(), open_at: [true; 2] });
     }
 
@@ -276,7 +309,7 @@ impl Router {
         let room = ended.room;
         if self.each_room {
             let (port, name) = (self.port.name(), child.name());
-            println!("{port}: room {room}, {name}, {} ms: {}", ended.after_ms, ended.how);
+            self.print.line(&format!("{port}: room {room}, {name}, {} ms: {}", ended.after_ms, ended.how));
         }
         match self.open.get_mut(&room) {
             Some(Room { open_at, .. }) if open_at[at] => {

@@ -1,5 +1,6 @@
 //! What the demo's parent and its workers say to each other, one JSON object a line.
 
+use crossdock_replay::{Arrival, DockStats, Handover};
 use serde::{Deserialize, Serialize};
 
 /// From the parent.
@@ -9,8 +10,8 @@ pub enum Tell {
     /// What the workers of a scene prove to each other. It is the first line, and is told here because everybody can
     /// see a process's arguments.
     Key { key: [u8; 32] },
-    /// Hand this request over.
-    Go { room: u64, tokens: u32 },
+    /// Hand this request over. It has arrived on the host's monotonic clock.
+    Go { room: u64, arrival: Arrival },
     /// End what is open, then leave.
     End,
 }
@@ -36,15 +37,23 @@ pub struct Ended {
     pub delivered: bool,
     /// In words, with peer and reason.
     pub how: String,
+    /// What moved.
     pub pages: u64,
     pub bytes: u64,
-    /// When the prefill side began to send and when the decode side had it all, on the host's monotonic clock.
-    pub begin_ns: u64,
-    pub end_ns: u64,
+    /// When it waited, was computed and moved, on the host's monotonic clock; told by the decode side of a delivery.
+    pub handover: Handover,
     /// When the end was told, counted from when the worker took the request up: from where its deadline counts.
     pub after_ms: u64,
     /// Whether every byte was what it should be.
     pub right: bool,
+}
+
+/// What the prefill side sends beside the pages.
+#[derive(Serialize, Deserialize, Default)]
+pub struct Computed {
+    pub admitted_ns: u64,
+    pub ready_ns: u64,
+    pub held_tokens: u32,
 }
 
 /// What a worker holds when all of its rooms have ended.
@@ -61,4 +70,6 @@ pub struct Bye {
     pub held_by: String,
     /// Immediates that came too late to be counted.
     pub stale: u64,
+    /// What its pool has seen.
+    pub dock: DockStats,
 }

@@ -3,8 +3,7 @@
 use std::error::Error;
 use std::io::{BufRead, Write};
 use std::process::ExitCode;
-use std::sync::mpsc::{Receiver, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
@@ -16,11 +15,13 @@ use crossdock_bootstrap::{
     Address, Client, ClientConfig, GroupId, Incarnation, Labels, Member, NodeId, Query, Ranks, Registration,
     Role, Tag, Topology,
 };
+use crossdock_replay::{Admitted, Handover, Lease, Next, watermarks};
 
 use crossdock_flight::Folder;
 
 use super::content::Content;
-use super::talk::{Bye, Ended, Said, Tell};
+use super::queue::{Order, Queue};
+use super::talk::{Bye, Computed, Ended, Said, Tell};
 use super::{OpName, PAGE_TOKENS, PortName};
 
 #[derive(Args)]
@@ -58,7 +59,7 @@ struct Bench {
     handle: Handle,
     layout: CacheLayout,
     memory: Memory,
-    pool: PagePool,
+    queue: Arc<Queue>,
     peer: Option<Peer>,
     deadline: Duration,
     op: OpName,
@@ -68,7 +69,9 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
     super::end_with_parent()?;
     say(&Said::Started);
     let layout = CacheLayout::deepseek_r1(PAGE_TOKENS, options.pages)?;
-    let (memory, pool) = crossdock::allocate(&layout)?;
+    let (memory, _) = crossdock::allocate(&layout)?;
+    // Prefixes stay in it until it comes under pressure.
+    let pool = PagePool::new(layout.pages(), watermarks(layout.pages()));
     let (role, role_name) = match options.role {
         RoleName::Prefill => (Role::Prefill, "prefill"),
         RoleName::Decode => (Role::Decode, "decode"),
@@ -115,7 +118,7 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
         handle: node.handle().clone(),
         layout,
         memory: memory[0].clone(),
-        pool: pool.clone(),
+        queue: Arc::new(Queue::new(pool, QUEUE)),
         peer,
         deadline: Duration::from_secs(options.deadline_s),
         op: options.op,
@@ -147,56 +150,86 @@ fn key() -> Result<Authentication, Box<dyn Error>> {
     }
 }
 
-/// Works on what the parent tells, on as many threads as requests are under way, until it tells the end or is gone.
+/// Works on what the parent tells, on as many threads as requests may move at once, until it tells the end or is gone.
 fn serve(options: &WorkerOptions, bench: &Bench) -> Result<(), Box<dyn Error>> {
-    let (orders, taken) = sync_channel::<(u64, u32)>(4096);
-    let taken = Arc::new(Mutex::new(taken));
     let role = options.role;
     let threads = (0..options.in_flight)
         .map(|_| {
-            let (bench, taken) = (bench.clone(), taken.clone());
+            let bench = bench.clone();
             std::thread::Builder::new().name("request".into()).spawn(move || {
-                while let Some((room, tokens)) = next(&taken) {
-                    let begin = Instant::now();
-                    let ended = match role {
-                        RoleName::Prefill => bench.prefill(room, tokens, begin),
-                        RoleName::Decode => bench.decode(room, tokens, begin),
-                    };
-                    say(&Said::Ended(ended.unwrap_or_else(|error| failed(room, &error.to_string(), begin))));
+                while let Some(next) = bench.queue.next() {
+                    say(&Said::Ended(bench.work(role, next)));
                 }
             })
         })
         .collect::<Result<Vec<_>, _>>()?;
     for line in std::io::stdin().lock().lines() {
         match serde_json::from_str(&line?) {
-            Ok(Tell::Go { room, tokens }) => orders.send((room, tokens))?,
+            Ok(Tell::Go { room, arrival }) => {
+                let begin = Instant::now();
+                let pages = bench.layout.pages_for(arrival.tokens);
+                let until_ns = now_ns() + bench.deadline.as_nanos() as u64;
+                if let Err(error) = bench.queue.arrive(Order { room, arrival, begin }, pages, until_ns) {
+                    say(&Said::Ended(failed(room, &error.to_string(), begin)));
+                }
+            }
             Ok(Tell::End) => break,
             Ok(Tell::Key { .. }) => return Err("the parent tells a second key".into()),
             Err(error) => return Err(format!("the parent cannot be understood: {error}").into()),
         }
     }
-    drop(orders);
+    bench.queue.close();
     for thread in threads {
         thread.join().map_err(|_| "a request's thread panicked")?;
     }
     Ok(())
 }
 
-fn next(orders: &Mutex<Receiver<(u64, u32)>>) -> Option<(u64, u32)> {
-    orders.lock().ok()?.recv().ok()
-}
-
 impl Bench {
-    fn prefill(&self, room: u64, tokens: u32, begin: Instant) -> Result<Ended, Box<dyn Error>> {
-        let until = begin + self.deadline;
-        let pages = self.take(tokens, until)?;
-        let ids = pages.ids().to_vec();
-        let content = Content { layout: &self.layout, memory: &self.memory, room, tokens };
-        self.layout.layers().for_each(|layer| content.fill(layer, &ids));
-        let begin_ns = now_ns();
-        let pages = pages.share();
+    fn work(&self, role: RoleName, next: Next<Order>) -> Ended {
+        let admitted_ns = now_ns();
+        match next {
+            Next::Admitted(Admitted { tag: order, mut lease, pages, .. }) => {
+                let ended = match role {
+                    RoleName::Prefill => self.prefill(&order, &mut lease, pages, admitted_ns),
+                    RoleName::Decode => self.decode(&order, &mut lease, pages, admitted_ns),
+                };
+                let ended = ended.unwrap_or_else(|error| failed(order.room, &error.to_string(), order.begin));
+                match (role, ended.delivered) {
+                    // The output is made now, and reads the pages.
+                    (RoleName::Decode, true) => {
+                        self.queue.release_at(lease, now_ns() + order.arrival.decode_ns);
+                    }
+                    _ => self.queue.release(lease),
+                }
+                ended
+            }
+            Next::Expired { tag: Order { room, begin, .. }, wanted, free } => {
+                let how = format!("{wanted} pages wanted, {free} free when the deadline passed in the queue");
+                failed(room, &how, begin)
+            }
+        }
+    }
+
+    fn prefill(
+        &self,
+        order: &Order,
+        lease: &mut Lease,
+        pages: PageSet,
+        admitted_ns: u64,
+    ) -> Result<Ended, Box<dyn Error>> {
+        let Order { room, arrival, begin } = order;
+        let (room, until) = (*room, *begin + self.deadline);
+        let (held, count) = (lease.held_pages(), pages.len() as u64);
+        let content = Content::new(&self.layout, &self.memory, room, arrival);
+        self.layout.layers().for_each(|layer| content.fill(layer, held, pages.ids()));
+        self.queue.keep(lease, pages);
+        let pages = lease.pages().ok_or("a request has no pages")?;
+        let held_tokens = held * self.layout.page_tokens();
+        let ready_ns = now_ns();
+        let aux = serde_json::to_vec(&Computed { admitted_ns, ready_ns, held_tokens })?;
         let deadline = until.saturating_duration_since(Instant::now());
-        let aux = begin_ns.to_le_bytes().to_vec();
+        let tokens = arrival.tokens;
         let ended = match self.op {
             OpName::Write => {
                 let request = SendRequest { room, use_count: 0, tokens, pages, deadline };
@@ -210,67 +243,78 @@ impl Bench {
                 self.handle.serve(request)?.end.wait_until(until + GRACE)?
             }
         };
-        let after_ms = begin.elapsed().as_millis() as u64;
         Ok(Ended {
             room,
             delivered: ended.is_delivered(),
             how: ended.to_string(),
-            pages: ids.len() as u64,
-            bytes: u64::from(tokens) * self.layout.token_bytes() * self.layout.layers().len() as u64,
-            begin_ns,
-            end_ns: now_ns(),
-            after_ms,
+            pages: count,
+            bytes: 0,
+            handover: Handover::default(),
+            after_ms: begin.elapsed().as_millis() as u64,
             right: true,
         })
     }
 
-    fn decode(&self, room: u64, tokens: u32, begin: Instant) -> Result<Ended, Box<dyn Error>> {
-        let until = begin + self.deadline;
-        let pages = self.take(tokens, until)?;
-        let ids = pages.ids().to_vec();
+    fn decode(
+        &self,
+        order: &Order,
+        lease: &mut Lease,
+        pages: PageSet,
+        granted_ns: u64,
+    ) -> Result<Ended, Box<dyn Error>> {
+        let Order { room, arrival, begin } = order;
+        let (room, tokens, until) = (*room, arrival.tokens, *begin + self.deadline);
+        let (held, count) = (lease.held_pages(), pages.len() as u64);
+        let skip_tokens = held * self.layout.page_tokens();
         let deadline = until.saturating_duration_since(Instant::now());
         let peer = self.peer.ok_or("a prefill worker does not decode")?;
-        let request = ReceiveRequest { peer, room, use_count: 0, tokens, skip_tokens: 0, pages, deadline };
+        let request = ReceiveRequest { peer, room, use_count: 0, tokens, skip_tokens, pages, deadline };
         let mut receiving = match self.op {
             OpName::Write => self.handle.receive(request)?,
             OpName::Read => self.handle.fetch(request)?,
         };
         let received = receiving.end.wait_until(until + GRACE)?;
         let (end_ns, after_ms) = (now_ns(), begin.elapsed().as_millis() as u64);
-        let delivered = received.ended.is_delivered();
-        let mut right = true;
-        let mut begin_ns = end_ns;
-        if delivered {
-            let home = receiving.pages.wait_until(until + GRACE)?;
-            let content = Content { layout: &self.layout, memory: &self.memory, room, tokens };
-            right = self.layout.layers().all(|layer| content.is_right(layer, home.ids()));
-            begin_ns = received.aux.try_into().map_or(end_ns, u64::from_le_bytes);
-        }
-        Ok(Ended {
+        let mut ended = Ended {
             room,
-            delivered,
+            delivered: received.ended.is_delivered(),
             how: received.ended.to_string(),
-            pages: ids.len() as u64,
-            bytes: u64::from(tokens) * self.layout.token_bytes() * self.layout.layers().len() as u64,
-            begin_ns,
-            end_ns,
+            pages: count,
+            bytes: u64::from(tokens - skip_tokens)
+                * self.layout.token_bytes()
+                * self.layout.layers().len() as u64,
+            handover: Handover::default(),
             after_ms,
-            right,
-        })
-    }
-
-    /// Takes pages, waiting for other requests to give some back.
-    fn take(&self, tokens: u32, until: Instant) -> Result<PageSet, Box<dyn Error>> {
-        let pages = self.layout.pages_for(tokens);
-        loop {
-            match self.pool.take(pages) {
-                Ok(set) => return Ok(set),
-                Err(error) if Instant::now() >= until => return Err(error.into()),
-                Err(_) => std::thread::sleep(Duration::from_millis(1)),
-            }
+            right: true,
+        };
+        if ended.delivered {
+            let home = receiving.pages.wait_until(until + GRACE)?;
+            let content = Content::new(&self.layout, &self.memory, room, arrival);
+            // What was here is checked as what has come: nobody else may have written there.
+            let (here, home_ids) = (lease.ids(), home.ids());
+            ended.right = self
+                .layout
+                .layers()
+                .all(|layer| content.is_right(layer, 0, &here) && content.is_right(layer, held, home_ids));
+            self.queue.keep(lease, home);
+            let computed: Computed = serde_json::from_slice(&received.aux)?;
+            ended.handover = Handover {
+                arrived_ns: arrival.at_ns,
+                admitted_ns: computed.admitted_ns,
+                ready_ns: computed.ready_ns,
+                granted_ns,
+                end_ns,
+                tokens,
+                decode_held_tokens: skip_tokens,
+                prefill_held_tokens: computed.held_tokens,
+            };
         }
+        Ok(ended)
     }
 }
+
+/// Requests that wait at a worker: more than the parent tells of at once.
+const QUEUE: usize = 4096;
 
 /// How much longer than a room's deadline its end may take to be told on a machine that has too much to do.
 pub const GRACE: Duration = Duration::from_secs(5);
@@ -278,13 +322,15 @@ pub const GRACE: Duration = Duration::from_secs(5);
 /// What is still held, once what is on its way home has had the time to come.
 fn farewell(bench: &Bench) -> Bye {
     let until = Instant::now() + GRACE;
+    let (pool, dock) = (bench.queue.pool(), bench.queue.stats());
     loop {
-        let pool = bench.pool.stats();
-        let quarantine = bench.pool.quarantine(now_ns());
+        bench.queue.clear();
+        let quarantine = pool.quarantine(now_ns());
+        let pool = pool.stats();
         let asked = Instant::now() + GRACE;
         let Some(stats) = bench.handle.stats().ok().and_then(|mut told| told.wait_until(asked).ok()) else {
             // A progress loop that does not answer holds everything.
-            return Bye { pages: u64::from(pool.pages), ..Bye::default() };
+            return Bye { pages: u64::from(pool.pages), dock, ..Bye::default() };
         };
         // Pages that a peer was granted to read are no quarantine of the pool's: nobody writes them. They stay shared.
         let lends = bench.op == OpName::Read && bench.peer.is_none() && stats.grants > 0;
@@ -303,6 +349,7 @@ fn farewell(bench: &Bench) -> Bye {
             quarantined: u64::from(pool.quarantined + lent),
             held_by,
             stale: stats.counters.stale_arrivals,
+            dock: dock.clone(),
         };
         if bye.pages + bye.rooms + bye.grants + bye.quarantined == 0 || Instant::now() >= until {
             return bye;
@@ -314,7 +361,8 @@ fn farewell(bench: &Bench) -> Bye {
 fn failed(room: u64, how: &str, begin: Instant) -> Ended {
     let after_ms = begin.elapsed().as_millis() as u64;
     let how = how.to_owned();
-    Ended { room, delivered: false, how, pages: 0, bytes: 0, begin_ns: 0, end_ns: 0, after_ms, right: true }
+    let handover = Handover::default();
+    Ended { room, delivered: false, how, pages: 0, bytes: 0, handover, after_ms, right: true }
 }
 
 fn say(what: &Said) {

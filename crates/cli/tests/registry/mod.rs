@@ -187,7 +187,8 @@ impl Worker {
 
     fn takes(&mut self, rooms: std::ops::Range<u64>) {
         for room in rooms {
-            self.process.tell(&json!({"go": {"room": room, "tokens": TOKENS}}));
+            let arrival = json!({"at_ns": 0, "tokens": TOKENS, "blocks": [], "decode_ns": 0});
+            self.process.tell(&json!({"go": {"room": room, "arrival": arrival}}));
         }
     }
 
