@@ -2,10 +2,13 @@
 import argparse
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
 import threading
+
+import chart
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # What each peer can do between two processes of one host.
@@ -67,15 +70,17 @@ def compare(options, peer, port, page_bytes):
         us.append(ours(options, port, page_bytes))
         them.append(peer.measure(page_bytes, options.payload_mib))
     median = lambda lines, key: statistics.median(line[key] for line in lines)  # noqa: E731
-    return {
+    line = {
         "bench": "compare", "port": port, "page_bytes": page_bytes, "peer": peer.name, "version": peer.version,
         "rounds": options.rounds,
         "gb_per_s": median(us, "gb_per_s"), "peer_gb_per_s": median(them, "gb_per_s"),
         "ratio": statistics.median(a["gb_per_s"] / b["gb_per_s"] for a, b in zip(us, them)),
         "cpu_s_per_gb": median(us, "cpu_s_per_gb"), "peer_cpu_s_per_gb": median(them, "cpu_s_per_gb"),
+        "floor_gb_per_s": median(us, "floor_gb_per_s"), "floor_cpu_s_per_gb": median(us, "floor_cpu_s_per_gb"),
         "load": os.getloadavg()[0],
         "verified": all(line["verified"] for line in us + them),
     }
+    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in line.items()}
 
 
 def main():
@@ -88,7 +93,8 @@ def main():
     parser.add_argument("--pool-mib", type=int, default=512)
     parser.add_argument("--payload-mib", type=int, default=256)
     parser.add_argument("--progress", default="thread", choices=("thread", "caller"))
-    parser.add_argument("--json", action="store_true", help="only the JSON lines")
+    parser.add_argument("--out", type=pathlib.Path, default="target/compare", help="folder of the results")
+    parser.add_argument("--json", action="store_true", help="print only the JSON lines")
     options = parser.parse_args()
     lines = []
     for port in options.ports.split(","):
@@ -115,18 +121,35 @@ def main():
             for page_bytes in map(int, options.pages.split(",")):
                 print(json.dumps(ours(options, port, page_bytes)))
         return
-    if not options.json:
-        print(f"{'port':<5}{'page':>7}  {'peer':<24}{'GB/s':>7}{'peer':>7}{'ratio':>8}{'CPU s/GB':>10}{'peer':>8}  verified")
-        for line in lines:
-            print(f"{line['port']:<5}{line['page_bytes']:>7}  {line['peer'] + ' ' + line['version']:<24}"
-                  f"{line['gb_per_s']:>7.2f}{line['peer_gb_per_s']:>7.2f}{line['ratio']:>7.2f}x"
-                  f"{line['cpu_s_per_gb']:>10.3f}{line['peer_cpu_s_per_gb']:>8.3f}  {line['verified']}")
-        if any(line["load"] > os.cpu_count() for line in lines):
-            print("The machine was busy with other work: peers that spin at both ends collapse then; do not cite these.")
-        print()
     for line in lines:
-        print(json.dumps({key: float(f"{value:.5g}") if isinstance(value, float) else value
-                          for key, value in line.items()}))
+        print(json.dumps(line))
+    options.out.mkdir(parents=True, exist_ok=True)
+    written = [options.out / "compare.jsonl", options.out / "compare.md"]
+    written[0].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written[1].write_text(table(lines))
+    try:
+        written.append(chart.draw(lines, options.out / "compare.svg"))
+    except ImportError as error:
+        print(f"compare: no chart: {error}", file=sys.stderr)
+    if not options.json:
+        print("\n" + table(lines))
+    print(f"compare: written: {', '.join(map(str, written))}", file=sys.stderr)
+
+
+def table(lines):
+    """Markdown that can be read as it is."""
+    rows = [("port", "page bytes", "peer", "GB/s", "peer's", "ratio", "floor", "CPU s/GB", "peer's", "floor's", "verified")]
+    rows += [(line["port"], str(line["page_bytes"]), f"{line['peer']} {line['version']}",
+              f"{line['gb_per_s']:.2f}", f"{line['peer_gb_per_s']:.2f}", f"{line['ratio']:.2f}",
+              f"{line['floor_gb_per_s']:.2f}",
+              f"{line['cpu_s_per_gb']:.3f}", f"{line['peer_cpu_s_per_gb']:.3f}", f"{line['floor_cpu_s_per_gb']:.3f}",
+              "yes" if line["verified"] else "NO") for line in lines]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    text = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    text.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+    if chart.is_busy(lines):
+        text += ["", chart.BUSY]
+    return "\n".join(text) + "\n"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 //!
 //! A plain copy from or to bytes that another thread changes is undefined in Rust, however plain the bytes. Each
 //! function here has the meaning of its portable form: one relaxed atomic access a byte. On x86-64 one string
-//! instruction does that in bulk; the compiler may not look inside, so it cannot assume that nobody else writes.
+//! instruction does that in bulk, on 64-bit Arm a loop over pairs of vector registers; the compiler may not look inside,
+//! so it cannot assume that nobody else writes.
 
 /// Copies `into.len()` bytes from `from` on.
 ///
@@ -37,7 +38,10 @@ pub(super) unsafe fn fill(to: *mut u8, bytes: usize, value: u8) {
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 use string as imp;
 
-#[cfg(not(all(target_arch = "x86_64", not(miri))))]
+#[cfg(all(target_arch = "aarch64", not(miri)))]
+use pairs as imp;
+
+#[cfg(any(miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
 use portable as imp;
 
 #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -87,7 +91,93 @@ mod string {
     }
 }
 
-#[cfg(any(test, not(all(target_arch = "x86_64", not(miri)))))]
+#[cfg(all(target_arch = "aarch64", not(miri)))]
+mod pairs {
+    use std::arch::asm;
+
+    pub unsafe fn load(from: *mut u8, into: &mut [u8]) {
+        // SAFETY: the caller vouches for `into.len()` bytes at `from`; as many are ours to write.
+        unsafe { copy(into.as_mut_ptr(), from, into.len()) }
+    }
+
+    pub unsafe fn store(to: *mut u8, from: &[u8]) {
+        // SAFETY: the caller vouches for `from.len()` bytes at `to`; as many can be read.
+        unsafe { copy(to, from.as_ptr(), from.len()) }
+    }
+
+    /// # Safety
+    /// `from` must be readable and `to` writable for `bytes`, without overlap.
+    unsafe fn copy(to: *mut u8, from: *const u8, bytes: usize) {
+        // SAFETY: the loops read `bytes` bytes at `from` and write as many at `to`, 64 a round and then single ones, and
+        // change only the registers and flags that are named.
+        unsafe {
+            asm!(
+                "subs {rest}, {rest}, #64",
+                "b.lo 3f",
+                "2:",
+                "ldp {a:q}, {b:q}, [{from}]",
+                "ldp {c:q}, {d:q}, [{from}, #32]",
+                "add {from}, {from}, #64",
+                "stp {a:q}, {b:q}, [{to}]",
+                "stp {c:q}, {d:q}, [{to}, #32]",
+                "add {to}, {to}, #64",
+                "subs {rest}, {rest}, #64",
+                "b.hs 2b",
+                "3:",
+                "adds {rest}, {rest}, #64",
+                "b.eq 5f",
+                "4:",
+                "ldrb {byte:w}, [{from}], #1",
+                "strb {byte:w}, [{to}], #1",
+                "subs {rest}, {rest}, #1",
+                "b.ne 4b",
+                "5:",
+                from = inout(reg) from => _,
+                to = inout(reg) to => _,
+                rest = inout(reg) bytes => _,
+                byte = out(reg) _,
+                a = out(vreg) _,
+                b = out(vreg) _,
+                c = out(vreg) _,
+                d = out(vreg) _,
+                options(nostack),
+            );
+        }
+    }
+
+    pub unsafe fn fill(to: *mut u8, bytes: usize, value: u8) {
+        // SAFETY: the loops write `bytes` bytes at `to`, for which the caller vouches, 64 a round and then single ones,
+        // and change only the registers and flags that are named.
+        unsafe {
+            asm!(
+                "dup {v:v}.16b, {byte:w}",
+                "subs {rest}, {rest}, #64",
+                "b.lo 3f",
+                "2:",
+                "stp {v:q}, {v:q}, [{to}]",
+                "stp {v:q}, {v:q}, [{to}, #32]",
+                "add {to}, {to}, #64",
+                "subs {rest}, {rest}, #64",
+                "b.hs 2b",
+                "3:",
+                "adds {rest}, {rest}, #64",
+                "b.eq 5f",
+                "4:",
+                "strb {byte:w}, [{to}], #1",
+                "subs {rest}, {rest}, #1",
+                "b.ne 4b",
+                "5:",
+                to = inout(reg) to => _,
+                rest = inout(reg) bytes => _,
+                byte = in(reg) u32::from(value),
+                v = out(vreg) _,
+                options(nostack),
+            );
+        }
+    }
+}
+
+#[cfg(any(test, miri, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
 mod portable {
     use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 
@@ -125,7 +215,7 @@ mod tests {
             (unsafe fn(*mut u8, &mut [u8]), unsafe fn(*mut u8, &[u8]), unsafe fn(*mut u8, usize, u8));
         let forms: [Forms; 2] = [(load, store, fill), (portable::load, portable::store, portable::fill)];
         for (load, store, fill) in forms {
-            for bytes in [0, 1, 7, 8, 63, 200] {
+            for bytes in [0, 1, 7, 8, 63, 64, 65, 127, 128, 200] {
                 let mut memory = [0xAAu8; 256];
                 let base = memory.as_mut_ptr();
                 let source: Vec<u8> = (0..bytes as u8).collect();

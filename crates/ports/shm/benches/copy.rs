@@ -215,7 +215,7 @@ fn shared_memory(options: &Options, pools: &Pools, piece_bytes: usize, threads: 
     let mut ways = vec![way("memcpy", move |pieces| in_halves(pieces, threads, memcpy))];
     #[cfg(target_arch = "x86_64")]
     ways.push(way("rep movsb", move |pieces| in_halves(pieces, threads, rep_movsb)));
-    for vectors in [Vectors::Plain, Vectors::Sse2, Vectors::Avx2, Vectors::Avx512] {
+    for vectors in [Vectors::Plain, Vectors::Sse2, Vectors::Avx2, Vectors::Avx512, Vectors::Neon] {
         let Some(copier) = Copier::with_vectors(vectors) else {
             continue;
         };

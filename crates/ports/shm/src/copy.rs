@@ -11,17 +11,24 @@
 //! A small copy goes through the cache instead: its reader is near, and a fence at its end would cost more
 //! than it saves. [`Copier::strategy`] decides from the piece and the total.
 //!
-//! Both ways leave the bytes ordered like plain stores: where streaming stores were used, the fence that
-//! they need is inside the routine, so a release store after the call publishes the bytes.
+//! Both ways leave the bytes ordered like plain stores: where streaming stores need a fence for that, it is
+//! inside the routine, so a release store after the call publishes the bytes.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod cached;
 mod claims;
 mod futex;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod streamed;
 mod threads;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
+
+#[cfg(target_arch = "aarch64")]
+use aarch64 as instructions;
+#[cfg(target_arch = "x86_64")]
+use x86_64 as instructions;
 
 pub use threads::CopyThreads;
 
@@ -65,6 +72,8 @@ pub enum Vectors {
     Avx2,
     /// One 64-byte register a line.
     Avx512,
+    /// Two pairs of 16-byte registers a line, on 64-bit Arm.
+    Neon,
 }
 
 /// How one call moves its bytes.
@@ -79,7 +88,7 @@ pub enum Strategy {
 impl Copier {
     /// The best that this processor can do, found at run time.
     pub fn detect() -> Copier {
-        [Vectors::Avx512, Vectors::Avx2, Vectors::Sse2]
+        [Vectors::Neon, Vectors::Avx512, Vectors::Avx2, Vectors::Sse2]
             .into_iter()
             .find_map(Copier::with_vectors)
             .unwrap_or(Copier { vectors: Vectors::Plain, forced: None })
@@ -192,26 +201,31 @@ impl<'a> Pieces<'a> {
 
 impl Vectors {
     fn supported(self) -> bool {
-        match self {
-            Vectors::Plain => true,
-            #[cfg(target_arch = "x86_64")]
-            _ => x86_64::supported(self),
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => false,
-        }
+        instructions::supported(self)
     }
 
     /// # Safety
     /// As [`Copier::copy_pieces`]; the processor must have these vectors, and they must not be
     /// [`Vectors::Plain`].
     unsafe fn stream(self, pieces: Pieces<'_>) {
-        #[cfg(target_arch = "x86_64")]
         // SAFETY: passed on unchanged.
-        unsafe {
-            x86_64::stream(self, pieces)
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        unreachable!("{self:?} with {} pieces: only x86-64 has streaming stores here", pieces.count())
+        unsafe { instructions::stream(self, pieces) }
+    }
+}
+
+/// Other processors have no streaming stores here.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+mod instructions {
+    use super::{Pieces, Vectors};
+
+    pub(super) fn supported(vectors: Vectors) -> bool {
+        vectors == Vectors::Plain
+    }
+
+    /// # Safety
+    /// None is needed: no copier gets here.
+    pub(super) unsafe fn stream(vectors: Vectors, _pieces: Pieces<'_>) {
+        unreachable!("{vectors:?}: a copier without streaming stores never chooses to stream")
     }
 }
 

@@ -1,6 +1,7 @@
 //! A peer that can be stopped and killed: its part of the cases, and the process around it.
 
 use std::env;
+use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Write};
 use std::process::{self, Command, Stdio};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
@@ -140,6 +141,17 @@ impl Streamer {
     }
 }
 
+/// A command that runs this test binary again. Where that was built for another processor, the kernel does not know how:
+/// `CROSSDOCK_TEST_RUNNER` then names the emulator, with its arguments.
+pub fn this_binary() -> Command {
+    let binary = env::current_exe().expect("a test knows its binary");
+    let runner = env::var("CROSSDOCK_TEST_RUNNER").unwrap_or_default();
+    let mut words = runner.split_whitespace().map(OsStr::new).chain([binary.as_os_str()]);
+    let mut command = Command::new(words.next().expect("the binary is one of them"));
+    command.args(words);
+    command
+}
+
 /// A [`Child`] in a process: this test binary again, running only the test that calls [`serve`].
 pub struct ProcessChild {
     process: process::Child,
@@ -149,8 +161,7 @@ pub struct ProcessChild {
 impl ProcessChild {
     /// Runs the test `test` of this binary with `rig` in its environment, to be found by [`requested_child`].
     pub fn spawn(test: &str, rig: &str) -> Self {
-        let binary = env::current_exe().expect("a test knows its binary");
-        let mut process = Command::new(binary)
+        let mut process = this_binary()
             .args([test, "--exact", "--nocapture", "--test-threads=1"])
             .env(ENVIRONMENT, rig)
             .stdin(Stdio::piped())

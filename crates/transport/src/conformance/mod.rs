@@ -32,7 +32,7 @@ mod sleep;
 mod stage;
 mod threads;
 
-pub use child::{Child, ProcessChild, Streamer, requested_child, serve};
+pub use child::{Child, ProcessChild, Streamer, requested_child, serve, this_binary};
 pub use random::Rng;
 
 /// How a port is tested: where its ports and memories come from, and what it promises.

@@ -14,21 +14,21 @@ pub(super) trait Line: Copy {
     /// Stores past the cache.
     ///
     /// # Safety
-    /// `dst` must be writable for [`LINE_BYTES`] and aligned to them, and a [`Line::fence`] must come before
+    /// `dst` must be writable for [`LINE_BYTES`] and aligned to them, and [`Line::order`] must come before
     /// the bytes are published.
     unsafe fn stream(self, dst: *mut u8);
 
     /// Asks for the line around `src` in the second-level cache; any address is allowed.
     fn prefetch(src: *const u8);
 
-    /// Orders the streamed stores before all later stores.
-    fn fence();
+    /// Makes the streamed stores as ordered as plain ones: a release that follows publishes them.
+    fn order();
 }
 
 /// A multiple of what a processor moves at once; streamed stores need whole ones.
 pub(super) const LINE_BYTES: usize = 64;
 
-/// Copies all pieces and fences.
+/// Copies all pieces and leaves them as ordered as plain stores would.
 ///
 /// # Safety
 /// As [`super::Copier::copy_pieces`]; and the caller must be compiled for the instructions of `L`, into which
@@ -49,7 +49,7 @@ pub(super) unsafe fn copy<L: Line>(pieces: Pieces<'_>) {
             core::ptr::copy_nonoverlapping(src.add(done_bytes), dst.add(done_bytes), rest_bytes);
         }
     }
-    L::fence();
+    L::order();
 }
 
 /// Four are enough to hide the misses; eight gain nothing more with one thread and lose with two.

@@ -3,7 +3,8 @@ use proptest::strategy::Strategy as _;
 
 use super::*;
 
-const ALL_VECTORS: [Vectors; 4] = [Vectors::Plain, Vectors::Sse2, Vectors::Avx2, Vectors::Avx512];
+const ALL_VECTORS: [Vectors; 5] =
+    [Vectors::Plain, Vectors::Sse2, Vectors::Avx2, Vectors::Avx512, Vectors::Neon];
 
 fn copiers() -> Vec<Copier> {
     ALL_VECTORS
@@ -187,11 +188,25 @@ fn every_short_length_and_alignment_is_copied() {
 }
 
 #[test]
+fn every_processor_has_the_streaming_stores_of_its_architecture() {
+    let least = match std::env::consts::ARCH {
+        "x86_64" => Vectors::Sse2,
+        "aarch64" => Vectors::Neon,
+        _ => Vectors::Plain,
+    };
+    assert!(Copier::with_vectors(least).is_some());
+    assert_eq!(Copier::detect().vectors() == Vectors::Plain, least == Vectors::Plain);
+    let foreign = if least == Vectors::Neon { Vectors::Sse2 } else { Vectors::Neon };
+    assert_eq!(Copier::with_vectors(foreign), None);
+}
+
+#[test]
 fn small_totals_and_short_pieces_stay_in_the_cache() {
-    let Some(copier) = Copier::with_vectors(Vectors::Sse2) else {
+    let copier = Copier::detect();
+    if copier.vectors() == Vectors::Plain {
         eprintln!("skipped: this processor has no streaming stores that are used here");
         return;
-    };
+    }
     assert_eq!(copier.strategy(4096, 4096), Strategy::Cached);
     assert_eq!(copier.strategy(4096, 1 << 20), Strategy::Streamed);
     assert_eq!(copier.strategy(64, 1 << 20), Strategy::Cached);

@@ -11,6 +11,7 @@ pub(super) fn supported(vectors: Vectors) -> bool {
         Vectors::Plain | Vectors::Sse2 => true,
         Vectors::Avx2 => is_x86_feature_detected!("avx2"),
         Vectors::Avx512 => is_x86_feature_detected!("avx512f"),
+        Vectors::Neon => false,
     }
 }
 
@@ -20,7 +21,9 @@ pub(super) unsafe fn stream(vectors: Vectors, pieces: Pieces<'_>) {
     // SAFETY: the processor has the instructions, and the caller vouches for the pieces.
     unsafe {
         match vectors {
-            Vectors::Plain => unreachable!("a copier without streaming stores never chooses to stream"),
+            Vectors::Plain | Vectors::Neon => {
+                unreachable!("no copier of this architecture streams with {vectors:?}")
+            }
             Vectors::Sse2 => stream_sse2(pieces),
             Vectors::Avx2 => stream_avx2(pieces),
             Vectors::Avx512 => stream_avx512(pieces),
@@ -75,7 +78,7 @@ impl Line for Sse2Line {
     }
 
     #[inline(always)]
-    fn fence() {
+    fn order() {
         fence()
     }
 }
@@ -104,7 +107,7 @@ impl Line for Avx2Line {
     }
 
     #[inline(always)]
-    fn fence() {
+    fn order() {
         fence()
     }
 }
@@ -131,7 +134,7 @@ impl Line for Avx512Line {
     }
 
     #[inline(always)]
-    fn fence() {
+    fn order() {
         fence()
     }
 }
@@ -144,6 +147,7 @@ fn prefetch(src: *const u8) {
     unsafe { _mm_prefetch::<_MM_HINT_T1>(src.cast()) }
 }
 
+/// Streaming stores are the one kind that x86-64 does not keep in order.
 #[inline(always)]
 fn fence() {
     // SAFETY: it has no operands; SSE is there on every x86-64.

@@ -1,0 +1,70 @@
+"""The chart of a comparison: GB/s and CPU seconds a GB by page length, for each library and medium."""
+import os
+import statistics
+
+BUSY = "The machine was busy with other work: peers that spin at both ends collapse then; do not cite these."
+COLOURS = {"crossdock": "#1b6ca8", "nixl": "#76a832", "mooncake": "#d0803a"}
+FLOOR_COLOUR = "#333333"
+# What is drawn: the key of ours, its peer's and the floor's, and the axis.
+KINDS = (("gb_per_s", "GB/s (more is better)"), ("cpu_s_per_gb", "CPU s/GB, both sides (less is better)"))
+
+
+def draw(lines, path):
+    """Writes an SVG; fails with ImportError where there is no matplotlib."""
+    import matplotlib
+    matplotlib.use("svg")
+    # Text stays text, and the same results give the same file.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "crossdock", "font.size": 9,
+                                "axes.spines.top": False, "axes.spines.right": False})
+    from matplotlib import pyplot
+
+    ports = list(dict.fromkeys(line["port"] for line in lines))
+    figure, axes = pyplot.subplots(len(KINDS), len(ports), squeeze=False, layout="constrained",
+                                   figsize=(1 + 4 * len(ports), 3.2 * len(KINDS)))
+    for row, (key, label) in zip(axes, KINDS):
+        for axis, port in zip(row, ports):
+            bars(axis, [line for line in lines if line["port"] == port], key)
+            axis.set_title(port)
+        row[0].set_ylabel(label)
+    handles = {label: handle for row in axes for axis in row
+               for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    if is_busy(lines):
+        figure.suptitle(BUSY, color="firebrick", fontsize=8)
+    figure.savefig(path, metadata={"Date": None, "Title": "crossdock beside other libraries"})
+    pyplot.close(figure)
+    return path
+
+
+def bars(axis, lines, key):
+    """A group for each page length: ours, then the peers; the floor is a stroke over the group."""
+    pages = sorted({line["page_bytes"] for line in lines})
+    peers = list(dict.fromkeys((line["peer"], line["version"]) for line in lines))
+    width = 0.8 / (1 + len(peers))
+    for place, (name, version) in enumerate([("crossdock", "")] + peers):
+        of_peer = "" if name == "crossdock" else "peer_"
+        shown = [(at, middle(lines, page, of_peer + key, name if of_peer else None)) for at, page in enumerate(pages)]
+        shown = [(at, value) for at, value in shown if value is not None]
+        drawn = axis.bar([at + (place - len(peers) / 2) * width for at, _ in shown], [value for _, value in shown],
+                         width * 0.92, color=COLOURS[name], label=f"{name} {version}".strip())
+        axis.bar_label(drawn, fmt="{:.2g}", fontsize=7, padding=1)
+    floor = [middle(lines, page, "floor_" + key) for page in pages]
+    axis.hlines(floor, [at - 0.45 for at in range(len(pages))], [at + 0.45 for at in range(len(pages))],
+                colors=FLOOR_COLOUR, linestyles="dashed", linewidth=1, label="floor: the best bare means")
+    axis.set_xticks(range(len(pages)), [length(page) for page in pages])
+    axis.margins(y=0.12)
+    axis.set_ylim(bottom=0)
+
+
+def middle(lines, page, key, peer=None):
+    """Ours and the floor were measured next to each peer: the median of those."""
+    values = [line[key] for line in lines if line["page_bytes"] == page and peer in (None, line["peer"])]
+    return statistics.median(values) if values else None
+
+
+def length(page_bytes):
+    return f"{page_bytes // 1024} KiB" if page_bytes % 1024 == 0 else f"{page_bytes:,} B"
+
+
+def is_busy(lines):
+    return any(line["load"] > os.cpu_count() for line in lines)
