@@ -215,7 +215,9 @@ fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, token
             }
         });
     }
-    let mut receivings: Vec<(usize, Vec<(u32, u32, Vec<u32>)>, Receiving)> = Vec::new();
+    // For each pool the tokens from where to where are kept, and in which pages.
+    type Kept = Vec<(u32, u32, Vec<u32>)>;
+    let mut receivings: Vec<(usize, Kept, Receiving)> = Vec::new();
     for (nth, rank) in decodes.iter().enumerate() {
         let sources = prefill.ranks.sources(&decode.ranks, rank.layout.rank(), room).unwrap();
         let sources = sources
