@@ -11,6 +11,10 @@ fn wrong_calls_name_their_flags() {
             vec!["--page-bytes", "--pool-mib", "holds no page"],
         ),
         (vec!["--model", "deepseek-r1", "--pool-mib", "1"], vec!["--page-tokens", "--pool-mib"]),
+        (vec!["--model", "no-such"], vec!["no-such", "llama-3-70b"]),
+        (vec!["--model", "Cargo.toml"], vec!["Cargo.toml", "kv_heads"]),
+        (vec!["--model", "llama-3-70b", "--prefill-tp", "3", "--decode-tp", "3"], vec!["8 heads", "3 ranks"]),
+        (vec!["--model", "llama-3-70b", "--prefill-tp", "2"], vec!["--prefill-tp", "--decode-tp"]),
         (vec!["--page-bytes", "67108865"], vec!["--page-bytes 67108865"]),
     ] {
         let (success, _, errors) = call(&arguments);
@@ -26,6 +30,28 @@ fn the_header_says_what_the_flags_say() {
     let (success, text, errors) = call(&["--pool-mib", "16", "--page-bytes", "4096", "--repeats", "1"]);
     assert!(success, "{errors}");
     assert!(text.starts_with("shm, shared memory, write, pages of 4096 bytes, "), "{text}");
+}
+
+#[test]
+fn models_are_measured_as_one_rank_keeps_them() {
+    let file = std::env::temp_dir().join(format!("kvbench-{}-model.json", std::process::id()));
+    std::fs::write(&file, r#"{"layers": 80, "kv_heads": 8, "head_bytes": 256}"#)
+        .expect("a file can be written");
+    for model in ["llama-3-70b", file.to_str().unwrap()] {
+        for (tp, page_bytes) in [("1", 16 * 2048), ("4", 16 * 512)] {
+            let arguments = ["--model", model, "--prefill-tp", tp, "--decode-tp", tp, "--page-tokens", "16"];
+            let more = ["--pool-mib", "32", "--repeats", "1", "--seconds", "0.1", "--verify", "--json"];
+            let (success, text, errors) = call(&[&arguments[..], &more[..]].concat());
+            assert!(success, "{errors}");
+            let report: serde_json::Value = serde_json::from_str(&text).expect("one object");
+            assert_eq!(
+                (&report["page_bytes"], &report["verified"]),
+                (&page_bytes.into(), &true.into()),
+                "{text}"
+            );
+        }
+    }
+    std::fs::remove_file(&file).expect("it was there");
 }
 
 #[test]

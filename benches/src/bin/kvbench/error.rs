@@ -11,10 +11,18 @@ use crate::setup::WAIT;
 pub enum Error {
     #[error("{what} is not built yet; this version measures shm (shared or private memory) and tcp")]
     NotBuilt { what: &'static str },
-    #[error("no model is called {name:?}: deepseek-r1 is known")]
+    #[error("no model is called {name:?}, and no file: deepseek-r1 and llama-3-70b are known")]
     UnknownModel { name: String },
     #[error(
-        "--prefill-tp and --decode-tp are 1 here: all ranks of a model with MLA hold the same bytes, so nothing is cut, and what one rank gets is measured with 1 and 1"
+        "{file} describes no model: {why}; {{\"layers\": 61, \"token_bytes\": 1152}} would, or {{\"layers\": 80, \"kv_heads\": 8, \"head_bytes\": 256}}"
+    )]
+    ModelFile { file: String, why: String },
+    #[error(
+        "{kv_heads} heads cannot be shared among {ranks} ranks: one number must be a multiple of the other"
+    )]
+    Heads { kv_heads: u32, ranks: u32 },
+    #[error(
+        "--prefill-tp and --decode-tp are equal here: what one rank sends to its like is measured; what cutting heads costs to plan, `cargo bench -p crossdock-kv --bench plan -- gqa-tp-1-2` says"
     )]
     TensorParallel,
     #[error(

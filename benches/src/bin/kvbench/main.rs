@@ -6,6 +6,7 @@ mod driver;
 mod error;
 mod initiator;
 mod latency;
+mod model;
 mod moving;
 mod options;
 mod passes;

@@ -47,16 +47,17 @@ pub struct Options {
     /// Threads that copy, the progress thread among them (shm)
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub copy_threads: u32,
-    /// The cache of a model instead of plain pages: deepseek-r1 [default with --trace: deepseek-r1]
+    /// The cache of a model instead of plain pages, as one rank keeps it: deepseek-r1, llama-3-70b, or a JSON file with
+    /// layers and token_bytes, or with layers, kv_heads and head_bytes [default with --trace: deepseek-r1]
     #[arg(long)]
     pub model: Option<String>,
     /// Tokens of a page of a model
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub page_tokens: u32,
-    /// Tensor parallelism of the prefill side; only 1 with a model whose ranks all hold the same
+    /// Tensor parallelism of the prefill side: ranks that share the heads of a model that has such
     #[arg(long, default_value_t = 1)]
     pub prefill_tp: u32,
-    /// Tensor parallelism of the decode side; only 1 with a model whose ranks all hold the same
+    /// Tensor parallelism of the decode side; as many as of the prefill side
     #[arg(long, default_value_t = 1)]
     pub decode_tp: u32,
     /// Requests to replay: each comes at its time, waits for pages, shares those of its prefix with others, and keeps

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::driver::Driver;
 use crate::error::Error;
+use crate::model::{RankCache, rank_cache};
 use crate::options::{MemoryName, OpName, Options, PortName, ProgressName};
 use crate::talk::Pass;
 
@@ -46,7 +47,7 @@ impl Setup {
             (_, MemoryName::Cuda) => return not_built("GPU memory"),
             _ => {}
         }
-        if (options.prefill_tp, options.decode_tp) != (1, 1) {
+        if options.prefill_tp != options.decode_tp {
             return Err(Error::TensorParallel);
         }
         // The lengths of a trace are in tokens, which only a model gives a size.
@@ -61,15 +62,10 @@ impl Setup {
                 }
                 (options.page_bytes / unit, unit as u32, 1)
             }
-            Some("deepseek-r1") => {
-                let layout = CacheLayout::deepseek_r1(options.page_tokens, 1)?;
-                (layout.token_bytes(), options.page_tokens, layout.layers().len() as u32)
+            Some(name) => {
+                let RankCache { token_bytes, buffers } = rank_cache(name, options.prefill_tp)?;
+                (token_bytes, options.page_tokens, buffers)
             }
-            Some("llama-3-70b") => return not_built("a cache of keys and values by heads (llama-3-70b)"),
-            Some(name) if std::path::Path::new(name).exists() => {
-                return not_built("reading a model from a file");
-            }
-            Some(name) => return Err(Error::UnknownModel { name: name.into() }),
         };
         let page_bytes = token_bytes * u64::from(page_tokens) * u64::from(layers);
         let page_flag = if model.is_some() { "--page-tokens" } else { "--page-bytes" };
