@@ -164,9 +164,19 @@ impl Proxy {
         self.port
     }
 
+    /// Whether connections that come break, as they do at first, or pass.
+    pub fn set_storm(&self, is_storm: bool) {
+        self.shared.is_storm.store(is_storm, Ordering::Relaxed);
+    }
+
+    /// Whether connections that come break.
+    pub fn is_storm(&self) -> bool {
+        self.shared.is_storm.load(Ordering::Relaxed)
+    }
+
     /// From now on nothing breaks; what is breaking ends.
     pub fn calm(&self) {
-        self.shared.is_storm.store(false, Ordering::Relaxed);
+        self.set_storm(false);
         self.shared.frozen_until_ms.store(0, Ordering::Relaxed);
         self.shared.each(|connection| {
             if connection.fate != Fate::Pass {
