@@ -8,6 +8,7 @@ use crossdock::{
     PageSet, Placement, PortConfig, ShmOptions, Stats, TcpOptions, Verify,
 };
 
+use crate::Proxy;
 use crate::chance::{GOLDEN, mix};
 
 /// A worker of the tests.
@@ -61,6 +62,7 @@ impl Worker {
         config.verify = if options.verify { Verify::All } else { Verify::Off };
         config.heartbeat = Duration::from_millis(100);
         config.handshake_timeout = Duration::from_secs(2);
+        config.drain_timeout = Duration::from_secs(2);
         // What ended lately is remembered: not so much of it that it would look like a leak.
         config.max_parked = 256;
         let mut tcp = TcpOptions {
@@ -69,11 +71,11 @@ impl Worker {
             ..TcpOptions::default()
         };
         if let Some([control, data]) = options.behind {
-            let back = |port| SocketAddr::new(crate::Proxy::BACK, port);
+            let back = |port| SocketAddr::new(Proxy::BACK, port);
             config.bind = back(control);
-            config.advertise = Some(crate::Proxy::FRONT);
+            config.advertise = Some(Proxy::FRONT);
             tcp.bind = back(data);
-            tcp.advertise = Some(crate::Proxy::FRONT);
+            tcp.advertise = Some(Proxy::FRONT);
         }
         config.ports.clear();
         if options.shm {
@@ -85,6 +87,31 @@ impl Worker {
         let node = Node::open(config)?;
         let bench = Bench { handle: node.handle().clone(), pool, layout, memory: memory[0].clone() };
         Ok(Self { node, bench })
+    }
+
+    /// Opens a node over TCP behind two proxies: one before its control address, and its heartbeats, and one before its
+    /// lanes.
+    pub fn behind(seed: u64, node: u64, verify: bool) -> (Self, [Proxy; 2]) {
+        // Another program may have the port on the other address.
+        for again in 0..50 {
+            let start =
+                |place| Proxy::start(seed ^ (node << 32 | again << 8 | place)).expect("loopback has ports");
+            let proxies = [start(1), start(2)];
+            let opened = Worker::open(&WorkerOptions {
+                name: format!("node-{node}"),
+                node,
+                pages: 256,
+                shm: false,
+                tcp: true,
+                behind: Some([proxies[0].port(), proxies[1].port()]),
+                verify,
+            });
+            match opened {
+                Ok(worker) => return (worker, proxies),
+                Err(error) => assert!(error.is_retryable(), "{error}"),
+            }
+        }
+        panic!("no port is free on both loopback addresses");
     }
 }
 

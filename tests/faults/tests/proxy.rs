@@ -15,9 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossdock::Peer;
-use crossdock_faults::{
-    Bench, Census, Chance, Fate, Heard, Plan, Proxy, Side, Worker, WorkerOptions, is_typed,
-};
+use crossdock_faults::{Bench, Census, Chance, Fate, Heard, Plan, Proxy, Side, Worker, is_typed};
 
 /// Cases of an ordinary run.
 const CASES: u64 = 16;
@@ -105,34 +103,10 @@ impl Tally {
     }
 }
 
-/// A worker behind two proxies.
-fn behind(seed: u64, node: u64, verify: bool) -> (Worker, [Proxy; 2]) {
-    // Another program may have the port on the other address.
-    for again in 0..50 {
-        let start =
-            |place| Proxy::start(seed ^ (node << 32 | again << 8 | place)).expect("loopback has ports");
-        let proxies = [start(1), start(2)];
-        let opened = Worker::open(&WorkerOptions {
-            name: format!("node-{node}"),
-            node,
-            pages: 256,
-            shm: false,
-            tcp: true,
-            behind: Some([proxies[0].port(), proxies[1].port()]),
-            verify,
-        });
-        match opened {
-            Ok(worker) => return (worker, proxies),
-            Err(error) => assert!(error.is_retryable(), "{error}"),
-        }
-    }
-    panic!("no port is free on both loopback addresses");
-}
-
 fn run(seed: u64, case: u64) -> Result<Tally, String> {
     let mut chance = Chance::new(seed, case);
-    let (prefill, prefill_proxies) = behind(chance.word(), 1, false);
-    let (decode, decode_proxies) = behind(chance.word(), 2, chance.hits(1, 2));
+    let (prefill, prefill_proxies) = Worker::behind(chance.word(), 1, false);
+    let (decode, decode_proxies) = Worker::behind(chance.word(), 2, chance.hits(1, 2));
     let proxies: Vec<&Proxy> = prefill_proxies.iter().chain(&decode_proxies).collect();
     let handle = decode.node.handle();
     let (peer, _up) = handle.connect(prefill.node.address()).map_err(|error| error.to_string())?;

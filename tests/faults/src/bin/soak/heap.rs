@@ -9,6 +9,14 @@ pub struct Counting;
 /// What was allocated and not yet freed.
 static BYTES: AtomicU64 = AtomicU64::new(0);
 
+/// In how many pieces.
+static BLOCKS: AtomicU64 = AtomicU64::new(0);
+
+/// Pieces in use now.
+pub fn blocks() -> u64 {
+    BLOCKS.load(Ordering::Relaxed)
+}
+
 /// Bytes in use now.
 pub fn bytes() -> u64 {
     BYTES.load(Ordering::Relaxed)
@@ -21,12 +29,14 @@ unsafe impl GlobalAlloc for Counting {
         let place = unsafe { System.alloc(layout) };
         if !place.is_null() {
             BYTES.fetch_add(layout.size() as u64, Ordering::Relaxed);
+            BLOCKS.fetch_add(1, Ordering::Relaxed);
         }
         place
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
         BYTES.fetch_sub(layout.size() as u64, Ordering::Relaxed);
+        BLOCKS.fetch_sub(1, Ordering::Relaxed);
         // SAFETY: the place came from `alloc` above with this layout, which took it from the system's allocator.
         unsafe { System.dealloc(place, layout) }
     }
