@@ -33,7 +33,7 @@ fn memory_that_is_not_there_is_told() {
     let used_bytes = line.split_whitespace().next().unwrap().parse::<u64>().unwrap() << 10;
     // Enough for threads and the heap, and for no pool.
     let current = Some(used_bytes + (256 << 20));
-    setrlimit(Resource::As, Rlimit { current, ..limit.clone() }).unwrap();
+    setrlimit(Resource::As, Rlimit { current, ..limit }).unwrap();
 
     let bytes = 1 << 30;
     let refused = Memory::allocate(bytes, &AllocateOptions::default()).map(drop).unwrap_err();

@@ -28,7 +28,7 @@ fn who_is_there_lives_on_without_descriptors() {
         let limit = getrlimit(Resource::Nofile);
         // Fewer than there are; and fewer than a sleeping loop watches, which poll(2) refuses then.
         let fewest = if shm { 8 } else { 0 };
-        setrlimit(Resource::Nofile, Rlimit { current: Some(fewest), ..limit.clone() }).unwrap();
+        setrlimit(Resource::Nofile, Rlimit { current: Some(fewest), ..limit }).unwrap();
         assert!(std::fs::File::open("/proc/self/status").is_err(), "there are descriptors");
 
         // A node of its own is refused, and may be tried again.

@@ -22,6 +22,15 @@ pub fn bytes() -> u64 {
     BYTES.load(Ordering::Relaxed)
 }
 
+/// Gives back to the system what the C library keeps of freed memory, so that what is resident is what is in use.
+pub fn trim() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it takes a number, works on freed memory alone, and may be called from any thread at any time.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 // SAFETY: every call goes to the system's allocator as it is, and so do its answers; the counter is beside them.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

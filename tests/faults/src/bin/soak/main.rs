@@ -220,6 +220,7 @@ fn settled(hub: &Bench, begin: Instant, base: Option<&Counts>) -> Result<Counts,
         // The first one has nothing to compare with: it waits as long as a late one may.
         let waits = if base.is_none() { Instant::now() < until } else { !(is_still && is_base) };
         if !waits || Instant::now() >= until {
+            heap::trim();
             return Counts::take(hub, begin);
         }
     }
