@@ -48,7 +48,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const PORT: &[&str] = &["crossdock-memory", "crossdock-transport"];
 
 /// Programs and tests stand on top: nothing depends on them.
-const TOPS: &[&str] = &["crossdock-cli", "crossdock-benches", "crossdock-tests"];
+const TOPS: &[&str] = &["crossdock-cli", "crossdock-benches", "crossdock-tests", "crossdock-faults"];
 
 /// A crate with such a name has no idea of its own.
 const NAMES_FOR_NOTHING: &[&str] = &["common", "util", "utils", "base", "core", "helpers", "misc", "shared"];

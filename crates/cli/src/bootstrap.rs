@@ -8,6 +8,8 @@ use std::process::ExitCode;
 use clap::Args;
 use crossdock_bootstrap::{DEFAULT_PORT, Server, ServerConfig, Token};
 
+use crate::output::{complain, say};
+
 #[derive(Args)]
 #[command(after_long_help = AFTER_HELP)]
 pub struct Options {
@@ -59,7 +61,7 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         crate::demo::end_with_parent()?;
     }
     let server = Server::start(config(options)?)?;
-    println!("{}", server.address());
+    say!("{}", server.address());
     if options.until_stdin_ends {
         let mut rest = Vec::new();
         std::io::stdin().read_to_end(&mut rest)?;
@@ -67,9 +69,9 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         return Ok(ExitCode::SUCCESS);
     }
     let address = server.address();
-    eprintln!(
+    complain(format_args!(
         "registry at http://{address}/v1/workers, metrics at http://{address}/metrics; end it with Ctrl-C"
-    );
+    ));
     loop {
         std::thread::park();
     }

@@ -3,12 +3,15 @@
 
 mod bootstrap;
 mod demo;
+mod output;
 mod table;
 mod timeline;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+
+use output::complain;
 
 #[derive(Parser)]
 #[command(name = "crossdock", version, about = "Moves KV-cache pages from prefill to decode workers")]
@@ -33,6 +36,8 @@ enum Command {
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        // A line that cannot be written would be complained of by a panic, on the progress loop's thread.
+        .log_internal_errors(false)
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("CROSSDOCK_LOG").unwrap_or_else(|_| "error".into()),
         )
@@ -43,15 +48,22 @@ fn main() -> ExitCode {
         Command::Timeline(options) => timeline::run(&options),
         Command::DemoWorker(options) => demo::work(&options),
     };
-    match done {
+    let code = match done {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("crossdock: {error}");
+            complain(format_args!("crossdock: {error}"));
             let mut cause = error.source();
             while let Some(error) = cause {
-                eprintln!("  because: {error}");
+                complain(format_args!("  because: {error}"));
                 cause = error.source();
             }
+            ExitCode::FAILURE
+        }
+    };
+    match output::failure() {
+        None => code,
+        Some(error) => {
+            complain(format_args!("crossdock: not everything could be printed: {error}"));
             ExitCode::FAILURE
         }
     }

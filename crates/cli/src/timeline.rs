@@ -10,6 +10,8 @@ use std::time::Duration;
 use clap::Args;
 use crossdock_flight::{Filter, Outcome, Room, Timeline, read_paths};
 
+use crate::output::complain;
+
 #[derive(Args)]
 pub struct Options {
     /// Dumps, or folders of them: those of all nodes that took part
@@ -35,11 +37,11 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
     let (files, errors) = read_paths(&options.paths);
     for error in &errors {
-        eprintln!("crossdock: {error}");
+        complain(format_args!("crossdock: {error}"));
     }
     for file in &files {
         for problem in &file.problems {
-            eprintln!("crossdock: {}: {problem}; the rest of it is used", file.path.display());
+            complain(format_args!("crossdock: {}: {problem}; the rest of it is used", file.path.display()));
         }
     }
     if files.is_empty() {

@@ -49,6 +49,8 @@ enum Victim {
     Prefill,
     Decode,
     Bootstrap,
+    /// All three at once: to each of them it looks as if its clock had jumped, and the others with it.
+    Everybody,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -289,6 +291,9 @@ impl Kind {
                     kinds.push(Kind { victim: Victim::Decode, fault, port, op });
                 }
                 kinds.push(Kind { victim: Victim::Bootstrap, fault, port, op: None });
+                if matches!(fault, Fault::Blink | Fault::Pause) {
+                    kinds.push(Kind { victim: Victim::Everybody, fault, port, op: None });
+                }
             }
         }
         for last in (1..kinds.len()).rev() {
@@ -320,7 +325,7 @@ impl Case {
         let op = kind.op.unwrap_or_else(|| ["write", "read"][draw(0..2) as usize]);
         let meets = match kind.victim {
             Victim::Bootstrap => draw(0..2) == 0,
-            Victim::Prefill | Victim::Decode => draw(0..4) == 0,
+            Victim::Everybody | Victim::Prefill | Victim::Decode => draw(0..4) == 0,
         };
         let (moment, after_ms) = match meets {
             true => (Moment::Meeting, draw(0..250)),
@@ -380,14 +385,18 @@ impl Case {
         // The demo prints on, and is read on.
         demo.reads("\u{0}", Duration::from_millis(self.after_ms));
         let ids = children(&demo.text);
-        let id = ids[self.kind.victim.name()];
+        let victims = match self.kind.victim {
+            Victim::Everybody => ids.values().copied().collect(),
+            one => vec![ids[one.name()]],
+        };
+        let send_all = |signal| victims.iter().for_each(|&id| send(id, signal));
         match self.kind.fault {
-            Fault::Kill => send(id, Signal::KILL),
-            Fault::Stop => send(id, Signal::STOP),
+            Fault::Kill => send_all(Signal::KILL),
+            Fault::Stop => send_all(Signal::STOP),
             Fault::Blink | Fault::Pause => {
-                send(id, Signal::STOP);
+                send_all(Signal::STOP);
                 demo.reads("\u{0}", Duration::from_millis(self.pause_ms));
-                send(id, Signal::CONT);
+                send_all(Signal::CONT);
             }
         }
         let ended = demo.end(Duration::from_secs(self.within_s()) + ENDING);
@@ -458,7 +467,7 @@ impl Case {
 
     /// Each room has ended once, by its deadline, with one of the library's reasons.
     fn check_side(&self, rooms: &Rooms, side: &'static str, shown: &str) {
-        let is_victim = side == self.kind.victim.name();
+        let is_victim = self.kind.victim == Victim::Everybody || side == self.kind.victim.name();
         let is_cut_off = is_victim && self.is_for_good();
         // Only a process that is stopped itself may be late by as much.
         let stopped_ms = if is_victim && !self.is_for_good() { self.pause_ms } else { 0 };
@@ -494,7 +503,7 @@ impl Case {
 const WAITED: &str = "is over; still waiting for ";
 
 /// As many kinds as there are.
-const KINDS: u64 = 2 * 4 * 5;
+const KINDS: u64 = 2 * (4 * 5 + 2);
 
 /// What the demo has printed about its rooms.
 struct Rooms {
@@ -557,6 +566,7 @@ impl Victim {
             Victim::Prefill => "prefill",
             Victim::Decode => "decode",
             Victim::Bootstrap => "bootstrap",
+            Victim::Everybody => "everybody",
         }
     }
 }

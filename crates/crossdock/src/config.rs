@@ -44,6 +44,10 @@ pub struct Config {
     pub warm_up_grace: Duration,
     /// For a whole handshake.
     pub handshake_timeout: Duration,
+    /// For what is still at a lane of a room that has ended. After it the session is given up, as
+    /// [`Stalled`](crate::SessionEnd::Stalled), so that the room's pages come home: something between the two swallows what
+    /// they send, or the peer's progress loop is not driven. 30 s by default.
+    pub drain_timeout: Duration,
     /// Sessions at once: peers that this node has dialed or that have dialed it; and addresses that it dials at once. 1024
     /// by default. How many lanes there
     /// may be is told to the ports, in `ports`: [`ShmOptions::max_lanes`] and [`TcpOptions::max_lanes`]; and how many
@@ -143,6 +147,7 @@ impl Config {
             heartbeats_missed: 10,
             warm_up_grace: Duration::ZERO,
             handshake_timeout: Duration::from_secs(5),
+            drain_timeout: Duration::from_secs(30),
             max_sessions: 1024,
             max_stranger_links: 256,
             max_rooms: 65_536,

@@ -78,6 +78,7 @@ impl Node {
         proto.heartbeats_missed = config.heartbeats_missed;
         proto.warm_up_grace_ns = duration_ns(config.warm_up_grace);
         proto.handshake_timeout_ns = duration_ns(config.handshake_timeout);
+        proto.drain_timeout_ns = duration_ns(config.drain_timeout);
         proto.max_sessions = config.max_sessions;
         proto.max_rooms = config.max_rooms;
         proto.max_grants = config.max_grants;

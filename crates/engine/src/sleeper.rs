@@ -36,6 +36,9 @@ pub struct TooManyDescriptors;
 
 const DESCRIPTORS: usize = 64;
 
+/// How soon a loop looks again that cannot be woken.
+const NAP_NS: u64 = 200_000;
+
 impl<'fd> Sleeper<'fd> {
     /// The most descriptors that one sleep can watch.
     pub const DESCRIPTORS: usize = DESCRIPTORS;
@@ -67,6 +70,13 @@ impl<'fd> Sleeper<'fd> {
         match ready {
             Ok(0) | Err(Errno::INTR) => Ok(Woken::NotReadable),
             Ok(_) => Ok(Woken::Readable),
+            // The process may have fewer descriptors open now than are watched here, or the kernel has no memory to watch
+            // them: both pass, and those that are open serve on.
+            Err(Errno::INVAL | Errno::NOMEM) => {
+                // It ends early only by a signal.
+                let _ = poll(&mut [], Some(&timespec(timeout_ns.min(NAP_NS))));
+                Ok(Woken::NotReadable)
+            }
             Err(errno) => Err(OsError::of("ppoll")(errno)),
         }
     }

@@ -37,6 +37,9 @@ pub struct Config {
     pub warm_up_grace_ns: u64,
     /// For the whole handshake, lanes included.
     pub handshake_timeout_ns: u64,
+    /// How long ops of a room that has ended may stay at its session's lanes before the session is given up, so that the
+    /// pages come home.
+    pub drain_timeout_ns: u64,
     /// Before a lost target is dialed again, at first; doubles up to the maximum.
     pub redial_min_ns: u64,
     /// The longest pause between two dials.
@@ -103,6 +106,7 @@ impl Config {
             heartbeats_missed: 10,
             warm_up_grace_ns: 0,
             handshake_timeout_ns: 5_000 * MS,
+            drain_timeout_ns: 30_000 * MS,
             redial_min_ns: 50 * MS,
             redial_max_ns: 2_000 * MS,
             max_sessions: 1024,

@@ -186,6 +186,11 @@ pub enum SessionEnd {
         /// For how long.
         for_ns: u64,
     },
+    /// Ops of a room that had ended stayed at a lane for too long: it carries nothing any more, though the peer is heard.
+    Stalled {
+        /// For how long.
+        for_ns: u64,
+    },
     /// No heartbeats can be exchanged with the peer.
     NoHeartbeats {
         /// What the network said.
@@ -288,6 +293,9 @@ impl SessionEnd {
                 "the peer's process has ended or its host is gone; it is dialed again"
             }
             SessionEnd::Silent { .. } => "the peer is stopped, overloaded or cut off; it is dialed again",
+            SessionEnd::Stalled { .. } => {
+                "something between the two swallows a lane's bytes, or the peer's progress loop is not driven"
+            }
             SessionEnd::NoHeartbeats { .. } => {
                 "let both sides bind, or advertise, addresses of one family that reach each other"
             }
@@ -423,6 +431,9 @@ impl fmt::Display for SessionEnd {
                 write!(f, "control stream ended without a goodbye: {cause}")
             }
             SessionEnd::Silent { for_ns } => write!(f, "nothing heard for {} ms", for_ns / 1_000_000),
+            SessionEnd::Stalled { for_ns } => {
+                write!(f, "a lane has carried nothing of an ended room for {} ms", for_ns / 1_000_000)
+            }
             SessionEnd::NoHeartbeats { cause } => write!(f, "no heartbeats can be exchanged: {cause}"),
             SessionEnd::Restarted => f.write_str("the peer was restarted"),
             SessionEnd::LanesLost { cause } => write!(f, "no lane left: {cause}"),

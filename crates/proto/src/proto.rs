@@ -359,6 +359,11 @@ impl Proto {
         self.now_ns = now_ns;
         let Some(r) = self.rooms.get_mut(&room) else { return };
         r.moving = Moving::No;
+        if r.end.is_some() {
+            let deadline_ns = r.deadline_ns;
+            self.disarm(deadline_ns, Timer::Room(room));
+        }
+        let Some(r) = self.rooms.get_mut(&room) else { return };
         match &mut r.role {
             Role::Sending(s) => {
                 s.down_lanes |= down_lanes;

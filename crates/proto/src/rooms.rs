@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crossdock_transport::{Access, Fence, GrantId};
 
 use crate::action::Action;
-use crate::end::{End, Failure, Misfit, Stage, Who};
+use crate::end::{End, Failure, Misfit, SessionEnd, Stage, Who};
 use crate::flight::{What, millis};
 use crate::grants::{Given, Revocation};
 use crate::message::{CancelWhy, Message, Released, RoleKind, RoomOnWire};
@@ -105,8 +105,29 @@ impl Proto {
 
     pub(crate) fn room_overdue(&mut self, room: RoomId) {
         let Some(r) = self.rooms.get(&room).filter(|_| !is_planted(Planted::DeadlineDropped)) else { return };
+        if r.end.is_some() {
+            return self.drain_overdue(room);
+        }
         let end = End::Expired { by: Who::Here, stage: r.stage };
         self.end_room(room, end, Some(CancelWhy::Expired));
+    }
+
+    /// Waits only so long for the ops of a room that has ended: a lane may carry nothing any more though its connection
+    /// stands and its peer's heart beats.
+    fn limit_drain(&mut self, id: RoomId) {
+        let latest_ns = self.now_ns.saturating_add(self.config.drain_timeout_ns);
+        if let Some(room) = self.rooms.get_mut(&id) {
+            room.deadline_ns = latest_ns;
+            self.arm(latest_ns, Timer::Room(id));
+        }
+    }
+
+    fn drain_overdue(&mut self, id: RoomId) {
+        let Some(room) = self.rooms.get(&id).filter(|room| room.moving == Moving::Stopping) else { return };
+        let for_ns = self.config.drain_timeout_ns;
+        if let Some(session) = room.session {
+            self.end_session(session, SessionEnd::Stalled { for_ns });
+        }
     }
 
     /// Ends a room on this side, once. `why` is told to the peer; `None` where the peer knows.
@@ -134,7 +155,9 @@ impl Proto {
             }
         }
         self.note_end(id, &end);
-        self.stop_moving(id);
+        if self.stop_moving(id) {
+            self.limit_drain(id);
+        }
         if let (Some(session), Some(why), false) = (session, why, is_planted(Planted::CancelUntold)) {
             self.note_room(id, What::CancelSent { why });
             self.send(session, &Message::Cancel { room: on_wire, from: kind, why });

@@ -30,6 +30,8 @@ use registry::Registry;
 use report::{Print, Scene};
 use router::Router;
 
+use crate::output::say;
+
 pub use process::end_with_parent;
 pub use worker::{WorkerOptions, work};
 
@@ -191,12 +193,12 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         scenes.iter().map(|scene| scene.summary(token_bytes, target_ms, possible)).collect();
     if options.json {
         for (scene, summary) in scenes.iter().zip(&summaries) {
-            println!("{}", scene.json(lengths, times, summary.clone())?);
+            say!("{}", scene.json(lengths, times, summary.clone())?);
         }
     } else {
-        print!("\n{}", report::table(&scenes, &summaries));
+        say!("\n{}", report::table(&scenes, &summaries).trim_end());
         if options.trace.is_some() {
-            print!("\n{}", report::replay_table(&scenes, &summaries));
+            say!("\n{}", report::replay_table(&scenes, &summaries).trim_end());
         }
     }
     if let Some(path) = &options.svg {

@@ -10,6 +10,8 @@ use serde::Serialize;
 use super::talk::{Bye, Ended};
 use crate::table::Table;
 
+use crate::output::{complain, say};
+
 /// One port's part of the demo.
 pub struct Scene {
     port: &'static str,
@@ -211,8 +213,8 @@ pub enum Print {
 impl Print {
     pub fn line(self, text: &str) {
         match self {
-            Print::Output => println!("{text}"),
-            Print::Errors => eprintln!("{text}"),
+            Print::Output => say!("{text}"),
+            Print::Errors => complain(format_args!("{text}")),
         }
     }
 }

@@ -1,9 +1,13 @@
 //! The bootstrap server is killed and started again at the same address, under workers that go on.
 
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossdock_bootstrap::{Client, ClientConfig, Listed, Query};
@@ -58,6 +62,37 @@ fn workers_outlive_their_registry_and_register_again() {
         [decode, late, prefill].into_iter().for_each(Worker::leaves);
         assert_eq!(registry.lists(0), BTreeMap::new());
     }
+}
+
+#[test]
+fn workers_outlive_a_registry_that_talks_nonsense() {
+    let registry = Registry::start("127.0.0.1:0");
+    let address = registry.address.clone();
+    let start = |role, number| Worker::start(role, number, "tcp", "write", &address);
+    let [mut prefill, mut decode] = [("prefill", 0), ("decode", 0)].map(|(role, number)| start(role, number));
+    [&mut prefill, &mut decode].into_iter().for_each(Worker::is_ready);
+    let before = registry.lists(2);
+    registry.kill();
+    let liar = Liar::start(&address);
+    // Rooms come and go all the while; the workers renew about once a second.
+    let until = Instant::now() + Duration::from_secs(6);
+    let mut room = 1;
+    while Instant::now() < until || liar.heard() < 5 {
+        assert!(Instant::now() < until + SOON, "nobody asks the registry");
+        [&mut prefill, &mut decode].into_iter().for_each(|worker| worker.takes(room..room + 2));
+        [&mut prefill, &mut decode].into_iter().for_each(|worker| worker.delivers(room..room + 2));
+        room += 2;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    drop(liar);
+    let registry = Registry::start(&address);
+    assert_eq!(registry.lists(2), before, "other starts, or not the same workers");
+    let mut late = start("decode", 1);
+    late.is_ready();
+    prefill.takes(room..room + 1);
+    late.takes(room..room + 1);
+    [&mut prefill, &mut late].into_iter().for_each(|worker| worker.delivers(room..room + 1));
+    [decode, late, prefill].into_iter().for_each(Worker::leaves);
 }
 
 #[test]
@@ -138,6 +173,77 @@ impl Registry {
             |Listed { worker, .. }: Listed| (worker.node.to_string(), format!("{:?}", worker.incarnation));
         found.into_iter().map(start).collect()
     }
+}
+
+/// Answers at a registry's address, each caller in another way, and never as a registry that is well.
+struct Liar {
+    is_over: Arc<AtomicBool>,
+    heard: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Liar {
+    fn start(address: &str) -> Self {
+        let until = Instant::now() + SOON;
+        let listener = loop {
+            match TcpListener::bind(address) {
+                Ok(listener) => break listener,
+                Err(error) => assert!(Instant::now() < until, "{address}: {error}"),
+            }
+        };
+        listener.set_nonblocking(true).expect("a socket of our own");
+        let (is_over, heard) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
+        let (ends, hears) = (is_over.clone(), heard.clone());
+        let thread = std::thread::spawn(move || {
+            // Callers that are left hanging hang as long as their stream is kept.
+            let mut hanging = Vec::new();
+            while !ends.load(Ordering::Relaxed) {
+                match listener.accept() {
+                    Ok((stream, _)) => hanging.extend(lie(stream, hears.fetch_add(1, Ordering::Relaxed))),
+                    Err(_) => std::thread::sleep(Duration::from_millis(2)),
+                }
+            }
+        });
+        Self { is_over, heard, thread: Some(thread) }
+    }
+
+    /// How many have asked.
+    fn heard(&self) -> usize {
+        self.heard.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Liar {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Answers one caller; gives back the stream of one that is left hanging.
+fn lie(mut stream: TcpStream, number: usize) -> Option<TcpStream> {
+    let lies: [&[u8]; 7] = [
+        b"\x00\xff\x13\x37 no HTTP at all \xfe\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 13\r\n\r\n{\"workers\":[]",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 999999999999\r\n\r\n[",
+        b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n",
+        // It has forgotten everybody.
+        b"HTTP/1.1 404 Not Found\r\ncontent-type: application/json\r\ncontent-length: 59\r\n\r\n\
+          {\"error\":\"unknown_worker\",\"message\":\"who?\",\"advice\":\"none\"}",
+        b"",
+        b"HTTP/1.1 200 O",
+    ];
+    let lie = number % lies.len();
+    // A caller that is not read to its end may hear of a reset instead; that is an answer too.
+    let _ = stream.set_nonblocking(false);
+    let _ = stream.set_read_timeout(Some(Duration::from_millis(100)));
+    let _ = stream.read(&mut [0; 4096]);
+    let _ = stream.write_all(lies[lie]);
+    // The last one begins to answer and stops.
+    (lie == lies.len() - 1).then_some(stream)
 }
 
 /// One of the demo's workers, which takes its orders from the test.
