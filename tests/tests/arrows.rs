@@ -47,8 +47,9 @@ const ARROWS: &[(&str, &[&str])] = &[
 /// A port depends on transport and memory alone, and on no other port.
 const PORT: &[&str] = &["crossdock-memory", "crossdock-transport"];
 
-/// Programs and tests stand on top: nothing depends on them.
-const TOPS: &[&str] = &["crossdock-cli", "crossdock-benches", "crossdock-tests", "crossdock-faults"];
+/// Programs, examples and tests stand on top: nothing depends on them.
+const TOPS: &[&str] =
+    &["crossdock-cli", "crossdock-benches", "crossdock-examples", "crossdock-tests", "crossdock-faults"];
 
 /// A crate with such a name has no idea of its own.
 const NAMES_FOR_NOTHING: &[&str] = &["common", "util", "utils", "base", "core", "helpers", "misc", "shared"];

@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use crate::{CacheLayout, CachePart, ContextShare, HeadShare, Parts};
+use crate::{
+    CacheKind, CacheLayout, CacheLayoutError, CachePart, ContextShare, HeadShare, LayoutOptions, Parts,
+};
 
 /// How the ranks of one engine that serve a request together share its KV: tensor parallelism within a pipeline stage,
 /// pipeline stages, and context parallelism within tensor parallelism.
@@ -82,6 +84,17 @@ pub enum TopologyError {
         /// How many there are.
         ranks: u32,
     },
+    /// The cache has other heads than those that the ranks share.
+    #[error("the ranks share {shared:?} heads, and the cache has {kept:?}")]
+    OtherHeads {
+        /// Those of the ranks.
+        shared: Option<u32>,
+        /// Those of the cache.
+        kept: Option<u32>,
+    },
+    /// The rank's share makes no layout.
+    #[error(transparent)]
+    Layout(#[from] CacheLayoutError),
 }
 
 impl Parallelism {
@@ -117,6 +130,23 @@ impl Parallelism {
                 .ok_or(TopologyError::Heads { kv_heads, ranks: tp / context })?,
         };
         Ok(RankShare { layers: self.stages[(rank / tp) as usize].clone(), heads, context: turns })
+    }
+
+    /// The cache of a rank: its layers, heads and tokens of what `whole` says that the model keeps. Pages and placement
+    /// are the rank's own.
+    pub fn layout(&self, rank: u32, whole: LayoutOptions) -> Result<CacheLayout, TopologyError> {
+        let RankShare { layers, heads, context } = self.share(rank)?;
+        let (kind, kept) = match whole.kind {
+            CacheKind::Heads { heads: all, head_bytes, order } => {
+                (CacheKind::Heads { heads, head_bytes, order }, Some(all.of))
+            }
+            latent @ CacheKind::Mla { .. } => (latent, None),
+        };
+        if kept != self.kv_heads {
+            return Err(TopologyError::OtherHeads { shared: self.kv_heads, kept });
+        }
+        let layout = CacheLayout::new(LayoutOptions { layers, kind, ..whole })?;
+        Ok(layout.with_context(context)?.with_rank(rank)?)
     }
 
     /// The prefill ranks, of this side, from which a rank of `decode` takes a request: each layer, head and token from one

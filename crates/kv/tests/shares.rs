@@ -7,7 +7,7 @@ use std::ops::Range;
 use crossdock_kv::{
     CacheKind, CacheLayout, CachePart, CachePartOptions, CachePool, CachePoolOptions, Checksums,
     ContextShare, Dtype, Extent, HeadOrder, HeadShare, LayerBuffer, LayoutOptions, PageTable, Parallelism,
-    Parts, Placement, Plan, PlanError, PlanInput, RankShare, Route, SourceRank, even_stages,
+    Parts, Placement, Plan, PlanError, PlanInput, Route, SourceRank, TopologyError, even_stages,
 };
 use crossdock_memory::{AllocateOptions, Memory};
 use crossdock_transport::{Direction, GrantId, LocalId, Op, Posted, RemoteId, Shape};
@@ -416,33 +416,15 @@ proptest! {
             .prop_flat_map(|heads| (Just(heads), parallelisms(heads), parallelisms(heads))),
         room: u64,
     ) {
-        let layout = |RankShare { layers, heads, context }: RankShare| {
-            let kind = match kv_heads {
-                None => CacheKind::Mla { latent_bytes: 4, rope_bytes: 0 },
-                Some(_) => CacheKind::Heads { heads, head_bytes: 4, order: HeadOrder::TokensFirst },
-            };
-            CacheLayout::new(LayoutOptions {
-                model: "m".into(),
-                model_layers: LAYERS,
-                layers,
-                kind,
-                dtype: Dtype::Bf16,
-                page_tokens: 4,
-                pages: 4,
-                placement: Placement::LayerMajor { region: 0 },
-            })
-            .and_then(|layout| layout.with_context(context))
-            .unwrap()
-        };
+        let layout = |side: &Parallelism, rank| side.layout(rank, whole(kv_heads)).unwrap();
         let mut pairs = Vec::new();
         for rank in 0..decode.ranks() {
             let sources = prefill.sources(&decode, rank, room).unwrap();
             prop_assert!(sources.is_sorted_by(|a, b| a.rank < b.rank));
-            let layouts: Vec<(CacheLayout, Parts)> = sources
-                .iter()
-                .map(|source| (layout(prefill.share(source.rank).unwrap()), source.parts))
-                .collect();
-            let here = layout(decode.share(rank).unwrap());
+            let layouts: Vec<(CacheLayout, Parts)> =
+                sources.iter().map(|source| (layout(&prefill, source.rank), source.parts)).collect();
+            let here = layout(&decode, rank);
+            prop_assert_eq!(here.rank(), rank);
             prop_assert!(here.is_covered_by(&layouts), "{:?} for {}", sources, rank);
             // One less, or one twice, is not enough, or too much.
             prop_assert!(!here.is_covered_by(&layouts[1..]));
@@ -459,6 +441,39 @@ proptest! {
         pairs.sort_unstable();
         prop_assert_eq!(pairs, other_way);
     }
+}
+
+/// What a model keeps, on whichever ranks.
+fn whole(kv_heads: Option<u32>) -> LayoutOptions {
+    let kind = match kv_heads {
+        None => CacheKind::Mla { latent_bytes: 4, rope_bytes: 0 },
+        Some(of) => {
+            CacheKind::Heads { heads: HeadShare::all(of), head_bytes: 4, order: HeadOrder::TokensFirst }
+        }
+    };
+    LayoutOptions {
+        model: "m".into(),
+        model_layers: LAYERS,
+        layers: 0..LAYERS,
+        kind,
+        dtype: Dtype::Bf16,
+        page_tokens: 4,
+        pages: 4,
+        placement: Placement::LayerMajor { region: 0 },
+    }
+}
+
+#[test]
+fn ranks_share_the_heads_that_the_cache_has() {
+    let two = Parallelism::tensor(2, LAYERS, Some(8));
+    assert!(two.layout(1, whole(Some(8))).is_ok());
+    for (side, kv_heads) in [(&two, Some(4)), (&two, None), (&Parallelism::tensor(2, LAYERS, None), Some(8))]
+    {
+        let error = side.layout(0, whole(kv_heads)).unwrap_err();
+        assert_eq!(error, TopologyError::OtherHeads { shared: side.kv_heads, kept: kv_heads });
+    }
+    let no_pages = LayoutOptions { pages: 0, ..whole(Some(8)) };
+    assert!(matches!(two.layout(0, no_pages), Err(TopologyError::Layout(_))));
 }
 
 #[test]
