@@ -8,7 +8,9 @@ use crossdock::{
     Authentication, CacheKind, CacheLayout, Config, Dtype, HeadOrder, HeadShare, LayoutOptions, Memory, Node,
     PagePool, PageRef, PageSet, Parallelism, Placement, PoolError,
 };
-use crossdock_bootstrap::{Address, Client, Incarnation, Labels, NodeId, Rank, Registration, Role};
+use crossdock_bootstrap::{
+    Address, Client, GroupId, Incarnation, Labels, Member, NodeId, Ranks, Registration, Role, Tag, Topology,
+};
 
 use crate::Problem;
 use crate::model::{HEAD, Head, KV_HEADS, KvCache, LAYERS};
@@ -54,15 +56,20 @@ impl Worker {
         let name = format!("{}-{rank}", side.role.as_str());
         let authentication = Authentication::PreSharedKey(key.to_vec());
         let node = Node::open(Config::new(&name, layout.clone(), memory.clone(), authentication))?;
+        let topology = Topology {
+            tp_size: side.parallelism.tp,
+            ..Topology::single(Tag::new(layout.model())?, Tag::new(layout.dtype().name())?, side.page_tokens)
+        };
         let registration = Registration::start(
             registry.clone(),
             crossdock_bootstrap::Worker {
                 node: NodeId::new(&name)?,
                 incarnation: Incarnation::new(node.identity().incarnation),
                 role: side.role.clone(),
-                rank: Rank::new(rank, side.parallelism.ranks())?,
                 address: Address::new(node.address().parse()?)?,
                 ttl_ms: 10_000,
+                warm_up_ms: 0,
+                member: Some(Member::new(GroupId::new(side.role.as_str())?, topology, Ranks::tp(rank))?),
                 labels: Labels::none(),
             },
         )?;

@@ -59,7 +59,7 @@ impl<'a> Decode<'a> {
         let query = Query::all().role(prefill.role.clone());
         let ranks = prefill.parallelism.ranks() as usize;
         let mut found = registry.wait_for(&query, ranks, Duration::from_secs(20))?;
-        found.sort_by_key(|listed| listed.worker.rank.rank());
+        found.sort_by_key(|listed| listed.worker.member.as_ref().map(|member| member.ranks().tp_rank));
         let mut peers = Vec::new();
         for listed in found {
             let (peer, mut up) = worker.node.handle().connect(listed.worker.address.socket().to_string())?;
