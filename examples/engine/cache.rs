@@ -107,17 +107,16 @@ pub struct Paged<'a> {
     pub pages: &'a [u32],
 }
 
-const KEYS: usize = 0;
-const VALUES: usize = 1;
+const KEYS: &str = "k";
+const VALUES: &str = "v";
 
 impl Paged<'_> {
-    fn place(&self, part: usize, layer: u32, token: u32, head: u32) -> usize {
-        let layout = &self.worker.layout;
-        let part = &layout.tokens().parts()[part];
-        let page = self.pages[(token / layout.page_tokens()) as usize];
-        let begin = part.page_layout(layer).and_then(|pages| pages.page_offset(page));
-        let begin = begin.expect("the pool has no pages, and the model no layers, that the layout has not");
-        (begin + part.place(token % layout.page_tokens(), head)) as usize
+    fn place(&self, part: &str, layer: u32, token: u32, head: u32) -> usize {
+        let tokens = self.worker.layout.tokens();
+        let page = self.pages[(token / tokens.page_tokens()) as usize];
+        let part = tokens.part(part).expect("a cache of heads has keys and values");
+        let place = part.offset(layer, page, token % tokens.page_tokens(), head);
+        place.expect("the pool has no pages, and the model no layers, that the layout has not") as usize
     }
 
     fn read(&self, place: usize) -> Head {
@@ -134,7 +133,7 @@ impl Paged<'_> {
 
 impl KvCache for Paged<'_> {
     fn heads(&self) -> Range<u32> {
-        let heads = self.worker.layout.tokens().parts()[KEYS].heads();
+        let heads = self.worker.layout.tokens().part(KEYS).expect("a cache of heads has keys").heads();
         heads.first..heads.first + heads.count
     }
 

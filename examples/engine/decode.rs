@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use crossdock::{Ended, GatherRequest, PageRef, PageSet, Peer, Receiving, Source, SourceRank};
+use crossdock::{Ended, GatherRequest, PageRef, PageSet, Peer, Receiving};
 use crossdock_bootstrap::{Client, Query};
 
 use crate::cache::{Paged, Prefixes, Side, Worker};
@@ -124,10 +124,9 @@ impl<'a> Decode<'a> {
         let taken = self.worker.take(all_pages - prefix_pages, &mut self.prefixes)?;
         let Some(mut pages) = taken else { return Ok(None) };
         let spare = pages.split_off((prompt_pages - prefix_pages) as usize);
-        let source = |SourceRank { rank, parts }| Source { peer: self.peers[rank as usize], rank, parts };
         let ranks = self.prefill.parallelism.sources(&self.here.parallelism, 0, job.room)?;
         let room = self.worker.node.handle().receive(GatherRequest {
-            sources: ranks.into_iter().map(source).collect(),
+            sources: ranks.into_iter().map(|rank| rank.at(self.peers[rank.rank as usize])).collect(),
             room: job.room,
             use_count: 0,
             tokens,

@@ -136,9 +136,8 @@ impl Rank {
             let page = pages[(place / of.page_tokens() - before) as usize];
             for (nth, part) in of.parts().iter().enumerate() {
                 for &layer in part.layers() {
-                    let at = part.page_layout(layer).unwrap().page_offset(page).unwrap();
                     for head in part.heads().first..part.heads().first + part.heads().count {
-                        let offset = at + part.place(place % of.page_tokens(), head);
+                        let offset = part.offset(layer, page, place % of.page_tokens(), head).unwrap();
                         f(offset as usize, content(pool, nth, layer, token, head, part.head_bytes()));
                     }
                 }
@@ -226,7 +225,7 @@ fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, token
                 let node = &prefills[source.rank as usize].node;
                 let (peer, mut up) = rank.node.handle().connect(node.address()).unwrap();
                 up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
-                Source { peer, rank: source.rank, parts: source.parts }
+                source.at(peer)
             })
             .collect();
         let (mut pages, mut kept) = (Vec::new(), Vec::new());

@@ -186,7 +186,8 @@ pub struct ServeRequest {
 pub struct Ended {
     /// How.
     pub end: End,
-    /// The peer's name, if the room had come to a session.
+    /// The peer's name, if the room had come to a session. Of a room between several ranks, the peer of the first share that
+    /// was not delivered, or else of the last one.
     pub peer: Option<Arc<str>>,
     /// The transport between the two.
     pub port: Option<&'static str>,

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use crate::{
-    CacheKind, CacheLayout, CacheLayoutError, CachePart, ContextShare, HeadShare, LayoutOptions, Parts,
+    CacheKind, CacheLayout, CacheLayoutError, CachePart, ContextShare, HeadShare, LayoutOptions, Parts, Peer,
+    Source,
 };
 
 /// How the ranks of one engine that serve a request together share its KV: tensor parallelism within a pipeline stage,
@@ -33,6 +34,13 @@ pub struct SourceRank {
     pub rank: u32,
     /// What it brings: of those that keep the same layers and tokens only the first one brings what each keeps whole.
     pub parts: Parts,
+}
+
+impl SourceRank {
+    /// The rank as a source of a [`GatherRequest`](crate::GatherRequest), once it is known at which peer it is.
+    pub fn at(self, peer: Peer) -> Source {
+        Source { peer, rank: self.rank, parts: self.parts }
+    }
 }
 
 /// What one rank keeps.

@@ -29,7 +29,7 @@ pub enum End {
     },
     /// A deadline passed.
     Expired {
-        /// Whose.
+        /// Whose. Where both sides were given the same time, either may be first.
         by: Who,
         /// How far the room had come.
         stage: Stage,

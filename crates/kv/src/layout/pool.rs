@@ -100,6 +100,12 @@ impl CachePool {
         &self.parts
     }
 
+    /// The part of this name: `"latent"` of an MLA cache, `"k"` and `"v"` of one with heads, or as it was named when it was
+    /// added.
+    pub fn part(&self, name: &str) -> Option<&CachePart> {
+        self.parts.iter().find(|part| part.name == name)
+    }
+
     /// What one token takes in one layer that keeps all parts.
     pub fn token_bytes(&self) -> u64 {
         self.parts.iter().map(CachePart::token_bytes).sum()
@@ -237,6 +243,12 @@ impl CachePart {
             HeadOrder::HeadsFirst => head * tokens + token,
         };
         nth * u64::from(self.head_bytes)
+    }
+
+    /// Where in its region the bytes of a token of a page begin for a head that is here; `None` if the layer does not keep
+    /// this part, or there is no such page.
+    pub fn offset(&self, layer: u32, page: u32, token: u32, head: u32) -> Option<u64> {
+        Some(self.page_layout(layer)?.page_offset(page)? + self.place(token, head))
     }
 
     pub(super) fn placed(&self, buffer: &LayerBuffer) -> PageLayout {
