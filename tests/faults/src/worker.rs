@@ -63,8 +63,10 @@ impl Worker {
         config.heartbeat = Duration::from_millis(100);
         config.handshake_timeout = Duration::from_secs(2);
         config.drain_timeout = Duration::from_secs(2);
-        // What ended lately is remembered: not so much of it that it would look like a leak.
+        // What ended lately is remembered, and the places of grants are used in turns: few enough of both that the tables
+        // have their full size soon, and do not look like leaks.
         config.max_parked = 256;
+        config.max_grants = 512;
         let mut tcp = TcpOptions {
             connect_timeout: Duration::from_secs(2),
             close_timeout: Duration::from_millis(300),
@@ -116,6 +118,15 @@ impl Worker {
 }
 
 impl Bench {
+    /// Writes the whole cache once, so that all of it is resident from the beginning.
+    pub fn touch(&self) {
+        let zeros = vec![0; 1 << 20];
+        for at in (0..self.memory.bytes()).step_by(zeros.len()) {
+            let bytes = zeros.len().min(self.memory.bytes() - at);
+            self.memory.write(at, &zeros[..bytes]).expect("within the memory");
+        }
+    }
+
     /// The longest request that rooms are made for.
     pub const LONGEST_TOKENS: u32 = 400;
 

@@ -84,6 +84,7 @@ fn soak(options: &Options) -> Result<bool, Box<dyn Error>> {
     println!("soak --minutes {} --round-s {} --seed {seed}", options.minutes, options.round_s);
     let mut chance = Chance::new(seed, 0);
     let (hub, proxies) = hub(&mut chance)?;
+    hub.bench.touch();
     let begin = Instant::now();
     let until = begin + Duration::from_secs_f64(options.minutes * 60.0);
     let mut report = Report::new();
