@@ -28,6 +28,8 @@ pub struct Wire {
     closed_here: VecDeque<LinkId>,
     watched: BTreeMap<u32, Watched>,
     listened_ns: u64,
+    /// How often the engine has asked when a peer was heard.
+    pub looks: u64,
     past: Past,
     /// What peers say is not heard before.
     pub deaf_until_ns: u64,
@@ -67,6 +69,7 @@ impl Wire {
             closed_here: VecDeque::new(),
             watched: BTreeMap::new(),
             listened_ns,
+            looks: 0,
             past: Past { is_kept: keeps_past, ..Past::default() },
             deaf_until_ns: 0,
             asked: 0,
@@ -311,7 +314,9 @@ impl Network for SimNetwork {
     }
 
     fn heard_ns(&self, session: u32) -> Option<u64> {
-        self.wire.lock().watched.get(&session).map(|watched| watched.heard_ns)
+        let mut wire = self.wire.lock();
+        wire.looks += 1;
+        wire.watched.get(&session).map(|watched| watched.heard_ns)
     }
 
     fn listened_ns(&self) -> u64 {

@@ -6,7 +6,7 @@ mod lanes;
 mod posting;
 mod streams;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -32,6 +32,10 @@ pub struct Engine {
     network: Box<dyn Network>,
     rails: Vec<Rail>,
     sessions: BTreeMap<SessionId, SessionLanes>,
+    /// Sessions of which regions are still to be attached.
+    attaching: BTreeSet<SessionId>,
+    /// Lanes that have taken less than offered in this turn.
+    full: Vec<(SessionId, u8)>,
     transfers: Transfers,
     /// Always there between two calls.
     events: Option<Events>,
@@ -118,6 +122,8 @@ impl Engine {
             network,
             rails,
             sessions: BTreeMap::new(),
+            attaching: BTreeSet::new(),
+            full: Vec::with_capacity(64),
             transfers: Transfers::new(),
             events: Some(Events::with_capacity(options.events_per_poll)),
             backlog: BTreeMap::new(),
@@ -210,7 +216,7 @@ impl Engine {
         let mut active = self.take_events(now_ns);
         self.attach_again(now_ns);
         if self.proto.next_deadline_ns().is_some_and(|at| at <= now_ns) {
-            self.listen();
+            self.listen(now_ns);
             self.proto.tick(now_ns);
             active = true;
         }
@@ -274,8 +280,7 @@ impl Engine {
         if let Some(at) = self.next_deadline_ns() {
             timeout_ns = timeout_ns.min(at.saturating_sub(now));
         }
-        let attaching = self.sessions.values().any(|session| session.attach.is_some());
-        if attaching || !self.backlog.is_empty() {
+        if !self.attaching.is_empty() || !self.backlog.is_empty() {
             timeout_ns = timeout_ns.min(RETRY_NS);
         }
         doorbell.prepare_sleep();

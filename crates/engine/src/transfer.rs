@@ -25,6 +25,8 @@ pub(crate) struct Transfer {
     pub stopping: bool,
     /// All has been posted; what the finish carries.
     pub finishing: Option<Vec<u8>>,
+    /// Stands among those that try again.
+    is_retrying: bool,
 }
 
 /// What one lane has of a transfer.
@@ -98,6 +100,7 @@ impl Transfers {
             down_lanes: 0,
             stopping: false,
             finishing: None,
+            is_retrying: false,
         };
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot { generation: 0, transfer: None });
@@ -146,7 +149,7 @@ impl Transfers {
 
     /// Asks for another try in the next turn.
     pub fn retry(&mut self, id: TransferId) {
-        if !self.retries.contains(&id) {
+        if self.get_mut(id).is_some_and(|transfer| !std::mem::replace(&mut transfer.is_retrying, true)) {
             self.retries.push_back(id);
         }
     }
@@ -155,7 +158,11 @@ impl Transfers {
     pub fn next_retry(&mut self) -> Option<TransferId> {
         let due = self.due.get_or_insert(self.retries.len());
         *due = due.checked_sub(1)?;
-        self.retries.pop_front()
+        let id = self.retries.pop_front()?;
+        if let Some(transfer) = self.get_mut(id) {
+            transfer.is_retrying = false;
+        }
+        Some(id)
     }
 
     pub fn end_retries(&mut self) {

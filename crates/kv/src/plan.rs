@@ -37,8 +37,6 @@ pub struct Plan {
     /// No layer names a region from this number on.
     source_regions: u32,
     destination_regions: u32,
-    /// A bit for each page of the destination; all are 0 between two looks for duplicates.
-    seen: Vec<u64>,
 }
 
 /// What a [`Plan`] is made from.
@@ -84,15 +82,16 @@ impl Plan {
             geometries: Vec::new(),
             source_regions: 0,
             destination_regions: 0,
-            seen: Vec::new(),
         };
-        plan.renew(input)?;
+        plan.narrow(input)?;
+        refuse_duplicates(input.destination.covering(&input.tokens).map_err(PlanError::Destination)?)?;
         Ok(plan)
     }
 
-    /// Starts over with other tokens or pages, in the memory that the plan has: a chunk of a request for the whole of
-    /// which it was built before costs no allocation. After an error the plan is empty.
-    pub fn renew(&mut self, input: &PlanInput<'_>) -> Result<(), PlanError> {
+    /// Starts over with other tokens of the request and the pages for all of which it was built, in the memory that the
+    /// plan has: a chunk costs no allocation, and is not searched again for a page that is listed twice. After an error
+    /// the plan is empty.
+    pub fn narrow(&mut self, input: &PlanInput<'_>) -> Result<(), PlanError> {
         (self.tokens, self.layers) = (0..0, 0..0);
         self.entries.clear();
         self.sets.clear();
@@ -117,7 +116,6 @@ impl Plan {
         }
         let source_pages = source.covering(&input.tokens).map_err(PlanError::Source)?;
         let destination_pages = destination.covering(&input.tokens).map_err(PlanError::Destination)?;
-        refuse_duplicates(destination_pages, &mut self.seen)?;
 
         let common = Common::new(input, source_pages, destination_pages);
         let layers = common_layers(input)?;
@@ -230,31 +228,19 @@ fn common_layers(input: &PlanInput<'_>) -> Result<Range<u32>, PlanError> {
     Ok(common.start..common.end.max(common.start))
 }
 
-/// A page that is listed twice would be written twice, and one of its two stretches of tokens lost. `seen` is all
-/// zeroes before and after.
-fn refuse_duplicates(pages: &[u32], seen: &mut Vec<u64>) -> Result<(), PlanError> {
+/// A page that is listed twice would be written twice, and one of its two stretches of tokens lost. What it is
+/// found by is not kept: it is as long as the pool, and each open room has a plan.
+fn refuse_duplicates(pages: &[u32]) -> Result<(), PlanError> {
     let words = pages.iter().max().map_or(0, |&last| last as usize / 64 + 1);
-    if seen.len() < words {
-        seen.resize(words, 0);
-    }
-    let mut again = None;
+    let mut seen = vec![0u64; words];
     for &page in pages {
         let (word, bit) = (&mut seen[page as usize / 64], 1 << (page % 64));
         if *word & bit != 0 {
-            again = Some(page);
-            break;
+            return Err(PlanError::DuplicatePage { page });
         }
         *word |= bit;
     }
-    // Of a chunk, only a few words are to be wiped.
-    match pages.len() < words {
-        true => pages.iter().for_each(|&page| seen[page as usize / 64] = 0),
-        false => seen[..words].fill(0),
-    }
-    match again {
-        Some(page) => Err(PlanError::DuplicatePage { page }),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// Why there is no plan.

@@ -1,5 +1,6 @@
 //! The progress of one node's KV rooms: commands in, notices in, ops out, ends out.
 
+mod blocked;
 mod commands;
 mod flight;
 mod notices;
@@ -17,6 +18,7 @@ use crossdock_memory::Memory;
 use crossdock_proto::{Buffers, End, RoomBuffer, RoomId, SessionEnd, SessionId, TargetId};
 use crossdock_transport::Port;
 
+use self::blocked::Blocked;
 use self::flight::FlightDesk;
 use self::room::Room;
 use self::whole::Whole;
@@ -48,6 +50,8 @@ pub struct Worker {
     wholes: BTreeMap<u64, Whole>,
     /// Rooms that may have something to post, each once.
     ready: VecDeque<RoomId>,
+    /// Those that wait for lanes to take more.
+    blocked: Blocked,
     /// When everything was looked at last, the network too.
     turned_ns: u64,
     /// For how long the network may be left out after that.
@@ -168,6 +172,7 @@ impl Worker {
             rooms: BTreeMap::new(),
             wholes: BTreeMap::new(),
             ready: VecDeque::with_capacity(64),
+            blocked: Blocked::default(),
             turned_ns: 0,
             glances_ns: GLANCES_NS.start,
             stopped: false,
@@ -258,7 +263,8 @@ impl Worker {
         let shared = self.shared.clone();
         let longest_ns = self.until_dump(longest_ns);
         // A port that is full says when it takes more, but not every medium can tell.
-        let longest_ns = if self.ready.is_empty() { longest_ns } else { longest_ns.min(FULL_SLEEP_NS) };
+        let is_full = !self.ready.is_empty() || !self.blocked.is_empty();
+        let longest_ns = if is_full { longest_ns.min(FULL_SLEEP_NS) } else { longest_ns };
         self.engine.park(now_ns(), &shared.doorbell, longest_ns, || shared.is_empty())
     }
 

@@ -63,13 +63,13 @@ proptest! {
     }
 
     #[test]
-    fn a_renewed_plan_is_as_good_as_a_new_one(before in cases(), case in cases(), start in 0f64..1.0) {
+    fn a_narrowed_plan_is_as_good_as_a_new_one(before in cases(), case in cases(), start in 0f64..1.0) {
         let mut plan = before.plan();
         let tokens = case.tokens.clone();
         let chunk = tokens.start + (f64::from(tokens.end - tokens.start) * start) as u32..tokens.end;
         for tokens in [chunk, tokens] {
             let case = Case { tokens, ..case.clone() };
-            plan.renew(&case.input()).unwrap();
+            plan.narrow(&case.input()).unwrap();
             let fresh = case.plan();
             let route = case.route(Direction::Write);
             let ops = |plan: &Plan| {
@@ -209,7 +209,7 @@ fn runs_of_many_lengths_make_an_op_each() {
 }
 
 #[test]
-fn after_an_error_a_plan_is_empty_and_can_be_renewed() {
+fn after_an_error_a_plan_is_empty_and_can_be_narrowed() {
     let layout = CacheLayout::deepseek_r1(16, 100).unwrap();
     let input = |destination| PlanInput {
         source: PageTable::new(&layout, &[1, 2, 3]),
@@ -218,9 +218,10 @@ fn after_an_error_a_plan_is_empty_and_can_be_renewed() {
     };
     let mut plan = Plan::build(&input(&[7, 8, 9])).unwrap();
     for _ in 0..2 {
-        assert_eq!(plan.renew(&input(&[8, 70, 8])).unwrap_err(), PlanError::DuplicatePage { page: 8 });
+        assert_eq!(Plan::build(&input(&[8, 70, 8])).unwrap_err(), PlanError::DuplicatePage { page: 8 });
+        assert!(matches!(plan.narrow(&input(&[8, 700, 9])), Err(PlanError::Destination(_))));
         assert_eq!((plan.tokens(), plan.layers().len(), plan.total_bytes()), (0..0, 0, 0));
-        plan.renew(&input(&[8, 70, 9])).unwrap();
+        plan.narrow(&input(&[8, 70, 9])).unwrap();
         assert_eq!(plan.pieces_per_layer(60), 3);
     }
 }

@@ -40,6 +40,25 @@ pub(crate) enum Link {
     Closing,
 }
 
+/// With whom a handshake is that is not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum With {
+    /// A target is dialed.
+    Target(TargetId),
+    /// A peer has dialed us, and is to prove who it is.
+    Peer(Identity),
+}
+
+impl Link {
+    fn with(&self) -> Option<With> {
+        match self {
+            Self::Dialing { target } | Self::AwaitWelcome { target, .. } => Some(With::Target(*target)),
+            Self::AwaitProve { peer, .. } => Some(With::Peer(*peer)),
+            Self::AwaitHello | Self::Bound(_) | Self::Closing => None,
+        }
+    }
+}
+
 impl Proto {
     /// A dialed control stream is connected.
     pub fn link_opened(&mut self, now_ns: u64, link: LinkId) {
@@ -51,7 +70,7 @@ impl Proto {
         let mut hello = Vec::new();
         message.encode(self.config.identity, &mut hello);
         self.send_frame(link, hello.clone());
-        self.links.insert(link, Link::AwaitWelcome { target, hello });
+        self.put_link(link, Link::AwaitWelcome { target, hello });
     }
 
     /// A peer has dialed us.
@@ -66,7 +85,7 @@ impl Proto {
     /// A control stream has ended.
     pub fn link_closed(&mut self, now_ns: u64, link: LinkId, cause: LinkCause) {
         self.now_ns = now_ns;
-        match self.links.remove(&link) {
+        match self.take_link(link) {
             Some(Link::Dialing { target }) => self.target_failed(target, SessionEnd::Unreachable { cause }),
             Some(Link::AwaitWelcome { target, .. }) => {
                 self.target_failed(target, SessionEnd::StreamEnded { cause });
@@ -151,8 +170,8 @@ impl Proto {
         unproven.encode(self.config.identity, &mut welcome);
         let proof = self.config.auth.proof(Side::Acceptor, &[hello, &welcome]);
         self.send_link(link, &Message::Welcome { version, about: mine, proof });
-        self.links
-            .insert(link, Link::AwaitProve { peer, about: Box::new(about), hello: hello.to_vec(), welcome });
+        let (about, hello) = (Box::new(about), hello.to_vec());
+        self.put_link(link, Link::AwaitProve { peer, about, hello, welcome });
     }
 
     fn on_welcome(
@@ -162,7 +181,7 @@ impl Proto {
         (version, about, proof): (u16, About, [u8; 32]),
         bytes: &[u8],
     ) {
-        let Some(Link::AwaitWelcome { target, hello }) = self.links.remove(&link) else { return };
+        let Some(Link::AwaitWelcome { target, hello }) = self.take_link(link) else { return };
         // The proof is over the frame as it came, but for the proof itself, which is its end.
         let mut welcome = bytes.to_vec();
         let proof_at = welcome.len() - proof.len();
@@ -202,7 +221,7 @@ impl Proto {
     }
 
     fn on_refuse(&mut self, link: LinkId, peer: Identity, refusal: Refusal) {
-        let Some(Link::AwaitWelcome { target, .. }) = self.links.remove(&link) else { return };
+        let Some(Link::AwaitWelcome { target, .. }) = self.take_link(link) else { return };
         self.close_link(link);
         if refusal == Refusal::Duplicate {
             return self.adopt(target, peer);
@@ -212,7 +231,7 @@ impl Proto {
     }
 
     fn on_prove(&mut self, link: LinkId, from: Identity, proof: [u8; 32]) {
-        let Some(Link::AwaitProve { peer, about, hello, welcome }) = self.links.remove(&link) else { return };
+        let Some(Link::AwaitProve { peer, about, hello, welcome }) = self.take_link(link) else { return };
         if from != peer || !same(&proof, &self.config.auth.proof(Side::Dialer, &[&hello, &welcome])) {
             return self.refuse(link, Refusal::NotAuthentic);
         }
@@ -242,9 +261,7 @@ impl Proto {
     /// Once there is a session with a peer, dials of that peer's that were answered before are left from the time
     /// when both sides dialed. A dial that comes later says that the peer has lost the session.
     pub(crate) fn refuse_older_dials(&mut self, peer: Identity) {
-        let is_older = |link: &Link| matches!(link, Link::AwaitProve { peer: of, .. } if *of == peer);
-        let older: Vec<LinkId> =
-            self.links.iter().filter(|(_, link)| is_older(link)).map(|(id, _)| *id).collect();
+        let older = self.handshakes_with(With::Peer(peer));
         older.into_iter().for_each(|link| self.refuse(link, Refusal::Duplicate));
     }
 
@@ -366,7 +383,7 @@ impl Proto {
         let (incarnation, is_dialer) = (peer.incarnation, side == Side::Dialer);
         self.note_session(id, None, What::SessionBegan { incarnation, is_dialer });
         self.arm(tick, Timer::Session(id));
-        self.links.insert(link, Link::Bound(id));
+        self.put_link(link, Link::Bound(id));
         self.act(Action::Trust { link });
         self.by_node.insert(peer.node, id);
         let plan = PulsePlan {
@@ -396,9 +413,29 @@ impl Proto {
     }
 
     pub(crate) fn add_link(&mut self, link: LinkId, state: Link) {
-        self.links.insert(link, state);
+        self.put_link(link, state);
         let at_ns = self.now_ns.saturating_add(self.config.handshake_timeout_ns);
         self.arm(at_ns, Timer::Link(link));
+    }
+
+    fn put_link(&mut self, id: LinkId, link: Link) {
+        self.take_link(id);
+        self.handshakes.extend(link.with().map(|with| (with, id)));
+        self.links.insert(id, link);
+    }
+
+    fn take_link(&mut self, id: LinkId) -> Option<Link> {
+        let link = self.links.remove(&id)?;
+        if let Some(with) = link.with() {
+            self.handshakes.remove(&(with, id));
+        }
+        Some(link)
+    }
+
+    /// The links of all handshakes with a target or a peer that are not done.
+    pub(crate) fn handshakes_with(&self, with: With) -> Vec<LinkId> {
+        let links = (with, LinkId(0))..=(with, LinkId(u32::MAX));
+        self.handshakes.range(links).map(|(_, link)| *link).collect()
     }
 
     fn refuse(&mut self, link: LinkId, refusal: Refusal) {
@@ -407,7 +444,7 @@ impl Proto {
     }
 
     pub(crate) fn close_link(&mut self, link: LinkId) {
-        self.links.insert(link, Link::Closing);
+        self.put_link(link, Link::Closing);
         self.act(Action::CloseLink { link });
     }
 

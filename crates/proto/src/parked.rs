@@ -153,6 +153,9 @@ impl Proto {
 
     /// Forgets what a session's peer has asked for; with the session its grants are over, too.
     pub(crate) fn unpark_all_of(&mut self, session: SessionId) {
+        if self.sessions.get(&session).is_some_and(|s| s.parked_use == ParkedUse::default()) {
+            return;
+        }
         let keys: Vec<ParkedKey> = self.parked.keys().filter(|(_, _, of)| *of == session).copied().collect();
         keys.into_iter().for_each(|key| drop(self.unpark(key)));
     }

@@ -11,7 +11,7 @@ use crate::config::{Config, Region};
 use crate::end::{End, Failure, Misfit, Stage, Who};
 use crate::flight::{Recorder, What};
 use crate::grants::{Grants, Revocation};
-use crate::handshake::Link;
+use crate::handshake::{Link, With};
 use crate::message::{CancelWhy, Identity, Message, RoleKind, RoomName};
 use crate::notice::Notice;
 use crate::parked::{Ended, Parked, ParkedKey, ParkedUse};
@@ -75,10 +75,16 @@ pub struct Proto {
     pub(crate) regions: Vec<Region>,
     pub(crate) now_ns: u64,
     pub(crate) links: BTreeMap<LinkId, Link>,
+    /// The links of handshakes that are not done, by whom they are with.
+    pub(crate) handshakes: BTreeSet<(With, LinkId)>,
     pub(crate) sessions: BTreeMap<SessionId, Session>,
     /// The current session with each node.
     pub(crate) by_node: BTreeMap<u64, SessionId>,
     pub(crate) targets: BTreeMap<TargetId, Target>,
+    /// Which targets hold which session.
+    pub(crate) holders: BTreeSet<(SessionId, TargetId)>,
+    /// Which targets a peer has answered at last.
+    pub(crate) answered: BTreeSet<(Identity, TargetId)>,
     pub(crate) rooms: BTreeMap<RoomId, Room>,
     /// Prefill ends that no decode side has asked for yet.
     pub(crate) open: BTreeMap<(RoleKind, RoomName), RoomId>,
@@ -149,9 +155,12 @@ impl Proto {
             regions: Vec::new(),
             now_ns: 0,
             links: BTreeMap::new(),
+            handshakes: BTreeSet::new(),
             sessions: BTreeMap::new(),
             by_node: BTreeMap::new(),
             targets: BTreeMap::new(),
+            holders: BTreeSet::new(),
+            answered: BTreeSet::new(),
             rooms: BTreeMap::new(),
             open: BTreeMap::new(),
             bound: BTreeMap::new(),
@@ -283,6 +292,15 @@ impl Proto {
     /// When [`tick`](Proto::tick) has something to do, at the latest.
     pub fn next_deadline_ns(&self) -> Option<u64> {
         self.timers.first().map(|(at, _)| *at)
+    }
+
+    /// The sessions that the next [`tick`](Proto::tick) looks after. It goes by what was [heard](Proto::heard) of them.
+    pub fn sessions_due(&self, now_ns: u64) -> impl Iterator<Item = SessionId> {
+        let due = self.timers.iter().take_while(move |(at, _)| *at <= now_ns);
+        due.filter_map(|(_, timer)| match timer {
+            Timer::Session(session) => Some(*session),
+            _ => None,
+        })
     }
 
     /// Lets what is due happen.

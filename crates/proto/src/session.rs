@@ -187,10 +187,13 @@ impl Proto {
             .iter()
             .map(|r| RegionOffer { region: r.region, bytes: r.bytes, keys: r.keys.clone() })
             .collect();
-        // What earlier sessions with this same life of the peer still hold: its answer may bring pages home.
-        let held = self
-            .grants
-            .iter()
+        // What earlier sessions with this same life of the peer still hold: its answer may bring pages home. There are
+        // none where each session is the current one of its node.
+        let is_any_over = self.sessions.len() > self.by_node.len();
+        let held = is_any_over
+            .then(|| self.grants.iter())
+            .into_iter()
+            .flatten()
             .filter(|(_, given)| {
                 given.session != session && self.sessions.get(&given.session).is_some_and(|s| s.peer == peer)
             })
@@ -412,7 +415,9 @@ impl Proto {
     /// The peer asks about grants of earlier sessions: those under which nothing is on its way go back at once, the
     /// others when the room that uses them is over.
     fn answer_held(&mut self, session: SessionId, held: Vec<GrantId>) {
-        let Some(peer) = self.sessions.get(&session).map(|s| s.peer) else { return };
+        let Some(peer) = self.sessions.get(&session).map(|s| s.peer).filter(|_| !held.is_empty()) else {
+            return;
+        };
         let of_peer = |of: SessionId| of != session && self.sessions.get(&of).is_some_and(|s| s.peer == peer);
         let mut in_use = BTreeMap::new();
         for (&id, room) in &self.rooms {

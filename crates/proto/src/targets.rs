@@ -6,7 +6,7 @@
 use crate::action::Action;
 use crate::end::{End, RoomRefusal, SessionEnd};
 use crate::flight::What;
-use crate::handshake::Link;
+use crate::handshake::{Link, With};
 use crate::link_cause::LinkCause;
 use crate::message::Identity;
 use crate::notice::Notice;
@@ -87,13 +87,11 @@ impl Proto {
     /// Drops a target, and what waits for it.
     pub(crate) fn forget_target(&mut self, target: TargetId) {
         self.stop_pause(target);
-        self.targets.remove(&target);
-        let dials = |link: &Link| match link {
-            Link::Dialing { target: of } | Link::AwaitWelcome { target: of, .. } => *of == target,
-            _ => false,
-        };
-        let links: Vec<LinkId> =
-            self.links.iter().filter(|(_, link)| dials(link)).map(|(id, _)| *id).collect();
+        if let Some(t) = self.targets.remove(&target) {
+            t.session().map(|session| self.holders.remove(&(session, target)));
+            t.peer.map(|peer| self.answered.remove(&(peer, target)));
+        }
+        let links = self.handshakes_with(With::Target(target));
         links.into_iter().for_each(|link| self.close_link(link));
         self.end_waiting(target, &End::PeerLost { cause: SessionEnd::ClosedHere });
     }
@@ -113,17 +111,15 @@ impl Proto {
 
     /// The targets that hold a session.
     pub(crate) fn targets_of(&self, session: SessionId) -> Vec<TargetId> {
-        let holds = |(id, target): (&TargetId, &Target)| (target.session() == Some(session)).then_some(*id);
-        self.targets.iter().filter_map(holds).collect()
+        let of_session = (session, TargetId(0))..=(session, TargetId(u32::MAX));
+        self.holders.range(of_session).map(|(_, target)| *target).collect()
     }
 
     /// Gives a target the session that its dial has begun.
     pub(crate) fn target_found(&mut self, target: TargetId, peer: Identity, session: SessionId) {
         self.stop_pause(target);
-        if let Some(t) = self.targets.get_mut(&target) {
-            t.state = TargetState::Session(session);
-            t.peer = Some(peer);
-        }
+        self.note_peer(target, peer);
+        self.change_target(target, TargetState::Session(session));
     }
 
     /// A target turned out to be a peer with whom there is a session already, or will be when the peer's own dial
@@ -140,29 +136,27 @@ impl Proto {
                 }
             }
             None => {
-                if let Some(t) = self.targets.get_mut(&target) {
-                    t.peer = Some(peer);
-                    self.pause_target(target);
-                }
+                self.note_peer(target, peer);
+                self.pause_target(target);
             }
         }
     }
 
     /// Lets targets whose peer has dialed this node hold the session, instead of dialing once more.
     pub(crate) fn adopt_pausing(&mut self, peer: Identity, session: SessionId) {
-        let is_of = |target: &Target| {
-            target.peer == Some(peer) && matches!(target.state, TargetState::Pausing { .. })
+        let is_pausing = |target: &TargetId| {
+            self.targets.get(target).is_some_and(|t| matches!(t.state, TargetState::Pausing { .. }))
         };
-        let found: Vec<TargetId> =
-            self.targets.iter().filter(|(_, target)| is_of(target)).map(|(id, _)| *id).collect();
+        let of_peer = (peer, TargetId(0))..=(peer, TargetId(u32::MAX));
+        let answered = self.answered.range(of_peer).map(|(_, target)| *target);
+        let found: Vec<TargetId> = answered.filter(is_pausing).collect();
         found.into_iter().for_each(|target| self.target_found(target, peer, session));
     }
 
     /// Dials a target whose pause is over.
     pub(crate) fn redial(&mut self, target: TargetId) {
-        let Some(t) = self.targets.get_mut(&target) else { return };
-        t.state = TargetState::Dialing;
-        let address = t.address.clone();
+        self.change_target(target, TargetState::Dialing);
+        let Some(address) = self.targets.get(&target).map(|t| t.address.clone()) else { return };
         self.note_node(What::Dialed { target });
         self.act(Action::Dial { target, address });
     }
@@ -188,9 +182,7 @@ impl Proto {
                 if !cause.is_retryable() =>
             {
                 // Dialing again cannot help: whoever waits for this peer hears at once.
-                if let Some(t) = self.targets.get_mut(&target) {
-                    t.state = TargetState::Never(cause.clone());
-                }
+                self.change_target(target, TargetState::Never(cause.clone()));
                 self.end_waiting(target, &end_of_rooms(cause));
             }
             _ => self.pause_target(target),
@@ -213,9 +205,23 @@ impl Proto {
         let longest_ns = self.config.redial_max_ns.max(SHORTEST_PAUSE_NS);
         let Some(t) = self.targets.get_mut(&target) else { return };
         let until_ns = self.now_ns.saturating_add(t.backoff_ns);
-        t.state = TargetState::Pausing { until_ns };
         t.backoff_ns = t.backoff_ns.saturating_mul(2).min(longest_ns);
+        self.change_target(target, TargetState::Pausing { until_ns });
         self.arm(until_ns, Timer::Target(target));
+    }
+
+    /// Every change of a target's state, so that a session's targets are known without looking at all of them.
+    fn change_target(&mut self, target: TargetId, state: TargetState) {
+        let Some(t) = self.targets.get_mut(&target) else { return };
+        t.session().map(|session| self.holders.remove(&(session, target)));
+        t.state = state;
+        self.holders.extend(t.session().map(|session| (session, target)));
+    }
+
+    fn note_peer(&mut self, target: TargetId, peer: Identity) {
+        let Some(t) = self.targets.get_mut(&target) else { return };
+        t.peer.replace(peer).map(|before| self.answered.remove(&(before, target)));
+        self.answered.insert((peer, target));
     }
 
     fn stop_pause(&mut self, target: TargetId) {

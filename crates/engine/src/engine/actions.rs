@@ -53,7 +53,7 @@ impl Engine {
                     let found = vec![BTreeMap::new(); lanes.slots.len()];
                     lanes.attach = Some(Attaching { regions, peer_rails, found });
                 }
-                self.attach_again(now_ns);
+                self.attach(now_ns, session);
             }
             Action::Grant { session, grant, room } => self.grant(now_ns, session, grant, room),
             Action::Revoke { session, grant } => {

@@ -49,8 +49,8 @@ impl Engine {
             }
         }
         // A lane that was full may take more now; and a transfer that could not cover its ops tries again.
-        for session in self.sessions.values_mut() {
-            for lane in &mut session.slots {
+        while let Some((session, slot)) = self.full.pop() {
+            if let Some(lane) = self.slot(session, slot) {
                 lane.full = false;
             }
         }
@@ -124,10 +124,11 @@ impl Engine {
         self.sessions.get_mut(&session)?.slots.get_mut(usize::from(slot))
     }
 
-    /// Tells the protocol how silent its peers have been.
-    pub(super) fn listen(&mut self) {
+    /// Tells the protocol how silent those peers have been that it is about to look after.
+    pub(super) fn listen(&mut self, now_ns: u64) {
         let listened = self.network.listened_ns();
-        for &session in self.sessions.keys() {
+        let due: Vec<SessionId> = self.proto.sessions_due(now_ns).collect();
+        for session in due {
             if let Some(heard) = self.network.heard_ns(session.0) {
                 self.proto.heard(session, heard, listened);
             }

@@ -104,16 +104,21 @@ impl Engine {
 
     /// Attaches what the peer announced, as far as its ports' own announcements have come.
     pub(super) fn attach_again(&mut self, now_ns: u64) {
-        let waiting: Vec<SessionId> =
-            self.sessions.iter().filter(|(_, s)| s.attach.is_some()).map(|(id, _)| *id).collect();
-        for id in waiting {
-            let Some(session) = self.sessions.get_mut(&id) else { continue };
-            let Some(mut attaching) = session.attach.take() else { continue };
-            match attach(&mut self.rails, session, &mut attaching) {
-                Ok(()) => self.proto.attached(now_ns, id, Ok(())),
-                Err(Error::NotYet) => session.attach = Some(attaching),
-                Err(error) => self.proto.attached(now_ns, id, Err(error)),
+        for id in std::mem::take(&mut self.attaching) {
+            self.attach(now_ns, id);
+        }
+    }
+
+    pub(super) fn attach(&mut self, now_ns: u64, id: SessionId) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let Some(mut attaching) = session.attach.take() else { return };
+        match attach(&mut self.rails, session, &mut attaching) {
+            Ok(()) => self.proto.attached(now_ns, id, Ok(())),
+            Err(Error::NotYet) => {
+                session.attach = Some(attaching);
+                self.attaching.insert(id);
             }
+            Err(error) => self.proto.attached(now_ns, id, Err(error)),
         }
     }
 

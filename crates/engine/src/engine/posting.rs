@@ -81,6 +81,7 @@ impl Engine {
             // The lane's `Down` is on its way; what it had taken is dealt with then.
             Err(Error::LaneDown { .. } | Error::LaneNotUp { .. }) => {
                 lane.full = true;
+                self.full.push((transfer.session, slot));
                 return Ok(Posted::default());
             }
             Err(error) => {
@@ -102,6 +103,7 @@ impl Engine {
             used.posted_whole(transfer.direction);
         } else {
             lane.full = true;
+            self.full.push((transfer.session, slot));
             used.uncovered |= posted.ops > 0 || posted.within > 0;
         }
         if let Stripe { part: Some(pieces), .. } = offered {

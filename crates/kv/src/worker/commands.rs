@@ -59,8 +59,8 @@ impl Worker {
 
     /// Sends a piece of the tokens to every rank.
     fn send(&mut self, now: u64, key: u64, item: &Item) {
-        for nth in 0.. {
-            let Some((id, room)) = self.share_of(key, nth) else { return };
+        for nth in 0..self.shares(key) {
+            let Some((id, room)) = self.share_of(key, nth) else { continue };
             if room.pool > 0 {
                 continue;
             }
@@ -79,8 +79,8 @@ impl Worker {
     /// Nothing more of the tokens comes: what is kept beside them is whole now, and leaves, too.
     fn finish(&mut self, key: u64, aux: &[u8]) {
         let layers = self.layout.layers();
-        for nth in 0.. {
-            let Some((id, room)) = self.share_of(key, nth) else { return };
+        for nth in 0..self.shares(key) {
+            let Some((id, room)) = self.share_of(key, nth) else { continue };
             let pool = room.pool;
             if let Kind::Sending(sending) = &mut room.kind {
                 if pool > 0 {
@@ -99,10 +99,14 @@ impl Worker {
         }
     }
 
-    /// The share of a room that was opened as the `nth` and is still known; none behind the last one.
+    /// Of how many shares a room consists, those that are over included.
+    fn shares(&self, key: u64) -> usize {
+        self.wholes.get(&key).map_or(0, |whole| whole.shares.len())
+    }
+
+    /// The share of a room that was opened as the `nth`, if it is still known.
     fn share_of(&mut self, key: u64, nth: usize) -> Option<(RoomId, &mut Room)> {
-        let mut shares = self.wholes.get(&key)?.shares.iter().filter(|share| self.rooms.contains_key(share));
-        let id = *shares.nth(nth)?;
+        let id = *self.wholes.get(&key)?.shares.get(nth)?;
         Some((id, self.rooms.get_mut(&id)?))
     }
 }

@@ -39,6 +39,7 @@ impl Worker {
             Notice::SessionUp { session, target, peer, name, port, app } => {
                 tracing::info!(peer = &*name, node = peer.node, port, "session up");
                 self.caches.insert(session, CacheLayout::decode(&app).ok().map(Arc::new));
+                self.blocked.session_up(session);
                 if let Some(up) = target.and_then(|target| self.dialing.remove(&target)) {
                     self.tell(up, Ok(PeerUp { identity: peer, name }));
                 }
@@ -49,6 +50,7 @@ impl Worker {
                 tracing::info!(peer, port, address, advice = cause.advice(), "session down: {cause}");
                 if let Some(session) = session {
                     self.caches.remove(&session);
+                    self.ready.extend(self.blocked.session_down(session));
                 }
                 // A peer that may still come is waited for; one that refuses never will.
                 if !cause.is_retryable()
@@ -125,6 +127,7 @@ impl Worker {
             .in_scope(|| tracing::debug!(attempt = start.attempt, pages = start.remote_pages.len(), "start"));
         let run = Run {
             transfer,
+            session: start.session,
             direction: start.direction,
             grant: start.grant,
             ask,

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use crossdock_engine::{Engine, LaneRegions, TransferFailed, TransferId};
 use crossdock_proto::planted::{Planted, is_planted};
-use crossdock_proto::{Misfit, RoomId, Who};
+use crossdock_proto::{Misfit, RoomId, SessionId, Who};
 use crossdock_transport::{Direction, GrantId, Op};
 
 use super::Worker;
 use super::flight::Noted;
 use super::proof::{moved_sums, sum, sum_on};
-use super::room::{Decode, Item, Kind, SendingRoom};
+use super::room::{Decode, Item, Kind, Room, SendingRoom};
 use crate::checksum::Summing;
 use crate::params::{Answer, Ask};
 use crate::{CacheLayout, Cursor, PageTable, Plan, PlanError, PlanInput, Route, VerifyError};
@@ -19,6 +19,7 @@ use crate::{CacheLayout, Cursor, PageTable, Plan, PlanError, PlanInput, Route, V
 /// One attempt at moving a room's bytes.
 pub(super) struct Run {
     pub transfer: TransferId,
+    pub session: SessionId,
     pub direction: Direction,
     pub grant: GrantId,
     pub ask: Ask,
@@ -65,19 +66,34 @@ impl Worker {
     /// Gives the rooms that have something to post their turns at the ports, until `left` bytes have been posted.
     pub(super) fn pump(&mut self, now: u64, left: &mut u64) -> bool {
         let mut active = false;
-        for _ in 0..self.ready.len() {
+        self.blocked.take_firsts(|room| self.ready.push_back(room));
+        let mut tries = self.ready.len();
+        while tries > 0 {
+            tries -= 1;
             if *left == 0 {
                 return true;
             }
             let Some(id) = self.ready.pop_front() else { break };
+            let session = self.rooms.get(&id).and_then(Room::moves_in);
             let pumped = self.pump_room(now, id, left);
             if let Some(room) = self.rooms.get_mut(&id) {
                 room.is_ready = matches!(pumped, Pumped::Full { .. } | Pumped::More);
             }
+            // What has not filled the lanes leaves something to the next one.
+            let next = match pumped {
+                Pumped::Full { .. } => None,
+                _ => session.and_then(|session| self.blocked.next_of(session)),
+            };
             match pumped {
-                // Nothing was taken: the port wakes the loop when it takes more.
-                Pumped::Full { progress: false } => self.ready.push_back(id),
-                Pumped::Full { progress: true } | Pumped::More => {
+                // Where nothing was taken, the port wakes the loop when it takes more.
+                Pumped::Full { progress } => {
+                    active |= progress;
+                    match session {
+                        Some(session) => self.blocked.add(session, id),
+                        None => self.ready.push_back(id),
+                    }
+                }
+                Pumped::More => {
                     self.ready.push_back(id);
                     active = true;
                 }
@@ -86,6 +102,10 @@ impl Worker {
                     active = true;
                     self.engine.proto().mismatch(now, id, misfit);
                 }
+            }
+            if let Some(next) = next {
+                self.ready.push_back(next);
+                tries += 1;
             }
         }
         active
@@ -227,7 +247,7 @@ fn post_item(
     }
     if run.plan.tokens() != tokens {
         let input = plan_input(*local, &run.cache, &run.remote_pages, run.direction, &run.ask, tokens);
-        if let Err(error) = run.plan.renew(&input) {
+        if let Err(error) = run.plan.narrow(&input) {
             return Pumped::Mismatch(misfit(&error, run.direction));
         }
     }

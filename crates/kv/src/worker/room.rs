@@ -27,6 +27,16 @@ pub(super) struct Room {
 }
 
 impl Room {
+    /// The session whose lanes take what it has to post.
+    pub fn moves_in(&self) -> Option<SessionId> {
+        let run = match &self.kind {
+            Kind::Sending(sending) => sending.run.as_ref(),
+            Kind::Decode(decode) => decode.reads.as_ref(),
+            Kind::Serving(_) => None,
+        };
+        run.map(|run| run.session)
+    }
+
     /// Lets what is logged of the room name the peer and the transport, now that they are known.
     pub fn records_peer(&self, engine: &mut Engine, session: SessionId) {
         if self.span.is_disabled() {

@@ -54,6 +54,7 @@ impl Fabric {
             regions: Vec::new(),
             grants: GrantTable::new(),
             lanes: Vec::new(),
+            link_free_ns: 0,
             events: Default::default(),
         });
         drop(world);

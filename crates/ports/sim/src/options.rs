@@ -152,6 +152,9 @@ pub struct SimPortOptions {
     pub lanes: u32,
     /// How fast one lane is.
     pub bytes_per_second: u64,
+    /// How fast everything together comes in that is written to this port, first posted, first served. Nothing: as fast
+    /// as its lanes are.
+    pub link_bytes_per_second: Option<u64>,
 }
 
 impl SimPortOptions {
@@ -165,6 +168,7 @@ impl SimPortOptions {
             immediates_in_flight: 256,
             lanes: 65_536,
             bytes_per_second: 25_000_000_000,
+            link_bytes_per_second: None,
         }
     }
 }

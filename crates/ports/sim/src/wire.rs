@@ -159,9 +159,24 @@ impl World {
         let now_ns = self.now_ns;
         let lane = self.lane_mut(from);
         let floor = if in_order { lane.last_due_ns } else { lane.first_due_ns };
-        let due = floor.max(now_ns.saturating_add(delay)).saturating_add(transfer);
+        let comes = floor.max(now_ns.saturating_add(delay));
+        let due = comes.saturating_add(transfer).max(self.link_takes(to, comes, bytes));
+        let lane = self.lane_mut(from);
         lane.last_due_ns = lane.last_due_ns.max(due);
         due
+    }
+
+    /// When the link of the port at `to` has taken in so many bytes that come at `comes_ns`, behind all that was posted
+    /// before.
+    fn link_takes(&mut self, to: End, comes_ns: u64, bytes: u64) -> u64 {
+        let port = &mut self.ports[to.port as usize];
+        let Some(bytes_per_second) = port.options.link_bytes_per_second.filter(|_| bytes > 0) else {
+            return 0;
+        };
+        let taking_ns = u128::from(bytes) * 1_000_000_000 / u128::from(bytes_per_second.max(1));
+        let taking_ns = u64::try_from(taking_ns).unwrap_or(u64::MAX);
+        port.link_free_ns = port.link_free_ns.max(comes_ns).saturating_add(taking_ns);
+        port.link_free_ns
     }
 
     /// Puts a message on the wire.

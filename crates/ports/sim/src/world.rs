@@ -69,6 +69,8 @@ pub(crate) struct PortState {
     pub regions: Vec<Option<Region>>,
     pub grants: GrantTable,
     pub lanes: Vec<Lane>,
+    /// When its link has taken in all that is on its way, where that has a limit.
+    pub link_free_ns: u64,
     pub events: VecDeque<Event>,
 }
 

@@ -1,0 +1,223 @@
+//! As many rooms at once as a deployment has, open and idle, and then delivered: what each takes in memory and in
+//! control bytes, and that a turn does no more for them while nothing happens.
+
+use std::time::{Duration, Instant};
+
+use crossdock_kv::{ReceiveRequest, Receiving, SendRequest, Sending};
+use crossdock_proto::End;
+
+use crate::cluster::{Cluster, MS, Options};
+use crate::counting::{Allocated, Owner, allocated};
+use crate::is_full;
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// Both ends of the rooms of a cluster.
+struct Rooms {
+    cluster: Cluster,
+    pages: u32,
+    /// By prefill rank.
+    sending: Vec<(usize, Sending)>,
+    receiving: Vec<Receiving>,
+}
+
+/// What some rooms have taken.
+#[derive(Debug)]
+struct Taken {
+    rooms: u64,
+    /// What all of them take of memory while they are open, at each side.
+    prefill_bytes: i64,
+    decode_bytes: i64,
+    /// Of all of them, from their opening to their end, without heartbeats' messages.
+    control_bytes: u64,
+    messages: u64,
+    took: Duration,
+    idle: Allocated,
+    idle_looks: u64,
+}
+
+/// On one pair of nodes, so that each has as many rooms as there are: rooms of 16, 128 and 1,024 pages.
+#[test]
+fn rooms_of_one_pair_take_four_bytes_a_page_and_no_turns() {
+    let rooms = if is_full() { 36_864 } else { 2_048 };
+    let few = take(1, 1, 16, 128);
+    let [short, usual, long] =
+        [(rooms, 16), (rooms, 128), (rooms / 16, 1024)].map(|(rooms, pages)| take(1, 1, rooms, pages));
+    for (taken, pages) in [(&short, 16), (&usual, 128), (&long, 1024), (&few, 128)] {
+        // A grant, a finish, a delivery, and the release of the grant.
+        assert_eq!(taken.messages, 3 * taken.rooms);
+        let beside = taken.control_bytes - 4 * pages * taken.rooms;
+        assert!(beside <= BESIDE_PAGES * taken.rooms, "{beside} bytes beside the page lists of {taken:?}");
+    }
+    for (many, pages) in [(&usual, 128), (&few, 128)] {
+        let each = (many.prefill_bytes + many.decode_bytes) / many.rooms as i64;
+        println!("{} rooms of {pages} pages: {each} bytes of memory a room on both sides", many.rooms);
+    }
+    // Idle turns do the same for many rooms as for few, as far as that can be counted.
+    for taken in [&short, &usual, &long] {
+        assert_eq!((taken.idle.times, taken.idle_looks), (few.idle.times, few.idle_looks), "{taken:?}");
+    }
+    let [few, many] =
+        [&few, &usual].map(|taken| (taken.prefill_bytes + taken.decode_bytes) / taken.rooms as i64);
+    assert!(many < 2 * few, "a room takes {many} bytes among many, and {few} among few");
+}
+
+/// The rooms of all pairs of a mesh.
+#[test]
+fn rooms_of_a_mesh_take_what_rooms_of_a_pair_do() {
+    let (prefills, decodes) = if is_full() { (32, 72) } else { (4, 9) };
+    let taken = take(prefills, decodes, (prefills * decodes * 16) as u64, 128);
+    assert_eq!(taken.messages, 3 * taken.rooms);
+    assert!(taken.control_bytes <= (4 * 128 + BESIDE_PAGES) * taken.rooms, "{taken:?}");
+}
+
+/// Bytes of control messages that a room has beside four for each of its pages.
+const BESIDE_PAGES: u64 = 256;
+
+/// Opens so many rooms, spread over all pairs of nodes, lets them be idle for a second, and then delivers them.
+fn take(prefills: usize, decodes: usize, rooms: u64, pages: u32) -> Taken {
+    let per_decode = rooms as usize / decodes;
+    let options = Options {
+        prefill_pages: pages,
+        decode_pages: per_decode as u32 * pages,
+        ..Options::mesh(prefills, decodes)
+    };
+    let cluster = Cluster::joined(options);
+    let mut open = Rooms { cluster, pages, sending: Vec::new(), receiving: Vec::new() };
+    let (before, counters) = (allocated(), open.cluster.counters());
+    let began = Instant::now();
+    open.open_all(rooms);
+    let held = allocated().since(&before);
+    let told = open.cluster.counters();
+    let sent = |owner, of: &mut Cluster| -> i64 {
+        let nodes = of.nodes.iter_mut().filter(|node| node.owner == owner);
+        nodes.map(|node| node.counters().control_bytes_out as i64).sum()
+    };
+    // A frame is the sender's until it is read, and then freed on the reader's behalf.
+    let crossed = sent(Owner::Decode, &mut open.cluster) - sent(Owner::Prefill, &mut open.cluster);
+    let (idle, idle_looks) = open.idles();
+    let (mut control_bytes, mut messages) =
+        (told.control_bytes_out - counters.control_bytes_out, told.messages_out - counters.messages_out);
+    let resting = open.cluster.counters();
+    open.deliver_all();
+    let took = began.elapsed();
+    let ended = open.cluster.counters();
+    assert_eq!((ended.delivered, ended.undelivered), (2 * rooms, 0));
+    control_bytes += ended.control_bytes_out - resting.control_bytes_out;
+    messages += ended.messages_out - resting.messages_out;
+    let taken = Taken {
+        rooms,
+        prefill_bytes: held.live(Owner::Prefill) + crossed,
+        decode_bytes: held.live(Owner::Decode) - crossed,
+        control_bytes,
+        messages,
+        took,
+        idle,
+        idle_looks,
+    };
+    println!(
+        "{rooms} rooms of {pages} pages over {prefills} x {decodes}: {} bytes a room at the prefill side and {} at \
+         the decode side; {} messages and {} bytes of control a room, {:.2} a page; idle for a second, {} \
+         allocations and {} looks; {} ms",
+        taken.prefill_bytes / rooms as i64,
+        taken.decode_bytes / rooms as i64,
+        taken.messages / rooms,
+        taken.control_bytes / rooms,
+        taken.control_bytes as f64 / (rooms * u64::from(pages)) as f64,
+        taken.idle.times,
+        taken.idle_looks,
+        taken.took.as_millis(),
+    );
+    taken
+}
+
+impl Rooms {
+    fn open_all(&mut self, rooms: u64) {
+        let (prefills, decodes) = (self.cluster.options.prefills, self.cluster.options.decodes);
+        let (pages, tokens) = (self.pages, self.pages);
+        let shared: Vec<_> =
+            self.cluster.nodes[..prefills].iter().map(|node| node.pool.take(pages)).collect();
+        let shared: Vec<_> =
+            shared.into_iter().map(|set| set.expect("as many pages as a room has").share()).collect();
+        for room in 0..rooms {
+            let (prefill, decode) = (room as usize % prefills, room as usize / prefills % decodes);
+            let source = shared[prefill].clone();
+            let sending = self.cluster.ask(prefill, |node| {
+                let request = SendRequest { room, use_count: 0, tokens, pages: source, deadline: DAY };
+                node.handle.open(request).expect("the queue of commands has room")
+            });
+            self.sending.push((prefill, sending));
+            let receiving = self.cluster.ask(prefills + decode, |node| {
+                let set = node.pool.take(pages).expect("as many pages as all rooms have");
+                let peer = node.peers[prefill];
+                let request = ReceiveRequest {
+                    peer,
+                    room,
+                    use_count: 0,
+                    tokens,
+                    skip_tokens: 0,
+                    pages: set,
+                    deadline: DAY,
+                };
+                node.handle.receive(request).expect("the queue of commands has room")
+            });
+            self.receiving.push(receiving);
+            if room % 256 == 255 {
+                self.cluster.step();
+            }
+        }
+        let opened = |cluster: &mut Cluster, rooms| {
+            cluster.nodes.iter_mut().map(|node| node.worker.stats().rooms as u64).sum::<u64>() == 2 * rooms
+        };
+        self.cluster.run_until("every room", |cluster| opened(cluster, rooms));
+        // The last grants are heard.
+        self.cluster.run_for(MS);
+    }
+
+    /// What a second of nothing but heartbeats takes on a node, on all of them together.
+    fn idles(&mut self) -> (Allocated, u64) {
+        let before = (allocated(), self.cluster.looks());
+        idles(&mut self.cluster);
+        (allocated().since(&before.0), self.cluster.looks() - before.1)
+    }
+
+    fn deliver_all(&mut self) {
+        let (tokens, mut sending) = (self.pages, std::mem::take(&mut self.sending));
+        let tickets = sending.len() as u64;
+        for (at, (prefill, room)) in sending.iter_mut().enumerate() {
+            self.cluster.ask(*prefill, |_| {
+                room.send(0..1, 0..tokens).expect("the queue of commands has room");
+                room.finish(Vec::new()).expect("the queue of commands has room");
+            });
+            if at % 128 == 127 {
+                self.cluster.step();
+            }
+        }
+        let (receiving, delivered) = (&mut self.receiving, 2 * tickets);
+        let is_delivered = move |cluster: &mut Cluster| cluster.counters().delivered == delivered;
+        self.cluster.run_until("every delivery", |cluster| {
+            if !is_delivered(cluster) {
+                return false;
+            }
+            receiving.retain_mut(|room| match room.end.poll().expect("a room ends") {
+                Some(received) => {
+                    assert_eq!(received.ended.end, End::Delivered);
+                    drop(room.pages.poll().expect("pages come home").expect("with the end"));
+                    false
+                }
+                None => true,
+            });
+            receiving.is_empty()
+        });
+        self.cluster.run_until("every sender's end", |_| {
+            sending.retain_mut(|(_, room)| room.end.poll().expect("a room ends").is_none());
+            sending.is_empty()
+        });
+    }
+}
+
+/// By itself, so that its instructions can be counted.
+#[inline(never)]
+fn idles(cluster: &mut Cluster) {
+    cluster.run_for(1000 * MS);
+}
