@@ -47,7 +47,7 @@ const KINDS: [(&str, Rule); 19] = [
     ("pages' takes failed", Rule::Within(u64::MAX)),
     ("mappings", Rule::Within(24)),
     ("heap pieces", Rule::Within(150)),
-    ("heap bytes", Rule::Within(2 << 20)),
+    ("heap bytes", Rule::Within(512 << 10)),
     ("resident bytes", Rule::Within(28 << 20)),
 ];
 
