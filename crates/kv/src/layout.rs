@@ -1,16 +1,22 @@
 //! Where one worker keeps its KV: the cache layout.
 
+mod error;
+mod placement;
 mod pool;
 mod share;
 mod wire;
 
 use std::ops::Range;
 
-use crossdock_memory::{LayoutError, MAX_PAGES, PageLayout};
+use crossdock_memory::PageLayout;
 
+pub use error::CacheLayoutError;
+pub use placement::{LayerBuffer, Placement};
 pub use pool::{CachePart, CachePartOptions, CachePool, CachePoolOptions, Extent};
 pub use share::{ContextShare, HeadOrder, HeadShare};
 pub use wire::LayoutDecodeError;
+
+use placement::Placed;
 
 /// Describes one worker's KV: which share of it is here, and where each layer's pages lie in the regions that the worker
 /// announces to its peers.
@@ -141,36 +147,6 @@ impl Dtype {
             Self::Fp8DsMla => "fp8_ds_mla",
         }
     }
-}
-
-/// One layer's pages: page `i` begins at `offset + i * stride_bytes` of the region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LayerBuffer {
-    /// The region's number in the worker's announcement.
-    pub region: u32,
-    /// Where page 0 begins in it.
-    pub offset: u64,
-    /// From the start of one page to the start of the next.
-    pub stride_bytes: u64,
-}
-
-/// Where the pages of all layers are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Placement {
-    /// From the start of one region: all pages of the first layer, then all pages of the next, without gaps. Where keys
-    /// and values have buffers of their own, the keys of all layers come before the values of all layers.
-    LayerMajor {
-        /// Which region.
-        region: u32,
-    },
-    /// From the start of one region: page 0 of all layers, then page 1 of all layers, without gaps; keys before values.
-    PageMajor {
-        /// Which region.
-        region: u32,
-    },
-    /// As the engine has allocated them: one buffer for each layer, in the order of the layers; where keys and values
-    /// have buffers of their own, first the keys' of all layers, then the values'.
-    Buffers(Vec<LayerBuffer>),
 }
 
 impl CacheLayout {
@@ -525,189 +501,13 @@ impl CacheLayout {
     }
 }
 
-/// The pages of one layer and part.
-struct Placed {
-    layer: u32,
-    region: u32,
-    pages: PageLayout,
-}
-
-impl Placed {
-    /// Whether it ends behind the beginning of a later one.
-    fn reaches(&self, later: &Self) -> bool {
-        self.region == later.region && self.pages.end().is_none_or(|end| end > later.pages.offset)
-    }
-
-    /// Whether a page shares a byte with a page of a later one that it reaches. With equal strides that is a question of
-    /// one page; with different ones the pages would meet sooner or later, so that is refused without looking further.
-    fn collides_with(&self, later: &Self) -> bool {
-        let (one, two) = (&self.pages, &later.pages);
-        let into_page = (two.offset - one.offset) % one.stride_bytes;
-        one.stride_bytes != two.stride_bytes
-            || into_page < one.page_bytes
-            || one.stride_bytes - into_page < two.page_bytes
-    }
-}
-
-impl Placement {
-    /// The buffers of all layers of each part; all parts take equally many bytes.
-    fn buffers(
-        self,
-        layers: &Range<u32>,
-        parts: usize,
-        page_bytes: u64,
-        pages: u32,
-    ) -> Result<Vec<LayerBuffer>, CacheLayoutError> {
-        let evenly = |region, step_bytes: Option<u64>, stride_bytes: Option<u64>| {
-            let places = (0..parts as u64).flat_map(|part| layers.clone().map(move |layer| (part, layer)));
-            let buffer = |(part, layer): (u64, u32)| {
-                let nth = part * layers.len() as u64 + u64::from(layer - layers.start);
-                let offset = step_bytes.and_then(|bytes| bytes.checked_mul(nth));
-                let (Some(offset), Some(stride_bytes)) = (offset, stride_bytes) else {
-                    return Err(CacheLayoutError::BadBuffer { layer, source: LayoutError::Overflow });
-                };
-                Ok(LayerBuffer { region, offset, stride_bytes })
-            };
-            places.map(buffer).collect()
-        };
-        match self {
-            Self::LayerMajor { region } => {
-                evenly(region, page_bytes.checked_mul(pages.into()), Some(page_bytes))
-            }
-            Self::PageMajor { region } => {
-                evenly(region, Some(page_bytes), page_bytes.checked_mul((layers.len() * parts) as u64))
-            }
-            Self::Buffers(buffers) => Ok(buffers),
-        }
-    }
-}
-
-/// Why parts make no layout.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum CacheLayoutError {
-    /// The model's name is empty, too long, or cannot be printed.
-    #[error("{model:?} cannot name a model: 1 to 255 bytes without control characters")]
-    BadModelName {
-        /// The name.
-        model: String,
-    },
-    /// No layers, too many, or not those of the model.
-    #[error(
-        "layers {}..{} of {model_layers}: there must be 1 to {}, within the model",
-        layers.start, layers.end, CacheLayout::MAX_LAYERS
-    )]
-    BadLayers {
-        /// The worker's layers.
-        layers: Range<u32>,
-        /// How many the model has.
-        model_layers: u32,
-    },
-    /// A token takes nothing, or too much.
-    #[error("a token of {token_bytes} bytes: 1 to {} are possible", CacheLayout::MAX_TOKEN_BYTES)]
-    BadTokenBytes {
-        /// How much it takes.
-        token_bytes: u64,
-    },
-    /// A page holds no token, or too many.
-    #[error("pages of {page_tokens} tokens: 1 to {} are possible", CacheLayout::MAX_PAGE_TOKENS)]
-    BadPageTokens {
-        /// How many it holds.
-        page_tokens: u32,
-    },
-    /// There are no pages, or too many.
-    #[error("{pages} pages: 1 to {MAX_PAGES} are possible")]
-    BadPages {
-        /// How many there are.
-        pages: u32,
-    },
-    /// There is not one buffer for each layer.
-    #[error("{buffers} buffers for {layers} layers")]
-    BufferCount {
-        /// How many buffers.
-        buffers: usize,
-        /// How many layers.
-        layers: u32,
-    },
-    /// A layer's pages overlap, or leave what 64 bits can address.
-    #[error("the buffer of layer {layer}: {source}")]
-    BadBuffer {
-        /// Whose buffer.
-        layer: u32,
-        /// What is wrong with it.
-        source: LayoutError,
-    },
-    /// Heads that the model does not have, or none.
-    #[error("heads {}.. ({}) of {}", heads.first, heads.count, heads.of)]
-    BadHeads {
-        /// The heads.
-        heads: HeadShare,
-    },
-    /// No turn of the ranks that share a context.
-    #[error("turn {} of {}, of {} tokens each", context.rank, context.ranks, context.interleave)]
-    BadContext {
-        /// The share.
-        context: ContextShare,
-    },
-    /// The number of a rank is too large.
-    #[error("rank {rank}: there are fewer than {} of one side", CacheLayout::MAX_RANKS)]
-    BadRank {
-        /// The number.
-        rank: u32,
-    },
-    /// The name of a pool or a part is empty, too long, or cannot be printed.
-    #[error("{name:?} cannot name a part of a cache: 1 to 255 bytes without control characters")]
-    BadName {
-        /// The name.
-        name: String,
-    },
-    /// Two pools, or two parts of one, have the same name.
-    #[error("{name:?} is there twice")]
-    SameName {
-        /// The name.
-        name: String,
-    },
-    /// A part's layers are none, are not in ascending order, or are not here.
-    #[error("the layers of part {part:?} are not some of the worker's in ascending order")]
-    BadPartLayers {
-        /// Which part.
-        part: String,
-    },
-    /// A pool has no parts, or too many.
-    #[error("pool {pool:?} has {parts} parts: 1 to {} are possible", CacheLayout::MAX_PARTS)]
-    PartCount {
-        /// Which pool.
-        pool: String,
-        /// How many.
-        parts: usize,
-    },
-    /// There are too many layers and parts.
-    #[error("{buffers} buffers: at most {} are possible", CacheLayout::MAX_BUFFERS)]
-    TooManyBuffers {
-        /// How many.
-        buffers: usize,
-    },
-    /// There are too many pools.
-    #[error("{pools} pools: at most {} are possible", CacheLayout::MAX_POOLS)]
-    PoolCount {
-        /// How many.
-        pools: usize,
-    },
-    /// Pages of two layers share bytes, or lie between each other at different strides.
-    #[error("the buffers of layers {layer} and {other} collide")]
-    BuffersCollide {
-        /// The one that begins first.
-        layer: u32,
-        /// The one that begins in it.
-        other: u32,
-    },
-}
-
 /// The length of a name is one byte on the wire.
 const NAME_BYTES_MAX: usize = 255;
 
 #[cfg(test)]
 mod tests {
+    use crossdock_memory::{LayoutError, MAX_PAGES};
+
     use super::*;
 
     fn options(placement: Placement) -> LayoutOptions {
