@@ -2,6 +2,7 @@
 //! that keep them, whatever the tensor, pipeline and context parallelism of the two, and what is kept beside the tokens
 //! comes with them.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crossdock::{
@@ -174,7 +175,8 @@ fn extent(rank: &Rank, pool: usize, tokens: u32, skip: u32) -> (u32, u32, u32) {
 }
 
 enum Prefilling {
-    Sending(Sending),
+    /// And the layers that are to be sent, and what goes with them.
+    Sending(Sending, Range<u32>, Vec<u8>),
     Serving(Serving),
 }
 
@@ -202,15 +204,7 @@ fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, token
                 Prefilling::Serving(rank.node.handle().serve(ScatterServeRequest { request, aux }).unwrap())
             }
             false => {
-                let mut sending = rank.node.handle().open(request).unwrap();
-                // In two chunks, each layer by layer.
-                for chunk in [0..tokens / 3, tokens / 3..tokens] {
-                    for layer in rank.layout.layers() {
-                        sending.send(layer..layer + 1, chunk.clone()).unwrap();
-                    }
-                }
-                sending.finish(aux).unwrap();
-                Prefilling::Sending(sending)
+                Prefilling::Sending(rank.node.handle().open(request).unwrap(), rank.layout.layers(), aux)
             }
         });
     }
@@ -241,6 +235,19 @@ fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, token
         let receiving = if pull { handle.fetch(request) } else { handle.receive(request) };
         receivings.push((nth, kept, receiving.unwrap()));
     }
+    // In two chunks, each layer by layer, with time for each to leave by itself.
+    for (sending, layers, aux) in prefilling.iter_mut().filter_map(|prefilling| match prefilling {
+        Prefilling::Sending(sending, layers, aux) => Some((sending, layers, aux)),
+        Prefilling::Serving(_) => None,
+    }) {
+        for chunk in [0..tokens / 3, tokens / 3..tokens] {
+            for layer in layers.clone() {
+                sending.send(layer..layer + 1, chunk.clone()).unwrap();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        sending.finish(std::mem::take(aux)).unwrap();
+    }
     for (nth, kept, mut receiving) in receivings {
         let rank = &decodes[nth];
         let received = receiving.end.wait_until(Instant::now() + WAIT).unwrap();
@@ -265,7 +272,7 @@ fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, token
     }
     for prefilling in prefilling {
         let ended = match prefilling {
-            Prefilling::Sending(mut sending) => sending.end.wait_until(Instant::now() + WAIT),
+            Prefilling::Sending(mut sending, ..) => sending.end.wait_until(Instant::now() + WAIT),
             Prefilling::Serving(mut serving) => serving.end.wait_until(Instant::now() + WAIT),
         };
         assert_eq!(ended.unwrap().end, End::Delivered);
@@ -312,6 +319,7 @@ fn stages_and_turns_are_mapped() {
         // Pipeline stages to one, and to as many, and heads besides.
         (side(stages(1, 2, None), 4), side(stages(1, 1, None), 16), &shm),
         (side(stages(2, 2, Some(4)), 4), side(stages(1, 2, Some(4)), 4), &shm),
+        (side(stages(1, 1, None), 4), side(stages(1, 2, None), 4), &shm),
         (side(stages(1, 3, Some(4)), 4), side(stages(2, 1, Some(4)), 4), &tcp),
         // A latent is sent once to each; tokens in turns.
         (side(stages(4, 1, None), 4), side(stages(2, 1, None), 4), &shm),
@@ -410,6 +418,8 @@ fn ranks_that_do_not_bring_everything_are_refused() {
     };
     assert_eq!(misfit(&[0, 0], 1), Misfit::Ranks);
     assert_eq!(misfit(&[], 2), Misfit::Ranks);
+    // Half of the heads.
+    assert_eq!(misfit(&[0], 5), Misfit::Gap);
 
     // The second rank says that it is rank 7, and keeps what the first one keeps.
     let same = Side::new(Parallelism::tensor(2, LAYERS, Some(8)), 4, NHD).layout(0).with_rank(7).unwrap();

@@ -157,7 +157,9 @@ impl CacheLayout {
     /// A token, or an entry, takes at most this many bytes in a layer.
     pub const MAX_TOKEN_BYTES: u64 = 1 << 26;
     /// All pools together have at most this many buffers, one for each layer and part.
-    pub const MAX_BUFFERS: usize = 4096;
+    pub const MAX_BUFFERS: usize = 2048;
+    /// The numbers of regions are below this.
+    pub const MAX_REGIONS: u32 = 4096;
     /// A pool has at most this many parts.
     pub const MAX_PARTS: usize = 8;
     /// Ranks of one side that serve a request together are fewer than this.

@@ -70,7 +70,7 @@ struct Set {
 
 impl Plan {
     /// A plan treats at most this many shapes of parts, page strides included; a cache has one to three.
-    pub const MAX_SHAPES: usize = 32;
+    pub const MAX_SHAPES: usize = 16;
 
     /// Finds the pieces. Moves what both workers hold.
     pub fn build(input: &PlanInput<'_>) -> Result<Self, PlanError> {
@@ -190,15 +190,18 @@ impl Plan {
             return Err(PlanError::TooManyShapes { layer });
         }
         let first = self.sets.last().map_or(0, |set| set.geometries.end);
-        let mut end = first;
+        let (mut end, mut fits) = (first, true);
         common.each(&shape, |pieces| {
             if end as usize == self.geometries.len() {
                 self.geometries.push(Geometry::default());
             }
             let geometry = &mut self.geometries[end as usize];
-            pieces.fill(geometry);
+            fits &= pieces.fill(geometry);
             end += u32::from(geometry.ops() > 0);
         });
+        if !fits {
+            return Err(PlanError::TooManyKinds { layer });
+        }
         let bytes = self.geometries[first as usize..end as usize].iter().map(Geometry::bytes).sum();
         self.sets.push(Set { shape, geometries: first..end, bytes });
         Ok(self.sets.len() as u32 - 1)
@@ -285,6 +288,12 @@ pub enum PlanError {
     /// No head is held by both workers in a layer that both hold.
     #[error("the two workers hold no heads and layers in common")]
     NothingInCommon,
+    /// The pieces are of too many different lengths and places in their pages.
+    #[error("the pieces of layer {layer} are of too many different kinds")]
+    TooManyKinds {
+        /// The first layer whose pieces are.
+        layer: u32,
+    },
     /// The layers are laid out in too many different ways.
     #[error("layer {layer} needs more than {} pairs of page strides and head shares", Plan::MAX_SHAPES)]
     TooManyShapes {

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use crate::{
-    CacheKind, CacheLayout, CacheLayoutError, CachePart, ContextShare, HeadShare, LayoutOptions, Parts, Peer,
-    Source,
+    CacheKind, CacheLayout, CacheLayoutError, CachePart, ContextShare, Extent, HeadShare, LayoutOptions,
+    Parts, Peer, Source,
 };
 
 /// How the ranks of one engine that serve a request together share its KV: tensor parallelism within a pipeline stage,
@@ -173,7 +173,8 @@ impl Parallelism {
                 None => chosen.push((share, vec![source])),
             }
         }
-        let one = |alike: &Vec<u32>| alike[((u64::from(rank) + spread) % alike.len() as u64) as usize];
+        let one =
+            |alike: &Vec<u32>| alike[(u64::from(rank).wrapping_add(spread) % alike.len() as u64) as usize];
         chosen.sort_unstable_by_key(|(_, alike)| one(alike));
         let is_like =
             |one: &RankShare, two: &RankShare| (&one.layers, one.context) == (&two.layers, two.context);
@@ -224,8 +225,9 @@ pub fn dp_rank_of(room: u64, ranks: u32) -> u32 {
 }
 
 impl CacheLayout {
-    /// Whether workers with these layouts, and with what each brings, together bring every byte that this one keeps of a
-    /// request's tokens, and each byte once.
+    /// Whether workers with these layouts, and with what each brings, together bring everything that this one keeps of a
+    /// request, and each byte of its tokens once. Of a single one, whole layers may be missing, as those of a draft model;
+    /// entries may be brought by several that keep the same.
     pub fn is_covered_by<L: AsRef<CacheLayout>>(&self, sources: &[(L, Parts)]) -> bool {
         let sources: Vec<(&CacheLayout, Parts)> =
             sources.iter().map(|(layout, parts)| (layout.as_ref(), *parts)).collect();
@@ -233,38 +235,95 @@ impl CacheLayout {
         let Some(period) = periods.map(|context| context.round()).try_fold(1, least_common_multiple) else {
             return false;
         };
-        let parts = self.tokens().parts();
-        parts.iter().enumerate().all(|(nth, part)| self.is_part_covered(nth, part, &sources, period))
+        // How many tokens of a period each brings of those that are kept here, and which two bring some in common.
+        let here = self.context();
+        let tokens: Vec<u64> =
+            sources.iter().map(|(source, _)| here.common(&source.context(), period)).collect();
+        let meets: Vec<Vec<bool>> = sources
+            .iter()
+            .map(|(one, _)| sources.iter().map(|(two, _)| one.context().meets(&two.context())).collect())
+            .collect();
+        let kept = here.common(&here, period);
+        let brought = Brought { sources: &sources, tokens: &tokens, meets: &meets, kept };
+        (0..self.pools().len()).all(|pool| {
+            let parts = self.pools()[pool].parts().iter().enumerate();
+            let is_entries = self.pools()[pool].extent() == Extent::Entries;
+            parts.into_iter().all(|(nth, part)| match is_entries {
+                true => brought.has_entries(pool, nth, part),
+                false => brought.has_once(pool, nth, part),
+            })
+        })
+    }
+}
+
+/// What several workers bring to one.
+struct Brought<'a> {
+    sources: &'a [(&'a CacheLayout, Parts)],
+    tokens: &'a [u64],
+    meets: &'a [Vec<bool>],
+    /// Tokens of a period that are kept.
+    kept: u64,
+}
+
+impl<'a> Brought<'a> {
+    /// What each source has of a part: its place among them, its heads, and the part.
+    fn of_part(&self, pool: usize, nth: usize, part: &CachePart) -> Vec<(usize, HeadShare, &'a CachePart)> {
+        let mut found = Vec::with_capacity(self.sources.len());
+        for (at, &(source, parts)) in self.sources.iter().enumerate() {
+            if let Some(theirs) = source.part_of(pool, nth).filter(|_| parts.have(part))
+                && let Some(heads) = part.heads().common(&theirs.heads())
+            {
+                found.push((at, heads, theirs));
+            }
+        }
+        found
+    }
+
+    /// Those of a part's layers that have to be brought.
+    fn layers(&self, part: &CachePart, theirs: &[(usize, HeadShare, &CachePart)]) -> Vec<u32> {
+        let is_single = self.sources.len() == 1;
+        let is_there = |layer: u32| theirs.iter().any(|(_, _, part)| part.buffer(layer).is_some());
+        part.layers().iter().copied().filter(|&layer| !is_single || is_there(layer)).collect()
     }
 
     /// The volumes of what is brought add up to what is kept, and no two of them meet.
-    fn is_part_covered(
-        &self,
-        nth: usize,
-        part: &CachePart,
-        sources: &[(&CacheLayout, Parts)],
-        period: u64,
-    ) -> bool {
-        let volume = |layers: usize, heads: u32, tokens: u64| layers as u64 * u64::from(heads) * tokens;
-        let mut brought = Vec::new();
-        let mut found = 0;
-        for (source, _) in sources.iter().filter(|(_, parts)| parts.have(part)) {
-            let Some(theirs) = source.tokens().parts().get(nth) else { return false };
-            let Some(heads) = part.heads().common(&theirs.heads()) else { continue };
-            let layers: Vec<u32> =
-                part.layers().iter().copied().filter(|&layer| theirs.buffer(layer).is_some()).collect();
-            found += volume(layers.len(), heads.count, self.context().common(&source.context(), period));
-            brought.push((layers, heads, source.context()));
-        }
-        let meet = |one: &(Vec<u32>, HeadShare, ContextShare), two: &(Vec<u32>, HeadShare, ContextShare)| {
-            one.1.common(&two.1).is_some()
-                && one.2.meets(&two.2)
-                && one.0.iter().any(|layer| two.0.contains(layer))
+    fn has_once(&self, pool: usize, nth: usize, part: &CachePart) -> bool {
+        let theirs = self.of_part(pool, nth, part);
+        let layers = self.layers(part, &theirs);
+        let common =
+            |one: &CachePart| layers.iter().filter(|&&layer| one.buffer(layer).is_some()).count() as u64;
+        let found: u64 = theirs
+            .iter()
+            .map(|(at, heads, theirs)| common(theirs) * u64::from(heads.count) * self.tokens[*at])
+            .sum();
+        let meet = |one: &(usize, HeadShare, &CachePart), two: &(usize, HeadShare, &CachePart)| {
+            self.meets[one.0][two.0]
+                && one.1.common(&two.1).is_some()
+                && layers.iter().any(|&layer| one.2.buffer(layer).is_some() && two.2.buffer(layer).is_some())
         };
-        let is_apart = |(at, one)| brought[at + 1..].iter().all(|two| !meet(one, two));
-        let kept =
-            volume(part.layers().len(), part.heads().count, self.context().common(&self.context(), period));
-        found == kept && brought.iter().enumerate().all(is_apart)
+        let is_apart = |(at, one)| theirs[at + 1..].iter().all(|two| !meet(one, two));
+        let kept = layers.len() as u64 * u64::from(part.heads().count) * self.kept;
+        found == kept && theirs.iter().enumerate().all(is_apart)
+    }
+
+    /// Every head of every layer is brought by some.
+    fn has_entries(&self, pool: usize, nth: usize, part: &CachePart) -> bool {
+        let theirs = self.of_part(pool, nth, part);
+        self.layers(part, &theirs).into_iter().all(|layer| {
+            let heads = part.heads();
+            (heads.first..heads.first + heads.count).all(|head| {
+                theirs.iter().any(|(_, common, theirs)| {
+                    (common.first..common.first + common.count).contains(&head)
+                        && theirs.buffer(layer).is_some()
+                })
+            })
+        })
+    }
+}
+
+impl CacheLayout {
+    fn part_of(&self, pool: usize, nth: usize) -> Option<&CachePart> {
+        self.pools().get(pool)?.parts().get(nth)
     }
 }
 
@@ -313,7 +372,8 @@ fn least_common_multiple(a: u64, b: u64) -> Option<u64> {
     Some(a / one.max(1) * b).filter(|&multiple| multiple <= LONGEST_PERIOD)
 }
 
-const LONGEST_PERIOD: u64 = 1 << 20;
+/// Coverage is looked at token by token of a period, on the loop.
+const LONGEST_PERIOD: u64 = 1 << 14;
 
 fn common(one: &Range<u32>, two: &Range<u32>) -> Range<u32> {
     one.start.max(two.start)..one.end.min(two.end)

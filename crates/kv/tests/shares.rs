@@ -426,8 +426,9 @@ proptest! {
             let here = layout(&decode, rank);
             prop_assert_eq!(here.rank(), rank);
             prop_assert!(here.is_covered_by(&layouts), "{:?} for {}", sources, rank);
-            // One less, or one twice, is not enough, or too much.
-            prop_assert!(!here.is_covered_by(&layouts[1..]));
+            // One less, or one twice, is not enough, or too much; a single one may lack layers.
+            let is_forgiven = layouts.len() == 2 && layouts[0].0.layers() != layouts[1].0.layers();
+            prop_assert_eq!(here.is_covered_by(&layouts[1..]), is_forgiven);
             let twice = [&layouts[..], &layouts[..1]].concat();
             prop_assert!(!here.is_covered_by(&twice));
             pairs.extend(sources.into_iter().map(|source| (source.rank, rank)));

@@ -19,7 +19,7 @@ pub struct Difference {
 
 impl Fingerprint {
     /// The most values that a handshake carries.
-    pub const MAX_VALUES: usize = 64;
+    pub const MAX_VALUES: usize = 128;
 
     /// Sorts the values by key; the last value of a repeated key counts.
     ///

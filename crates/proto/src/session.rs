@@ -119,6 +119,9 @@ impl Session {
     }
 }
 
+/// The numbers of regions are below this.
+const MAX_REGIONS: u32 = 4096;
+
 impl Proto {
     /// Ends every session and every room; nothing is dialed, accepted or opened any more.
     pub fn shut_down(&mut self, now_ns: u64) {
@@ -216,6 +219,8 @@ impl Proto {
         let Some(s) = self.sessions.get_mut(&session) else { return };
         let repeated = s.peer_setup.is_some() || !matches!(s.phase, Phase::SettingUp { .. });
         let fits = lanes.len() == s.slots.len() && lanes.iter().zip(0u8..).all(|((slot, _), at)| *slot == at);
+        // Regions are looked up in lists by their numbers.
+        let fits = fits && regions.iter().all(|offer| offer.region < MAX_REGIONS);
         if repeated || !fits {
             return self
                 .end_session(session, SessionEnd::Misbehaved { what: "sent a setup that does not fit" });

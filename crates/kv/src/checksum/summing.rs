@@ -132,6 +132,11 @@ impl Summing {
                 *left = left.saturating_sub(u64::from(some) * token_bytes);
             }
             (self.at, self.tokens) = (self.at + 1, 0);
+            // Going by tokens that the peer has not costs time, too.
+            *left = left.saturating_sub(1);
+            if *left == 0 && self.at < self.places.len() {
+                return Ok(false);
+            }
         }
         Ok(true)
     }

@@ -73,6 +73,12 @@ pub enum CacheLayoutError {
         /// The share.
         context: ContextShare,
     },
+    /// The number of a region is too large.
+    #[error("region {region}: numbers are below {}", CacheLayout::MAX_REGIONS)]
+    BadRegion {
+        /// The number.
+        region: u32,
+    },
     /// The number of a rank is too large.
     #[error("rank {rank}: there are fewer than {} of one side", CacheLayout::MAX_RANKS)]
     BadRank {

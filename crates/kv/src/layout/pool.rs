@@ -159,6 +159,9 @@ impl CachePool {
         let (page_tokens, pages) = (self.page_tokens, self.pages);
         let part = CachePart { name, heads, head_bytes, order, page_tokens, pages, layers, buffers };
         for (&layer, buffer) in part.layers.iter().zip(&part.buffers) {
+            if buffer.region >= CacheLayout::MAX_REGIONS {
+                return Err(CacheLayoutError::BadRegion { region: buffer.region });
+            }
             let placed = part.placed(buffer).validate(u64::MAX);
             placed.map_err(|source: LayoutError| CacheLayoutError::BadBuffer { layer, source })?;
         }

@@ -67,22 +67,24 @@ impl Geometry {
     }
 
     /// Finds the pieces of these stretches of tokens, of which there are at most so many.
-    pub fn fill(&mut self, stretches: impl Iterator<Item = Pair> + Clone, at_most: usize) {
+    /// False if they are of too many kinds; then some are missing.
+    #[must_use]
+    pub fn fill(&mut self, stretches: impl Iterator<Item = Pair> + Clone, at_most: usize) -> bool {
         // A chunk of the request has no other kinds, but it may cut a piece at either end.
         self.groups.reserve(GROUPS_USUAL + 2);
         self.source_indices.reserve(at_most);
         self.destination_indices.reserve(at_most);
-        self.find_pieces(stretches);
+        self.find_pieces(stretches)
     }
 
     /// Finds how many pieces of each kind there are, and with that the place of each. Going through the pages twice
     /// costs less than to note and to sort the pieces, and needs no memory. Where there are too many kinds to count at
     /// once, the least of them are done first, and the others in further rounds.
-    fn find_pieces(&mut self, stretches: impl Iterator<Item = Pair> + Clone) {
+    fn find_pieces(&mut self, stretches: impl Iterator<Item = Pair> + Clone) -> bool {
         let (source, destination, token_bytes) = (self.source, self.destination, self.token_bytes);
         let pieces = || Pieces::new(stretches.clone(), source, destination, token_bytes);
         let mut kinds = Kinds::default();
-        loop {
+        for _ in 0..ROUNDS_MAX {
             pieces().for_each(|piece| kinds.count(piece.kind()));
             kinds.sort();
             let mut places = [0; KINDS_MAX];
@@ -101,9 +103,10 @@ impl Geometry {
                 *place += 1;
             }
             if !kinds.next_round() {
-                return;
+                return true;
             }
         }
+        false
     }
 
     /// Adds a group behind the others, and says where its lists begin.
@@ -191,6 +194,10 @@ struct Kinds {
 /// Caches that are cut at page boundaries have two or three. Pieces merged from neighbours are of as many kinds as they
 /// are of lengths.
 const KINDS_MAX: usize = 32;
+
+/// Each round goes through all pieces. Runs of pages have hundreds of lengths at the most, since their sum is the request;
+/// a peer whose page stride no index can express could ask for as many kinds as a page has tokens.
+const ROUNDS_MAX: usize = 16;
 
 impl Kinds {
     /// Counts one, unless its kind belongs to another round.

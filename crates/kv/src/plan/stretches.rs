@@ -130,8 +130,9 @@ pub(super) struct PiecesOf<'c, 'a> {
 }
 
 impl PiecesOf<'_, '_> {
-    /// Finds them.
-    pub fn fill(&self, geometry: &mut Geometry) {
+    /// Finds them; false if they are of too many kinds.
+    #[must_use]
+    pub fn fill(&self, geometry: &mut Geometry) -> bool {
         let Self { common, shape, tokens } = self;
         let &&Shape { source, destination, head_bytes, heads, .. } = shape;
         if let Tokens::WholePages(pages) = tokens {
@@ -162,12 +163,12 @@ impl PiecesOf<'_, '_> {
             Tokens::Together(places) if joins => {
                 let pairs = common.together(places);
                 let at_most = pairs.at_most();
-                geometry.fill(pairs, at_most);
+                geometry.fill(pairs, at_most)
             }
             Tokens::Together(places) => geometry.fill(Singles::new(common.together(places)), places.len()),
             Tokens::Split if joins => geometry.fill(common.split(), common.tokens.len()),
             Tokens::Split => geometry.fill(Singles::new(common.split()), common.tokens.len()),
-            Tokens::WholePages(_) => {}
+            Tokens::WholePages(_) => true,
         }
     }
 }

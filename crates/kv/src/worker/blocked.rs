@@ -23,12 +23,16 @@ impl Blocked {
     pub fn session_up(&mut self, session: SessionId) {
         let rooms = VecDeque::with_capacity(USUAL_ROOMS);
         self.queues.entry(session).or_insert(Queue { rooms, is_listed: false });
-        self.sessions.reserve(self.queues.len() - self.sessions.len());
+        self.sessions.reserve(self.queues.len().saturating_sub(self.sessions.len()));
     }
 
     /// What is left of a session that is over.
     pub fn session_down(&mut self, session: SessionId) -> VecDeque<RoomId> {
-        self.queues.remove(&session).map(|queue| queue.rooms).unwrap_or_default()
+        let Some(queue) = self.queues.remove(&session) else { return VecDeque::new() };
+        if queue.is_listed {
+            self.sessions.retain(|listed| *listed != session);
+        }
+        queue.rooms
     }
 
     /// Lets a room wait behind the others of its session.
@@ -87,7 +91,21 @@ mod tests {
         assert_eq!((firsts(&mut blocked), blocked.next_of(one)), (vec![1], Some(RoomId(2))));
         assert_eq!(blocked.next_of(two), None);
         assert_eq!(blocked.session_down(one).len(), 10_000 - 2);
-        assert!(!blocked.is_empty() && firsts(&mut blocked).is_empty() && blocked.is_empty());
+        assert!(firsts(&mut blocked).is_empty() && blocked.is_empty());
+    }
+
+    #[test]
+    fn sessions_that_go_down_together_leave_nothing() {
+        let mut blocked = Blocked::default();
+        for session in [1, 2].map(SessionId) {
+            blocked.session_up(session);
+            blocked.add(session, RoomId(7));
+        }
+        for session in [1, 2].map(SessionId) {
+            assert_eq!(blocked.session_down(session), [RoomId(7)]);
+        }
+        blocked.session_up(SessionId(3));
+        assert!(blocked.is_empty() && firsts(&mut blocked).is_empty());
     }
 
     #[test]

@@ -38,7 +38,10 @@ impl Worker {
         match notice {
             Notice::SessionUp { session, target, peer, name, port, app } => {
                 tracing::info!(peer = &*name, node = peer.node, port, "session up");
-                self.caches.insert(session, CacheLayout::decode(&app).ok().map(Arc::new));
+                // Its fingerprint was as ours; a layout that is not what it says is none.
+                let cache = CacheLayout::decode(&app).ok();
+                let cache = cache.filter(|cache| self.layout.differs_in(cache).is_none());
+                self.caches.insert(session, cache.map(Arc::new));
                 self.blocked.session_up(session);
                 if let Some(up) = target.and_then(|target| self.dialing.remove(&target)) {
                     self.tell(up, Ok(PeerUp { identity: peer, name }));
@@ -197,9 +200,7 @@ impl Worker {
         let Some(cache) = self.caches.get(&session).and_then(Option::as_ref) else {
             return self.engine.proto().mismatch(now, id, Misfit::Unreadable);
         };
-        // One rank may have less than this one, as no layers of a draft model. Of several, each is there for its share.
         if room.pool == 0
-            && decode.sources > 1
             && let Some(brought) = self
                 .wholes
                 .get_mut(&room.key)

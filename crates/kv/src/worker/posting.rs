@@ -201,6 +201,7 @@ pub(super) fn misfit(error: &PlanError, direction: Direction) -> Misfit {
         | PlanError::NoCommonLayers { .. }
         | PlanError::BadTokens { .. }
         | PlanError::NothingInCommon
+        | PlanError::TooManyKinds { .. }
         | PlanError::TooManyShapes { .. } => Misfit::Layouts,
     }
 }
@@ -252,6 +253,10 @@ fn post_item(
         }
     }
     let layers = overlap(&item.layers, &run.plan.layers());
+    if layers.is_empty() {
+        // The peer keeps none of them.
+        return Pumped::Nothing;
+    }
     post_layers(engine, now, run, layers, left)
 }
 
