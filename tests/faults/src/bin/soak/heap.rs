@@ -22,6 +22,17 @@ pub fn bytes() -> u64 {
     BYTES.load(Ordering::Relaxed)
 }
 
+/// Lets large pieces always be mappings of their own, which go when they are freed, and threads share two arenas: else the C
+/// library keeps what ended peers of this process had, and what is resident says nothing of what is held.
+pub fn settle() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: both take numbers, and no other thread runs yet.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10);
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+    }
+}
+
 /// Gives back to the system what the C library keeps of freed memory, so that what is resident is what is in use.
 pub fn trim() {
     #[cfg(target_env = "gnu")]

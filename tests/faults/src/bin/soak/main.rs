@@ -56,6 +56,7 @@ enum Part {
 static HEAP: heap::Counting = heap::Counting;
 
 fn main() -> ExitCode {
+    heap::settle();
     let options = Options::parse();
     let done = match &options.part {
         Some(Part::Peer(peer)) => peer::run(peer).map(|()| true),

@@ -23,8 +23,8 @@ enum Rule {
 /// Every kind that is counted.
 ///
 /// Some cannot be the same each time. The C library keeps stacks of ended threads and memory of its own for the next ones:
-/// so mappings may differ by a few, and what is resident by what fragments: by less than half of the hub's cache, so that
-/// regions that are not unmapped show; its own pages are resident from the beginning. On the heap remain what the hub
+/// so mappings may differ by a few, and what is resident by what fragments: by less than a third of the hub's cache, so
+/// that regions that are not unmapped show; its own pages are resident from the beginning. On the heap remain what the hub
 /// remembers of rooms that ended lately, of which it is told to keep 256, the table of grants, whose 512 places are used in
 /// turns, the flight recorder's rings, and tables whose capacity doubles whenever more is under way than ever before. So
 /// the pieces of the heap are the sharp count: a piece that is lost with each room, or with each tenth one, is hundreds in
@@ -48,7 +48,7 @@ const KINDS: [(&str, Rule); 19] = [
     ("mappings", Rule::Within(24)),
     ("heap pieces", Rule::Within(150)),
     ("heap bytes", Rule::Within(512 << 10)),
-    ("resident bytes", Rule::Within(28 << 20)),
+    ("resident bytes", Rule::Within(8 << 20)),
 ];
 
 /// The counts of one moment.
