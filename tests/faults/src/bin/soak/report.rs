@@ -23,7 +23,7 @@ enum Rule {
 /// Every kind that is counted.
 ///
 /// Some cannot be the same each time. The C library keeps stacks of ended threads and memory of its own for the next ones:
-/// so mappings may differ by a few, and what is resident by what fragments: by less than a third of the hub's cache, so
+/// so mappings may differ by a few, and what is resident by what fragments: by less than the hub's cache of 14 MiB, so
 /// that regions that are not unmapped show; its own pages are resident from the beginning. On the heap remain what the hub
 /// remembers of rooms that ended lately, of which it is told to keep 256, the table of grants, whose 512 places are used in
 /// turns, the flight recorder's rings, and tables whose capacity doubles whenever more is under way than ever before. So
