@@ -391,11 +391,12 @@ fn sides() -> (Vec<Rank>, Vec<Rank>) {
 fn each_share_ends_apart_and_the_room_once() {
     // The second prefill rank never opens its end: the room expires, though the first share was delivered.
     let (prefills, decodes) = sides();
-    let (mut receiving, sending) = gather(&prefills, &decodes[0], &[0, 1], 1, Duration::from_secs(1));
+    let (mut receiving, sending) = gather(&prefills, &decodes[0], &[0, 1], 1, Duration::from_secs(3));
     let sent = sending.unwrap().end.wait_until(Instant::now() + WAIT).unwrap();
     assert_eq!(sent.end, End::Delivered);
     let received = receiving.end.wait_until(Instant::now() + WAIT).unwrap();
-    assert!(matches!(received.ended.end, End::Expired { by: Who::Here, .. }), "{}", received.ended);
+    // Both sides have the same time, so either may be first.
+    assert!(matches!(received.ended.end, End::Expired { .. }), "{}", received.ended);
     assert!(received.aux.is_empty());
     assert_eq!(receiving.pages.wait_until(Instant::now() + WAIT).unwrap().len(), 4);
 
