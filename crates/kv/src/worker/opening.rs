@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossdock_engine::{Promise, duration_ns};
-use crossdock_memory::PageSet;
 use crossdock_proto::{
     End, Fetch, Homecoming, Misfit, PeerName, Receive, RoomError, RoomId, RoomName, RoomRefusal, Send, Serve,
     SessionEnd, Who,
@@ -108,10 +107,9 @@ impl Worker {
         if skip_tokens > tokens {
             return Err(misfit(Misfit::Skipped { tokens, skip_tokens }));
         }
-        let ids = |pages: &PageSet| pages.ids().len();
         self.check_lists(pages.len(), sources.iter().map(|source| source.rank))?;
         for (pool, pages) in pages.iter().enumerate() {
-            let ask = self.layout.ask(pool, tokens, skip_tokens, ids(pages));
+            let ask = self.layout.ask(pool, tokens, skip_tokens, pages.len());
             let table = self.layout.decode_table(&ask, pages.ids());
             if table.covering(&self.layout.moved(&ask)).is_err() {
                 return Err(misfit(Misfit::Pages { whose: Who::Here }));
