@@ -38,7 +38,7 @@ struct Taken {
 
 /// On one pair of nodes, so that each has as many rooms as there are: rooms of 16, 128 and 1,024 pages.
 #[test]
-fn rooms_of_one_pair_take_four_bytes_a_page_and_no_turns() {
+fn rooms_of_one_pair_take_their_pages_ids_and_no_turns() {
     let rooms = if is_full() { 36_864 } else { 2_048 };
     let few = take(1, 1, 16, 128);
     let [short, usual, long] =
@@ -46,7 +46,9 @@ fn rooms_of_one_pair_take_four_bytes_a_page_and_no_turns() {
     for (taken, pages) in [(&short, 16), (&usual, 128), (&long, 1024), (&few, 128)] {
         // A grant, a finish, a delivery, and the release of the grant.
         assert_eq!(taken.messages, 3 * taken.rooms);
-        let beside = taken.control_bytes - 4 * pages * taken.rooms;
+        let bits = u64::from((taken.rooms * pages).ilog2() + 1);
+        let lists = (pages * bits).div_ceil(8) * taken.rooms;
+        let beside = taken.control_bytes.saturating_sub(lists);
         assert!(beside <= BESIDE_PAGES * taken.rooms, "{beside} bytes beside the page lists of {taken:?}");
     }
     for (many, pages) in [(&usual, 128), (&few, 128)] {
@@ -68,10 +70,11 @@ fn rooms_of_a_mesh_take_what_rooms_of_a_pair_do() {
     let (prefills, decodes) = if is_full() { (32, 72) } else { (4, 9) };
     let taken = take(prefills, decodes, (prefills * decodes * 16) as u64, 128);
     assert_eq!(taken.messages, 3 * taken.rooms);
-    assert!(taken.control_bytes <= (4 * 128 + BESIDE_PAGES) * taken.rooms, "{taken:?}");
+    assert!(taken.control_bytes <= 4 * 128 * taken.rooms, "over four bytes a page: {taken:?}");
 }
 
-/// Bytes of control messages that a room has beside four for each of its pages.
+/// Bytes of control messages that a room has beside the list of its pages, of which each takes as many bits as the pool's
+/// last one.
 const BESIDE_PAGES: u64 = 256;
 
 /// Opens so many rooms, spread over all pairs of nodes, lets them be idle for a second, and then delivers them.

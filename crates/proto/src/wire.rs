@@ -75,6 +75,40 @@ impl Writer<'_> {
             place.copy_from_slice(&value.to_le_bytes());
         }
     }
+
+    /// A list of ids, each in as many bits as the largest needs.
+    pub fn ids(&mut self, ids: &[u32]) {
+        self.u32(u32::try_from(ids.len()).expect("the caller bounds what it sends"));
+        let bits = bits_of_ids(ids);
+        self.u8(bits as u8);
+        let begin = self.0.len();
+        self.0.resize(begin + bytes_of_ids(ids.len() as u64, bits) as usize, 0);
+        let (mut held, mut held_bits) = (0u64, 0);
+        let mut words = self.0[begin..].chunks_mut(4);
+        for &id in ids {
+            held |= u64::from(id) << held_bits;
+            held_bits += bits;
+            if held_bits >= 32 {
+                words.next().expect("room for all bits").copy_from_slice(&(held as u32).to_le_bytes());
+                (held, held_bits) = (held >> 32, held_bits - 32);
+            }
+        }
+        if let Some(last) = words.next() {
+            last.copy_from_slice(&held.to_le_bytes()[..last.len()]);
+        }
+    }
+}
+
+/// Bits an id in a list: enough for the largest, and for so many that differ. (The second follows from the first unless
+/// an id is listed twice; it bounds what a reader reserves for a few bytes.)
+fn bits_of_ids(ids: &[u32]) -> u32 {
+    let all = ids.iter().fold(0, |all, id| all | id);
+    let most = (ids.len() as u64).saturating_sub(1);
+    (32 - all.leading_zeros()).max(64 - most.leading_zeros())
+}
+
+fn bytes_of_ids(count: u64, bits: u32) -> u64 {
+    (count * u64::from(bits)).div_ceil(8)
 }
 
 /// Takes fields from a frame.
@@ -132,6 +166,39 @@ impl<'a> Reader<'a> {
         let bytes = count.checked_mul(4).ok_or(DecodeError::Truncated { field })?;
         let raw = self.raw(bytes, field)?;
         Ok(raw.chunks_exact(4).map(|c| u32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect())
+    }
+
+    /// What [`Writer::ids`] wrote.
+    pub fn ids(&mut self, field: &'static str) -> Result<Vec<u32>, DecodeError> {
+        let count = u64::from(self.u32(field)?);
+        let bits = self.u8(field)?;
+        let impossible = DecodeError::BadValue { field, value: bits.into() };
+        let bits = u32::from(bits);
+        if bits > 32 || count > 1 << bits {
+            return Err(impossible);
+        }
+        let raw = self.raw(bytes_of_ids(count, bits) as usize, field)?;
+        let mask = (1u64 << bits) - 1;
+        let id = |nth: u64| {
+            let bit = nth * u64::from(bits);
+            let from = &raw[(bit / 8) as usize..];
+            let word = from.first_chunk().copied().unwrap_or_else(|| {
+                let mut word = [0; 8];
+                word[..from.len()].copy_from_slice(from);
+                word
+            });
+            (u64::from_le_bytes(word) >> (bit % 8) & mask) as u32
+        };
+        let ids: Vec<u32> = (0..count).map(id).collect();
+        let beyond = match (count * u64::from(bits)) % 8 {
+            0 => 0,
+            used => raw.last().map_or(0, |last| last >> used),
+        };
+        // One form only: no wider than need be, and nothing in the bits that are left.
+        match beyond == 0 && bits_of_ids(&ids) == bits {
+            true => Ok(ids),
+            false => Err(impossible),
+        }
     }
 
     /// A list whose entries take at least `least_bytes` each: a count beyond what the frame can hold is refused

@@ -110,8 +110,9 @@ struct Entry {
     buffers: Box<[GrantedBuffer]>,
     /// In the order in which they were granted, which is the order in which a peer usually comes.
     pages: Box<[u32]>,
-    /// The same with their places in `pages`, sorted by page, for a peer that comes in another order.
-    sorted: Box<[(u32, u32)]>,
+    /// The same with their places in `pages`, sorted by page, for a peer that comes in another order: empty until one does,
+    /// but with room for all, so that nothing is allocated then.
+    sorted: Vec<(u32, u32)>,
     /// Where in `pages` the last access was.
     cursor: usize,
     /// Where in `buffers` it was.
@@ -147,15 +148,13 @@ impl GrantTable {
         }
         let mut buffers: Box<[GrantedBuffer]> = grant.buffers.into();
         buffers.sort_by_key(|b| (b.region, b.layout.offset));
-        let mut sorted: Box<[(u32, u32)]> = grant.pages.iter().copied().zip(0..).collect();
-        sorted.sort_unstable();
         *entry = Some(Entry {
             id: grant.id,
             peer: grant.peer,
             access: grant.access,
             buffers,
             pages: grant.pages.into(),
-            sorted,
+            sorted: Vec::with_capacity(grant.pages.len()),
             cursor: 0,
             buffer: 0,
         });
@@ -267,6 +266,10 @@ impl Entry {
                 self.cursor = expected;
                 return true;
             }
+        }
+        if self.sorted.is_empty() {
+            self.sorted.extend(self.pages.iter().copied().zip(0..));
+            self.sorted.sort_unstable();
         }
         match self.sorted.binary_search_by_key(&page, |&(page, _)| page) {
             Ok(found) => {

@@ -67,7 +67,7 @@ impl Message {
                 w.u32(grant.bits());
                 w.u64(*duration_ns);
                 w.bytes(params);
-                w.u32s(pages);
+                w.ids(pages);
             }
             Message::Regrant { room, attempt, grant } => {
                 put_room(&mut w, *room);
@@ -162,7 +162,7 @@ impl Message {
                 grant: take_grant(&mut r)?,
                 duration_ns: r.u64("duration")?,
                 params: r.bytes("params")?,
-                pages: r.u32s("pages")?,
+                pages: r.ids("pages")?,
             },
             14 => Message::Regrant {
                 room: take_room(&mut r)?,

@@ -54,7 +54,7 @@ fn the_form_is_the_table() {
         &[4, 0x10, 0, 0],
         &[5, 0, 0, 0, 0, 0, 0, 0],
         &[2, 0, 0, 0, 6, 7],
-        &[2, 0, 0, 0, 8, 0, 0, 0, 9, 0, 0, 0],
+        &[2, 0, 0, 0, 4, 0x98],
     ]
     .concat();
     assert_eq!(encoded(&grant), expected);
@@ -63,6 +63,55 @@ fn the_form_is_the_table() {
     let released = vec![Released { grant: GrantId::new(1, 4), down_lanes: 0x0102 }];
     let release = Message::Release { released, delivered: true };
     assert_eq!(encoded(&release)[20..], [1, 1, 0, 0, 0, 4, 0x10, 0, 0, 2, 1]);
+}
+
+/// A page list takes as many bits an id as the largest needs, or as many ids need to differ.
+#[test]
+fn page_lists_are_packed() {
+    let lists: [(&[u32], &[u8]); 8] = [
+        (&[], &[0]),
+        (&[0], &[0]),
+        (&[1], &[1, 1]),
+        (&[0, 0, 0], &[2, 0]),
+        (&[1, 0, 1, 0, 1, 0, 1, 0], &[3, 0b0100_0001, 0b0001_0000, 0b0000_0100]),
+        (&[0x1_0000, 1], &[17, 0, 0, 3, 0, 0]),
+        (&[u32::MAX, 5], &[32, 0xff, 0xff, 0xff, 0xff, 5, 0, 0, 0]),
+        (&[0x7f, 0], &[7, 0x7f, 0]),
+    ];
+    for (ids, bytes) in lists {
+        assert_eq!(page_list(ids)[4..], *bytes, "{ids:?}");
+    }
+    let bad =
+        |count: u32, bytes: &[u8]| read_page_list(&[&count.to_le_bytes()[..], bytes].concat()).unwrap_err();
+    let impossible = |bits| DecodeError::BadValue { field: "pages", value: bits };
+    assert_eq!(bad(1, &[2, 1]), impossible(2), "wider than need be");
+    assert_eq!(bad(1, &[1, 3]), impossible(1), "something behind the last id");
+    assert_eq!(bad(3, &[1, 0]), impossible(1), "three ids of one bit");
+    assert_eq!(bad(1, &[33, 0, 0, 0, 0, 1]), impossible(33));
+    assert_eq!(bad(u32::MAX, &[31, 1]), impossible(31));
+    assert_eq!(bad(u32::MAX, &[32, 1]), DecodeError::Truncated { field: "pages" });
+}
+
+/// A grant's frame up to its page list, and that, the last field.
+fn grant_frame(pages: &[u32]) -> (Vec<u8>, Vec<u8>) {
+    let room = RoomOnWire { name: RoomName { room: 1, use_count: 0, share: 0 }, serial: 1 };
+    let (access, grant, params) = (Access::Read, GrantId::new(0, 0), Vec::new());
+    let pages = pages.to_vec();
+    let mut frame =
+        encoded(&Message::Grant { room, access, attempt: 0, grant, duration_ns: 0, params, pages });
+    let list = frame.split_off(20 + 20 + 1 + 4 + 4 + 8 + 4);
+    (frame, list)
+}
+
+fn page_list(pages: &[u32]) -> Vec<u8> {
+    grant_frame(pages).1
+}
+
+fn read_page_list(bytes: &[u8]) -> Result<Vec<u32>, DecodeError> {
+    match Message::decode(&[&grant_frame(&[]).0, bytes].concat())?.1 {
+        Message::Grant { pages, .. } => Ok(pages),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
@@ -144,5 +193,24 @@ proptest! {
         frame[2] = kind;
         frame.extend(body);
         check(&frame);
+    }
+
+    #[test]
+    fn any_page_list_is_read_as_it_was_written(
+        bits in 0u32..=32,
+        ids in prop::collection::vec(any::<u32>(), 0..300),
+    ) {
+        let ids: Vec<u32> = ids.into_iter().map(|id| (u64::from(id) & ((1 << bits) - 1)) as u32).collect();
+        let list = page_list(&ids);
+        prop_assert!(list.len() <= 4 + 1 + 4 * ids.len());
+        prop_assert_eq!(read_page_list(&list), Ok(ids));
+    }
+
+    #[test]
+    fn any_bytes_are_one_page_list_or_none(count in 0u32..40, bytes in prop::collection::vec(0u8..34, 1..20)) {
+        let bytes = [&count.to_le_bytes()[..], &bytes].concat();
+        if let Ok(ids) = read_page_list(&bytes) {
+            prop_assert_eq!(page_list(&ids), bytes);
+        }
     }
 }
