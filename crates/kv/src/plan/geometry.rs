@@ -77,12 +77,41 @@ impl Geometry {
         self.find_pieces(stretches)
     }
 
+    /// Takes pages that begin with the first token on both sides, one by one; their last one may be cut. False where
+    /// neighbours would make longer pieces, and nothing was done.
+    ///
+    /// Most requests' pages are such: so it goes through the lists, and not through their tokens.
+    #[must_use]
+    pub fn fill_scattered(&mut self, from: &[u32], to: &[u32], page_tokens: u32, tokens: u32) -> bool {
+        let page_bytes = u64::from(page_tokens) * self.token_bytes;
+        let dense = [self.source, self.destination].map(|grid| grid.stride_bytes == page_bytes);
+        let next = |pages: &[u32], at: usize| pages[at + 1] == pages[at].wrapping_add(1);
+        if dense == [true; 2] && (0..from.len().saturating_sub(1)).any(|at| next(from, at) && next(to, at)) {
+            return false;
+        }
+        let (whole, rest) = (tokens / page_tokens, tokens % page_tokens);
+        for (tokens, first, pieces) in [(rest, whole, 1), (page_tokens, 0, whole)] {
+            if tokens * pieces > 0 {
+                let kind = Kind { tokens, ..Kind::default() };
+                let group = self.group(kind, first, pieces);
+                self.groups.push(group);
+            }
+        }
+        let units = (self.source.page_units, self.destination.page_units);
+        self.source_indices.extend(from.iter().map(|page| page * units.0));
+        self.destination_indices.extend(to.iter().map(|page| page * units.1));
+        true
+    }
+
     /// Finds how many pieces of each kind there are, and with that the place of each. Going through the pages twice
     /// costs less than to note and to sort the pieces, and needs no memory. Where there are too many kinds to count at
     /// once, the least of them are done first, and the others in further rounds.
     fn find_pieces(&mut self, stretches: impl Iterator<Item = Pair> + Clone) -> bool {
         let (source, destination, token_bytes) = (self.source, self.destination, self.token_bytes);
         let pieces = || Pieces::new(stretches.clone(), source, destination, token_bytes);
+        if self.find_in_order(pieces()) {
+            return true;
+        }
         let mut kinds = Kinds::default();
         for _ in 0..ROUNDS_MAX {
             pieces().for_each(|piece| kinds.count(piece.kind()));
@@ -109,17 +138,53 @@ impl Geometry {
         false
     }
 
+    /// Finds the pieces in one pass, where those of each kind follow each other: most requests have whole pages of one
+    /// kind, and the ends of the first and the last one. False where they do not, and nothing was found.
+    fn find_in_order(&mut self, pieces: impl Iterator<Item = Piece>) -> bool {
+        // Kinds, and where the first piece of each is.
+        let mut runs = [(Kind::default(), 0); RUNS_MAX];
+        let mut known = 0;
+        let mut last = None;
+        for piece in pieces {
+            let kind = piece.kind();
+            if last != Some(kind) {
+                if known == RUNS_MAX || runs[..known].iter().any(|(earlier, _)| *earlier == kind) {
+                    self.source_indices.clear();
+                    self.destination_indices.clear();
+                    return false;
+                }
+                runs[known] = (kind, self.source_indices.len() as u32);
+                known += 1;
+                last = Some(kind);
+            }
+            self.source_indices.push(piece.source.index);
+            self.destination_indices.push(piece.destination.index);
+        }
+        let mut end = self.source_indices.len() as u32;
+        for &(kind, first) in runs[..known].iter().rev() {
+            let group = self.group(kind, first, end - first);
+            self.groups.push(group);
+            end = first;
+        }
+        true
+    }
+
     /// Adds a group behind the others, and says where its lists begin.
     fn push_group(&mut self, kind: Kind, pieces: u32) -> u32 {
         let first = self.groups.last().map_or(0, |last| last.first + last.pieces);
-        self.groups.push(Group {
+        let group = self.group(kind, first, pieces);
+        self.groups.push(group);
+        first
+    }
+
+    fn group(&self, kind: Kind, first: u32, pieces: u32) -> Group {
+        Group {
             first,
             pieces,
             piece_bytes: u64::from(kind.tokens) * self.token_bytes,
             source_offset: u64::from(kind.source_rest_tokens) * self.source.step_bytes,
             destination_offset: u64::from(kind.destination_rest_tokens) * self.destination.step_bytes,
-        });
-        first
+        }
     }
 
     /// What the indices of either side count.
@@ -190,6 +255,9 @@ struct Kinds {
     /// Kinds were left for the next round.
     more: bool,
 }
+
+/// So many runs of pieces of one kind are found in one pass.
+const RUNS_MAX: usize = 4;
 
 /// Caches that are cut at page boundaries have two or three. Pieces merged from neighbours are of as many kinds as they
 /// are of lengths.

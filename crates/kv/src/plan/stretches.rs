@@ -81,6 +81,18 @@ impl<'a> Common<'a> {
         }
     }
 
+    /// The pages of these places, where they are cut alike on both sides and begin with the first place.
+    fn page_by_page(&self, places: &Range<u32>) -> Option<(&'a [u32], &'a [u32])> {
+        let page_tokens = self.source.page_tokens;
+        let begins = places.start.is_multiple_of(page_tokens) && page_tokens == self.destination.page_tokens;
+        let pages = (places.end - places.start).div_ceil(page_tokens) as usize;
+        let of = |side: &Held<'a>| {
+            let first = (places.start / page_tokens - side.places.start / page_tokens) as usize;
+            side.pages.get(first..first + pages)
+        };
+        begins.then_some(()).and_then(|()| of(&self.source).zip(of(&self.destination)))
+    }
+
     fn whole_pages(&self, pages: &Range<u32>) -> Pairs<'a> {
         let (source, destination) = (self.source.walk_pages(pages), self.destination.walk_pages(pages));
         Pairs { source, destination, left: pages.end - pages.start }
@@ -161,6 +173,11 @@ impl PiecesOf<'_, '_> {
         );
         match tokens {
             Tokens::Together(places) if joins => {
+                if let Some((from, to)) = common.page_by_page(places)
+                    && geometry.fill_scattered(from, to, source.page_tokens, places.end - places.start)
+                {
+                    return true;
+                }
                 let pairs = common.together(places);
                 let at_most = pairs.at_most();
                 geometry.fill(pairs, at_most)
