@@ -1,5 +1,6 @@
 //! Dumps that are not whole, and files that are none.
 
+use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use crossdock_flight::{Filter, Problem, ReadError, Timeline, read, read_paths};
@@ -70,6 +71,79 @@ fn a_line_that_cannot_be_read_is_named_and_left_out() {
     assert_eq!(named, [5, 7, 8]);
     assert!(file.problems.contains(&Problem::MoreBadLines { lines: 2 }), "{:?}", file.problems);
     assert_eq!(file.problems.len(), 4, "the end is there");
+}
+
+/// Of a node that has met two peers: lines of the header, the node's ring, and two rings of an event each.
+fn of_two_peers(names: [&str; 2]) -> String {
+    let mut node = Node::new(1, "decode-0", 5_000, 0);
+    for (at, name) in (0..).zip(names) {
+        let ring = node.meet(&Node::new(2 + at, name, 0, 0));
+        node.note(1, ring, Some(at), bound(RoleKind::Receiving));
+    }
+    String::from_utf8(node.dump(1_000, Reason::Asked).text()).unwrap()
+}
+
+#[test]
+fn events_of_a_ring_that_cannot_be_read_are_nobody_elses() {
+    let text = of_two_peers(["prefill-0", "prefill-1"]);
+    let mut lines: Vec<&str> = text.lines().collect();
+    assert!(lines[4].contains("prefill-1"));
+    lines[4] = "{\"line\":\"ring\",";
+    let file = read(Path::new("bad"), lines.join("\n").as_bytes()).unwrap();
+    let peers: Vec<Option<&str>> =
+        file.events.iter().map(|(peer, _)| peer.as_ref().map(|peer| peer.name.as_str())).collect();
+    assert_eq!(peers, [Some("prefill-0"), None]);
+    assert!(matches!(file.problems[..], [Problem::BadLine { line: 5, .. }]), "{:?}", file.problems);
+}
+
+#[test]
+fn the_longest_names_fit_into_a_line() {
+    let long = "\u{1}".repeat(60_000);
+    let text = of_two_peers([&long, "prefill-1"]);
+    assert!(text.lines().all(|line| line.len() < 64 << 10));
+    let file = read(Path::new("long"), text.as_bytes()).unwrap();
+    assert!(file.problems.is_empty(), "{:?}", file.problems);
+    let name = &file.events[0].0.as_ref().unwrap().name;
+    assert!(long.starts_with(name.trim_end_matches('…')) && name.ends_with('…'), "{name:?}");
+}
+
+#[test]
+fn a_dump_that_lacks_events_is_not_whole() {
+    let whole = String::from_utf8(text()).unwrap();
+    let lines: Vec<&str> = whole.lines().collect();
+    let problems = |lines: &[&str]| read(Path::new("cut"), lines.join("\n").as_bytes()).unwrap().problems;
+    assert_eq!(problems(&[&lines[..5], &lines[8..]].concat()), [Problem::Incomplete { events: 12, of: 15 }]);
+    let twice = [&lines[..5], &lines[4..]].concat();
+    assert_eq!(problems(&twice), [Problem::Incomplete { events: 16, of: 15 }]);
+}
+
+#[test]
+fn of_dumps_in_one_file_the_first_is_read() {
+    let (first, second) = (String::from_utf8(text()).unwrap(), of_two_peers(["prefill-0", "prefill-1"]));
+    let lines = first.lines().count() as u64;
+    let both = read(Path::new("both"), [first.as_str(), &second].concat().as_bytes()).unwrap();
+    assert_eq!(both.events.len(), 15);
+    assert_eq!(both.problems, [Problem::GoesOn { line: lines + 1 }]);
+    // Also where the first ends early.
+    let cut: Vec<&str> = first.lines().take(6).chain(second.lines()).collect();
+    let both = read(Path::new("both"), cut.join("\n").as_bytes()).unwrap();
+    assert_eq!(both.events.len(), 3);
+    assert_eq!(both.problems, [Problem::GoesOn { line: 7 }, Problem::Truncated { lines: 7 }]);
+}
+
+#[test]
+fn what_was_read_before_the_disk_failed_is_used() {
+    struct Fails;
+    impl Read for Fails {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Err(io::Error::other("the disk is gone"))
+        }
+    }
+    let whole = String::from_utf8(text()).unwrap();
+    let first: String = whole.split_inclusive('\n').take(6).collect();
+    let file = read(Path::new("gone"), BufReader::new(first.as_bytes().chain(Fails))).unwrap();
+    assert_eq!(file.events.len(), 3);
+    assert_eq!(file.problems, [Problem::BrokenOff { lines: 6, what: "the disk is gone".into() }]);
 }
 
 #[test]
