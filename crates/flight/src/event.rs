@@ -413,6 +413,27 @@ impl Event {
     }
 }
 
+impl Event {
+    /// The memory that it takes.
+    pub(crate) fn held_bytes(&self) -> usize {
+        let words = [&self.by, &self.role, &self.stage, &self.fence, &self.why];
+        let words = words.into_iter().flatten().map(|word| word.len());
+        let texts = [&self.address, &self.incarnation, &self.grant];
+        let texts = texts.into_iter().flatten().map(String::len);
+        let cause = self.cause.as_ref().map_or(0, |cause| {
+            cause.code.len() + cause.text.len() + cause.advice.as_ref().map_or(0, |advice| advice.len())
+        });
+        size_of::<Self>() + words.chain(texts).sum::<usize>() + cause
+    }
+}
+
+impl Peer {
+    /// The memory that it takes.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.name.len() + self.node.len() + self.incarnation.len() + self.port.len()
+    }
+}
+
 impl Cause {
     fn of_end(end: &End) -> Self {
         Self {
