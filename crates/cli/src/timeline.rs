@@ -2,13 +2,14 @@
 
 use std::error::Error;
 use std::fmt;
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use crossdock_flight::{Filter, Outcome, Room, Timeline, read_paths};
+use crossdock_flight::{Dumps, Filter, Outcome, Room, Timeline, listed};
+use serde::Serialize;
 
 use crate::output::complain;
 
@@ -35,16 +36,21 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
-    let (files, errors) = read_paths(&options.paths);
-    for error in &errors {
-        complain(format_args!("crossdock: {error}"));
-    }
-    for file in &files {
-        for problem in &file.problems {
-            complain(format_args!("crossdock: {}: {problem}; the rest of it is used", file.path.display()));
+    let mut dumps = Dumps::default();
+    for path in listed(&options.paths) {
+        match path.and_then(|path| Ok((dumps.read(&path)?, path))) {
+            Ok((problems, path)) => {
+                for problem in problems {
+                    complain(format_args!(
+                        "crossdock: {}: {problem}; the rest of it is used",
+                        path.display()
+                    ));
+                }
+            }
+            Err(error) => complain(format_args!("crossdock: {error}")),
         }
     }
-    if files.is_empty() {
+    if dumps.is_empty() {
         return Err("there is no dump to read".into());
     }
     let filter = Filter {
@@ -52,12 +58,12 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         peer: options.peer.clone(),
         last_ns: options.last.map(|last| u64::try_from(last.as_nanos()).unwrap_or(u64::MAX)),
     };
-    let timeline = Timeline::merge(&files, &filter);
+    let timeline = Timeline::of(dumps, &filter);
     let is_wanted =
         |room: &&Room| options.all || options.room.is_some() || room.verdict.outcome == Outcome::Failed;
     let wanted: Vec<&Room> = timeline.rooms.iter().filter(is_wanted).collect();
     if options.json {
-        return print(format_args!("{:#}\n", timeline.json(&wanted)));
+        return print_json(&timeline.json(&wanted));
     }
     let shown = &wanted[..wanted.len().min(if options.all { usize::MAX } else { ROOMS_SHOWN })];
     print(format_args!("{}", timeline.table(shown)))?;
@@ -77,7 +83,17 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
 
 /// Whoever has read enough may close the pipe.
 fn print(text: fmt::Arguments<'_>) -> Result<ExitCode, Box<dyn Error>> {
-    match io::stdout().lock().write_fmt(text) {
+    unless_broken(io::stdout().lock().write_fmt(text))
+}
+
+fn print_json(json: &impl Serialize) -> Result<ExitCode, Box<dyn Error>> {
+    let mut out = BufWriter::new(io::stdout().lock());
+    let written = serde_json::to_writer_pretty(&mut out, json).map_err(io::Error::from);
+    unless_broken(written.and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()))
+}
+
+fn unless_broken(written: io::Result<()>) -> Result<ExitCode, Box<dyn Error>> {
+    match written {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error.into()),
         _ => Ok(ExitCode::SUCCESS),
     }

@@ -184,14 +184,17 @@ fn call(arguments: &[&str]) -> (bool, String) {
 #[test]
 fn a_demo_that_goes_well_has_a_timeline() {
     let folder = Scratch::new("flight");
-    let arguments = ["--requests", "3", "--pool-mib", "64", "--ports", "shm", "--flight-dir", folder.path()];
+    let arguments =
+        ["--requests", "3", "--pool-mib", "64", "--ports", "shm,tcp", "--flight-dir", folder.path()];
     let ended = Demo::start(&arguments).end(Duration::from_secs(90));
     assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
     let (told, errors, succeeds) = timeline(&[folder.path(), "--all"]);
     assert!(succeeds && errors.is_empty(), "{errors}");
-    assert!(told.contains("rooms: 0 failed, 3 delivered, 0 cancelled, 0 without an end"), "{told}");
+    // Both scenes have nodes of the same names and rooms of the same numbers.
+    assert!(told.contains("rooms: 0 failed, 6 delivered, 0 cancelled, 0 without an end"), "{told}");
     assert!(told.contains("decode-0 (life ") && told.contains("prefill-0 (life "), "{told}");
-    assert_eq!(told.matches("⇒ delivered within").count(), 3, "{told}");
+    assert_eq!(told.matches("⇒ delivered within").count(), 6, "{told}");
+    assert_eq!(told.matches("\nroom 2, from ").count(), 2, "{told}");
     let (told, _, succeeds) = timeline(&[folder.path()]);
     assert!(succeeds && told.contains("no room failed; the last events:"), "{told}");
     let (_, errors, succeeds) = timeline(&[folder.path(), "--room", "77"]);

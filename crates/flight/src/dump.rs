@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use crossdock_proto::TargetId;
 use crossdock_proto::flight::{Reason, Snapshot};
 
-use crate::event::{Event, Header, Line, Peer, Ring, VERSION, hex};
+use crate::event::{Event, Header, LONGEST_NAME, Line, Peer, Ring, VERSION, cut, hex};
 
 /// The same moment on the clock of the records and on the wall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl Dump {
         let mut events = 0;
         for ring in rings {
             let peer = ring.peer.as_ref().map(|peer| Peer {
-                name: peer.name.to_string(),
+                name: cut(&peer.name, LONGEST_NAME),
                 node: hex(peer.identity.node),
                 incarnation: hex(peer.identity.incarnation),
                 port: peer.port.into(),
@@ -77,7 +77,7 @@ impl Dump {
         Header {
             version: VERSION,
             software: concat!("crossdock ", env!("CARGO_PKG_VERSION")).into(),
-            name: name.to_string(),
+            name: cut(name, LONGEST_NAME),
             node: hex(identity.node),
             incarnation: hex(identity.incarnation),
             reason: reason.into(),

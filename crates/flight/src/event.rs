@@ -274,6 +274,20 @@ pub(crate) fn hex(number: u64) -> String {
     format!("{number:016x}")
 }
 
+/// A text of which so much is written: a peer may have sent it, and each letter of it may take six bytes.
+pub(crate) fn cut(text: &str, most: usize) -> String {
+    match text.char_indices().nth(most) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+/// Letters of a name in a dump.
+pub(crate) const LONGEST_NAME: usize = 256;
+
+/// Letters of what went wrong, or of an address. A few of them fit into a line.
+const LONGEST_TEXT: usize = 2_000;
+
 impl Event {
     /// The event of a record.
     pub fn of(record: &Record, address: impl Fn(TargetId) -> Option<String>) -> Self {
@@ -295,11 +309,11 @@ impl Event {
         match *what {
             What::Dialed { target } => {
                 self.kind = Kind::Dialed;
-                self.address = address_of(target);
+                self.address = address_of(target).map(|address| cut(&address, LONGEST_TEXT));
             }
             What::NotReached { target, ref cause } => {
                 self.kind = Kind::NotReached;
-                self.address = address_of(target);
+                self.address = address_of(target).map(|address| cut(&address, LONGEST_TEXT));
                 self.cause = Some(Cause::of_session(cause));
             }
             What::SessionBegan { incarnation, is_dialer } => {
@@ -399,11 +413,32 @@ impl Event {
     }
 }
 
+impl Event {
+    /// The memory that it takes.
+    pub(crate) fn held_bytes(&self) -> usize {
+        let words = [&self.by, &self.role, &self.stage, &self.fence, &self.why];
+        let words = words.into_iter().flatten().map(|word| word.len());
+        let texts = [&self.address, &self.incarnation, &self.grant];
+        let texts = texts.into_iter().flatten().map(String::len);
+        let cause = self.cause.as_ref().map_or(0, |cause| {
+            cause.code.len() + cause.text.len() + cause.advice.as_ref().map_or(0, |advice| advice.len())
+        });
+        size_of::<Self>() + words.chain(texts).sum::<usize>() + cause
+    }
+}
+
+impl Peer {
+    /// The memory that it takes.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.name.len() + self.node.len() + self.incarnation.len() + self.port.len()
+    }
+}
+
 impl Cause {
     fn of_end(end: &End) -> Self {
         Self {
             code: end_code(end),
-            text: end.to_string(),
+            text: cut(&end.to_string(), LONGEST_TEXT),
             advice: Some(end.advice().into()),
             retryable: Some(end.is_retryable()),
         }
@@ -412,14 +447,19 @@ impl Cause {
     fn of_session(cause: &SessionEnd) -> Self {
         Self {
             code: session_code(cause),
-            text: cause.to_string(),
+            text: cut(&cause.to_string(), LONGEST_TEXT),
             advice: Some(cause.advice().into()),
             retryable: Some(cause.is_retryable()),
         }
     }
 
     fn of_lane(cause: &DownCause) -> Self {
-        Self { code: lane_code(cause).into(), text: cause.to_string(), advice: None, retryable: None }
+        Self {
+            code: lane_code(cause).into(),
+            text: cut(&cause.to_string(), LONGEST_TEXT),
+            advice: None,
+            retryable: None,
+        }
     }
 }
 

@@ -18,7 +18,7 @@ use crate::event::hex;
 pub struct FolderOptions {
     /// The folder; made if it is missing. Nodes may share one.
     pub path: PathBuf,
-    /// Files of this node's name, those of its earlier lives included; the oldest go first. At least 1.
+    /// Files of nodes with this node's name, those of its earlier lives included; the oldest go first. At least 1.
     pub max_files: usize,
     /// What they may hold together. A dump that is longer alone is not written.
     pub max_bytes: u64,
@@ -40,7 +40,7 @@ pub struct Folder {
 struct Shared {
     waiting: ArrayQueue<Dump>,
     is_closing: AtomicBool,
-    /// Dumps for which there was no room in the queue.
+    /// Dumps for which there was no room in the queue, or not in time.
     left_out: AtomicU64,
 }
 
@@ -52,7 +52,7 @@ impl Folder {
             is_closing: AtomicBool::new(false),
             left_out: AtomicU64::new(0),
         });
-        let writer = Writer { options, shared: shared.clone(), has_complained: false };
+        let writer = Writer { options, shared: shared.clone(), has_complained: false, left_out: 0 };
         let thread = std::thread::Builder::new().name("flight".into()).spawn(move || writer.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -67,6 +67,21 @@ impl Folder {
         if self.shared.waiting.push(dump).is_err() {
             self.shared.left_out.fetch_add(1, Ordering::Relaxed);
         }
+        self.wake();
+    }
+
+    /// So many dumps are not made, as what they were to tell is gone: the log says so.
+    pub fn leave_out(&self, dumps: u64) {
+        self.shared.left_out.fetch_add(dumps, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// How many dumps were left out.
+    pub fn left_out(&self) -> u64 {
+        self.shared.left_out.load(Ordering::Relaxed)
+    }
+
+    fn wake(&self) {
         if let Some(thread) = &self.thread {
             thread.thread().unpark();
         }
@@ -91,6 +106,8 @@ struct Writer {
     shared: Arc<Shared>,
     /// What is wrong with the folder is said once, until something could be written again.
     has_complained: bool,
+    /// How many were left out when that was last said.
+    left_out: u64,
 }
 
 /// Why a dump was not written.
@@ -110,7 +127,8 @@ impl Writer {
             while let Some(dump) = self.shared.waiting.pop() {
                 self.write_and_tell(&dump);
             }
-            let left_out = self.shared.left_out.swap(0, Ordering::Relaxed);
+            let all_left_out = self.shared.left_out.load(Ordering::Relaxed);
+            let left_out = all_left_out - std::mem::replace(&mut self.left_out, all_left_out);
             if left_out > 0 {
                 tracing::warn!(
                     left_out,
@@ -154,7 +172,7 @@ impl Writer {
         let file = folder.join(format!("{prefix}{}", suffix(dump)));
         self.make_room(&prefix, &file, bytes)?;
         // Whoever reads the folder meanwhile finds the earlier text or this one.
-        let unfinished = file.with_extension("part");
+        let unfinished = file.with_extension(UNFINISHED);
         let written = std::fs::write(&unfinished, &text).map_err(os("writing", &unfinished));
         let renamed = written.and_then(|()| std::fs::rename(&unfinished, &file).map_err(os("naming", &file)));
         if renamed.is_err() {
@@ -164,29 +182,38 @@ impl Writer {
         renamed.map(|()| file)
     }
 
-    /// Removes this node's oldest dumps until one more fits.
+    /// Removes this node's oldest dumps until one more fits, and what a process that has ended meanwhile has begun.
     fn make_room(&self, prefix: &str, but: &Path, bytes: u64) -> Result<(), NotWritten> {
         let folder = &self.options.path;
         let os = |error| NotWritten::Os { call: "listing", path: folder.clone(), error };
         let mut found: Vec<(SystemTime, PathBuf, u64)> = Vec::new();
+        let mut held = 0;
         for entry in std::fs::read_dir(folder).map_err(os)? {
             let entry = entry.map_err(os)?;
-            let is_ours = entry.file_name().to_str().is_some_and(|name| is_dump_of(prefix, name));
+            let path = entry.path();
+            let kind = entry.file_name().to_str().and_then(|name| kind_of(prefix, name));
             // One that another process has removed meanwhile takes no room.
-            if let (true, Ok(about)) = (is_ours && entry.path() != but, entry.metadata()) {
-                found.push((about.modified().unwrap_or(SystemTime::UNIX_EPOCH), entry.path(), about.len()));
+            let (Some(kind), Ok(about)) = (kind, entry.metadata()) else { continue };
+            if path == but || path == but.with_extension(UNFINISHED) {
+                continue;
+            }
+            let modified = about.modified().unwrap_or(SystemTime::UNIX_EPOCH);
+            match kind {
+                FileKind::Dump => found.push((modified, path, about.len())),
+                FileKind::Unfinished if modified.elapsed().is_ok_and(|age| age > LONGEST_WRITE) => {
+                    remove(path)?;
+                }
+                FileKind::Unfinished => held += about.len(),
             }
         }
         found.sort();
-        let mut held: u64 = found.iter().map(|(.., bytes)| bytes).sum();
+        held += found.iter().map(|(.., bytes)| bytes).sum::<u64>();
         let mut left = found.len();
         for (_, path, length) in found {
             if left < self.options.max_files.max(1) && held + bytes <= self.options.max_bytes {
                 break;
             }
-            std::fs::remove_file(&path)
-                .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
-                .map_err(|error| NotWritten::Os { call: "removing", path, error })?;
+            remove(path)?;
             held -= length;
             left -= 1;
         }
@@ -194,11 +221,27 @@ impl Writer {
     }
 }
 
-/// How the names of a node's dumps begin.
+/// Another process may have been first.
+fn remove(path: PathBuf) -> Result<(), NotWritten> {
+    std::fs::remove_file(&path)
+        .or_else(|error| if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(error) })
+        .map_err(|error| NotWritten::Os { call: "removing", path, error })
+}
+
+/// How the names of a node's dumps begin. Two nodes whose names differ only in what a file's name has no room for share
+/// no limits.
 fn prefix(name: &str) -> String {
     let plain = |letter: char| if letter.is_ascii_alphanumeric() { letter } else { '_' };
-    let name: String = name.chars().take(LONGEST_NAME).map(plain).collect();
-    format!("crossdock-{name}-")
+    let short: String = name.chars().take(LONGEST_NAME).map(plain).collect();
+    match short == name {
+        true => format!("crossdock-{short}-"),
+        false => format!("crossdock-{short}-{:08x}-", hash(name)),
+    }
+}
+
+/// The same in every process and version, which the standard library's are not: FNV-1a.
+fn hash(text: &str) -> u32 {
+    text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 /// And how they go on: which life, and what of it.
@@ -211,13 +254,28 @@ fn suffix(dump: &Dump) -> String {
     }
 }
 
-/// Only what was written here is ever removed.
-fn is_dump_of(prefix: &str, name: &str) -> bool {
-    let rest = name.strip_prefix(prefix).and_then(|rest| rest.strip_suffix(".jsonl"));
-    rest.and_then(|rest| rest.split_once('-')).is_some_and(|(life, what)| {
-        life.len() == 16 && life.bytes().all(|b| b.is_ascii_hexdigit()) && !what.is_empty()
-    })
+enum FileKind {
+    Dump,
+    Unfinished,
 }
+
+/// Only what was written here is ever removed.
+fn kind_of(prefix: &str, name: &str) -> Option<FileKind> {
+    let (stem, extension) = name.strip_prefix(prefix)?.rsplit_once('.')?;
+    let (life, what) = stem.split_once('-')?;
+    let is_ours = life.len() == 16 && life.bytes().all(|b| b.is_ascii_hexdigit()) && !what.is_empty();
+    match extension {
+        "jsonl" if is_ours => Some(FileKind::Dump),
+        UNFINISHED if is_ours => Some(FileKind::Unfinished),
+        _ => None,
+    }
+}
+
+/// How the name of a dump ends while it is written.
+const UNFINISHED: &str = "part";
+
+/// Nobody writes any more what has not grown for so long.
+const LONGEST_WRITE: Duration = Duration::from_secs(60);
 
 /// Dumps that may wait. Each is of a second at least, so that a disk may be slow for so long.
 const WAITING: usize = 16;

@@ -15,5 +15,5 @@ mod timeline;
 pub use dump::{Clocks, Dump};
 pub use event::{Cause, Event, Header, Kind, Line, Peer, Ring, VERSION};
 pub use folder::{Folder, FolderOptions};
-pub use read::{File, Problem, ReadError, read, read_file, read_paths};
-pub use timeline::{ClockPair, Entry, Filter, Outcome, Room, RoomKey, Source, Timeline, Verdict};
+pub use read::{File, Problem, ReadError, listed, read, read_file, read_paths};
+pub use timeline::{ClockPair, Dumps, Entry, Filter, Outcome, Room, RoomKey, Source, Timeline, Verdict};

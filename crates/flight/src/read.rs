@@ -48,6 +48,30 @@ pub enum Problem {
         /// So much is.
         limit: u64,
     },
+    /// The system refused to read on.
+    BrokenOff {
+        /// So many lines were read.
+        lines: u64,
+        /// Why.
+        what: String,
+    },
+    /// Lines are missing, or are there twice.
+    Incomplete {
+        /// So many events could be read.
+        events: u64,
+        /// So many there should be.
+        of: u64,
+    },
+    /// The dump is over, or another one begins in it, and the file goes on: what follows was not read.
+    GoesOn {
+        /// From this line on.
+        line: u64,
+    },
+    /// As many events are held as may be.
+    LeftOut {
+        /// So many of this file are not.
+        events: u64,
+    },
 }
 
 /// Why nothing was read of a file.
@@ -87,6 +111,17 @@ impl fmt::Display for Problem {
             Self::BadLine { line, what } => write!(f, "line {line} cannot be read: {what}"),
             Self::MoreBadLines { lines } => write!(f, "{lines} more lines cannot be read"),
             Self::TooLong { limit } => write!(f, "only the first {} MiB were read", limit >> 20),
+            Self::BrokenOff { lines, what } => write!(f, "cannot be read after {lines} lines: {what}"),
+            Self::Incomplete { events, of } => write!(f, "has {events} events where it had {of}"),
+            Self::GoesOn { line } => {
+                write!(f, "goes on with something else from line {line} on, which was not read")
+            }
+            Self::LeftOut { events } => {
+                write!(
+                    f,
+                    "{events} of its events were left out, as there are too many: read fewer dumps at once"
+                )
+            }
         }
     }
 }
@@ -94,23 +129,28 @@ impl fmt::Display for Problem {
 /// Reads files, and of folders the files that end in `.jsonl`. Those that cannot be read do not keep the others.
 pub fn read_paths(paths: &[PathBuf]) -> (Vec<File>, Vec<ReadError>) {
     let (mut files, mut errors) = (Vec::new(), Vec::new());
-    for path in paths {
-        match listed(path) {
-            Ok(found) => {
-                for path in found {
-                    match read_file(&path) {
-                        Ok(file) => files.push(file),
-                        Err(error) => errors.push(error),
-                    }
-                }
-            }
-            Err(error) => errors.push(ReadError::Os { path: path.clone(), error }),
+    for found in listed(paths) {
+        match found.and_then(|path| read_file(&path)) {
+            Ok(file) => files.push(file),
+            Err(error) => errors.push(error),
         }
     }
     (files, errors)
 }
 
-fn listed(path: &Path) -> io::Result<Vec<PathBuf>> {
+/// The files that are meant by paths: themselves, and of folders those that end in `.jsonl`.
+pub fn listed(paths: &[PathBuf]) -> Vec<Result<PathBuf, ReadError>> {
+    let mut all = Vec::new();
+    for path in paths {
+        match files_of(path) {
+            Ok(found) => all.extend(found.into_iter().map(Ok)),
+            Err(error) => all.push(Err(ReadError::Os { path: path.clone(), error })),
+        }
+    }
+    all
+}
+
+fn files_of(path: &Path) -> io::Result<Vec<PathBuf>> {
     if !std::fs::metadata(path)?.is_dir() {
         return Ok(vec![path.to_owned()]);
     }
@@ -127,56 +167,135 @@ fn listed(path: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// Reads one file.
 pub fn read_file(path: &Path) -> Result<File, ReadError> {
-    let os = |error| ReadError::Os { path: path.to_owned(), error };
-    let from = std::fs::File::open(path).map_err(os)?;
-    read(path, BufReader::new(from))
+    read(path, open(path)?)
 }
 
 /// Reads one dump; `path` is named in what is said of it.
 pub fn read(path: &Path, from: impl BufRead) -> Result<File, ReadError> {
-    let os = |error| ReadError::Os { path: path.to_owned(), error };
-    let not_a_dump = |what: String| ReadError::NotADump { path: path.to_owned(), what };
-    let mut lines = Lines { from: from.take(LONGEST_FILE_BYTES + 1), number: 0, bytes: Vec::new() };
-    let header = match lines.next().map_err(os)? {
-        None => return Err(not_a_dump("it is empty".into())),
-        Some(line) => match line.and_then(parse) {
-            Ok(Line::Header(header)) => header,
-            Ok(_) => return Err(not_a_dump("it does not begin with a header".into())),
-            Err(what) => return Err(not_a_dump(what)),
-        },
-    };
-    if header.version != VERSION {
-        return Err(ReadError::Version { path: path.to_owned(), version: header.version });
+    let mut reader = Reader::begin(path, from)?;
+    let mut events = Vec::new();
+    while let Some((peer, event)) = reader.next() {
+        events.push((peer, *event));
     }
-    let mut file =
-        File { path: path.to_owned(), header, events: Vec::new(), overwritten: 0, problems: Vec::new() };
-    let (mut peer, mut is_whole, mut bad) = (None, false, 0);
-    while let Some(line) = lines.next().map_err(os)? {
-        match line.and_then(parse) {
-            Ok(Line::Event(event)) => file.events.push((peer.clone(), *event)),
-            Ok(Line::Ring(Ring { peer: of, overwritten, .. })) => {
-                peer = of.map(Arc::new);
-                file.overwritten = file.overwritten.saturating_add(overwritten);
-            }
-            Ok(Line::End { .. }) => is_whole = true,
-            Ok(Line::Header(_) | Line::Unknown) => {}
-            Err(what) => {
-                bad += 1;
-                if bad <= BAD_LINES_NAMED {
-                    file.problems.push(Problem::BadLine { line: lines.number, what });
+    let header = reader.header.clone();
+    let (overwritten, problems) = reader.end();
+    Ok(File { path: path.to_owned(), header, events, overwritten, problems })
+}
+
+pub(crate) fn open(path: &Path) -> Result<BufReader<std::fs::File>, ReadError> {
+    let opened = std::fs::File::open(path).map(BufReader::new);
+    opened.map_err(|error| ReadError::Os { path: path.to_owned(), error })
+}
+
+/// A dump, event by event: [`next`](Self::next) until there is none, then [`end`](Self::end).
+pub(crate) struct Reader<R> {
+    pub header: Header,
+    lines: Lines<R>,
+    /// Whose events follow.
+    peer: Option<Arc<Peer>>,
+    overwritten: u64,
+    events: u64,
+    bad_lines: u64,
+    /// How many events there were, as the last line says.
+    of: Option<u64>,
+    is_broken: bool,
+    problems: Vec<Problem>,
+}
+
+impl<R: BufRead> Reader<R> {
+    pub fn begin(path: &Path, from: R) -> Result<Self, ReadError> {
+        let not_a_dump = |what: String| ReadError::NotADump { path: path.to_owned(), what };
+        let mut lines = Lines { from: from.take(LONGEST_FILE_BYTES + 1), number: 0, bytes: Vec::new() };
+        let first = lines.next().map_err(|error| ReadError::Os { path: path.to_owned(), error })?;
+        let header = match first {
+            None => return Err(not_a_dump("it is empty".into())),
+            Some(line) => match line.and_then(parse) {
+                Ok(Line::Header(header)) => header,
+                Ok(_) => return Err(not_a_dump("it does not begin with a header".into())),
+                Err(what) => return Err(not_a_dump(what)),
+            },
+        };
+        if header.version != VERSION {
+            return Err(ReadError::Version { path: path.to_owned(), version: header.version });
+        }
+        Ok(Self {
+            header,
+            lines,
+            peer: None,
+            overwritten: 0,
+            events: 0,
+            bad_lines: 0,
+            of: None,
+            is_broken: false,
+            problems: Vec::new(),
+        })
+    }
+
+    /// The next event, and the peer whose ring it was in.
+    pub fn next(&mut self) -> Option<(Option<Arc<Peer>>, Box<Event>)> {
+        loop {
+            let line = match self.lines.next() {
+                Ok(line) => line?.and_then(parse),
+                Err(error) => {
+                    self.is_broken = true;
+                    let (lines, what) = (self.lines.number, error.to_string());
+                    self.problems.push(Problem::BrokenOff { lines, what });
+                    return None;
+                }
+            };
+            match line {
+                Ok(Line::Event(event)) => {
+                    self.events += 1;
+                    return Some((self.peer.clone(), event));
+                }
+                Ok(Line::Ring(Ring { peer, overwritten, .. })) => {
+                    self.peer = peer.map(Arc::new);
+                    self.overwritten = self.overwritten.saturating_add(overwritten);
+                }
+                Ok(Line::End { events }) => {
+                    self.of = Some(events);
+                    if let Ok(Some(_)) = self.lines.next() {
+                        self.problems.push(Problem::GoesOn { line: self.lines.number });
+                    }
+                    return None;
+                }
+                Ok(Line::Header(_)) => {
+                    self.problems.push(Problem::GoesOn { line: self.lines.number });
+                    return None;
+                }
+                Ok(Line::Unknown) => {}
+                Err(what) => {
+                    // It may have begun another ring: whose the next events are is not known any more.
+                    self.peer = None;
+                    self.bad_lines += 1;
+                    if self.bad_lines <= BAD_LINES_NAMED {
+                        self.problems.push(Problem::BadLine { line: self.lines.number, what });
+                    }
                 }
             }
         }
     }
-    if bad > BAD_LINES_NAMED {
-        file.problems.push(Problem::MoreBadLines { lines: bad - BAD_LINES_NAMED });
+
+    /// How many events had been overwritten, and what is wrong with the dump.
+    pub fn end(mut self) -> (u64, Vec<Problem>) {
+        if self.bad_lines > BAD_LINES_NAMED {
+            self.problems.push(Problem::MoreBadLines { lines: self.bad_lines - BAD_LINES_NAMED });
+        }
+        match self.of {
+            // Lines that cannot be read have been named.
+            Some(of) if self.events > of || self.events.saturating_add(self.bad_lines) < of => {
+                self.problems.push(Problem::Incomplete { events: self.events, of });
+            }
+            None if self.lines.from.limit() == 0 => {
+                self.problems.push(Problem::TooLong { limit: LONGEST_FILE_BYTES });
+            }
+            None if !self.is_broken => {
+                self.problems.push(Problem::Truncated { lines: self.lines.number });
+            }
+            _ => {}
+        }
+        (self.overwritten, self.problems)
     }
-    if lines.from.limit() == 0 {
-        file.problems.push(Problem::TooLong { limit: LONGEST_FILE_BYTES });
-    } else if !is_whole {
-        file.problems.push(Problem::Truncated { lines: lines.number });
-    }
-    Ok(file)
 }
 
 struct Lines<R> {

@@ -131,13 +131,16 @@ pub struct Recorder {
     /// At most one a ring.
     open: Vec<Open>,
     incidents: u64,
+    /// Incidents that were to be told (again) when their ring was needed.
+    lost: u64,
 }
 
 impl Recorder {
     /// Empty rings.
     pub fn new(limits: FlightLimits) -> Self {
         let rings = (limits.records > 0).then(|| Ring::new(limits.records));
-        Self { limits, serial: 0, rings: rings.into_iter().collect(), open: Vec::new(), incidents: 0 }
+        let rings = rings.into_iter().collect();
+        Self { limits, serial: 0, rings, open: Vec::new(), incidents: 0, lost: 0 }
     }
 
     /// Whether anything is recorded.
@@ -156,7 +159,7 @@ impl Recorder {
     }
 
     /// The ring for a session with a peer: the one that it had before, or a new one, or that of a peer that has gone
-    /// longest ago, or else the node's.
+    /// longest ago, if possible one of which nothing is to be told, or else the node's.
     pub fn begin(&mut self, peer: RingPeer) -> RingId {
         if !self.is_on() {
             return RingId::NODE;
@@ -167,12 +170,15 @@ impl Recorder {
                 return Some(self.rings.len() - 1);
             }
             let gone = self.rings.iter().enumerate().skip(1).filter(|(_, ring)| ring.sessions == 0);
-            gone.min_by_key(|(_, ring)| ring.last_serial).map(|(place, _)| place)
+            let is_open = |place| self.open.iter().any(|open| open.incident.ring == RingId(place as u32));
+            gone.min_by_key(|&(place, ring)| (is_open(place), ring.last_serial)).map(|(place, _)| place)
         });
         let Some(place) = place else { return RingId::NODE };
         let id = RingId(place as u32);
         if !self.rings[place].is_of(peer.identity.node) {
+            let open = self.open.len();
             self.open.retain(|open| open.incident.ring != id);
+            self.lost += (open - self.open.len()) as u64;
         }
         self.rings[place].begin(peer);
         id
@@ -231,6 +237,11 @@ impl Recorder {
     /// An incident of which nothing more will come, due or not.
     pub fn last_incident(&mut self) -> Option<Incident> {
         Some(self.open.pop()?.incident)
+    }
+
+    /// How many incidents were lost, since this was last asked, before all of them was told: there were too many peers.
+    pub fn take_lost(&mut self) -> u64 {
+        std::mem::take(&mut self.lost)
     }
 
     /// When the next one is due.
@@ -425,8 +436,9 @@ mod tests {
             recorder.end(ring);
         }
         assert_eq!((recorder.rings(), recorder.recorded()), (101, 60_000));
-        // What nobody takes away is bounded by the rings, too.
+        // What nobody takes away is bounded by the rings, too, and the rest is counted.
         assert!(recorder.open.len() <= 101, "{}", recorder.open.len());
+        assert_eq!((recorder.open.len() as u64 + recorder.take_lost(), recorder.take_lost()), (10_000, 0));
         // The last hundred are there, those before are not.
         let peers: Vec<u64> =
             (1..101).filter_map(|ring| Some(recorder.copy(RingId(ring))?.peer?.identity.node)).collect();
@@ -435,6 +447,20 @@ mod tests {
         let rings: Vec<RingId> = (20_000..20_101).map(|node| recorder.begin(peer(node))).collect();
         assert!(rings[..100].iter().all(|&ring| ring != RingId::NODE));
         assert_eq!(rings[100], RingId::NODE);
+    }
+
+    #[test]
+    fn a_ring_of_which_nothing_is_to_be_told_goes_first() {
+        let mut recorder = Recorder::new(FlightLimits { peers: 2, records: 4 });
+        for (node, what) in [(1, lost()), (2, What::LaneUp { slot: 0 })] {
+            let ring = recorder.begin(peer(node));
+            recorder.record(ring, 0, None, None, what);
+            recorder.end(ring);
+        }
+        assert_eq!(recorder.begin(peer(3)), RingId(2), "the older one has an incident");
+        assert_eq!((recorder.open.len(), recorder.take_lost()), (1, 0));
+        assert_eq!(recorder.begin(peer(4)), RingId(1), "where there is no other");
+        assert_eq!((recorder.open.len(), recorder.take_lost()), (0, 1));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use serde::Serialize;
 
-use super::Life;
+use super::lives::Life;
 use crate::event::{Event, Kind};
 
 /// How far apart the wall clocks of two nodes can be, by the messages between them.
@@ -39,21 +39,29 @@ pub(super) struct Links {
 
 impl Links {
     pub fn find(lives: &[Life]) -> Self {
-        // Who sent it and to whom, what, and the how-manieth of its kind.
-        type Key<'a> = (&'a str, &'a str, Message, u32);
-        let mut sent: BTreeMap<Key<'_>, (usize, u64)> = BTreeMap::new();
-        let mut came: Vec<(Key<'_>, (usize, u64))> = Vec::new();
-        for (at, life) in lives.iter().enumerate() {
-            let here = life.source.node.as_str();
-            let mut counts: BTreeMap<(bool, &str, Message), u32> = BTreeMap::new();
-            for (&serial, (peer, event)) in &life.events {
-                let (Some(peer), Some((is_sent, message))) = (peer, Message::of(event)) else { continue };
-                let there = peer.node.as_str();
+        // Who sent it and to whom, what, and the how-manieth of its kind. Rooms and grants have the same names in every
+        // life of a node: so it is known of a message between which two lives it went, or it is left out.
+        type Key = (usize, usize, Message, u32);
+        let places: BTreeMap<(&str, &str), usize> = lives
+            .iter()
+            .map(|life| (life.source.node.as_str(), life.source.incarnation.as_str()))
+            .zip(0..)
+            .collect();
+        let mut sent: BTreeMap<Key, (usize, u64)> = BTreeMap::new();
+        let mut came: Vec<(Key, (usize, u64))> = Vec::new();
+        for (here, life) in lives.iter().enumerate() {
+            let mut counts: BTreeMap<(bool, usize, Message), u32> = BTreeMap::new();
+            for (&serial, kept) in &life.events {
+                let Some((is_sent, message)) = Message::of(&kept.event) else { continue };
+                let there = || {
+                    places.get(&(kept.peer.as_ref()?.node.as_str(), life.peer_life(&kept.event)?.as_ref()))
+                };
+                let Some(&there) = there() else { continue };
                 let count = counts.entry((is_sent, there, message.clone())).or_default();
                 *count += 1;
                 match is_sent {
-                    true => drop(sent.insert((here, there, message, *count), (at, serial))),
-                    false => came.push(((there, here, message, *count), (at, serial))),
+                    true => drop(sent.insert((here, there, message, *count), (here, serial))),
+                    false => came.push(((there, here, message, *count), (here, serial))),
                 }
             }
         }

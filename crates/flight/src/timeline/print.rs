@@ -1,11 +1,13 @@
 //! A timeline for people, and for programs.
 
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{self, Write};
 
-use serde_json::{Value, json};
+use serde::ser::SerializeStruct;
+use serde::{Serialize, Serializer};
 
 use super::verdict::{Outcome, size, span};
-use super::{ClockPair, Entry, Room, Timeline};
+use super::{ClockPair, Entry, Room, RoomKey, Source, Timeline};
 use crate::event::{Event, Kind};
 
 impl Timeline {
@@ -26,34 +28,13 @@ impl Timeline {
     }
 
     /// For programs: the same.
-    pub fn json(&self, rooms: &[&Room]) -> Value {
-        let room = |room: &&Room| {
-            json!({
-                "room": room.key.room,
-                "use_count": room.key.use_count,
-                "outcome": room.verdict.outcome,
-                "verdict": room.verdict.text,
-                "advice": room.verdict.advice,
-                "events": room.entries.iter().map(|&at| self.entry_json(at, room.verdict.deciding)).collect::<Vec<_>>(),
-            })
-        };
-        json!({
-            "sources": self.sources,
-            "clocks": self.clocks,
-            "overwritten": self.overwritten,
-            "rooms": rooms.iter().map(room).collect::<Vec<_>>(),
-        })
+    pub fn json<'a>(&'a self, rooms: &'a [&'a Room]) -> impl Serialize + 'a {
+        Json { timeline: self, rooms }
     }
 
-    fn entry_json(&self, at: usize, deciding: Option<usize>) -> Value {
-        let entry = &self.entries[at];
-        json!({
-            "unix_ns": entry.unix_ns,
-            "node": self.sources[entry.source].name,
-            "peer": entry.peer.as_ref().map(|peer| &peer.name),
-            "decides": deciding == Some(at),
-            "event": entry.event,
-        })
+    /// A room's events with those of its sessions, and how many of those are too many to be told.
+    fn told(&self, room: &Room) -> (Vec<usize>, usize) {
+        self.around.told(&self.entries, room)
     }
 
     fn count(&self, outcome: Outcome) -> usize {
@@ -75,67 +56,113 @@ impl fmt::Display for Table<'_> {
         let timeline = self.timeline;
         for source in &timeline.sources {
             let plural = if source.files == 1 { "" } else { "s" };
-            let (name, life) = (&source.name, &source.incarnation);
-            writeln!(f, "{name} (life {life}): {} events of {} dump{plural}", source.events, source.files)?;
+            let (events, files) = (source.events, source.files);
+            line(f, format_args!("{}: {events} events of {files} dump{plural}", life(source)))?;
         }
         if timeline.overwritten > 0 {
-            writeln!(f, "{} older events had been overwritten", timeline.overwritten)?;
+            line(f, format_args!("{} older events had been overwritten", timeline.overwritten))?;
         }
-        timeline.clocks.iter().try_for_each(|pair| clocks(f, timeline, pair))?;
-        writeln!(
-            f,
-            "rooms: {} failed, {} delivered, {} cancelled, {} without an end",
-            timeline.count(Outcome::Failed),
-            timeline.count(Outcome::Delivered),
-            timeline.count(Outcome::Cancelled),
-            timeline.count(Outcome::Open)
-        )?;
-        if timeline.overwritten > 0 && timeline.count(Outcome::Open) > 0 {
-            writeln!(
-                f,
-                "(the ends of some of those may have been overwritten: raise the recorder's limits)"
-            )?;
+        timeline.clocks.iter().try_for_each(|pair| line(f, format_args!("{}", clocks(timeline, pair))))?;
+        let [failed, delivered, cancelled, open] =
+            [Outcome::Failed, Outcome::Delivered, Outcome::Cancelled, Outcome::Open]
+                .map(|outcome| timeline.count(outcome));
+        let counts = format_args!(
+            "rooms: {failed} failed, {delivered} delivered, {cancelled} cancelled, {open} without an end"
+        );
+        line(f, counts)?;
+        if timeline.overwritten > 0 && open > 0 {
+            let hint = "(the ends of some of those may have been overwritten: raise the recorder's limits)";
+            line(f, format_args!("{hint}"))?;
         }
+        let mut same: BTreeMap<RoomKey, u32> = BTreeMap::new();
+        timeline.rooms.iter().for_each(|room| *same.entry(room.key).or_default() += 1);
         for room in self.rooms {
-            let key = room.key;
-            write!(f, "\nroom {}", key.room)?;
-            if key.use_count > 0 {
-                write!(f, " (use {})", key.use_count)?;
-            }
-            let begin_ns = room.entries.first().map_or(0, |&at| timeline.entries[at].unix_ns);
-            writeln!(f, ", from {}", utc(begin_ns))?;
-            let entries = room.entries.clone();
+            f.write_str("\n")?;
+            line(f, format_args!("{}", self.heading(room, same[&room.key] > 1)))?;
+            let (entries, left_out) = timeline.told(room);
             let deciding = room.verdict.deciding;
             write!(f, "{}", Events { timeline, entries, deciding, names_rooms: false })?;
-            writeln!(f, "  ⇒ {}", room.verdict.text)?;
+            if left_out > 0 {
+                line(f, format_args!("  ({left_out} earlier events of its sessions are left out)"))?;
+            }
+            line(f, format_args!("  ⇒ {}", room.verdict.text))?;
             if let Some(advice) = &room.verdict.advice {
-                writeln!(f, "    what to do: {advice}")?;
+                line(f, format_args!("    what to do: {advice}"))?;
             }
         }
         Ok(())
     }
 }
 
-fn clocks(f: &mut fmt::Formatter<'_>, timeline: &Timeline, pair: &ClockPair) -> fmt::Result {
+impl Table<'_> {
+    /// Where others have the same number, the lives tell them apart.
+    fn heading(&self, room: &Room, names_lives: bool) -> String {
+        let (key, timeline) = (room.key, self.timeline);
+        let mut text = format!("room {}", key.room);
+        if key.use_count > 0 {
+            text.push_str(&format!(" (use {})", key.use_count));
+        }
+        let begin_ns = room.entries.first().map_or(0, |&at| timeline.entries[at].unix_ns);
+        text.push_str(&format!(", from {}", utc(begin_ns)));
+        if names_lives {
+            let sides: BTreeSet<usize> = room.entries.iter().map(|&at| timeline.entries[at].source).collect();
+            let sides: Vec<String> = sides.into_iter().map(|side| life(&timeline.sources[side])).collect();
+            text.push_str(&format!(", {}", sides.join(", ")));
+        }
+        text
+    }
+}
+
+fn life(source: &Source) -> String {
+    format!("{} (life {})", source.name, source.incarnation)
+}
+
+fn clocks(timeline: &Timeline, pair: &ClockPair) -> String {
     let (a, b) = (timeline.name(pair.a), timeline.name(pair.b));
     let by = format!("by {} messages", pair.messages);
     if !pair.is_possible() {
-        return writeln!(
-            f,
+        return format!(
             "clocks of {a} and {b}: cannot be brought together ({by}): one of them was set in between"
         );
     }
     let ahead = match pair.ahead_ns {
-        0 => return writeln!(f, "clocks of {a} and {b}: no message came before it was sent ({by})"),
+        0 => return format!("clocks of {a} and {b}: no message came before it was sent ({by})"),
         ahead if ahead > 0 => "ahead",
         _ => "behind",
     };
     let ahead_ns = i64::try_from(pair.ahead_ns.unsigned_abs()).unwrap_or(i64::MAX);
-    write!(f, "clocks: {b} is {} {ahead} of {a} ({by}", span(ahead_ns))?;
-    if let (Some(least), Some(most)) = (pair.least_ns, pair.most_ns) {
-        write!(f, ", give or take {}", span(most.saturating_sub(least) / 2))?;
+    let within = match (pair.least_ns, pair.most_ns) {
+        (Some(least), Some(most)) => format!(", give or take {}", span(most.saturating_sub(least) / 2)),
+        _ => String::new(),
+    };
+    format!("clocks: {b} is {} {ahead} of {a} ({by}{within}); corrected below", span(ahead_ns))
+}
+
+/// Prints a line, whatever the dumps have in it: names and causes came from other machines, and are to move no cursor and
+/// begin no line.
+fn line(f: &mut fmt::Formatter<'_>, text: fmt::Arguments<'_>) -> fmt::Result {
+    Plain(f).write_fmt(text)?;
+    f.write_str("\n")
+}
+
+struct Plain<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl fmt::Write for Plain<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let mut parts = text.split(is_command);
+        self.0.write_str(parts.next().unwrap_or_default())?;
+        parts.try_for_each(|part| {
+            self.0.write_char(char::REPLACEMENT_CHARACTER)?;
+            self.0.write_str(part)
+        })
     }
-    writeln!(f, "); corrected below")
+}
+
+/// What tells a terminal to do something: control characters, ends of lines and paragraphs, and turns of the direction.
+fn is_command(letter: char) -> bool {
+    let is_turn =
+        matches!(letter, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    letter.is_control() || matches!(letter, '\u{2028}' | '\u{2029}') || is_turn
 }
 
 struct Events<'a> {
@@ -166,9 +193,9 @@ impl fmt::Display for Events<'_> {
             let entry = entry(at);
             let (name, kind) = (timeline.name(entry.source), entry.event.kind.words());
             let details = details(entry, self.names_rooms);
-            let line =
+            let text =
                 format!("{mark} {time:>time_width$} ms  {name:name_width$}  {kind:kind_width$}  {details}");
-            writeln!(f, "{}", line.trim_end())?;
+            line(f, format_args!("{}", text.trim_end()))?;
         }
         Ok(())
     }
@@ -267,6 +294,89 @@ fn said(event: &Event, say: &mut impl FnMut(String)) {
         (Some(counted), None) if counted > 0 => say(plural(counted, "arrival")),
         (None, Some(expected)) => say(plural(expected, "arrival")),
         _ => {}
+    }
+}
+
+/// Written as it is made: all rooms at once may be much.
+struct Json<'a> {
+    timeline: &'a Timeline,
+    rooms: &'a [&'a Room],
+}
+
+impl Serialize for Json<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        let Self { timeline, rooms } = *self;
+        let mut fields = to.serialize_struct("Timeline", 4)?;
+        fields.serialize_field("sources", &timeline.sources)?;
+        fields.serialize_field("clocks", &timeline.clocks)?;
+        fields.serialize_field("overwritten", &timeline.overwritten)?;
+        fields.serialize_field("rooms", &Rooms { timeline, rooms })?;
+        fields.end()
+    }
+}
+
+struct Rooms<'a> {
+    timeline: &'a Timeline,
+    rooms: &'a [&'a Room],
+}
+
+impl Serialize for Rooms<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(self.rooms.iter().map(|room| RoomJson::of(self.timeline, room)))
+    }
+}
+
+#[derive(Serialize)]
+struct RoomJson<'a> {
+    room: u64,
+    use_count: u32,
+    outcome: Outcome,
+    verdict: &'a str,
+    advice: Option<&'a str>,
+    #[serde(skip_serializing_if = "is_zero")]
+    left_out: usize,
+    events: Vec<EventJson<'a>>,
+}
+
+fn is_zero(count: &usize) -> bool {
+    *count == 0
+}
+
+#[derive(Serialize)]
+struct EventJson<'a> {
+    unix_ns: i64,
+    node: &'a str,
+    life: &'a str,
+    peer: Option<&'a str>,
+    decides: bool,
+    event: &'a Event,
+}
+
+impl<'a> RoomJson<'a> {
+    fn of(timeline: &'a Timeline, room: &'a Room) -> Self {
+        let (entries, left_out) = timeline.told(room);
+        let verdict = &room.verdict;
+        let event = |at: usize| {
+            let entry = &timeline.entries[at];
+            let source = &timeline.sources[entry.source];
+            EventJson {
+                unix_ns: entry.unix_ns,
+                node: &source.name,
+                life: &source.incarnation,
+                peer: entry.peer.as_ref().map(|peer| peer.name.as_str()),
+                decides: verdict.deciding == Some(at),
+                event: &entry.event,
+            }
+        };
+        Self {
+            room: room.key.room,
+            use_count: room.key.use_count,
+            outcome: verdict.outcome,
+            verdict: &verdict.text,
+            advice: verdict.advice.as_deref(),
+            left_out,
+            events: entries.into_iter().map(event).collect(),
+        }
     }
 }
 

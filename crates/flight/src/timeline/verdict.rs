@@ -136,11 +136,9 @@ impl<'a> Story<'a> {
         let entry = self.entry(end);
         let code = self.code(end);
         // A room that is lost with its session was decided by what ended the session.
-        let lost = (code.starts_with("peer-lost/"))
-            .then(|| {
-                self.of_kind(Kind::SessionDown).rfind(|&at| at < end && self.entry(at).source == entry.source)
-            })
-            .flatten();
+        let lost = self.entries.first().filter(|_| code.starts_with("peer-lost/"));
+        let lost =
+            lost.and_then(|&first| self.timeline.around.session_down(&self.timeline.entries, first, end));
         let mut text = self.name(end).to_owned();
         let peer = entry.peer.as_ref().map(|peer| peer.name.as_str());
         match (code.starts_with("peer-lost/"), peer) {
@@ -222,7 +220,7 @@ impl<'a> Story<'a> {
             .of_kind(Kind::Posted)
             .map(|at| self.entry(at))
             .filter(|entry| entry.source == source)
-            .map(|entry| (entry.event.share, &entry.event))
+            .map(|entry| (entry.event.share, &*entry.event))
             .collect();
         let sum = |number: fn(&Event) -> Option<u64>| {
             last.values().filter_map(|event| number(event)).fold(0, u64::saturating_add)

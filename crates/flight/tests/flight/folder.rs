@@ -1,7 +1,9 @@
 //! Dumps on a disk: within limits, and whatever is wrong with it.
 
+use std::io::Read;
 use std::process::Command;
 use std::sync::{Arc, Barrier};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossdock_flight::{Folder, FolderOptions, read_paths};
 use crossdock_proto::flight::{Reason, RingId, What};
@@ -33,12 +35,12 @@ fn put_all(folder: &FolderOptions, node: &Node, numbers: std::ops::Range<u64>) {
 fn the_oldest_of_this_node_go_first() {
     let scratch = Scratch::new();
     let others =
-        ["crossdock-decode_10-00000000000003e9-000001.jsonl", "notes.txt", "crossdock-decode_1-x.jsonl"];
+        ["crossdock-decode10-00000000000003e9-000001.jsonl", "notes.txt", "crossdock-decode1-x.jsonl"];
     others.iter().for_each(|name| std::fs::write(scratch.0.join(name), "not mine").unwrap());
-    put_all(&options(&scratch, 3, 1 << 20), &node("decode-1", 4), 1..8);
+    put_all(&options(&scratch, 3, 1 << 20), &node("decode1", 4), 1..8);
     let names = scratch.names();
     for number in 1..8 {
-        let name = format!("crossdock-decode_1-00000000000003f0-{number:06}.jsonl");
+        let name = format!("crossdock-decode1-00000000000003ef-{number:06}.jsonl");
         assert_eq!(names.contains(&name), number >= 5, "{names:#?}");
     }
     assert_eq!(names.len(), 3 + others.len(), "what is not ours is left alone: {names:#?}");
@@ -56,6 +58,42 @@ fn so_many_bytes_and_no_more() {
     // One that is too long alone is not written, and costs no other its place.
     put_all(&options(&scratch, 100, length - 1), &node, 7..8);
     assert_eq!(scratch.names().len(), 2);
+}
+
+#[test]
+fn names_that_look_alike_are_not_alike() {
+    let scratch = Scratch::new();
+    let long = "d".repeat(64);
+    let names =
+        ["decode_1", "decode-1", "decode.1", "décode1", &long, &format!("{long}1"), &format!("{long}2")];
+    for name in names {
+        put_all(&options(&scratch, 2, 1 << 20), &node(name, 1), 1..4);
+    }
+    assert_eq!(scratch.names().len(), 2 * names.len(), "{:#?}", scratch.names());
+}
+
+#[test]
+fn what_a_killed_process_has_begun_is_removed() {
+    let scratch = Scratch::new();
+    let part = |name: &str, age_s: u64| {
+        let path = scratch.0.join(name);
+        std::fs::write(&path, [b'x'; 1_000]).unwrap();
+        let modified = SystemTime::now() - Duration::from_secs(age_s);
+        std::fs::File::options().write(true).open(path).unwrap().set_modified(modified).unwrap();
+    };
+    let (old, others) =
+        ("crossdock-decode1-0000000000000001-000001.part", "crossdock-decode2-0000000000000001-panic.part");
+    let young = "crossdock-decode1-0000000000000002-panic.part";
+    [old, others].into_iter().for_each(|name| part(name, 90));
+    part(young, 0);
+    let node = node("decode1", 1);
+    let length = node.dump(10, failed(1, RingId(1))).text().len() as u64;
+    // One that may still be written takes room, too.
+    put_all(&options(&scratch, 10, 2 * length + 999), &node, 1..4);
+    let names = scratch.names();
+    assert!(!names.iter().any(|name| name == old), "{names:#?}");
+    assert!([others, young].iter().all(|left| names.iter().any(|name| name == left)), "{names:#?}");
+    assert_eq!(names.len(), 3, "{names:#?}");
 }
 
 #[test]
@@ -97,13 +135,28 @@ fn several_nodes_write_beside_each_other() {
 #[test]
 fn a_queue_that_is_full_waits_for_nothing() {
     let scratch = Scratch::new();
+    let node = node("decode1", 2);
+    let first = scratch.0.join("crossdock-decode1-00000000000003ef-000000.part");
+    // Whoever writes into a pipe waits for a reader: so the first dump takes as long as the test likes.
+    assert!(Command::new("mkfifo").arg(&first).status().unwrap().success());
     let folder = Folder::open(options(&scratch, 1000, 1 << 30)).unwrap();
-    let node = node("decode-1", 200);
     let dumps: Vec<_> = (0..400).map(|number| node.dump(10, failed(number, RingId(1)))).collect();
-    dumps.into_iter().for_each(|dump| folder.put(dump));
+    let putting = std::thread::spawn(move || {
+        dumps.into_iter().for_each(|dump| folder.put(dump));
+        folder
+    });
+    let until = Instant::now() + Duration::from_secs(20);
+    while !putting.is_finished() {
+        assert!(Instant::now() < until, "what is put waits for the disk");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let folder = putting.join().unwrap();
+    // One is being written, or was not yet looked at when the queue was full.
+    let left_out = folder.left_out() as usize;
+    assert!((383..=384).contains(&left_out), "{left_out}");
+    std::fs::File::open(&first).unwrap().read_to_end(&mut Vec::new()).unwrap();
     drop(folder);
-    let written = scratch.names().len();
-    assert!((1..=400).contains(&written), "{written}");
+    assert_eq!(scratch.names().len(), 400 - left_out);
 }
 
 #[test]
@@ -127,8 +180,8 @@ fn a_full_disk_leaves_nothing_behind() {
     if let Some(folder) = std::env::var_os(FOLDER) {
         // In the child, under the limit.
         let scratch = Scratch(folder.into());
-        put_all(&options(&scratch, 10, 1 << 20), &node("decode-1", 100), 1..3);
-        put_all(&options(&scratch, 10, 1 << 20), &node("decode-2", 0), 3..4);
+        put_all(&options(&scratch, 10, 1 << 20), &node("decode1", 100), 1..3);
+        put_all(&options(&scratch, 10, 1 << 20), &node("decode2", 0), 3..4);
         std::mem::forget(scratch);
         return;
     }
@@ -144,7 +197,7 @@ fn a_full_disk_leaves_nothing_behind() {
         .unwrap();
     assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
     // What fits is written afterwards as if nothing had been.
-    assert_eq!(scratch.names(), ["crossdock-decode_2-00000000000003f0-000003.jsonl"]);
+    assert_eq!(scratch.names(), ["crossdock-decode2-00000000000003ef-000003.jsonl"]);
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Several nodes as one story, however wrong their clocks are.
 
-use crossdock_flight::{Filter, Kind, Outcome, Timeline};
+use crossdock_flight::{Event, Filter, Kind, Outcome, Timeline};
 use crossdock_proto::flight::{RingId, What};
-use crossdock_proto::{CancelWhy, End, Failure, RoleKind, SessionEnd, Stage, Who};
+use crossdock_proto::{CancelWhy, End, Failure, LinkCause, RoleKind, SessionEnd, Stage, TargetId, Who};
 use proptest::prelude::*;
 
 use crate::node::{EPOCH_NS, Node, bound, came, ended, expired, grant, sent, silent};
@@ -20,8 +20,12 @@ struct Pair {
 impl Pair {
     /// The prefill node's wall clock is so much ahead.
     fn new(ahead_ns: i64) -> Self {
-        let (mut decode, mut prefill) =
-            (Node::new(1, "decode-0", 7 * S, 0), Node::new(2, "prefill-0", 900 * S, ahead_ns));
+        Self::of([1, 2], ahead_ns)
+    }
+
+    fn of(nodes: [u64; 2], ahead_ns: i64) -> Self {
+        let mut decode = Node::new(nodes[0], "decode-0", 7 * S, 0);
+        let mut prefill = Node::new(nodes[1], "prefill-0", 900 * S, ahead_ns);
         let rings = [decode.meet(&prefill), prefill.meet(&decode)];
         Self { decode, prefill, rings }
     }
@@ -194,12 +198,151 @@ fn the_verdict_names_who_gave_up_and_what_the_other_had_done() {
     let marked: Vec<&str> = table.lines().filter(|line| line.starts_with('✗')).collect();
     assert!(marked.len() == 1 && marked[0].contains("decode-0") && marked[0].contains("ended"), "{table}");
     assert!(table.contains("release →"), "what gives the room's grant back is part of it: {table}");
-    let json = timeline.json(&[room]);
+    let json = serde_json::to_value(timeline.json(&[room])).unwrap();
     assert_eq!(json["rooms"][0]["outcome"], "failed");
     assert_eq!(
         json["rooms"][0]["events"].as_array().unwrap().iter().filter(|e| e["decides"] == true).count(),
         1
     );
+}
+
+/// As the scenes of a demo that has shown two ports.
+#[test]
+fn rooms_of_nodes_that_never_met_are_not_one() {
+    let (mut shm, mut tcp) = (Pair::of([1, 2], 0), Pair::of([3, 4], 0));
+    shm.decode(0, Some(14), bound(RoleKind::Receiving));
+    shm.decode(0, Some(14), sent(14));
+    shm.decode(MS, Some(14), ended(Some(End::PeerLost { cause: silent() }), 0, None));
+    tcp.deliver(10 * S, 14, MS / 10);
+    // Of the prefill node of the first scene there is no dump.
+    let files = [shm.decode.file(20 * S), tcp.decode.file(20 * S), tcp.prefill.file(20 * S)];
+    let timeline = Timeline::merge(&files, &Filter { room: Some(14), ..Filter::default() });
+    let outcomes: Vec<Outcome> = timeline.rooms.iter().map(|room| room.verdict.outcome).collect();
+    assert_eq!(outcomes, [Outcome::Failed, Outcome::Delivered]);
+    let text = &timeline.rooms[0].verdict.text;
+    assert!(text.ends_with("there is no dump of prefill-0"), "{text}");
+    assert_eq!(timeline.rooms[1].verdict.text, "delivered within 3.3 ms");
+    let rooms: Vec<_> = timeline.rooms.iter().collect();
+    let table = timeline.table(&rooms).to_string();
+    assert!(table.contains("rooms: 1 failed, 1 delivered"), "{table}");
+    for (lives, count) in [
+        ("UTC, decode-0 (life 00000000000003e9)\n", 1),
+        ("UTC, decode-0 (life 00000000000003eb), prefill-0 (life 00000000000003ec)\n", 1),
+    ] {
+        assert_eq!(table.matches(lives).count(), count, "{table}");
+    }
+}
+
+#[test]
+fn sides_that_name_the_same_peer_are_of_one_room() {
+    let (mut pair, mut other) = (Pair::new(0), Node::new(5, "decode-1", 0, 0));
+    let ring = other.meet(&pair.prefill);
+    pair.decode(0, Some(14), bound(RoleKind::Receiving));
+    other.note(0, ring, Some(14), bound(RoleKind::Receiving));
+    let timeline = Timeline::merge(&[pair.decode.file(S), other.file(S)], &Filter::default());
+    assert_eq!(timeline.rooms.len(), 1);
+}
+
+#[test]
+fn a_side_that_met_nobody_belongs_to_the_room_of_whom_it_knows() {
+    let (mut shm, mut tcp) = (Pair::of([1, 2], 0), Pair::of([3, 4], 0));
+    for pair in [&mut shm, &mut tcp] {
+        pair.deliver(0, 1, MS / 10);
+        pair.decode(S, Some(14), bound(RoleKind::Receiving));
+        let opened = What::Opened { role: RoleKind::Sending, pages: 4, left_ms: 30_000 };
+        pair.prefill.note(S, RingId::NODE, Some(14), opened);
+    }
+    let nodes = [&shm.decode, &tcp.decode, &shm.prefill, &tcp.prefill];
+    let files = nodes.map(|node| node.file(2 * S));
+    let timeline = Timeline::merge(&files, &Filter { room: Some(14), ..Filter::default() });
+    let sides = timeline.rooms.iter().map(|room| {
+        let node = |&at: &usize| timeline.sources[timeline.entries[at].source].node.clone();
+        let mut nodes: Vec<String> = room.entries.iter().map(node).collect();
+        nodes.sort();
+        nodes.iter().map(|node| node.parse().unwrap()).collect::<Vec<u64>>()
+    });
+    let mut sides: Vec<Vec<u64>> = sides.collect();
+    sides.sort();
+    assert_eq!(sides, [[1, 2], [3, 4]]);
+}
+
+/// Rooms, grants and attempts have the same names in each life of a node.
+#[test]
+fn messages_of_an_earlier_life_are_its_own() {
+    for knows_first in [true, false] {
+        let mut pair = Pair::new(0);
+        if knows_first {
+            pair.rings = [pair.decode.begin(0, &pair.prefill), pair.prefill.begin(0, &pair.decode)];
+        }
+        pair.deliver(0, 1, MS / 10);
+        let early = pair.decode.file(S);
+        // An hour later.
+        pair.decode = pair.decode.again();
+        let later = 3_600 * S;
+        pair.rings = [pair.decode.begin(later, &pair.prefill), pair.prefill.begin(later, &pair.decode)];
+        pair.deliver(later, 1, MS / 10);
+        let late = [pair.decode.file(later + S), pair.prefill.file(later + S)];
+        let timeline = Timeline::merge(&[&[early][..], &late].concat(), &Filter::default());
+        assert!(timeline.sources.iter().all(|source| source.correction_ns == 0), "{:?}", timeline.sources);
+        assert!(timeline.clocks.iter().all(|pair| pair.is_possible() && pair.messages == 3));
+        // Where it is not recorded any more with which life the first session was, its messages say nothing.
+        assert_eq!(timeline.clocks.len(), if knows_first { 2 } else { 1 });
+    }
+}
+
+/// What happened between two nodes is told with each of their rooms, and is not held with each of them.
+#[test]
+fn sessions_are_told_with_rooms_as_far_as_a_reader_wants() {
+    let (mut pair, rooms) = (Pair::new(0), 50);
+    (0..rooms).for_each(|room| pair.decode(0, Some(room), bound(RoleKind::Receiving)));
+    let mut file = pair.decode.file(S);
+    let (peer, last) = file.events[0].clone();
+    for serial in 1..=1_000 {
+        let session = Event { kind: Kind::LaneUp, serial: 1_000 + serial, ..Event::default() };
+        file.events.push((peer.clone(), session));
+    }
+    for room in 0..rooms {
+        let serial = 3_000 + room;
+        file.events.push((peer.clone(), Event { room: Some(room), serial, ..last.clone() }));
+    }
+    let timeline = Timeline::merge(&[file], &Filter::default());
+    assert_eq!(timeline.rooms.iter().map(|room| room.entries.len()).sum::<usize>(), 2 * rooms as usize);
+    let room = &timeline.rooms[0];
+    let table = timeline.table(&[room]).to_string();
+    assert_eq!(table.matches("lane up").count(), 256, "{table}");
+    assert!(table.contains("(744 earlier events of its sessions are left out)"), "{table}");
+    let json = serde_json::to_value(timeline.json(&[room])).unwrap();
+    assert_eq!(json["rooms"][0]["events"].as_array().unwrap().len(), 258);
+    assert_eq!(json["rooms"][0]["left_out"], 744);
+}
+
+/// Whatever a peer calls itself.
+#[test]
+fn nothing_that_was_recorded_moves_the_cursor() {
+    let table = |name: &'static str| {
+        let (mut here, mut there) = (Node::new(1, name, 0, 0), Node::new(2, name, 0, 0));
+        let rings = [here.meet(&there), there.meet(&here)];
+        here.note(0, rings[0], Some(1), bound(RoleKind::Receiving));
+        here.note(0, rings[0], Some(1), sent(1));
+        there.note(MS, rings[1], Some(1), came(1));
+        let cause = SessionEnd::Unreachable { cause: LinkCause::BadAddress { reason: name } };
+        here.note(
+            S,
+            RingId::NODE,
+            None,
+            What::NotReached { target: TargetId(1), cause: Box::new(cause.clone()) },
+        );
+        here.note(S, rings[0], None, What::SessionDown { cause: Box::new(cause), rooms: 1, silent_ms: 0 });
+        here.note(S, rings[0], Some(1), ended(Some(End::PeerLost { cause: silent() }), 0, None));
+        let timeline = Timeline::merge(&[here.file(2 * S), there.file(2 * S)], &Filter::default());
+        let rooms: Vec<_> = timeline.rooms.iter().collect();
+        format!("{}{}", timeline.table(&rooms), timeline.tail(100))
+    };
+    let (plain, wild) = (table("x"), table("\u{1b}[2J\r\n✗ forged\u{9b}1A\u{7f}\u{202e}\u{2028}"));
+    assert!(!wild.contains(|letter: char| letter.is_control() && letter != '\n'), "{wild:?}");
+    assert!(!wild.contains(['\u{202e}', '\u{2028}']), "{wild:?}");
+    assert!(wild.contains("\u{fffd}[2J\u{fffd}\u{fffd}✗ forged"), "{wild:?}");
+    assert_eq!(wild.lines().count(), plain.lines().count(), "{wild}");
 }
 
 #[test]

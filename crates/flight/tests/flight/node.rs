@@ -1,5 +1,6 @@
 //! A node of which nothing exists but its recorder and its clocks.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -12,6 +13,9 @@ pub struct Node {
     pub recorder: Recorder,
     identity: Identity,
     name: String,
+    /// The latest session of each ring.
+    sessions: BTreeMap<RingId, SessionId>,
+    met: u32,
     /// What its monotonic clock says when the true time is 0.
     began_ns: i64,
     /// By how much its wall clock is wrong.
@@ -25,19 +29,39 @@ impl Node {
     pub fn new(node: u64, name: &str, began_ns: i64, ahead_ns: i64) -> Self {
         let recorder = Recorder::new(FlightLimits { peers: 4, records: 256 });
         let identity = Identity { node, incarnation: node + 1000 };
-        Self { recorder, identity, name: name.to_owned(), began_ns, ahead_ns }
+        let (name, sessions) = (name.to_owned(), BTreeMap::new());
+        Self { recorder, identity, name, sessions, met: 0, began_ns, ahead_ns }
     }
 
+    /// The same node, started again.
+    pub fn again(&self) -> Self {
+        let mut node = Self::new(self.identity.node, &self.name, self.began_ns, self.ahead_ns);
+        node.identity.incarnation = self.identity.incarnation + 1;
+        node
+    }
+
+    /// A session of which it is not recorded when it began.
     pub fn meet(&mut self, other: &Node) -> RingId {
         let name = other.name.as_str().into();
-        self.recorder.begin(RingPeer { identity: other.identity, name, port: "tcp" })
+        let ring = self.recorder.begin(RingPeer { identity: other.identity, name, port: "tcp" });
+        self.met += 1;
+        self.sessions.insert(ring, SessionId(self.met));
+        ring
+    }
+
+    /// A session that begins at this true time.
+    pub fn begin(&mut self, true_ns: i64, other: &Node) -> RingId {
+        let ring = self.meet(other);
+        let incarnation = other.identity.incarnation;
+        self.note(true_ns, ring, None, What::SessionBegan { incarnation, is_dialer: true });
+        ring
     }
 
     /// Records something at this true time.
     pub fn note(&mut self, true_ns: i64, ring: RingId, room: Option<u64>, what: What) {
         let room = room.map(|room| RoomName { room, use_count: 0, share: 0 });
         let at_ns = (self.began_ns + true_ns) as u64;
-        self.recorder.record(ring, at_ns, Some(SessionId(1)), room, what);
+        self.recorder.record(ring, at_ns, self.sessions.get(&ring).copied(), room, what);
     }
 
     /// What it would write at this true time.

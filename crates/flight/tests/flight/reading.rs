@@ -1,8 +1,9 @@
 //! Dumps that are not whole, and files that are none.
 
+use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use crossdock_flight::{Filter, Problem, ReadError, Timeline, read, read_paths};
+use crossdock_flight::{Dumps, Filter, Problem, ReadError, Timeline, read, read_paths};
 use crossdock_proto::flight::Reason;
 use crossdock_proto::{RoleKind, Who};
 use proptest::prelude::*;
@@ -72,6 +73,79 @@ fn a_line_that_cannot_be_read_is_named_and_left_out() {
     assert_eq!(file.problems.len(), 4, "the end is there");
 }
 
+/// Of a node that has met two peers: lines of the header, the node's ring, and two rings of an event each.
+fn of_two_peers(names: [&str; 2]) -> String {
+    let mut node = Node::new(1, "decode-0", 5_000, 0);
+    for (at, name) in (0..).zip(names) {
+        let ring = node.meet(&Node::new(2 + at, name, 0, 0));
+        node.note(1, ring, Some(at), bound(RoleKind::Receiving));
+    }
+    String::from_utf8(node.dump(1_000, Reason::Asked).text()).unwrap()
+}
+
+#[test]
+fn events_of_a_ring_that_cannot_be_read_are_nobody_elses() {
+    let text = of_two_peers(["prefill-0", "prefill-1"]);
+    let mut lines: Vec<&str> = text.lines().collect();
+    assert!(lines[4].contains("prefill-1"));
+    lines[4] = "{\"line\":\"ring\",";
+    let file = read(Path::new("bad"), lines.join("\n").as_bytes()).unwrap();
+    let peers: Vec<Option<&str>> =
+        file.events.iter().map(|(peer, _)| peer.as_ref().map(|peer| peer.name.as_str())).collect();
+    assert_eq!(peers, [Some("prefill-0"), None]);
+    assert!(matches!(file.problems[..], [Problem::BadLine { line: 5, .. }]), "{:?}", file.problems);
+}
+
+#[test]
+fn the_longest_names_fit_into_a_line() {
+    let long = "\u{1}".repeat(60_000);
+    let text = of_two_peers([&long, "prefill-1"]);
+    assert!(text.lines().all(|line| line.len() < 64 << 10));
+    let file = read(Path::new("long"), text.as_bytes()).unwrap();
+    assert!(file.problems.is_empty(), "{:?}", file.problems);
+    let name = &file.events[0].0.as_ref().unwrap().name;
+    assert!(long.starts_with(name.trim_end_matches('…')) && name.ends_with('…'), "{name:?}");
+}
+
+#[test]
+fn a_dump_that_lacks_events_is_not_whole() {
+    let whole = String::from_utf8(text()).unwrap();
+    let lines: Vec<&str> = whole.lines().collect();
+    let problems = |lines: &[&str]| read(Path::new("cut"), lines.join("\n").as_bytes()).unwrap().problems;
+    assert_eq!(problems(&[&lines[..5], &lines[8..]].concat()), [Problem::Incomplete { events: 12, of: 15 }]);
+    let twice = [&lines[..5], &lines[4..]].concat();
+    assert_eq!(problems(&twice), [Problem::Incomplete { events: 16, of: 15 }]);
+}
+
+#[test]
+fn of_dumps_in_one_file_the_first_is_read() {
+    let (first, second) = (String::from_utf8(text()).unwrap(), of_two_peers(["prefill-0", "prefill-1"]));
+    let lines = first.lines().count() as u64;
+    let both = read(Path::new("both"), [first.as_str(), &second].concat().as_bytes()).unwrap();
+    assert_eq!(both.events.len(), 15);
+    assert_eq!(both.problems, [Problem::GoesOn { line: lines + 1 }]);
+    // Also where the first ends early.
+    let cut: Vec<&str> = first.lines().take(6).chain(second.lines()).collect();
+    let both = read(Path::new("both"), cut.join("\n").as_bytes()).unwrap();
+    assert_eq!(both.events.len(), 3);
+    assert_eq!(both.problems, [Problem::GoesOn { line: 7 }, Problem::Truncated { lines: 7 }]);
+}
+
+#[test]
+fn what_was_read_before_the_disk_failed_is_used() {
+    struct Fails;
+    impl Read for Fails {
+        fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+            Err(io::Error::other("the disk is gone"))
+        }
+    }
+    let whole = String::from_utf8(text()).unwrap();
+    let first: String = whole.split_inclusive('\n').take(6).collect();
+    let file = read(Path::new("gone"), BufReader::new(first.as_bytes().chain(Fails))).unwrap();
+    assert_eq!(file.events.len(), 3);
+    assert_eq!(file.problems, [Problem::BrokenOff { lines: 6, what: "the disk is gone".into() }]);
+}
+
 #[test]
 fn files_that_are_no_dumps_do_not_keep_the_others() {
     let scratch = Scratch::new();
@@ -93,6 +167,24 @@ fn files_that_are_no_dumps_do_not_keep_the_others() {
     assert!(of("later").contains("use the crossdock that wrote it"), "{said:#?}");
 }
 
+#[test]
+fn events_beyond_the_limit_are_counted_and_left_out() {
+    let scratch = Scratch::new();
+    let path = scratch.0.join("dump.jsonl");
+    std::fs::write(&path, text()).unwrap();
+    let mut all = Dumps::default();
+    assert_eq!((all.read(&path).unwrap(), all.read(&path).unwrap()), (vec![], vec![]));
+    assert_eq!(Timeline::of(all, &Filter::default()).entries.len(), 15);
+    let mut some = Dumps::within(4_000);
+    let problems = some.read(&path).unwrap();
+    let [Problem::LeftOut { events }] = problems[..] else { panic!("{problems:?}") };
+    assert!((1..15).contains(&events), "{events}");
+    // What is held already takes no more room.
+    assert_eq!(some.read(&path).unwrap(), problems);
+    let timeline = Timeline::of(some, &Filter::default());
+    assert_eq!((timeline.entries.len() as u64, timeline.sources[0].files), (15 - events, 2));
+}
+
 proptest! {
     #[test]
     fn nothing_that_is_read_panics(mut bytes in prop::collection::vec(any::<u8>(), 0..600), at in any::<prop::sample::Index>()) {
@@ -106,7 +198,7 @@ proptest! {
             let timeline = Timeline::merge(&[file], &Filter::default());
             let rooms: Vec<_> = timeline.rooms.iter().collect();
             prop_assert!(!timeline.table(&rooms).to_string().is_empty());
-            prop_assert!(timeline.json(&rooms).is_object());
+            prop_assert!(serde_json::to_value(timeline.json(&rooms)).unwrap().is_object());
         }
         bytes.clear();
     }
@@ -122,7 +214,7 @@ proptest! {
             numbers[0]
         );
         let event = |kind: &str, serial: u64, at: u64| format!(
-            r#"{{"line":"event","event":"{kind}","serial":{serial},"at_ns":{at},"room":1,"grant":"1/1","bytes":{serial},"of_bytes":{at},"layers":3}}"#
+            r#"{{"line":"event","event":"{kind}","serial":{serial},"at_ns":{at},"session":1,"room":1,"grant":"1/1","bytes":{serial},"of_bytes":{at},"layers":3}}"#
         );
         let a = [header(1, numbers[1], numbers[2]), ring(2), event("grant-sent", numbers[3], numbers[4]), event("delivered-came", numbers[5], numbers[6])];
         let b = [header(2, numbers[7], numbers[8]), ring(1), event("grant-came", numbers[9], numbers[10]), event("delivered-sent", numbers[11], numbers[0]), event("posted", 5, 0)];

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crossdock_engine::{Engine, Promise, now_ns};
 use crossdock_flight::{Clocks, Dump, Folder};
 use crossdock_proto::RoomId;
-use crossdock_proto::flight::{FlightTag, Reason, Snapshot, What};
+use crossdock_proto::flight::{FlightTag, Reason, Recorder, Snapshot, What};
 
 use super::Worker;
 use super::posting::Run;
@@ -74,10 +74,15 @@ impl Worker {
 
     /// One a turn: when many peers are lost at once, rooms with others go on meanwhile.
     fn dump_incident(&mut self, now: u64) -> bool {
-        let Some(folder) = self.flight.folder.as_ref().filter(|folder| folder.has_room()) else {
-            return false;
-        };
+        let Some(folder) = &self.flight.folder else { return false };
         let proto = self.engine.proto();
+        let lost = proto.recorder().take_lost();
+        if lost > 0 {
+            folder.leave_out(lost);
+        }
+        if !folder.has_room() {
+            return false;
+        }
         let incident = proto.recorder().next_incident(now);
         if let Some(incident) = incident {
             folder.put(Dump { snapshot: proto.snapshot_incident(incident), clocks: Clocks::now(now_ns()) });
@@ -110,19 +115,25 @@ impl Worker {
     pub(super) fn dump_last(&mut self) {
         let Some(folder) = &self.flight.folder else { return };
         let proto = self.engine.proto();
-        let until_ns = now_ns() + LAST_DUMPS_NS;
-        while let Some(incident) = proto.recorder().last_incident() {
+        let (rings, until_ns) = (proto.recorder().rings() as u32, now_ns() + LAST_DUMPS_NS);
+        for reason in last_reasons(proto.recorder(), std::thread::panicking()) {
             while !folder.has_room() && now_ns() < until_ns {
                 std::thread::sleep(Duration::from_nanos(BETWEEN_LOOKS_NS));
             }
-            folder.put(Dump { snapshot: proto.snapshot_incident(incident), clocks: Clocks::now(now_ns()) });
-        }
-        if std::thread::panicking() {
-            let rings = proto.recorder().rings() as u32;
-            let snapshot = proto.snapshot(Reason::Panicked, 0..rings);
+            let snapshot = match reason {
+                Reason::Failed(incident) => proto.snapshot_incident(incident),
+                _ => proto.snapshot(reason, 0..rings),
+            };
             folder.put(Dump { snapshot, clocks: Clocks::now(now_ns()) });
         }
     }
+}
+
+/// What is to be written at the end. The dump of a panic goes first, as a disk that does not keep up loses the last
+/// ones: it holds what the others do.
+fn last_reasons(recorder: &mut Recorder, is_panicking: bool) -> Vec<Reason> {
+    let incidents = std::iter::from_fn(|| recorder.last_incident()).map(Reason::Failed);
+    is_panicking.then_some(Reason::Panicked).into_iter().chain(incidents).collect()
 }
 
 impl Noted {
@@ -172,3 +183,28 @@ const RINGS_A_TURN: u32 = 8;
 
 /// Copies that may be waited for. They are large.
 const MOST_ASKED: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use crossdock_proto::flight::{FlightLimits, RingId, RingPeer};
+    use crossdock_proto::{Identity, SessionEnd};
+
+    use super::*;
+
+    #[test]
+    fn the_dump_of_a_panic_is_the_last_to_be_lost() {
+        let mut recorder = Recorder::new(FlightLimits { peers: 20, records: 4 });
+        for node in 0..20 {
+            let identity = Identity { node, incarnation: 1 };
+            let peer = RingPeer { identity, name: "peer".into(), port: "tcp" };
+            let ring = recorder.begin(peer);
+            assert_ne!(ring, RingId::NODE);
+            let cause = Box::new(SessionEnd::Silent { for_ns: 1 });
+            recorder.record(ring, 0, None, None, What::SessionDown { cause, rooms: 1, silent_ms: 0 });
+        }
+        let reasons = last_reasons(&mut recorder, true);
+        assert_eq!((reasons[0], reasons.len()), (Reason::Panicked, 21));
+        assert_eq!(last_reasons(&mut recorder, true), [Reason::Panicked]);
+        assert!(last_reasons(&mut recorder, false).is_empty());
+    }
+}
