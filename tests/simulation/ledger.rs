@@ -2,7 +2,7 @@
 //! given to, and which grants were given for it since.
 
 use crossdock_kv::CacheLayout;
-use crossdock_transport::{GrantId, LocalId};
+use crossdock_transport::{GrantId, LocalId, PeerId};
 
 /// The pages of one process.
 pub struct Ledger {
@@ -13,8 +13,22 @@ pub struct Ledger {
 #[derive(Clone, Default)]
 pub struct Page {
     pub holder: Holder,
-    /// For which a peer may write the page, or could since it left home.
-    pub grants: Vec<GrantId>,
+    /// For which peers may write the page, or could since it left home.
+    pub grants: Vec<(PeerId, GrantId)>,
+}
+
+impl Page {
+    pub fn is_granted(&self, grant: GrantId) -> bool {
+        self.grants.iter().any(|(_, given)| *given == grant)
+    }
+
+    /// Whether a grant has been followed by another one of the same peer's, or by any where there is but one.
+    pub fn is_outdated(&self, grant: GrantId, has_one_writer: bool) -> bool {
+        let at = self.grants.iter().rposition(|(_, given)| *given == grant);
+        let Some(at) = at else { return true };
+        let (peer, _) = self.grants[at];
+        self.grants[at + 1..].iter().any(|(later, _)| has_one_writer || *later == peer)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,19 +60,22 @@ impl Ledger {
         }
     }
 
-    pub fn note_grant(&mut self, pages: &[u32], grant: GrantId) {
+    pub fn note_grant(&mut self, pages: &[u32], peer: PeerId, grant: GrantId) {
         for &page in pages {
-            self.pages[page as usize].grants.push(grant);
+            self.pages[page as usize].grants.push((peer, grant));
         }
     }
 
     /// The pages that some bytes of a region lie in; `None` if some lie in none.
     pub fn touched(&self, region: LocalId, offset: u64, bytes: u64) -> Option<impl Iterator<Item = &Page>> {
-        let mut layers = self
-            .layout
-            .layers()
-            .filter(|&layer| self.layout.buffer(layer).is_some_and(|buffer| buffer.region == region.0));
-        let (first, last) = layers.find_map(|layer| self.layout.page_layout(layer)?.locate(offset, bytes))?;
+        let mut parts = self.layout.tokens().parts().iter();
+        let (first, last) = parts.find_map(|part| {
+            let mut layers = part.layers().iter().zip(part.buffers());
+            layers.find_map(|(&layer, buffer)| match buffer.region == region.0 {
+                true => part.page_layout(layer)?.locate(offset, bytes),
+                false => None,
+            })
+        })?;
         Some(self.pages[first as usize..=last as usize].iter())
     }
 }

@@ -4,15 +4,22 @@
 //! More seeds: `CROSSDOCK_SEEDS=20000 cargo test -p crossdock-tests --release --test simulation -- --nocapture`.
 //! One seed again, with everything that happened: `CROSSDOCK_SEED=7 cargo test -p crossdock-tests --test simulation`.
 
+mod cache;
 mod chance;
 mod checks;
+mod ends;
 mod faults;
+mod home;
+mod landings;
 mod ledger;
 mod network;
 mod node;
 mod panics;
+mod plan;
 mod port;
+mod ranks;
 mod report;
+mod rest;
 mod room;
 mod rules;
 mod run;
@@ -33,7 +40,7 @@ use parking_lot::Mutex;
 
 use crate::faults::Fault;
 use crate::node::Process;
-use crate::report::Pairs;
+use crate::report::{OfRanks, Pairs};
 use crate::room::EndKind;
 use crate::run::{replay, run, run_many, run_with, story_with};
 use crate::scenario::Scenario;
@@ -52,7 +59,7 @@ fn the_rules_hold_whatever_happens() {
     };
     // Past the harness, which shows what tests print only when they fail.
     std::io::stderr().write_all(format!("{tally}\n").as_bytes()).expect("standard error");
-    println!("{}", Pairs(&tally.meetings));
+    println!("{}\n{}", OfRanks(&tally.meetings), Pairs(&tally.meetings));
     let (events, nodes) = tally.least.expect("a seed at least");
     assert!(events >= LEAST_EVENTS && nodes >= 3, "a seed of {events} events, or of {nodes} nodes");
     let fair = tally.fair;
@@ -61,6 +68,12 @@ fn the_rules_hold_whatever_happens() {
     for fault in [None].into_iter().chain(Fault::ALL.map(Some)) {
         for kind in EndKind::ALL {
             assert!(tally.meetings.count(fault, kind) > 0, "{fault:?} has never met {kind:?}");
+            // Of several ranks there are fewer rooms, and few rooms fail at all.
+            let of_ranks = tally.meetings.count_of_ranks(fault, kind);
+            assert!(
+                of_ranks > 0 || kind == EndKind::Failed,
+                "of several ranks {fault:?} has never met {kind:?}"
+            );
         }
     }
 }

@@ -4,18 +4,20 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crossdock_engine::{Engine, Ticket};
-use crossdock_kv::{CacheLayout, Handle, Peer, PeerUp, Worker, WorkerError, WorkerOptions};
-use crossdock_memory::{AllocateOptions, Memory, PagePool};
+use crossdock_kv::{Handle, Peer, PeerUp, Worker, WorkerError, WorkerOptions};
+use crossdock_memory::PagePool;
 use crossdock_proto::{Config, Fingerprint, Identity, Proto, Rail, SessionEnd};
 use crossdock_sim::{Fabric, NodeId, PortId};
 use crossdock_transport::Port;
 use parking_lot::Mutex;
 
+use crate::cache::Cache;
 use crate::chance::mix;
 use crate::faults::Fault;
 use crate::ledger::Ledger;
 use crate::network::{SimNetwork, Wire};
 use crate::port::{Watch, WatchedPort};
+use crate::room::Part;
 use crate::scenario::{MS, Scenario, US};
 
 /// A node over all its lives.
@@ -47,28 +49,11 @@ pub struct Held {
     pub requests: usize,
 }
 
-/// Which side of a room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    Decode,
-    Prefill,
-}
-
-impl Part {
-    pub fn other(self) -> Self {
-        match self {
-            Self::Decode => Self::Prefill,
-            Self::Prefill => Self::Decode,
-        }
-    }
-}
-
 /// One life of a node.
 pub struct Process {
     pub worker: Worker,
     pub handle: Handle,
-    pub layout: CacheLayout,
-    pub memory: Vec<Memory>,
+    pub cache: Cache,
     pub pool: PagePool,
     pub wire: Arc<Mutex<Wire>>,
     pub watch: Arc<Mutex<Watch>>,
@@ -104,15 +89,10 @@ impl Process {
         let config = config(scenario, node, life, &ports);
         let network = Box::new(SimNetwork::new(wire.clone(), plan.address.clone()));
         let engine = Engine::new(Proto::new(config), network, ports, scenario.engine.clone());
-        let regions = layout.buffers().map(|buffer| buffer.region + 1).max().unwrap_or(0);
-        let allocate = |region| {
-            let bytes = layout.bytes_needed(region) as usize;
-            Memory::allocate(bytes, &AllocateOptions::default()).expect("a little memory")
-        };
-        let memory: Vec<Memory> = (0..regions).map(allocate).collect();
+        let cache = Cache::new(layout.clone());
         let options = WorkerOptions {
             layout: layout.clone(),
-            memory: memory.clone(),
+            memory: cache.memory.clone(),
             verify: plan.verify,
             max_commands: scenario.max_commands,
             max_targets: 64,
@@ -123,8 +103,7 @@ impl Process {
             worker,
             handle,
             pool: PagePool::external(layout.pages()),
-            layout,
-            memory,
+            cache,
             wire,
             watch,
             ports: ids,
@@ -154,34 +133,6 @@ impl Process {
     pub fn held(&mut self) -> Held {
         let proto = self.worker.engine().proto();
         Held { rooms: proto.rooms_live(), grants: proto.grants_live(), requests: proto.requests_parked() }
-    }
-
-    /// Where a token of a page lies.
-    pub fn place(&self, layer: u32, page: u32, token_in_page: u32) -> (&Memory, usize) {
-        let buffer = self.layout.buffer(layer).expect("a layer of this node");
-        let page = self.layout.page_layout(layer).and_then(|at| at.page_offset(page)).expect("a page");
-        let offset = page + u64::from(token_in_page) * self.layout.token_bytes();
-        (&self.memory[buffer.region as usize], offset as usize)
-    }
-
-    pub fn write(&self, layer: u32, page: u32, token_in_page: u32, bytes: &[u8]) {
-        let (memory, offset) = self.place(layer, page, token_in_page);
-        memory.write(offset, bytes).expect("within the region");
-    }
-
-    pub fn read(&self, layer: u32, page: u32, token_in_page: u32, into: &mut [u8]) {
-        let (memory, offset) = self.place(layer, page, token_in_page);
-        memory.read(offset, into).expect("within the region");
-    }
-
-    /// Makes sure that nobody relies any more on what is in these pages.
-    pub fn poison(&self, pages: &[u32]) {
-        let page_bytes = vec![0xee; self.layout.page_bytes() as usize];
-        for layer in self.layout.layers() {
-            for &page in pages {
-                self.write(layer, page, 0, &page_bytes);
-            }
-        }
     }
 }
 

@@ -110,7 +110,7 @@ impl Port for WatchedPort {
         let mut watch = self.watch.lock();
         watch.granted.insert(grant.id);
         if grant.access == Access::Write {
-            watch.ledger.note_grant(grant.pages, grant.id);
+            watch.ledger.note_grant(grant.pages, grant.peer, grant.id);
         }
         Ok(())
     }

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use crate::faults::{Fault, Trouble};
-use crate::node::Part;
-use crate::room::{EndKind, Room};
+use crate::room::{EndKind, Part, Room};
 
-/// How often a fault troubled a side of a room while it was open, or the one it was open with, by how that side ended.
+/// How often a fault troubled a side of a room while it was open, or one that it was open with, by how that side ended.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Meetings {
     counts: BTreeMap<(Option<Fault>, EndKind), u64>,
+    /// Those of rooms of several ranks among them.
+    of_ranks: BTreeMap<(Option<Fault>, EndKind), u64>,
     /// How often a prefill side that ended so met a decode side that ended so.
     pairs: BTreeMap<(EndKind, EndKind), u64>,
 }
@@ -19,14 +20,21 @@ impl Meetings {
     pub fn of(troubles: &[Trouble], rooms: &[Room]) -> Self {
         let mut meetings = Self::default();
         for room in rooms {
-            let nodes = [room.plan.decode, room.plan.prefill];
-            // The sides of another try may have met those of the first.
-            if let (Some(prefill), Some(decode), None) =
-                (room.end(Part::Prefill), room.end(Part::Decode), room.plan.again)
-            {
-                *meetings.pairs.entry((EndKind::of(prefill), EndKind::of(decode))).or_default() += 1;
+            for (decode, seat) in room.plan.decodes.iter().enumerate() {
+                for &prefill in &seat.peers {
+                    let ends = (room.end(Part::Prefill(prefill)), room.end(Part::Decode(decode)));
+                    // The sides of another try may have met those of the first.
+                    if let ((Some(prefill), Some(decode)), None) = (ends, room.plan.again) {
+                        *meetings.pairs.entry((EndKind::of(prefill), EndKind::of(decode))).or_default() += 1;
+                    }
+                }
             }
-            for part in [Part::Decode, Part::Prefill] {
+            for part in room.plan.parts() {
+                let nodes: Vec<usize> = [part]
+                    .into_iter()
+                    .chain(room.plan.peers(part))
+                    .map(|part| room.plan.node(part))
+                    .collect();
                 let Some(side) = room.side(part) else { continue };
                 let Some((told_ns, end)) = &side.told else { continue };
                 let kind = EndKind::of(end);
@@ -41,11 +49,13 @@ impl Meetings {
                     .collect();
                 met.sort_unstable();
                 met.dedup();
-                if met.is_empty() {
-                    *meetings.counts.entry((None, kind)).or_default() += 1;
-                }
+                let met = met.into_iter().map(Some);
+                let met: Vec<Option<Fault>> = if met.len() == 0 { vec![None] } else { met.collect() };
                 for fault in met {
-                    *meetings.counts.entry((Some(fault), kind)).or_default() += 1;
+                    *meetings.counts.entry((fault, kind)).or_default() += 1;
+                    if room.plan.parts().count() > 2 {
+                        *meetings.of_ranks.entry((fault, kind)).or_default() += 1;
+                    }
                 }
             }
         }
@@ -56,6 +66,9 @@ impl Meetings {
         for (key, count) in &other.counts {
             *self.counts.entry(*key).or_default() += count;
         }
+        for (key, count) in &other.of_ranks {
+            *self.of_ranks.entry(*key).or_default() += count;
+        }
         for (key, count) in &other.pairs {
             *self.pairs.entry(*key).or_default() += count;
         }
@@ -63,6 +76,11 @@ impl Meetings {
 
     pub fn count(&self, fault: Option<Fault>, kind: EndKind) -> u64 {
         self.counts.get(&(fault, kind)).copied().unwrap_or(0)
+    }
+
+    /// Of rooms of several ranks alone.
+    pub fn count_of_ranks(&self, fault: Option<Fault>, kind: EndKind) -> u64 {
+        self.of_ranks.get(&(fault, kind)).copied().unwrap_or(0)
     }
 }
 
@@ -93,12 +111,16 @@ impl fmt::Display for Fair {
 
 impl fmt::Display for Meetings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        heading(f, "fault \\ end")?;
-        for fault in [None].into_iter().chain(Fault::ALL.map(Some)) {
-            let name = fault.map_or("none".into(), |fault| format!("{fault:?}"));
-            row(f, &name, |kind| self.count(fault, kind))?;
-        }
-        Ok(())
+        faults(f, "fault \\ end", |fault, kind| self.count(fault, kind))
+    }
+}
+
+/// The same of rooms of several ranks alone.
+pub struct OfRanks<'a>(pub &'a Meetings);
+
+impl fmt::Display for OfRanks<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        faults(f, "several ranks", |fault, kind| self.0.count_of_ranks(fault, kind))
     }
 }
 
@@ -115,6 +137,19 @@ impl fmt::Display for Pairs<'_> {
         }
         Ok(())
     }
+}
+
+fn faults(
+    f: &mut fmt::Formatter<'_>,
+    corner: &str,
+    count: impl Fn(Option<Fault>, EndKind) -> u64,
+) -> fmt::Result {
+    heading(f, corner)?;
+    for fault in [None].into_iter().chain(Fault::ALL.map(Some)) {
+        let name = fault.map_or("none".into(), |fault| format!("{fault:?}"));
+        row(f, &name, |kind| count(fault, kind))?;
+    }
+    Ok(())
 }
 
 fn heading(f: &mut fmt::Formatter<'_>, corner: &str) -> fmt::Result {

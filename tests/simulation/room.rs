@@ -7,46 +7,65 @@ use crossdock_engine::Abandoned;
 use crossdock_kv::{Ended, Receiving, Sending, Serving};
 use crossdock_proto::{End, Who};
 
-use crate::chance::{Chance, mix};
+use crate::chance::Chance;
 use crate::scenario::{MS, US};
 
-/// One request's hand-over.
-pub struct Room {
-    pub plan: Plan,
-    pub decode: Option<Decode>,
-    pub prefill: Option<Prefill>,
+/// Which side of a room, and which of its ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    Decode(usize),
+    Prefill(usize),
 }
 
-/// What the two users are going to do.
+/// One request's hand-over, between one rank and another, or several.
+pub struct Room {
+    pub plan: Plan,
+    /// Those of the plan's ranks that have been opened.
+    pub decodes: Vec<Option<Decode>>,
+    pub prefills: Vec<Option<Prefill>>,
+}
+
+/// What the users are going to do.
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub number: u64,
     pub use_count: u32,
     pub is_pull: bool,
-    pub decode: usize,
-    pub prefill: usize,
+    pub decodes: Vec<Seat>,
+    pub prefills: Vec<Seat>,
     pub tokens: u32,
     /// The prefill side believes in so many.
     pub prefill_tokens: u32,
     pub skip_tokens: u32,
     /// The bytes follow from it.
     pub salt: u64,
-    pub decode_duration_ns: u64,
-    pub prefill_duration_ns: u64,
-    /// A side that is cancelled by its user.
-    pub is_cancelled: bool,
-    /// The user of the decode side lets go of the ticket for the pages.
-    pub is_careless: bool,
     /// A room that had the same name, and came to nothing.
     pub again: Option<usize>,
     pub is_tried_again: bool,
-    /// How long the prefill computes at most before the next step.
+    /// How long the prefills compute at most before the next step.
     pub step_ns: u64,
-    /// How long it computes at most in all.
+    /// How long they compute at most in all.
     pub computes_ns: u64,
-    /// What the push sends, in order.
+    /// What each prefill rank does meanwhile.
+    pub computing: Vec<Computing>,
+}
+
+/// A rank's place in a room.
+#[derive(Clone, Debug)]
+pub struct Seat {
+    pub node: usize,
+    /// With which ranks of the other side it has a share.
+    pub peers: Vec<usize>,
+    pub duration_ns: u64,
+    /// Its user cancels it.
+    pub is_cancelled: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Computing {
+    /// What a push sends, in order.
     pub steps: VecDeque<(Range<u32>, Range<u32>)>,
-    /// Tokens that the prefill's user has changed after they were sent and before the room was finished.
+    /// Tokens that the user has changed after they were sent and before the room was finished.
     pub scribbles: BTreeSet<(u32, u32)>,
 }
 
@@ -68,6 +87,7 @@ pub struct Decode {
     pub side: Side,
     pub receiving: Receiving,
     pub arrivals: u64,
+    /// The user has let go of the ticket for the pages.
     pub is_careless: bool,
 }
 
@@ -82,32 +102,82 @@ pub enum PrefillTicket {
 }
 
 impl Room {
-    pub fn side(&self, part: crate::node::Part) -> Option<&Side> {
+    pub fn new(plan: Plan) -> Self {
+        let decodes = plan.decodes.iter().map(|_| None).collect();
+        let prefills = plan.prefills.iter().map(|_| None).collect();
+        Self { plan, decodes, prefills }
+    }
+
+    pub fn side(&self, part: Part) -> Option<&Side> {
         match part {
-            crate::node::Part::Decode => self.decode.as_ref().map(|decode| &decode.side),
-            crate::node::Part::Prefill => self.prefill.as_ref().map(|prefill| &prefill.side),
+            Part::Decode(nth) => self.decodes[nth].as_ref().map(|decode| &decode.side),
+            Part::Prefill(nth) => self.prefills[nth].as_ref().map(|prefill| &prefill.side),
         }
     }
 
-    pub fn side_mut(&mut self, part: crate::node::Part) -> Option<&mut Side> {
+    pub fn side_mut(&mut self, part: Part) -> Option<&mut Side> {
         match part {
-            crate::node::Part::Decode => self.decode.as_mut().map(|decode| &mut decode.side),
-            crate::node::Part::Prefill => self.prefill.as_mut().map(|prefill| &mut prefill.side),
+            Part::Decode(nth) => self.decodes[nth].as_mut().map(|decode| &mut decode.side),
+            Part::Prefill(nth) => self.prefills[nth].as_mut().map(|prefill| &mut prefill.side),
         }
     }
 
     /// How one side ended, if it was opened and has.
-    pub fn end(&self, part: crate::node::Part) -> Option<&End> {
+    pub fn end(&self, part: Part) -> Option<&End> {
         self.side(part)?.told.as_ref().map(|(_, end)| end)
     }
 }
 
 impl Plan {
-    /// Where a side is.
-    pub fn node(&self, part: crate::node::Part) -> usize {
+    pub fn parts(&self) -> impl Iterator<Item = Part> + use<> {
+        let decodes = (0..self.decodes.len()).map(Part::Decode);
+        decodes.chain((0..self.prefills.len()).map(Part::Prefill))
+    }
+
+    pub fn seat(&self, part: Part) -> &Seat {
         match part {
-            crate::node::Part::Decode => self.decode,
-            crate::node::Part::Prefill => self.prefill,
+            Part::Decode(nth) => &self.decodes[nth],
+            Part::Prefill(nth) => &self.prefills[nth],
+        }
+    }
+
+    pub fn seat_mut(&mut self, part: Part) -> &mut Seat {
+        match part {
+            Part::Decode(nth) => &mut self.decodes[nth],
+            Part::Prefill(nth) => &mut self.prefills[nth],
+        }
+    }
+
+    /// Where a side is.
+    pub fn node(&self, part: Part) -> usize {
+        self.seat(part).node
+    }
+
+    /// Those with which a side has a share.
+    pub fn peers(&self, part: Part) -> impl Iterator<Item = Part> {
+        let of_peer = move |&nth: &usize| match part {
+            Part::Decode(_) => Part::Prefill(nth),
+            Part::Prefill(_) => Part::Decode(nth),
+        };
+        self.seat(part).peers.iter().map(of_peer)
+    }
+
+    /// Whether a side has several shares, each of which ends by itself.
+    pub fn is_shared(&self, part: Part) -> bool {
+        self.seat(part).peers.len() > 1
+    }
+
+    /// The decode rank that is at a node.
+    pub fn decode_at(&self, node: usize) -> Option<Part> {
+        self.decodes.iter().position(|seat| seat.node == node).map(Part::Decode)
+    }
+
+    /// Whether the bytes of a side's shares were changed while they moved.
+    pub fn is_scribbled(&self, part: Part) -> bool {
+        let is_scribbled = |nth: &usize| !self.computing[*nth].scribbles.is_empty();
+        match part {
+            Part::Decode(nth) => self.decodes[nth].peers.iter().any(is_scribbled),
+            Part::Prefill(nth) => is_scribbled(&nth),
         }
     }
 }
@@ -187,22 +257,6 @@ fn cut(chance: &mut Chance, range: Range<u32>) -> Vec<Range<u32>> {
     }
     parts
 }
-
-/// What one token has in one layer.
-pub const TOKEN_BYTES: usize = 12;
-
-/// The bytes of a token.
-pub fn content(salt: u64, layer: u32, token: u32) -> [u8; TOKEN_BYTES] {
-    let first = mix(salt ^ mix(u64::from(layer) << 32 | u64::from(token)));
-    let mut bytes = [0; TOKEN_BYTES];
-    bytes[..8].copy_from_slice(&first.to_le_bytes());
-    bytes[8..].copy_from_slice(&mix(first).to_le_bytes()[..TOKEN_BYTES - 8]);
-    bytes
-}
-
-/// The salts of what was in the destination before, and of what the prefill's user wrote late.
-pub const BEFORE: u64 = 0xbef0;
-pub const SCRIBBLED: u64 = 0x5c81;
 
 /// An end, for tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,16 +1,13 @@
 //! What a seed chooses: how many nodes, over which ports, with which limits, in which weather.
 
-use std::num::NonZeroU32;
-
 use crossdock_engine::EngineOptions;
-use crossdock_kv::{
-    CacheKind, CacheLayout, Dtype, LayerBuffer, LayoutOptions, Placement, Verify, WorkerOptions,
-};
+use crossdock_kv::{CacheLayout, Verify, WorkerOptions};
 use crossdock_proto::Auth;
 use crossdock_sim::{Between, FabricOptions, OneIn, Semantics, SimPortOptions};
 
 use crate::chance::{Chance, mix};
 use crate::faults::Fault;
+use crate::ranks::{self, Split};
 
 pub const US: u64 = 1_000;
 pub const MS: u64 = 1_000_000;
@@ -22,6 +19,8 @@ pub struct Scenario {
     pub rails: Vec<SimPortOptions>,
     pub lanes_per_rail: u8,
     pub nodes: Vec<NodePlan>,
+    /// Each request is shared by several ranks.
+    pub split: Option<Split>,
     pub auth: Auth,
     pub engine: EngineOptions,
     pub max_grants: u32,
@@ -38,9 +37,9 @@ pub struct Scenario {
     /// Prefills write where they must not after every step, and users whose process is gone come again when there is
     /// another.
     pub is_scribbled: bool,
-    /// The faults that come, and how long after each other. None: fair weather.
     /// What a node posts and sums in a turn: with little, faults come between two shares of a room.
     pub turn_bytes: u64,
+    /// The faults that come, and how long after each other. None: fair weather.
     pub faults: Vec<Fault>,
     pub fault_gap_ns: u64,
 }
@@ -79,7 +78,7 @@ impl Scenario {
             ..FabricOptions::default()
         };
         let rails = rails(chance);
-        let nodes = nodes(chance);
+        let (nodes, split) = ranks::nodes(chance, seed);
         let (faults, fault_gap_ns) = weather(chance);
         if !faults.iter().any(|fault| matches!(fault, Fault::Partition | Fault::Death)) {
             // Several lost in a row look like a dead peer; here nobody may be taken for one without reason.
@@ -95,6 +94,7 @@ impl Scenario {
             rails,
             lanes_per_rail: chance.within(1..4) as u8,
             nodes,
+            split,
             auth,
             engine: EngineOptions {
                 events_per_poll: *chance.pick(&[2, 16, 256]),
@@ -117,6 +117,12 @@ impl Scenario {
             faults,
             fault_gap_ns,
         };
+        if scenario.split.is_some() {
+            // Limits are of shares.
+            scenario.max_grants *= 2;
+            scenario.max_rooms *= 2;
+            scenario.max_parked *= 2;
+        }
         // What chance alone would meet too rarely.
         match seed % 12 {
             1 | 10 => scenario.become_lane_storm(chance),
@@ -127,6 +133,10 @@ impl Scenario {
             9 => scenario.become_torn(chance),
             11 => scenario.become_late_words(chance),
             _ => {}
+        }
+        if scenario.split.is_some() {
+            // Each has two shares or more.
+            scenario.rooms /= 2;
         }
         if scenario.is_fair() {
             // A lane on which rooms queue for longer than they have is no fair weather.
@@ -278,72 +288,6 @@ fn rails(chance: &mut Chance) -> Vec<SimPortOptions> {
             }
         })
         .collect()
-}
-
-fn nodes(chance: &mut Chance) -> Vec<NodePlan> {
-    let count = chance.within(3..5) as usize;
-    // Any two ranks have a layer in common, of whichever each lacks.
-    let model_layers = chance.within(3..5) as u32;
-    let are_mixed = chance.one_in(3);
-    let are_crossed = chance.one_in(3);
-    (0..count)
-        .map(|at| {
-            // Two prefill nodes and the others decode, or everybody does both.
-            let prefills = are_mixed || at < 2;
-            let decodes = are_mixed || at >= 2;
-            let dials = (0..count).filter(|&other| match are_mixed {
-                true => other < at || (are_crossed && other != at),
-                false => (decodes && other < 2) || (are_crossed && prefills && other >= 2),
-            });
-            NodePlan {
-                address: format!("node-{at}"),
-                dials: dials.collect(),
-                layout: layout(chance, model_layers),
-                verify: match chance.below(3) {
-                    0 => Verify::Off,
-                    1 => Verify::All,
-                    _ => Verify::OneIn(NonZeroU32::new(2).expect("two")),
-                },
-                prefills,
-                decodes,
-                heartbeats_missed: chance.within(3..10) as u32,
-            }
-        })
-        .collect()
-}
-
-/// A small cache in one of the shapes that engines use. Some ranks lack the first or the last layer.
-fn layout(chance: &mut Chance, model_layers: u32) -> CacheLayout {
-    let layers = match chance.below(6) {
-        0 => 1..model_layers,
-        1 => 0..model_layers - 1,
-        _ => 0..model_layers,
-    };
-    let kind = CacheKind::Mla { latent_bytes: 8, rope_bytes: 4 };
-    let page_tokens = *chance.pick(&[2, 4, 8, 6]);
-    let pages = (160 / page_tokens).max(24);
-    let page_bytes = kind.token_bytes() * u64::from(page_tokens);
-    let placement = match chance.below(3) {
-        0 => Placement::LayerMajor { region: 0 },
-        1 => Placement::PageMajor { region: 0 },
-        // A region for every layer, with gaps between the pages.
-        _ => {
-            let buffer = |region| LayerBuffer { region, offset: 16, stride_bytes: page_bytes + 12 };
-            Placement::Buffers((0..layers.len() as u32).map(buffer).collect())
-        }
-    };
-    let model = "a small model".into();
-    let options = LayoutOptions {
-        model,
-        model_layers,
-        layers,
-        kind,
-        dtype: Dtype::Bf16,
-        page_tokens,
-        pages,
-        placement,
-    };
-    CacheLayout::new(options).expect("a layout that makes sense")
 }
 
 fn weather(chance: &mut Chance) -> (Vec<Fault>, u64) {

@@ -2,148 +2,24 @@
 
 use std::time::Duration;
 
-use crossdock_kv::{Peer, ReceiveRequest, SendError, SendRequest, ServeRequest};
-use crossdock_proto::End;
+use crossdock_kv::{
+    GatherRequest, Parts, Peer, ScatterRequest, ScatterServeRequest, SendError, Source, SourceRank,
+};
 use crossdock_sim::NodeId;
 
+use crate::cache::{self, BEFORE, SCRIBBLED};
 use crate::ledger::Holder;
-use crate::node::{Part, Process, number};
-use crate::room::{self, BEFORE, Decode, Patience, Plan, Prefill, PrefillTicket, Room, SCRIBBLED, Side};
+use crate::node::{Process, number};
+use crate::room::{Decode, Part, Plan, Prefill, PrefillTicket, Room, Side};
 use crate::rules::{Held, Rule, broken};
-use crate::scenario::{MS, US};
+use crate::scenario::US;
 use crate::world::{Event, World};
 
 impl World {
-    /// A router gives a request to two workers.
-    pub fn plan_room(&mut self) {
-        let room = self.rooms.len();
-        if self.has_planned_all() {
-            return;
-        }
-        // One in a few is another try of a request that came to nothing, under the same name.
-        let again = (0..room).rev().find(|&room| self.went_down(room)).filter(|_| self.chance.one_in(2));
-        if let Some(again) = again {
-            self.rooms[again].plan.is_tried_again = true;
-        }
-        let chance = &mut self.chance;
-        let (nodes, slow_steps) = (&self.scenario.nodes, self.scenario.slow_steps);
-        let all = 0..nodes.len();
-        let decodes: Vec<usize> = all.clone().filter(|&node| nodes[node].decodes).collect();
-        let decode = match again {
-            Some(again) => self.rooms[again].plan.decode,
-            None => *chance.pick(&decodes),
-        };
-        let prefills: Vec<usize> = all
-            .filter(|&node| nodes[node].prefills && node != decode && self.scenario.are_joined(node, decode))
-            .collect();
-        let prefill = match again {
-            Some(again) => self.rooms[again].plan.prefill,
-            None => *chance.pick(&prefills),
-        };
-        let patience = *chance.pick(&[
-            Patience::Short,
-            Patience::Medium,
-            Patience::Long,
-            Patience::Long,
-            Patience::Long,
-            Patience::Long,
-        ]);
-        let other = if chance.one_in(4) { Patience::Medium } else { patience };
-        let tokens = match chance.below(3) {
-            0 => chance.within(1..6),
-            1 => chance.within(1..24),
-            _ => chance.within(8..56),
-        } as u32;
-        let skip_tokens = if chance.one_in(3) { chance.below(u64::from(tokens) + 1) as u32 } else { 0 };
-        let (tokens, skip_tokens) = match again.map(|again| &self.rooms[again].plan) {
-            Some(plan) => (plan.tokens, plan.skip_tokens),
-            None => (tokens, skip_tokens),
-        };
-        let is_other = again.is_none() && chance.one_in(24);
-        let prefill_tokens = if is_other { tokens + 1 } else { tokens };
-        let (number, use_count, is_pull) = match again.map(|again| &self.rooms[again].plan) {
-            Some(plan) => (plan.number, plan.use_count, plan.is_pull),
-            None => {
-                let number = chance.below(12);
-                let uses = self.uses.entry(number).or_default();
-                *uses += 1;
-                (number, *uses, chance.one_in(3))
-            }
-        };
-        let steps = room::steps(chance, nodes[prefill].layout.layers(), prefill_tokens);
-        let step_ns = if slow_steps { 4 * MS } else { *chance.pick(&[10 * US, 60 * US, 60 * US, MS]) };
-        let mut plan = Plan {
-            number,
-            use_count,
-            is_pull,
-            decode,
-            prefill,
-            tokens,
-            prefill_tokens,
-            skip_tokens,
-            salt: chance.word(),
-            decode_duration_ns: patience.duration_ns(chance),
-            prefill_duration_ns: other.duration_ns(chance),
-            is_cancelled: false,
-            is_careless: false,
-            again,
-            is_tried_again: false,
-            step_ns,
-            computes_ns: if is_pull { 0 } else { step_ns * (1 + steps.len() as u64) },
-            steps,
-            scribbles: Default::default(),
-        };
-        let apart_ns = if chance.one_in(2) { chance.below(40 * US) } else { chance.below(2 * MS) };
-        let decode_first = chance.one_in(2);
-        let (decode_ns, prefill_ns) = if decode_first { (0, apart_ns) } else { (apart_ns, 0) };
-        let now_ns = self.now_ns;
-        let mut events = Vec::new();
-        let alone = chance.below(24);
-        if alone != 0 {
-            events.push((now_ns + decode_ns, Event::OpenDecode(room)));
-        }
-        if alone != 1 {
-            events.push((now_ns + prefill_ns, Event::OpenPrefill(room)));
-        }
-        if chance.one_in(self.scenario.cancel_one_in) {
-            plan.is_cancelled = true;
-            let part = if chance.one_in(2) { Part::Decode } else { Part::Prefill };
-            let wait_ns = *chance.pick(&[60 * US, 300 * US, 2 * MS]);
-            events.push((now_ns + apart_ns + chance.below(wait_ns), Event::Cancel(room, part)));
-        }
-        if !is_pull && chance.one_in(5) {
-            events.push((now_ns + apart_ns + chance.below(400 * US), Event::Scribble(room)));
-        }
-        if chance.one_in(12) {
-            plan.is_careless = true;
-            events.push((now_ns + decode_ns + chance.below(300 * US), Event::DropTicket(room)));
-        }
-        let gap_ns = self.scenario.room_gap_ns;
-        let next_ns = now_ns + if chance.one_in(3) { 0 } else { chance.below(2 * gap_ns) };
-        events.push((next_ns, Event::PlanRoom));
-        self.log(|| format!("room {room}: {plan:?}"));
-        self.rooms.push(Room { plan, decode: None, prefill: None });
-        for (at_ns, event) in events {
-            self.schedule(at_ns, event);
-        }
-    }
-
-    /// Whether a room came to nothing, as both its users know, so that a router may try its request again.
-    fn went_down(&self, at: usize) -> bool {
-        let room = &self.rooms[at];
-        let (Some(decode), Some(prefill)) = (room.side(Part::Decode), room.side(Part::Prefill)) else {
-            return false;
-        };
-        let is_gone = |side: &Side| !self.is_life(side.node, side.life);
-        let has_failed = |side: &Side| matches!(&side.told, Some((_, end)) if *end != End::Delivered);
-        let is_sound = room.plan.tokens == room.plan.prefill_tokens && !room.plan.is_tried_again;
-        is_sound && [decode, prefill].into_iter().all(|side| has_failed(side) || is_gone(side))
-    }
-
     /// Whether the users of a node can do something now. If its process is stopped, they do it later.
     fn runs(&mut self, node: usize, event: Event) -> bool {
         if self.nodes[node].process.is_none() {
-            let is_open = matches!(event, Event::OpenDecode(_) | Event::OpenPrefill(_));
+            let is_open = matches!(event, Event::Open(..));
             if is_open && self.scenario.is_scribbled && !self.is_calm {
                 let later_ns = self.now_ns + 100 * US;
                 self.schedule(later_ns, event);
@@ -175,20 +51,22 @@ impl World {
         Some(home)
     }
 
-    pub fn open_decode(&mut self, at: usize) -> Held {
+    pub fn open_decode(&mut self, at: usize, nth: usize) -> Held {
         let plan = self.rooms[at].plan.clone();
-        if !self.runs(plan.decode, Event::OpenDecode(at)) {
+        let (part, seat) = (Part::Decode(nth), &plan.decodes[nth]);
+        let node = seat.node;
+        if !self.runs(node, Event::Open(at, part)) {
             return Ok(());
         }
-        let layout = self.scenario.nodes[plan.decode].layout.clone();
-        let first_page = plan.skip_tokens / layout.page_tokens();
+        let layout = self.scenario.nodes[node].layout.clone();
+        let first_page = layout.context().held_before(plan.skip_tokens) / layout.page_tokens();
         let count = layout.pages_for(plan.tokens).saturating_sub(first_page);
-        let Some(pages) = self.take_pages(plan.decode, count, Holder::Destination(at)) else {
+        let Some(pages) = self.take_pages(node, count, Holder::Destination(at)) else {
             return Ok(());
         };
         let by_number = self.chance.one_in(3);
         let any = self.chance.below(layout.pages().into()) as u32;
-        let Some(process) = &self.nodes[plan.decode].process else { return Ok(()) };
+        let Some(process) = &self.nodes[node].process else { return Ok(()) };
         // An allocator that hands out a page too early is stopped.
         let is_home = process.watch.lock().ledger.home().contains(&any);
         if !is_home && !pages.contains(&any) && process.pool.adopt(&[any]).is_ok() {
@@ -199,22 +77,18 @@ impl World {
             Err(error) => return broken(Rule::Pool, format!("pages that are home: {error}")),
         };
         for layer in layout.layers() {
-            for_each_token(process, &pages, first_page, |page, in_page, token| {
-                process.write(layer, page, in_page, &room::content(plan.salt ^ BEFORE, layer, token));
+            process.cache.for_each_token(&pages, first_page, |page, in_page, token| {
+                process.cache.write(layer, page, in_page, &cache::content(plan.salt ^ BEFORE, layer, token));
             });
         }
-        let peer = match process.peers.get(&plan.prefill).filter(|_| !by_number) {
-            Some(peer) => *peer,
-            None => Peer::node(number(plan.prefill)),
-        };
-        let request = ReceiveRequest {
-            peer,
+        let request = GatherRequest {
+            sources: self.sources(process, &plan, nth, by_number),
             room: plan.number,
             use_count: plan.use_count,
             tokens: plan.tokens,
             skip_tokens: plan.skip_tokens,
-            pages: set,
-            deadline: Duration::from_nanos(plan.decode_duration_ns),
+            pages: vec![set],
+            deadline: Duration::from_nanos(seat.duration_ns),
         };
         let asked = match plan.is_pull {
             true => process.handle.fetch(request),
@@ -224,60 +98,82 @@ impl World {
             // The pages went back with the request.
             process.watch.lock().ledger.give(&pages, Holder::Home);
             let later_ns = self.now_ns + 20 * US;
-            self.schedule(later_ns, Event::OpenDecode(at));
+            self.schedule(later_ns, Event::Open(at, part));
             return Ok(());
         };
-        let side = self.side(plan.decode, pages, plan.decode_duration_ns);
-        self.log(|| format!("room {at}: decode opens on node {} in pages {:?}", plan.decode, side.pages));
-        self.rooms[at].decode = Some(Decode { side, receiving, arrivals: 0, is_careless: false });
-        self.nodes[plan.decode].sides.push((at, Part::Decode));
-        self.ring(plan.decode);
+        let side = self.side(node, pages, seat.duration_ns);
+        self.log(|| format!("room {at}: {part:?} opens on node {node} in pages {:?}", side.pages));
+        self.rooms[at].decodes[nth] = Some(Decode { side, receiving, arrivals: 0, is_careless: false });
+        self.nodes[node].sides.push((at, part));
+        self.ring(node);
         Ok(())
     }
 
-    pub fn open_prefill(&mut self, at: usize) -> Held {
+    /// Whom a decode rank takes a room from, as it names them.
+    fn sources(&self, process: &Process, plan: &Plan, nth: usize, by_number: bool) -> Vec<Source> {
+        let seat = &plan.decodes[nth];
+        let ranks = match &self.scenario.split {
+            Some(split) => split.sources(self.scenario.nodes[seat.node].layout.rank(), plan.number),
+            None => vec![SourceRank { rank: 0, parts: Parts::All }],
+        };
+        let source = |(rank, peer): (SourceRank, &usize)| {
+            let node = plan.prefills[*peer].node;
+            let dialed = process.peers.get(&node).filter(|_| !by_number);
+            rank.at(dialed.copied().unwrap_or_else(|| Peer::node(number(node))))
+        };
+        ranks.into_iter().zip(&seat.peers).map(source).collect()
+    }
+
+    pub fn open_prefill(&mut self, at: usize, nth: usize) -> Held {
         let plan = self.rooms[at].plan.clone();
-        if !self.runs(plan.prefill, Event::OpenPrefill(at)) {
+        let (part, seat) = (Part::Prefill(nth), &plan.prefills[nth]);
+        let node = seat.node;
+        if !self.runs(node, Event::Open(at, part)) {
             return Ok(());
         }
-        let layout = self.scenario.nodes[plan.prefill].layout.clone();
+        let layout = self.scenario.nodes[node].layout.clone();
         let count = layout.pages_for(plan.prefill_tokens);
-        let Some(pages) = self.take_pages(plan.prefill, count, Holder::Source(at)) else { return Ok(()) };
-        let Some(process) = &self.nodes[plan.prefill].process else { return Ok(()) };
+        let Some(pages) = self.take_pages(node, count, Holder::Source(at)) else { return Ok(()) };
+        let Some(process) = &self.nodes[node].process else { return Ok(()) };
         let set = match process.pool.adopt(&pages) {
             Ok(set) => set,
             Err(error) => return broken(Rule::Pool, format!("pages that are home: {error}")),
         };
-        let (room, use_count) = (plan.number, plan.use_count);
-        let (tokens, deadline) = (plan.prefill_tokens, Duration::from_nanos(plan.prefill_duration_ns));
+        let rank_of = |peer: &usize| self.scenario.nodes[plan.decodes[*peer].node].layout.rank();
+        let request = ScatterRequest {
+            ranks: seat.peers.iter().map(rank_of).collect(),
+            room: plan.number,
+            use_count: plan.use_count,
+            tokens: plan.prefill_tokens,
+            pages: vec![set.share()],
+            deadline: Duration::from_nanos(seat.duration_ns),
+        };
         let asked = if plan.is_pull {
             for layer in layout.layers() {
-                for_each_token(process, &pages, 0, |page, in_page, token| {
-                    process.write(layer, page, in_page, &room::content(plan.salt, layer, token));
+                process.cache.for_each_token(&pages, 0, |page, in_page, token| {
+                    process.cache.write(layer, page, in_page, &cache::content(plan.salt, layer, token));
                 });
             }
             let aux = plan.salt.to_le_bytes().to_vec();
-            let request = ServeRequest { room, use_count, tokens, pages: set.share(), aux, deadline };
-            process.handle.serve(request).map(PrefillTicket::Serving)
+            process.handle.serve(ScatterServeRequest { request, aux }).map(PrefillTicket::Serving)
         } else {
-            let request = SendRequest { room, use_count, tokens, pages: set.share(), deadline };
             process.handle.open(request).map(PrefillTicket::Sending)
         };
         let Ok(ticket) = asked else {
             process.watch.lock().ledger.give(&pages, Holder::Home);
             let later_ns = self.now_ns + 20 * US;
-            self.schedule(later_ns, Event::OpenPrefill(at));
+            self.schedule(later_ns, Event::Open(at, part));
             return Ok(());
         };
-        let side = self.side(plan.prefill, pages, plan.prefill_duration_ns);
-        self.log(|| format!("room {at}: prefill opens on node {} with pages {:?}", plan.prefill, side.pages));
-        self.rooms[at].prefill = Some(Prefill { side, ticket });
-        self.nodes[plan.prefill].sides.push((at, Part::Prefill));
+        let side = self.side(node, pages, seat.duration_ns);
+        self.log(|| format!("room {at}: {part:?} opens on node {node} with pages {:?}", side.pages));
+        self.rooms[at].prefills[nth] = Some(Prefill { side, ticket });
+        self.nodes[node].sides.push((at, part));
         if !plan.is_pull {
             let later_ns = self.now_ns + self.chance.below(60 * US);
-            self.schedule(later_ns, Event::Step(at));
+            self.schedule(later_ns, Event::Step(at, nth));
         }
-        self.ring(plan.prefill);
+        self.ring(node);
         Ok(())
     }
 
@@ -294,13 +190,14 @@ impl World {
         }
     }
 
-    /// The prefill's user has computed some more, or all.
-    pub fn step_room(&mut self, at: usize) -> Held {
-        let node = self.rooms[at].plan.prefill;
-        if !self.runs(node, Event::Step(at)) {
+    /// A prefill's user has computed some more, or all.
+    pub fn step_room(&mut self, at: usize, nth: usize) -> Held {
+        let node = self.rooms[at].plan.prefills[nth].node;
+        if !self.runs(node, Event::Step(at, nth)) {
             return Ok(());
         }
-        let Room { plan, prefill: Some(prefill), .. } = &mut self.rooms[at] else { return Ok(()) };
+        let Room { plan, prefills, .. } = &mut self.rooms[at];
+        let Some(prefill) = &mut prefills[nth] else { return Ok(()) };
         let Some(process) = self.nodes[node].process.as_ref().filter(|_| prefill.side.told.is_none()) else {
             return Ok(());
         };
@@ -308,12 +205,14 @@ impl World {
         if self.nodes[node].life != prefill.side.life {
             return Ok(());
         }
-        let sent = match plan.steps.front() {
+        let steps = &mut plan.computing[nth].steps;
+        let sent = match steps.front() {
             Some((layers, tokens)) => {
                 for layer in layers.clone() {
-                    for_each_token(process, &prefill.side.pages, 0, |page, in_page, token| {
+                    process.cache.for_each_token(&prefill.side.pages, 0, |page, in_page, token| {
                         if tokens.contains(&token) {
-                            process.write(layer, page, in_page, &room::content(plan.salt, layer, token));
+                            let bytes = cache::content(plan.salt, layer, token);
+                            process.cache.write(layer, page, in_page, &bytes);
                         }
                     });
                 }
@@ -321,24 +220,24 @@ impl World {
             }
             None => sending.finish(plan.salt.to_le_bytes().to_vec()),
         };
-        let is_finished = plan.steps.is_empty() && sent.is_ok();
+        let is_finished = steps.is_empty() && sent.is_ok();
         let next_ns = match sent {
-            Ok(()) => plan.steps.pop_front().map(|_| self.now_ns + self.chance.below(plan.step_ns)),
+            Ok(()) => steps.pop_front().map(|_| self.now_ns + self.chance.below(plan.step_ns)),
             Err(SendError::NotTaken(_)) => Some(self.now_ns + 20 * US),
             Err(error) => return broken(Rule::Accused, format!("room {at}: {error}")),
         };
         if let Some(next_ns) = next_ns {
             if self.scenario.is_scribbled {
                 let soon_ns = self.now_ns + self.chance.below(next_ns - self.now_ns + 1);
-                self.schedule(soon_ns, Event::Scribble(at));
+                self.schedule(soon_ns, Event::Scribble(at, nth));
             }
-            self.schedule(next_ns, Event::Step(at));
+            self.schedule(next_ns, Event::Step(at, nth));
         }
         if is_finished && self.chance.one_in(2 * self.scenario.cancel_one_in) {
             // So that the cancel and the delivery cross.
             let soon_ns = self.now_ns + self.chance.below(5 * self.scenario.fabric.delay.most_ns);
-            self.rooms[at].plan.is_cancelled = true;
-            self.schedule(soon_ns, Event::Cancel(at, Part::Prefill));
+            self.rooms[at].plan.prefills[nth].is_cancelled = true;
+            self.schedule(soon_ns, Event::Cancel(at, Part::Prefill(nth)));
         }
         self.ring(node);
         Ok(())
@@ -352,8 +251,10 @@ impl World {
         }
         let room = &self.rooms[at];
         let asked = match part {
-            Part::Decode => room.decode.as_ref().is_some_and(|decode| decode.receiving.cancel().is_ok()),
-            Part::Prefill => room.prefill.as_ref().is_some_and(|prefill| prefill.ticket.cancel()),
+            Part::Decode(nth) => {
+                room.decodes[nth].as_ref().is_some_and(|decode| decode.receiving.cancel().is_ok())
+            }
+            Part::Prefill(nth) => room.prefills[nth].as_ref().is_some_and(|prefill| prefill.ticket.cancel()),
         };
         if !asked {
             let later_ns = self.now_ns + 20 * US;
@@ -363,49 +264,38 @@ impl World {
         self.ring(node);
     }
 
-    /// The prefill's user changes a token that was sent already, which it must not; but before the room is finished,
+    /// A prefill's user changes a token that was sent already, which it must not; but before the room is finished,
     /// so that checksums are of what is there now.
-    pub fn scribble(&mut self, at: usize) {
-        let Room { plan, prefill: Some(prefill), .. } = &mut self.rooms[at] else { return };
+    pub fn scribble(&mut self, at: usize, nth: usize) {
+        let Room { plan, prefills, .. } = &mut self.rooms[at];
+        let Some(prefill) = &prefills[nth] else { return };
         let (node, life) = (prefill.side.node, prefill.side.life);
         let Some(process) = self.nodes[node].process.as_ref().filter(|_| self.nodes[node].life == life)
         else {
             return;
         };
-        let is_next = |layer: u32, token: u32| {
-            plan.steps.iter().any(|(layers, tokens)| layers.contains(&layer) && tokens.contains(&token))
-        };
-        let layers: Vec<u32> = process.layout.layers().collect();
+        let computing = &mut plan.computing[nth];
         // The last step is left to be done, and the finish after it.
-        if plan.steps.is_empty() || prefill.side.told.is_some() {
+        if computing.steps.is_empty() || prefill.side.told.is_some() {
             return;
         }
+        let is_next = |layer: u32, token: u32| {
+            computing.steps.iter().any(|(layers, tokens)| layers.contains(&layer) && tokens.contains(&token))
+        };
+        let layout = &process.cache.layout;
+        let (layers, context): (Vec<u32>, _) = (layout.layers().collect(), layout.context());
         let chance = &mut self.chance;
         let mut any = || (*chance.pick(&layers), chance.below(u64::from(plan.prefill_tokens)) as u32);
-        let sent = (0..8).map(|_| any()).find(|&(layer, token)| !is_next(layer, token));
-        let Some((layer, token)) = sent else {
+        let is_sent = |&(layer, token): &(u32, u32)| cache::holds(&context, token) && !is_next(layer, token);
+        let Some((layer, token)) = (0..8).map(|_| any()).find(is_sent) else {
             let later_ns = self.now_ns + 20 * US;
-            return self.schedule(later_ns, Event::Scribble(at));
+            return self.schedule(later_ns, Event::Scribble(at, nth));
         };
-        let per_page = process.layout.page_tokens();
-        let page = prefill.side.pages[(token / per_page) as usize];
-        process.write(layer, page, token % per_page, &room::content(plan.salt ^ SCRIBBLED, layer, token));
-        plan.scribbles.insert((layer, token));
-        self.log(|| format!("room {at}: layer {layer} token {token} is changed"));
-    }
-}
-
-/// Goes through the places of tokens in pages: page, token in it, token of the request.
-pub fn for_each_token(
-    process: &Process,
-    pages: &[u32],
-    first_page: u32,
-    mut each: impl FnMut(u32, u32, u32),
-) {
-    let per_page = process.layout.page_tokens();
-    for (at, &page) in (first_page..).zip(pages) {
-        for in_page in 0..per_page {
-            each(page, in_page, at * per_page + in_page);
-        }
+        let (place, per_page) = (context.held_before(token), layout.page_tokens());
+        let page = prefill.side.pages[(place / per_page) as usize];
+        let bytes = cache::content(plan.salt ^ SCRIBBLED, layer, token);
+        process.cache.write(layer, page, place % per_page, &bytes);
+        computing.scribbles.insert((layer, token));
+        self.log(|| format!("room {at}: layer {layer} token {token} of prefill {nth} is changed"));
     }
 }

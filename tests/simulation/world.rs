@@ -9,8 +9,8 @@ use crossdock_transport::LaneId;
 
 use crate::chance::{Chance, mix};
 use crate::faults::Trouble;
-use crate::node::{Node, Part, Process};
-use crate::room::Room;
+use crate::node::{Node, Process};
+use crate::room::{Part, Room};
 use crate::rules::{Held, Rule, broken};
 use crate::scenario::{MS, Scenario, US};
 
@@ -43,12 +43,12 @@ pub struct World {
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
     PlanRoom,
-    OpenDecode(usize),
-    OpenPrefill(usize),
-    Step(usize),
+    Open(usize, Part),
+    /// A prefill rank of a room goes on.
+    Step(usize, usize),
     Cancel(usize, Part),
-    Scribble(usize),
-    DropTicket(usize),
+    Scribble(usize, usize),
+    DropTicket(usize, usize),
     Fault,
     Breaks(PortId, LaneId),
     Heals(usize, usize),
@@ -264,14 +264,16 @@ impl World {
         let id = |node: usize| NodeId(node as u32);
         match event {
             Event::PlanRoom => self.plan_room(),
-            Event::OpenDecode(room) => self.open_decode(room)?,
-            Event::OpenPrefill(room) => self.open_prefill(room)?,
-            Event::Step(room) => self.step_room(room)?,
+            Event::Open(room, Part::Decode(nth)) => self.open_decode(room, nth)?,
+            Event::Open(room, Part::Prefill(nth)) => self.open_prefill(room, nth)?,
+            Event::Step(room, nth) => self.step_room(room, nth)?,
             Event::Cancel(room, part) => self.cancel(room, part),
-            Event::Scribble(room) => self.scribble(room),
-            Event::DropTicket(room) => {
+            Event::Scribble(room, nth) => self.scribble(room, nth),
+            Event::DropTicket(room, nth) => {
                 // Without pages nobody could see when they come home.
-                if let Some(decode) = self.rooms[room].decode.as_mut().filter(|d| !d.side.pages.is_empty()) {
+                if let Some(decode) =
+                    self.rooms[room].decodes[nth].as_mut().filter(|d| !d.side.pages.is_empty())
+                {
                     decode.drop_pages_ticket();
                 }
             }

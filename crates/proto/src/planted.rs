@@ -52,13 +52,19 @@ pub enum Planted {
     ChecksumUnchecked,
     /// What an earlier attempt has sent first is not sent again.
     NotSentAgain,
+    /// Of several peers that may write the same pages only the first is waited for.
+    OtherWritersForgotten,
+    /// A room of several shares is delivered when the first of them is.
+    FirstShareDelivers,
+    /// The prefill side of several shares ends with the first that fails.
+    FirstFailureEndsAll,
     /// Every peer is told that there is no room for more.
     RefuseAll,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 25] = [
+    pub const ALL: [Planted; 28] = [
         Self::QuarantineOff,
         Self::SessionEndFrees,
         Self::FenceTakenForNow,
@@ -83,6 +89,9 @@ impl Planted {
         Self::OwnPauseCounted,
         Self::ChecksumUnchecked,
         Self::NotSentAgain,
+        Self::OtherWritersForgotten,
+        Self::FirstShareDelivers,
+        Self::FirstFailureEndsAll,
         Self::RefuseAll,
     ];
 }

@@ -236,6 +236,7 @@ impl Proto {
         if session.is_released(given)
             || is_planted(Planted::QuarantineOff)
             || (session.is_over() && is_planted(Planted::SessionEndFrees))
+            || (is_planted(Planted::OtherWritersForgotten) && self.is_of_other_writer(given))
         {
             return true;
         }
@@ -246,6 +247,12 @@ impl Proto {
             (_, Revocation::Done(Fence::Never)) => session.is_proven_dead(),
             (Access::Write, Revocation::Done(Fence::WhenDown)) | (Access::Read, _) => session.all_down(),
         }
+    }
+
+    /// Whether pages were granted to another rank than the first of the prefill side, whose number shares begin with.
+    fn is_of_other_writer(&self, given: &Given) -> bool {
+        let room = self.rooms.get(&given.room).filter(|_| given.access == Access::Write);
+        room.is_some_and(|room| room.name.share >> 20 > 0)
     }
 
     /// Whether no access and no immediate can come any more under a grant.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crossdock_engine::Promise;
+use crossdock_proto::planted::{Planted, is_planted};
 use crossdock_proto::{Homecoming, RoomId};
 
 use crate::pages_ticket::AllHome;
@@ -105,7 +106,7 @@ impl Whole {
                 if told.aux.is_empty() {
                     told.aux = aux;
                 }
-                if self.open > 0 && ended.is_delivered() {
+                if self.open > 0 && ended.is_delivered() && !is_planted(Planted::FirstShareDelivers) {
                     return None;
                 }
                 // Nobody may believe what was not proven.
@@ -114,6 +115,9 @@ impl Whole {
             }
             Told::Prefill(end) => match self.open {
                 0 => Some(Tell::Ended(end.take()?, ended.clone())),
+                _ if is_planted(Planted::FirstFailureEndsAll) && !ended.is_delivered() => {
+                    Some(Tell::Ended(end.take()?, ended.clone()))
+                }
                 _ => None,
             },
         }
