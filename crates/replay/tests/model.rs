@@ -1,6 +1,6 @@
 //! The cache and the dock against simple models.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crossdock_kv::trace::{BLOCK_TOKENS, Request, Scale, Synthetic, SyntheticOptions};
 use crossdock_memory::{PagePool, PoolOptions};
@@ -98,6 +98,10 @@ fn check(pool: &PagePool, cache: &PrefixCache, live: &[Live]) {
     }
     let stats = pool.stats();
     assert_eq!(stats.free + owners.len() as u32 + cache.idle_pages(), POOL_PAGES, "{stats:?}");
+}
+
+/// Where ids name what they say, what is used is held.
+fn check_chains(cache: &PrefixCache, live: &[Live]) {
     // Whatever is used is held, and what is before it, too.
     for request in live.iter().filter(|request| request.missing.is_none()) {
         assert!(request.blocks.iter().all(|block| cache.holds(block.id)));
@@ -150,6 +154,66 @@ proptest! {
                 Step::MakeRoom { pages } => drop(cache.make_room(pages)),
                 _ => {}
             }
+            check(&pool, &cache, &live);
+            check_chains(&cache, &live);
+        }
+        live.into_iter().for_each(|request| cache.release(request.lease));
+        cache.clear();
+        prop_assert_eq!(pool.stats().free, POOL_PAGES);
+    }
+}
+
+/// Blocks as a trace may name them that contradicts itself: one id, several lengths and places, even in one request.
+fn hostile_blocks() -> impl Strategy<Value = Vec<Block>> {
+    prop::collection::vec((0u64..5, 1u32..4).prop_map(|(id, pages)| Block { id, pages }), 0..6)
+}
+
+proptest! {
+    #[test]
+    fn ids_that_contradict_each_other_lose_no_page(
+        requests in prop::collection::vec((hostile_blocks(), 1u32..4), 1..40),
+        steps in prop::collection::vec((0usize..3, 0usize..8), 1..200),
+    ) {
+        let pool = PagePool::new(POOL_PAGES, PoolOptions::default());
+        let mut cache = PrefixCache::new(pool.clone());
+        let mut live: Vec<Live> = Vec::new();
+        let mut requests = requests.iter().cycle();
+        // The lengths with which ids are held.
+        let mut lengths: HashMap<u64, u32> = HashMap::new();
+        for (step, which) in steps {
+            match (step, live.len()) {
+                (0, _) => {
+                    let (blocks, own_pages) = requests.next().unwrap();
+                    let mut ids = HashSet::new();
+                    let is_hit = |block: &&Block| ids.insert(block.id) && lengths.get(&block.id) == Some(&block.pages);
+                    let hits: u32 = blocks.iter().take_while(is_hit).map(|block| block.pages).sum();
+                    let lease = cache.lease(blocks);
+                    prop_assert_eq!(lease.held_pages(), hits);
+                    let pages = total(blocks) + own_pages;
+                    if cache.make_room(pages - hits) {
+                        let missing = Some(pool.take(pages - hits).unwrap());
+                        live.push(Live { lease, blocks: blocks.clone(), missing, pages });
+                    } else {
+                        cache.release(lease);
+                    }
+                }
+                (_, 0) => {}
+                (1, count) => {
+                    let request = &mut live[which % count];
+                    if let Some(missing) = request.missing.take() {
+                        cache.keep(&mut request.lease, missing);
+                        let mut ids = HashSet::new();
+                        for block in &request.blocks {
+                            if !ids.insert(block.id) || *lengths.entry(block.id).or_insert(block.pages) != block.pages {
+                                break;
+                            }
+                        }
+                        prop_assert!(lengths.keys().all(|id| cache.holds(*id)));
+                    }
+                }
+                (_, count) => cache.release(live.swap_remove(which % count).lease),
+            }
+            lengths.retain(|id, _| cache.holds(*id));
             check(&pool, &cache, &live);
         }
         live.into_iter().for_each(|request| cache.release(request.lease));
