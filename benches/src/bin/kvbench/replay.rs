@@ -113,6 +113,10 @@ impl<'a> Replay<'a> {
         let mut coming: VecDeque<usize> = (0..self.orders.arrivals.len()).collect();
         while self.over < self.orders.arrivals.len() {
             self.arrive(&mut coming, start_ns)?;
+            // However many move, what waits beside them waits only until its deadline.
+            while let Some(expired) = self.dock.expired(now_ns()) {
+                self.take(expired, start_ns)?;
+            }
             while self.open.len() + self.at_hand.len() < MOST_OPEN
                 && let Some(next) = self.dock.next(now_ns())
             {
@@ -184,7 +188,7 @@ impl<'a> Replay<'a> {
     }
 
     fn send(&mut self, at: usize, mut lease: Lease, pages: PageSet) -> Result<(), Error> {
-        self.dock.keep(&mut lease, pages);
+        self.dock.keep(&mut lease, pages, now_ns());
         let pages = lease.pages().expect("a request has a page of its own");
         let (room, tokens) = (self.orders.first_room + at as u64, self.orders.arrivals[at].tokens);
         let (use_count, deadline) = (0, WAIT);
@@ -241,7 +245,7 @@ impl<'a> Replay<'a> {
             }
             (Some(pages), None) => self.hold(at, lease, pages),
             (None, _) => {
-                self.dock.release(lease);
+                self.dock.release(lease, now_ns());
                 self.over += 1;
             }
         }
@@ -250,7 +254,7 @@ impl<'a> Replay<'a> {
 
     /// A request is decoded, and keeps its pages so long.
     fn hold(&mut self, at: usize, mut lease: Lease, pages: PageSet) {
-        self.dock.keep(&mut lease, pages);
+        self.dock.keep(&mut lease, pages, now_ns());
         self.dock.release_at(lease, now_ns() + self.orders.arrivals[at].decode_ns);
         self.over += 1;
     }
