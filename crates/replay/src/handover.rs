@@ -205,11 +205,18 @@ impl Milliseconds {
         Self(sorted)
     }
 
-    /// The time that this share does not exceed; 0 of none.
     fn quantile(&self, share: f64) -> f64 {
-        let at = (self.0.len().saturating_sub(1) as f64 * share).round() as usize;
-        self.0.get(at).copied().unwrap_or(0.0)
+        quantile(&self.0, share)
     }
+}
+
+/// The least of the values that this share of them does not exceed (the nearest rank); 0 of none. They are sorted, the
+/// smallest first.
+pub fn quantile(sorted: &[f64], share: f64) -> f64 {
+    // With a hair of tolerance: a rank that is whole need not be so in floating point.
+    let rank = (share * sorted.len() as f64 - 1e-9).ceil() as usize;
+    let at = rank.clamp(1, sorted.len().max(1)) - 1;
+    sorted.get(at).copied().unwrap_or(0.0)
 }
 
 /// Time in which at least one hand-over was under way.
@@ -279,6 +286,18 @@ mod tests {
         assert_eq!((summary.decode_hit_share, summary.prefill_hit_share), (0.25, 0.5));
         // 20 ms twice.
         assert_eq!(summary.gb_per_s, 75.0);
+    }
+
+    #[test]
+    fn a_quantile_is_the_nearest_rank() {
+        let sorted: Vec<f64> = (1..=100).map(f64::from).collect();
+        for (share, value) in
+            [(0.0, 1.0), (0.005, 1.0), (0.07, 7.0), (0.5, 50.0), (0.901, 91.0), (0.99, 99.0), (1.0, 100.0)]
+        {
+            assert_eq!(quantile(&sorted, share), value, "{share}");
+        }
+        let two = |share| quantile(&[1.0, 2.0], share);
+        assert_eq!((two(0.5), two(0.51), two(0.99), quantile(&[], 0.5)), (1.0, 2.0, 2.0, 0.0));
     }
 
     #[test]
