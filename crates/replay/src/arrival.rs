@@ -1,8 +1,9 @@
 //! Requests of a trace, scaled to a machine.
 
 use std::collections::HashSet;
+use std::io::BufRead;
 
-use crossdock_kv::trace::{BLOCK_TOKENS, Request, Scale};
+use crossdock_kv::trace::{BLOCK_TOKENS, Request, Scale, TraceError, TraceLimits, TraceReader};
 use serde::{Deserialize, Serialize};
 
 /// One request as it is replayed.
@@ -89,6 +90,16 @@ impl Arrival {
     }
 }
 
+/// Reads the first requests of a trace, so many of them. Times count from the first one: a slice of a trace keeps those
+/// of the whole, which neither a scale nor a replay is to fit.
+pub fn requests(lines: impl BufRead, most: usize) -> Result<Vec<Request>, TraceError> {
+    let read = TraceReader::new(lines, TraceLimits::default()).take(most);
+    let mut requests: Vec<Request> = read.collect::<Result<_, _>>()?;
+    let first_ms = requests.first().map_or(0, |request| request.at_ms);
+    requests.iter_mut().for_each(|request| request.at_ms -= first_ms);
+    Ok(requests)
+}
+
 /// The blocks of a request that end within so many pages.
 fn blocks(request: &Request, pace: &Pace, most_pages: u32) -> Vec<Block> {
     let whole = (request.input_tokens / BLOCK_TOKENS) as usize;
@@ -135,6 +146,17 @@ mod tests {
         assert_eq!(arrival, Arrival { at_ns: 1_500_000, tokens: 650, blocks, decode_ns: 5_000 });
         assert_eq!(arrival.pages(64), 11);
         assert_eq!(Arrival::of(&request(1, 0), &pace(0.0001, 64)).tokens, 1);
+    }
+
+    #[test]
+    fn a_slice_of_a_trace_begins_at_once() {
+        let line =
+            |at_ms: u64| format!("{{\"timestamp\": {at_ms}, \"input_length\": 9, \"output_length\": 1}}\n");
+        let text = [3_000_000, 3_060_000, 3_070_000].map(line).concat();
+        let read = requests(text.as_bytes(), 2).unwrap();
+        assert_eq!(read.iter().map(|request| request.at_ms).collect::<Vec<_>>(), [0, 60_000]);
+        assert!(requests([text, line(5)].concat().as_bytes(), usize::MAX).is_err());
+        assert_eq!(requests(&b""[..], 1).unwrap(), []);
     }
 
     #[test]
