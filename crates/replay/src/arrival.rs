@@ -65,17 +65,21 @@ impl Arrival {
         }
     }
 
-    /// The share of all tokens that requests find held where nothing is ever evicted, one request after the other.
-    ///
-    /// # Panics
-    /// If a page holds no tokens.
-    pub fn possible_hit_share(arrivals: &[Self], page_tokens: u32) -> f64 {
+    /// The share of their tokens that the delivered requests would find held where nothing is ever evicted that any
+    /// request before them, delivered or not, has had.
+    pub fn possible_hit_share(
+        arrivals: &[Self],
+        is_delivered: impl Fn(usize) -> bool,
+        page_tokens: u32,
+    ) -> f64 {
         let mut seen = HashSet::new();
         let (mut held, mut all) = (0, 0);
-        for arrival in arrivals {
-            let hits = arrival.blocks.iter().take_while(|block| seen.contains(*block));
-            held += hits.map(|block| u64::from(block.pages) * u64::from(page_tokens)).sum::<u64>();
-            all += u64::from(arrival.tokens);
+        for (at, arrival) in arrivals.iter().enumerate() {
+            if is_delivered(at) {
+                let hits = arrival.blocks.iter().take_while(|block| seen.contains(*block));
+                held += hits.map(|block| u64::from(block.pages) * u64::from(page_tokens)).sum::<u64>();
+                all += u64::from(arrival.tokens);
+            }
             seen.extend(arrival.blocks.iter().copied());
         }
         if all > 0 { held as f64 / all as f64 } else { 0.0 }
@@ -164,8 +168,13 @@ mod tests {
         let requests = [request(1300, 3), request(1300, 3), request(600, 1), request(100, 0)];
         let arrivals = requests.map(|request| Arrival::of(&request, &pace(1.0, 64)));
         // Two blocks of the second, one of the third.
-        assert_eq!(Arrival::possible_hit_share(&arrivals, 64), f64::from(3 * 512) / 3300.0);
-        assert_eq!(Arrival::possible_hit_share(&[], 64), 0.0);
+        let share =
+            |is_delivered: fn(usize) -> bool| Arrival::possible_hit_share(&arrivals, is_delivered, 64);
+        assert_eq!(share(|_| true), f64::from(3 * 512) / 3300.0);
+        // What the others needed is no part of it.
+        assert_eq!(share(|at| at == 2), 512.0 / 600.0);
+        assert_eq!(share(|_| false), 0.0);
+        assert_eq!(Arrival::possible_hit_share(&[], |_| true, 64), 0.0);
     }
 
     #[test]

@@ -19,4 +19,4 @@ pub use arrival::{Arrival, Block, Pace, requests};
 pub use cache::{Lease, PrefixCache};
 pub use chart::{ChartError, Roof, Sheet, Trail};
 pub use dock::{Admitted, ArriveError, Dock, DockStats, Next, Waiting, watermarks};
-pub use handover::{Handover, Summary, quantile};
+pub use handover::{Came, Handover, Summary, quantile};

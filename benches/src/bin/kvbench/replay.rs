@@ -33,6 +33,8 @@ pub struct Told {
     pub rooms: Vec<RoomTimes>,
     pub wrong_pages: u64,
     pub dock: DockStats,
+    /// How the first room ended that was not delivered, as this side saw it.
+    pub failure: Option<String>,
 }
 
 /// When things happened to a room on one side, from the start of the replay.
@@ -44,7 +46,18 @@ pub struct RoomTimes {
     pub ready_ns: u64,
     pub end_ns: u64,
     pub held_tokens: u32,
-    pub delivered: bool,
+    pub how: How,
+}
+
+/// How a room ended on one side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum How {
+    /// The side that has the bytes says whether they were delivered: of the other one this is nothing but its end.
+    Delivered,
+    /// It has waited too long for pages.
+    Expired,
+    #[default]
+    Failed,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +105,7 @@ impl<'a> Replay<'a> {
             false => None,
         };
         let rooms = vec![RoomTimes::default(); orders.arrivals.len()];
-        let told = Told { rooms, wrong_pages: 0, dock: DockStats::default() };
+        let told = Told { rooms, wrong_pages: 0, dock: DockStats::default(), failure: None };
         let dock = Dock::new(pool, orders.arrivals.len());
         Ok(Self {
             side,
@@ -167,7 +180,9 @@ impl<'a> Replay<'a> {
     fn take(&mut self, next: Next<usize>, start_ns: u64) -> Result<(), Error> {
         let Admitted { tag: at, lease, pages, .. } = match next {
             Next::Admitted(admitted) => admitted,
-            Next::Expired { .. } => {
+            Next::Expired { tag: at, .. } => {
+                let end_ns = now_ns() - start_ns;
+                self.told.rooms[at] = RoomTimes { end_ns, how: How::Expired, ..RoomTimes::default() };
                 self.over += 1;
                 return Ok(());
             }
@@ -233,10 +248,18 @@ impl<'a> Replay<'a> {
         let Open { at, lease, room } = self.open.swap_remove(place);
         let times = &mut self.told.rooms[at];
         times.end_ns = now_ns() - start_ns;
-        times.delivered = match &room {
-            Room::Receiving(_, received) => received.as_ref().is_some_and(|one| one.ended.is_delivered()),
-            // The side that has the bytes says whether it has.
-            Room::Sending(_) | Room::Serving(_) => true,
+        times.how = match &room {
+            Room::Receiving(_, received) => {
+                let ended = &received.as_ref().expect("its end was told").ended;
+                if ended.is_delivered() {
+                    How::Delivered
+                } else {
+                    let room = self.orders.first_room + at as u64;
+                    self.told.failure.get_or_insert_with(|| format!("room {room}: {ended}"));
+                    How::Failed
+                }
+            }
+            Room::Sending(_) | Room::Serving(_) => How::Delivered,
         };
         match (delivered, &self.hands) {
             (Some(pages), Some(hands)) => {

@@ -187,10 +187,9 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         });
     }
     let token_bytes = page_bytes / u64::from(PAGE_TOKENS);
-    let possible = Arrival::possible_hit_share(&arrivals, PAGE_TOKENS);
     let target_ms = options.target_ms as f64;
     let summaries: Vec<Summary> =
-        scenes.iter().map(|scene| scene.summary(token_bytes, target_ms, possible)).collect();
+        scenes.iter().map(|scene| scene.summary(&arrivals, token_bytes, target_ms)).collect();
     if options.json {
         for (scene, summary) in scenes.iter().zip(&summaries) {
             say!("{}", scene.json(lengths, times, summary.clone())?);
