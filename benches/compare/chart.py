@@ -1,10 +1,11 @@
-"""The chart of a comparison: GB/s and CPU seconds a GB by page length, for each library and medium."""
+"""The chart of a comparison: GB/s and CPU seconds a GB by page length, for each library, medium and kind of memory."""
 import os
 import statistics
 
 BUSY = "The machine was busy with other work: peers that spin at both ends collapse then; do not cite these."
 COLOURS = {"crossdock": "#1b6ca8", "nixl": "#76a832", "mooncake": "#d0803a"}
 FLOOR_COLOUR = "#333333"
+KINDS_OF_MEMORY = {"shared": "shared (ours allocated)", "private": "private"}
 # What is drawn: the key of ours, its peer's and the floor's, and the axis.
 KINDS = (("gb_per_s", "GB/s (more is better)"), ("cpu_s_per_gb", "CPU s/GB, both sides (less is better)"))
 
@@ -18,13 +19,13 @@ def draw(lines, path):
                                 "axes.spines.top": False, "axes.spines.right": False})
     from matplotlib import pyplot
 
-    ports = list(dict.fromkeys(line["port"] for line in lines))
-    figure, axes = pyplot.subplots(len(KINDS), len(ports), squeeze=False, layout="constrained",
-                                   figsize=(1 + 4 * len(ports), 3.2 * len(KINDS)))
+    groups = list(dict.fromkeys((line["port"], line["memory"]) for line in lines))
+    figure, axes = pyplot.subplots(len(KINDS), len(groups), squeeze=False, layout="constrained",
+                                   figsize=(1 + 4 * len(groups), 3.2 * len(KINDS)))
     for row, (key, label) in zip(axes, KINDS):
-        for axis, port in zip(row, ports):
-            bars(axis, [line for line in lines if line["port"] == port], key)
-            axis.set_title(port)
+        for axis, (port, memory) in zip(row, groups):
+            bars(axis, [line for line in lines if (line["port"], line["memory"]) == (port, memory)], key)
+            axis.set_title(f"{port}, memory {KINDS_OF_MEMORY[memory]}")
         row[0].set_ylabel(label)
     handles = {label: handle for row in axes for axis in row
                for handle, label in zip(*axis.get_legend_handles_labels())}

@@ -1,10 +1,10 @@
 """Moves scattered pages between two processes with another library, when told to.
 
-    python peers.py nixl|mooncake shm|tcp POOL_MIB
+    python peers.py nixl|mooncake shm|tcp shared|private POOL_MIB
 
 Says its version, then answers each line {"page_bytes", "payload_mib"} of its input with what one pass came to. As in
-kvbench, both pools are permuted, the clock runs from the request until the initiator knows that all pages have arrived,
-and the other process then checks every word.
+kvbench, both pools are permuted, what can be prepared is prepared before the clock starts, which runs from posting until
+the initiator knows that all pages have arrived, and the other process then checks every word.
 """
 import ctypes
 import json
@@ -22,10 +22,15 @@ MIB = 1 << 20
 
 
 class Pool:
-    """Private memory whose pages are present."""
+    """Memory of the same kind as kvbench's, whose pages are present: a file that others could map, or private."""
 
-    def __init__(self, mib):
-        self.mapped = mmap.mmap(-1, mib * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    def __init__(self, memory, mib):
+        if memory == "shared":
+            file = os.memfd_create("pool")
+            os.ftruncate(file, mib * MIB)
+            self.mapped = mmap.mmap(file, mib * MIB, flags=mmap.MAP_SHARED)
+        else:
+            self.mapped = mmap.mmap(-1, mib * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.words = np.frombuffer(self.mapped, dtype=np.uint64)
         self.words[:] = 0
         self.base, self.bytes = self.words.ctypes.data, mib * MIB
@@ -96,31 +101,35 @@ class Nixl:
     def progress(self):
         self.agent.get_new_notifs()
 
-    def prepare(self, page_bytes):
+    def describe(self, page_bytes):
         """Describes every page of both pools once: a pass then names pages by number."""
         if page_bytes in self.lists:
             return
         offsets = np.arange(self.pool.bytes // page_bytes, dtype=np.uint64) * np.uint64(page_bytes)
 
-        def describe(base):
+        def rows_from(base):
             rows = np.zeros((len(offsets), 3), dtype=np.uint64)
             rows[:, 0], rows[:, 1] = offsets + np.uint64(base), page_bytes
             return rows
 
-        here = self.agent.prep_xfer_dlist("NIXL_INIT_AGENT", describe(self.pool.base), "DRAM")
-        there = self.agent.prep_xfer_dlist(self.peer, describe(self.remote_base), "DRAM")
+        here = self.agent.prep_xfer_dlist("NIXL_INIT_AGENT", rows_from(self.pool.base), "DRAM")
+        there = self.agent.prep_xfer_dlist(self.peer, rows_from(self.remote_base), "DRAM")
         self.lists[page_bytes] = here, there
 
-    def write(self, page_bytes, source, destination):
+    def prepare(self, page_bytes, source, destination):
         here, there = self.lists[page_bytes]
-        request = self.agent.make_prepped_xfer("WRITE", here, source.astype(np.int32), there,
-                                               destination.astype(np.int32))
+        return self.agent.make_prepped_xfer("WRITE", here, source.astype(np.int32), there,
+                                            destination.astype(np.int32))
+
+    def write(self, request):
         state = self.agent.transfer(request)
         while state == "PROC":
             state = self.agent.check_xfer_state(request)
-        self.agent.release_xfer_handle(request)
         if state != "DONE":
             raise RuntimeError(f"the transfer ended as {state}")
+
+    def release(self, request):
+        self.agent.release_xfer_handle(request)
 
 
 class Mooncake:
@@ -153,17 +162,22 @@ class Mooncake:
     def progress(self):
         time.sleep(1e-5)  # it has threads of its own
 
-    def prepare(self, page_bytes):
+    def describe(self, page_bytes):
         pass
 
-    def write(self, page_bytes, source, destination):
+    def prepare(self, page_bytes, source, destination):
         here = (source * page_bytes + self.pool.base).tolist()
         there = (destination * page_bytes + self.remote_base).tolist()
-        for at in range(0, len(here), self.PAGES_A_CALL):
-            part = slice(at, at + self.PAGES_A_CALL)
-            lengths = [page_bytes] * len(here[part])
-            if self.engine.batch_transfer_sync_write(self.peer, here[part], there[part], lengths) != 0:
+        parts = [slice(at, at + self.PAGES_A_CALL) for at in range(0, len(here), self.PAGES_A_CALL)]
+        return [(here[part], there[part], [page_bytes] * len(here[part])) for part in parts]
+
+    def write(self, batches):
+        for here, there, lengths in batches:
+            if self.engine.batch_transfer_sync_write(self.peer, here, there, lengths) != 0:
                 raise RuntimeError("a batch was not written")
+
+    def release(self, batches):
+        pass
 
 
 PEERS = {"nixl": Nixl, "mooncake": Mooncake}
@@ -178,9 +192,9 @@ def end_with_parent():
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def target(pipe, name, medium, mib):
+def target(pipe, name, medium, memory, mib):
     end_with_parent()
-    peer, pool = PEERS[name]("target", medium), Pool(mib)
+    peer, pool = PEERS[name]("target", medium), Pool(memory, mib)
     pipe.send(peer.offer(pool))
     peer.meet(pipe.recv())
     while True:
@@ -195,16 +209,16 @@ def target(pipe, name, medium, mib):
 
 def main():
     end_with_parent()
-    name, medium, mib = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    name, medium, memory, mib = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
     # What the libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
-    child = context.Process(target=target, args=(other, name, medium, mib), daemon=True)
+    child = context.Process(target=target, args=(other, name, medium, memory, mib), daemon=True)
     child.start()
     other.close()
-    peer, pool = PEERS[name]("initiator", medium), Pool(mib)
+    peer, pool = PEERS[name]("initiator", medium), Pool(memory, mib)
     ours, theirs = peer.offer(pool), pipe.recv()
     pipe.send(ours)
     peer.meet(theirs)
@@ -220,18 +234,23 @@ def main():
         asked = (wanted["page_bytes"], wanted["payload_mib"], seed)
         work = Pass(pool, *asked)
         work.fill(pool)
-        peer.prepare(work.page_bytes)
+        peer.describe(work.page_bytes)
+        begin = time.perf_counter()
+        request = peer.prepare(work.page_bytes, work.source, work.destination)
+        prepare_s = time.perf_counter() - begin
         ask("begin")
         # It begins to spin on the core of the process that woke it; the scheduler needs a moment to part the two.
         time.sleep(0.05)
         used_s = -cpu_s(os.getpid()) - cpu_s(child.pid)
         begin = time.perf_counter()
-        peer.write(work.page_bytes, work.source, work.destination)
+        peer.write(request)
         seconds = time.perf_counter() - begin
         used_s += cpu_s(os.getpid()) + cpu_s(child.pid)
         ask("end")
+        peer.release(request)
         gb = len(work.source) * work.page_bytes / 1e9
-        say({"gb_per_s": gb / seconds, "cpu_s_per_gb": used_s / gb, "verified": bool(ask(asked))})
+        say({"gb_per_s": gb / seconds, "cpu_s_per_gb": used_s / gb, "prepare_ms": prepare_s * 1e3,
+             "verified": bool(ask(asked))})
     os._exit(0)
 
 

@@ -1,5 +1,7 @@
 //! Samples, and what a process has used.
 
+use crossdock_replay::quantile;
+
 /// Values of one kind, measured one after the other.
 #[derive(Clone, Debug, Default)]
 pub struct Sample(Vec<f64>);
@@ -15,19 +17,16 @@ impl Sample {
         &self.0
     }
 
-    /// The middle one; 0 of none.
+    /// The middle one, of an even number the lower; 0 of none.
     pub fn median(&self) -> f64 {
         self.quantile(0.5)
     }
 
-    /// The value that this share of the values does not exceed; 0 of none.
+    /// The least value that this share of the values does not exceed; 0 of none.
     pub fn quantile(&self, share: f64) -> f64 {
         let mut sorted = self.0.clone();
         sorted.sort_by(f64::total_cmp);
-        match sorted.len() {
-            0 => 0.0,
-            count => sorted[((count - 1) as f64 * share).round() as usize],
-        }
+        quantile(&sorted, share)
     }
 
     /// The smallest; 0 of none.
@@ -88,6 +87,7 @@ mod tests {
         assert_eq!(sample.median(), 0.0);
         sample.extend([3.0, 1.0, 2.0]);
         assert_eq!((sample.min(), sample.median(), sample.max()), (1.0, 2.0, 3.0));
+        assert_eq!((sample.quantile(0.66), sample.quantile(0.67)), (2.0, 3.0));
         let mut half = Sample::default();
         half.extend([6.0, 4.0, 2.0]);
         assert_eq!(sample.median_ratio(&half), 0.5);

@@ -11,6 +11,7 @@
 
 mod synthetic;
 
+use std::collections::HashSet;
 use std::io::{self, BufRead, Read};
 
 use serde::Deserialize;
@@ -152,12 +153,15 @@ pub struct TraceLimits {
     pub tokens: u32,
     /// The most requests.
     pub requests: u64,
+    /// The latest time of a request.
+    pub at_ms: u64,
 }
 
 impl Default for TraceLimits {
-    /// 1 MiB a line, 16 Mi tokens, ten million requests.
+    /// 1 MiB a line, 16 Mi tokens, ten million requests, 139 years: times since 1970 are among them, and in nanoseconds
+    /// they leave room to add to.
     fn default() -> Self {
-        Self { line_bytes: 1 << 20, tokens: 1 << 24, requests: 10_000_000 }
+        Self { line_bytes: 1 << 20, tokens: 1 << 24, requests: 10_000_000, at_ms: 1 << 42 }
     }
 }
 
@@ -207,6 +211,13 @@ impl<R: BufRead> TraceReader<R> {
         if request.prefix_ids.len() > request.input_tokens.div_ceil(BLOCK_TOKENS) as usize {
             let (ids, input_tokens) = (request.prefix_ids.len(), request.input_tokens);
             return Err(TraceError::TooManyPrefixes { line, ids, input_tokens });
+        }
+        let mut ids = HashSet::with_capacity(request.prefix_ids.len());
+        if let Some(&id) = request.prefix_ids.iter().find(|id| !ids.insert(**id)) {
+            return Err(TraceError::RepeatedPrefix { line, id });
+        }
+        if request.at_ms > limits.at_ms {
+            return Err(TraceError::TooLate { line, at_ms: request.at_ms, limit: limits.at_ms });
         }
         if request.at_ms < self.last_at_ms {
             let (at_ms, before_ms) = (request.at_ms, self.last_at_ms);
@@ -291,6 +302,24 @@ pub enum TraceError {
         /// The length of the input.
         input_tokens: u32,
     },
+    /// A request gives two of its prefixes one name, although they differ in length.
+    #[error("line {line}: the hash id {id} stands for two prefixes of one request")]
+    RepeatedPrefix {
+        /// Which line.
+        line: u64,
+        /// The name.
+        id: u64,
+    },
+    /// A request comes later than allowed.
+    #[error("line {line}: a request at {at_ms} ms; at most {limit} are possible")]
+    TooLate {
+        /// Which line.
+        line: u64,
+        /// Its time.
+        at_ms: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// A request comes before the one on the line before.
     #[error("line {line}: a request at {at_ms} ms follows one at {before_ms} ms")]
     OutOfOrder {
@@ -334,7 +363,7 @@ mod tests {
     #[test]
     fn an_error_names_its_line_and_ends_the_reading() {
         type Is = fn(&TraceError) -> bool;
-        let cases: [(String, Is); 8] = [
+        let cases: [(String, Is); 10] = [
             ("{".into(), |e| matches!(e, TraceError::Json { line: 2, .. })),
             ("[]".into(), |e| matches!(e, TraceError::Json { line: 2, .. })),
             (LINE.replace("600", "-1"), |e| matches!(e, TraceError::Json { line: 2, .. })),
@@ -349,6 +378,12 @@ mod tests {
             }),
             (LINE.replace("600", "512"), |e| {
                 matches!(e, TraceError::TooManyPrefixes { line: 2, ids: 2, input_tokens: 512 })
+            }),
+            (LINE.replace("[0, 3]", "[3, 3]"), |e| {
+                matches!(e, TraceError::RepeatedPrefix { line: 2, id: 3 })
+            }),
+            (LINE.replace("5,", "18446744073709551615,"), |e| {
+                matches!(e, TraceError::TooLate { line: 2, at_ms: u64::MAX, limit: 4_398_046_511_104 })
             }),
             (LINE.replace("5,", "4,"), |e| {
                 matches!(e, TraceError::OutOfOrder { line: 2, at_ms: 4, before_ms: 5 })
@@ -377,9 +412,13 @@ mod tests {
     #[test]
     fn limits_hold_exactly() {
         let limits = TraceLimits { line_bytes: LINE.len(), requests: 2, ..TraceLimits::default() };
-        let read = read(&format!("{LINE}\n{LINE}\n{LINE}\n"), limits);
-        assert!(read[0].is_ok() && read[1].is_ok());
-        assert!(matches!(read[2], Err(TraceError::TooManyRequests { line: 3, limit: 2 })));
+        let text = format!("{LINE}\n{LINE}\n{LINE}\n");
+        let all = read(&text, limits);
+        assert!(all[0].is_ok() && all[1].is_ok());
+        assert!(matches!(all[2], Err(TraceError::TooManyRequests { line: 3, limit: 2 })));
+        assert!(read(&text, TraceLimits { at_ms: 5, ..limits })[0].is_ok());
+        let late = read(&text, TraceLimits { at_ms: 4, ..limits });
+        assert!(matches!(late[..], [Err(TraceError::TooLate { line: 1, at_ms: 5, limit: 4 })]));
         let short = TraceLimits { line_bytes: LINE.len() - 1, ..limits };
         for text in [LINE.to_string(), format!("{LINE}\n")] {
             let read: Vec<_> = TraceReader::new(text.as_bytes(), short).collect();

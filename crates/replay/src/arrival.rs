@@ -1,8 +1,9 @@
 //! Requests of a trace, scaled to a machine.
 
 use std::collections::HashSet;
+use std::io::BufRead;
 
-use crossdock_kv::trace::{BLOCK_TOKENS, Request, Scale};
+use crossdock_kv::trace::{BLOCK_TOKENS, Request, Scale, TraceError, TraceLimits, TraceReader};
 use serde::{Deserialize, Serialize};
 
 /// One request as it is replayed.
@@ -64,17 +65,21 @@ impl Arrival {
         }
     }
 
-    /// The share of all tokens that requests find held where nothing is ever evicted, one request after the other.
-    ///
-    /// # Panics
-    /// If a page holds no tokens.
-    pub fn possible_hit_share(arrivals: &[Self], page_tokens: u32) -> f64 {
+    /// The share of their tokens that the delivered requests would find held where nothing is ever evicted that any
+    /// request before them, delivered or not, has had.
+    pub fn possible_hit_share(
+        arrivals: &[Self],
+        is_delivered: impl Fn(usize) -> bool,
+        page_tokens: u32,
+    ) -> f64 {
         let mut seen = HashSet::new();
         let (mut held, mut all) = (0, 0);
-        for arrival in arrivals {
-            let hits = arrival.blocks.iter().take_while(|block| seen.contains(*block));
-            held += hits.map(|block| u64::from(block.pages) * u64::from(page_tokens)).sum::<u64>();
-            all += u64::from(arrival.tokens);
+        for (at, arrival) in arrivals.iter().enumerate() {
+            if is_delivered(at) {
+                let hits = arrival.blocks.iter().take_while(|block| seen.contains(*block));
+                held += hits.map(|block| u64::from(block.pages) * u64::from(page_tokens)).sum::<u64>();
+                all += u64::from(arrival.tokens);
+            }
             seen.extend(arrival.blocks.iter().copied());
         }
         if all > 0 { held as f64 / all as f64 } else { 0.0 }
@@ -87,6 +92,16 @@ impl Arrival {
     pub fn pages(&self, page_tokens: u32) -> u32 {
         self.tokens.div_ceil(page_tokens)
     }
+}
+
+/// Reads the first requests of a trace, so many of them. Times count from the first one: a slice of a trace keeps those
+/// of the whole, which neither a scale nor a replay is to fit.
+pub fn requests(lines: impl BufRead, most: usize) -> Result<Vec<Request>, TraceError> {
+    let read = TraceReader::new(lines, TraceLimits::default()).take(most);
+    let mut requests: Vec<Request> = read.collect::<Result<_, _>>()?;
+    let first_ms = requests.first().map_or(0, |request| request.at_ms);
+    requests.iter_mut().for_each(|request| request.at_ms -= first_ms);
+    Ok(requests)
 }
 
 /// The blocks of a request that end within so many pages.
@@ -138,12 +153,28 @@ mod tests {
     }
 
     #[test]
+    fn a_slice_of_a_trace_begins_at_once() {
+        let line =
+            |at_ms: u64| format!("{{\"timestamp\": {at_ms}, \"input_length\": 9, \"output_length\": 1}}\n");
+        let text = [3_000_000, 3_060_000, 3_070_000].map(line).concat();
+        let read = requests(text.as_bytes(), 2).unwrap();
+        assert_eq!(read.iter().map(|request| request.at_ms).collect::<Vec<_>>(), [0, 60_000]);
+        assert!(requests([text, line(5)].concat().as_bytes(), usize::MAX).is_err());
+        assert_eq!(requests(&b""[..], 1).unwrap(), []);
+    }
+
+    #[test]
     fn what_an_unlimited_pool_would_hold_is_known() {
         let requests = [request(1300, 3), request(1300, 3), request(600, 1), request(100, 0)];
         let arrivals = requests.map(|request| Arrival::of(&request, &pace(1.0, 64)));
         // Two blocks of the second, one of the third.
-        assert_eq!(Arrival::possible_hit_share(&arrivals, 64), f64::from(3 * 512) / 3300.0);
-        assert_eq!(Arrival::possible_hit_share(&[], 64), 0.0);
+        let share =
+            |is_delivered: fn(usize) -> bool| Arrival::possible_hit_share(&arrivals, is_delivered, 64);
+        assert_eq!(share(|_| true), f64::from(3 * 512) / 3300.0);
+        // What the others needed is no part of it.
+        assert_eq!(share(|at| at == 2), 512.0 / 600.0);
+        assert_eq!(share(|_| false), 0.0);
+        assert_eq!(Arrival::possible_hit_share(&[], |_| true, 64), 0.0);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Prefix pages that outlive the request that brought them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::mem;
 
 use crossdock_memory::{PagePool, PageRef, PageSet};
@@ -12,6 +12,9 @@ use crate::Block;
 /// Each block is a [`PageRef`] of its own, so the pool counts who uses a page: the cache once, each lease once. A block
 /// that no lease uses is idle; idle ones are evicted, those first that were left longest ago and, of one request, the
 /// later ones before the earlier. So whatever is held, the blocks before it in its request are held, too.
+///
+/// That ids name what they say is not taken for granted: where a request gives a length to an id that is held with
+/// another one, or names it twice, its shared part ends.
 #[derive(Debug)]
 pub struct PrefixCache {
     pool: PagePool,
@@ -95,7 +98,8 @@ impl PrefixCache {
 
     /// Uses as many of the first blocks as are here.
     pub fn lease(&mut self, blocks: &[Block]) -> Lease {
-        let blocks = blocks.to_vec();
+        let mut ids = HashSet::with_capacity(blocks.len());
+        let blocks = blocks.iter().copied().take_while(|block| ids.insert(block.id)).collect();
         let mut lease = Lease { blocks, parts: Vec::new(), here: 0, held_pages: 0 };
         while let Some(&block) = lease.blocks.get(lease.here)
             && let Some(pages) = self.use_block(block)
@@ -108,7 +112,8 @@ impl PrefixCache {
     }
 
     /// Keeps the pages that a lease has lacked so far, all of them in order. A block that another request has brought
-    /// meanwhile is used from there, and these pages go home.
+    /// meanwhile is used from there, and these pages go home. From a block on that is held with another length, they
+    /// are the request's own.
     ///
     /// # Panics
     /// If there are fewer pages than the missing blocks have.
@@ -117,9 +122,10 @@ impl PrefixCache {
         let mut at = 0;
         while let Some(&block) = lease.blocks.get(lease.here) {
             let range = at..at + block.pages as usize;
-            at = range.end;
+            let end = range.end;
             let part = match self.use_block(block) {
                 Some(held) => held,
+                None if self.holds(block.id) => break,
                 None => {
                     let pages = pages.slice(range);
                     self.held.insert(block.id, Held { pages: pages.clone(), leases: 1, stamp: 0 });
@@ -128,7 +134,9 @@ impl PrefixCache {
             };
             lease.parts.push(part);
             lease.here += 1;
+            at = end;
         }
+        lease.blocks.truncate(lease.here);
         lease.parts.push(pages.slice(at..pages.len()));
     }
 
@@ -165,7 +173,7 @@ impl PrefixCache {
     }
 
     fn use_block(&mut self, block: Block) -> Option<PageRef> {
-        // Of another length it would be of a replay at another scale.
+        // Of another length it is not the same block, whatever its name.
         let held = self.held.get_mut(&block.id).filter(|held| held.pages.len() == block.pages as usize)?;
         if held.leases == 0 {
             self.idle.remove(&held.stamp);

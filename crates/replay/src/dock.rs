@@ -1,6 +1,7 @@
 //! One worker's side of a replay: requests wait for pages, use them, and leave their prefixes behind.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::mem;
 
 use crossdock_memory::{PagePool, PageSet, PoolOptions};
 use serde::{Deserialize, Serialize};
@@ -150,25 +151,33 @@ impl<T> Dock<T> {
     /// What happens by now, one thing a call; `None` if that is nothing (more). Ask again when pages have come home, and
     /// at [`wake_ns`](Dock::wake_ns).
     pub fn next(&mut self, now_ns: u64) -> Option<Next<T>> {
-        self.count_pressure(now_ns);
-        self.end_decoding(now_ns);
-        if let Some(at) = self.waiting.iter().position(|request| request.until_ns <= now_ns) {
-            let request = self.waiting.remove(at)?;
-            self.stats.expired += 1;
-            let free = self.cache.pool().stats().free;
-            return Some(Next::Expired { tag: request.tag, wanted: request.pages, free });
+        if let Some(expired) = self.expired(now_ns) {
+            return Some(expired);
         }
         self.admit(now_ns).map(Next::Admitted)
     }
 
+    /// As [`next`](Dock::next), but no request gets its pages: for a worker that cannot take one.
+    pub fn expired(&mut self, now_ns: u64) -> Option<Next<T>> {
+        self.count_pressure(now_ns);
+        self.end_decoding(now_ns);
+        let at = self.waiting.iter().position(|request| request.until_ns <= now_ns)?;
+        let request = self.waiting.remove(at)?;
+        self.stats.expired += 1;
+        let free = self.cache.pool().stats().free;
+        Some(Next::Expired { tag: request.tag, wanted: request.pages, free })
+    }
+
     /// Keeps the pages of a request: see [`PrefixCache::keep`].
-    pub fn keep(&mut self, lease: &mut Lease, pages: PageSet) {
+    pub fn keep(&mut self, lease: &mut Lease, pages: PageSet, now_ns: u64) {
+        self.count_pressure(now_ns);
         self.cache.keep(lease, pages);
         self.cache.relieve();
     }
 
     /// A request is over.
-    pub fn release(&mut self, lease: Lease) {
+    pub fn release(&mut self, lease: Lease, now_ns: u64) {
+        self.count_pressure(now_ns);
         self.cache.release(lease);
         self.cache.relieve();
     }
@@ -203,7 +212,9 @@ impl<T> Dock<T> {
 
     /// Ends decoding, and gives all pages back that nobody uses.
     pub fn clear(&mut self) {
-        self.end_decoding(u64::MAX);
+        for lease in mem::take(&mut self.decoding).into_values() {
+            self.cache.release(lease);
+        }
         self.cache.clear();
     }
 
@@ -239,14 +250,16 @@ impl<T> Dock<T> {
             && entry.key().0 <= now_ns
         {
             let lease = entry.remove();
-            self.release(lease);
+            self.release(lease, now_ns);
         }
     }
 
+    /// To be called before anything changes: what is seen now has been so since the last time.
     fn count_pressure(&mut self, now_ns: u64) {
-        let seen_ns = self.seen_ns.replace(now_ns).unwrap_or(now_ns);
+        let seen_ns = self.seen_ns.unwrap_or(now_ns);
         if self.cache.pool().stats().under_pressure {
             self.stats.pressure_ns += now_ns.saturating_sub(seen_ns);
         }
+        self.seen_ns = Some(now_ns.max(seen_ns));
     }
 }

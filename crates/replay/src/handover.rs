@@ -53,6 +53,31 @@ impl Handover {
     }
 }
 
+/// All requests of a replay that came, whatever became of them. The times are of the hand-overs' clock.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Came {
+    /// How many there are.
+    pub requests: u64,
+    /// When the first one came.
+    pub first_ns: u64,
+    /// When the last one was over: delivered, refused, failed or expired.
+    pub last_ns: u64,
+}
+
+impl Came {
+    /// A request comes.
+    pub fn comes(&mut self, at_ns: u64) {
+        self.first_ns = if self.requests == 0 { at_ns } else { self.first_ns.min(at_ns) };
+        self.over(at_ns);
+        self.requests += 1;
+    }
+
+    /// A request is over.
+    pub fn over(&mut self, at_ns: u64) {
+        self.last_ns = self.last_ns.max(at_ns);
+    }
+}
+
 /// A whole replay in figures. Every share is between 0 and 1; GB are 10⁹ bytes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Summary {
@@ -60,9 +85,10 @@ pub struct Summary {
     pub requests: u64,
     /// Those that were delivered.
     pub delivered: u64,
-    /// From the first arrival to the last end.
+    /// From the first arrival until the last request was over, delivered or not.
     pub seconds: f64,
-    /// Hand-over: from when both sides were ready until the decode side had it all.
+    /// Hand-over: from when both sides were ready until the decode side had it all. All quantiles are of the delivered
+    /// requests.
     pub handover_ms_p50: f64,
     /// As before.
     pub handover_ms_p90: f64,
@@ -90,7 +116,7 @@ pub struct Summary {
     pub decode_hit_share: f64,
     /// The share of them that the prefill side held.
     pub prefill_hit_share: f64,
-    /// The share of all requests' tokens that a side would hold that never evicts.
+    /// The share of them that a side would hold that never evicts.
     pub possible_hit_share: f64,
     /// What the decode side needed of the delivered requests.
     pub gb_needed: f64,
@@ -107,13 +133,11 @@ pub struct Summary {
 }
 
 impl Summary {
-    /// Adds up so many requests, of which these were delivered.
-    pub fn of(requests: u64, handovers: &[Handover], token_bytes: u64, target_ms: f64) -> Self {
+    /// Adds up what came, and was delivered so.
+    pub fn of(came: Came, handovers: &[Handover], token_bytes: u64, target_ms: f64) -> Self {
         let sum = |each: fn(&Handover) -> u32| handovers.iter().map(|one| u64::from(each(one))).sum::<u64>();
         let gb = |tokens: u64| (tokens * token_bytes) as f64 / 1e9;
-        let first_ns = handovers.iter().map(|one| one.arrived_ns).min().unwrap_or(0);
-        let last_ns = handovers.iter().map(|one| one.end_ns).max().unwrap_or(0);
-        let seconds = last_ns.saturating_sub(first_ns) as f64 / 1e9;
+        let seconds = came.last_ns.saturating_sub(came.first_ns) as f64 / 1e9;
         let good: Vec<&Handover> =
             handovers.iter().filter(|one| one.whole_ns() as f64 / 1e6 <= target_ms).collect();
         let good_tokens = good.iter().map(|one| u64::from(one.tokens)).sum();
@@ -124,7 +148,7 @@ impl Summary {
         let queued = Milliseconds::of(handovers, Handover::queued_ns);
         let whole = Milliseconds::of(handovers, Handover::whole_ns);
         Self {
-            requests,
+            requests: came.requests,
             delivered: handovers.len() as u64,
             seconds,
             handover_ms_p50: moving.quantile(0.5),
@@ -135,7 +159,7 @@ impl Summary {
             whole_ms_p50: whole.quantile(0.5),
             whole_ms_p99: whole.quantile(0.99),
             target_ms,
-            met_target: share(good.len() as f64, requests as f64),
+            met_target: share(good.len() as f64, came.requests as f64),
             goodput_requests_per_s: share(good.len() as f64, seconds),
             goodput_gb_per_s: share(gb(good_tokens), seconds),
             tokens,
@@ -163,21 +187,30 @@ impl Summary {
             ("requests: came, delivered", format!("{}, {}", self.requests, self.delivered)),
             ("seconds", format!("{:.1}", self.seconds)),
             (
-                "hand-over ms: p50, p90, p99",
+                "hand-over ms of the delivered: p50, p90, p99",
                 format!(
                     "{:.2}, {:.2}, {:.2}",
                     self.handover_ms_p50, self.handover_ms_p90, self.handover_ms_p99
                 ),
             ),
-            ("queueing ms: p50, p99", format!("{:.2}, {:.2}", self.queue_ms_p50, self.queue_ms_p99)),
-            ("arrival to held ms: p50, p99", format!("{:.2}, {:.2}", self.whole_ms_p50, self.whole_ms_p99)),
-            ("target ms, met by", format!("{:.0}, {}", self.target_ms, percent(self.met_target))),
+            (
+                "queueing ms of the delivered: p50, p99",
+                format!("{:.2}, {:.2}", self.queue_ms_p50, self.queue_ms_p99),
+            ),
+            (
+                "arrival to held ms of the delivered: p50, p99",
+                format!("{:.2}, {:.2}", self.whole_ms_p50, self.whole_ms_p99),
+            ),
+            (
+                "target ms, met by so many of all",
+                format!("{:.0}, {}", self.target_ms, percent(self.met_target)),
+            ),
             (
                 "goodput: requests/s, GB/s needed",
                 format!("{:.1}, {:.2}", self.goodput_requests_per_s, self.goodput_gb_per_s),
             ),
             (
-                "prefix hits: decode, prefill, with an unlimited pool",
+                "prefix hits of the delivered: decode, prefill, unlimited pool",
                 format!(
                     "{}, {}, {}",
                     percent(self.decode_hit_share),
@@ -205,11 +238,18 @@ impl Milliseconds {
         Self(sorted)
     }
 
-    /// The time that this share does not exceed; 0 of none.
     fn quantile(&self, share: f64) -> f64 {
-        let at = (self.0.len().saturating_sub(1) as f64 * share).round() as usize;
-        self.0.get(at).copied().unwrap_or(0.0)
+        quantile(&self.0, share)
     }
+}
+
+/// The least of the values that this share of them does not exceed (the nearest rank); 0 of none. They are sorted, the
+/// smallest first.
+pub fn quantile(sorted: &[f64], share: f64) -> f64 {
+    // With a hair of tolerance: a rank that is whole need not be so in floating point.
+    let rank = (share * sorted.len() as f64 - 1e-9).ceil() as usize;
+    let at = rank.clamp(1, sorted.len().max(1)) - 1;
+    sorted.get(at).copied().unwrap_or(0.0)
 }
 
 /// Time in which at least one hand-over was under way.
@@ -269,7 +309,10 @@ mod tests {
             handover([1000, 1000, 1000, 1000, 1020], 1000, 500),
             handover([2500, 2500, 2500, 2980, 3000], 2000, 500),
         ];
-        let summary = Summary::of(5, &handovers, 1_000_000, 100.0);
+        let mut came = Came::default();
+        [1000, 1000, 2500, 1700, 2600].iter().for_each(|at_ms| came.comes(at_ms * MS));
+        handovers.iter().for_each(|one| came.over(one.end_ns));
+        let summary = Summary::of(came, &handovers, 1_000_000, 100.0);
         assert_eq!((summary.requests, summary.delivered, summary.seconds), (5, 3, 2.0));
         assert_eq!((summary.handover_ms_p50, summary.handover_ms_p99), (20.0, 20.0));
         assert_eq!((summary.queue_ms_p50, summary.queue_ms_p99), (0.0, 480.0));
@@ -282,8 +325,41 @@ mod tests {
     }
 
     #[test]
+    fn requests_that_are_not_delivered_take_their_time() {
+        // The first of a hundred is held at once, the others wait for a minute; the pool is full all the time.
+        let mut came = Came::default();
+        (0..100).for_each(|_| came.comes(0));
+        came.over(10 * MS);
+        came.over(60_000 * MS);
+        let summary = Summary {
+            decode: DockStats { pressure_ns: 59_000 * MS, ..DockStats::default() },
+            ..Summary::of(came, &[handover([0, 0, 0, 0, 10], 1000, 0)], 1_000_000, 100.0)
+        };
+        assert_eq!((summary.seconds, summary.met_target), (60.0, 0.01));
+        assert_eq!((summary.goodput_requests_per_s, summary.goodput_gb_per_s), (1.0 / 60.0, 1.0 / 60.0));
+        let pressed = summary.lines().into_iter().find(|(what, _)| what.starts_with("decode pages"));
+        assert!(pressed.is_some_and(|(_, figure)| figure.ends_with(", 98.3 %")));
+        // All were refused as they came.
+        let mut came = Came::default();
+        [7, 3].into_iter().for_each(|at_ns| came.comes(at_ns));
+        assert_eq!(came, Came { requests: 2, first_ns: 3, last_ns: 7 });
+    }
+
+    #[test]
+    fn a_quantile_is_the_nearest_rank() {
+        let sorted: Vec<f64> = (1..=100).map(f64::from).collect();
+        for (share, value) in
+            [(0.0, 1.0), (0.005, 1.0), (0.07, 7.0), (0.5, 50.0), (0.901, 91.0), (0.99, 99.0), (1.0, 100.0)]
+        {
+            assert_eq!(quantile(&sorted, share), value, "{share}");
+        }
+        let two = |share| quantile(&[1.0, 2.0], share);
+        assert_eq!((two(0.5), two(0.51), two(0.99), quantile(&[], 0.5)), (1.0, 2.0, 2.0, 0.0));
+    }
+
+    #[test]
     fn nothing_is_no_division_by_zero() {
-        let summary = Summary::of(0, &[], 1, 1.0);
+        let summary = Summary::of(Came::default(), &[], 1, 1.0);
         assert_eq!(summary, Summary { target_ms: 1.0, ..Summary::default() });
         assert!(summary.lines().iter().all(|(_, figure)| !figure.contains("NaN")));
     }

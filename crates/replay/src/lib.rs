@@ -15,8 +15,8 @@ mod chart;
 mod dock;
 mod handover;
 
-pub use arrival::{Arrival, Block, Pace};
+pub use arrival::{Arrival, Block, Pace, requests};
 pub use cache::{Lease, PrefixCache};
 pub use chart::{ChartError, Roof, Sheet, Trail};
 pub use dock::{Admitted, ArriveError, Dock, DockStats, Next, Waiting, watermarks};
-pub use handover::{Handover, Summary};
+pub use handover::{Came, Handover, Summary, quantile};

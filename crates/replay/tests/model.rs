@@ -1,6 +1,6 @@
 //! The cache and the dock against simple models.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crossdock_kv::trace::{BLOCK_TOKENS, Request, Scale, Synthetic, SyntheticOptions};
 use crossdock_memory::{PagePool, PoolOptions};
@@ -98,6 +98,10 @@ fn check(pool: &PagePool, cache: &PrefixCache, live: &[Live]) {
     }
     let stats = pool.stats();
     assert_eq!(stats.free + owners.len() as u32 + cache.idle_pages(), POOL_PAGES, "{stats:?}");
+}
+
+/// Where ids name what they say, what is used is held.
+fn check_chains(cache: &PrefixCache, live: &[Live]) {
     // Whatever is used is held, and what is before it, too.
     for request in live.iter().filter(|request| request.missing.is_none()) {
         assert!(request.blocks.iter().all(|block| cache.holds(block.id)));
@@ -151,6 +155,66 @@ proptest! {
                 _ => {}
             }
             check(&pool, &cache, &live);
+            check_chains(&cache, &live);
+        }
+        live.into_iter().for_each(|request| cache.release(request.lease));
+        cache.clear();
+        prop_assert_eq!(pool.stats().free, POOL_PAGES);
+    }
+}
+
+/// Blocks as a trace may name them that contradicts itself: one id, several lengths and places, even in one request.
+fn hostile_blocks() -> impl Strategy<Value = Vec<Block>> {
+    prop::collection::vec((0u64..5, 1u32..4).prop_map(|(id, pages)| Block { id, pages }), 0..6)
+}
+
+proptest! {
+    #[test]
+    fn ids_that_contradict_each_other_lose_no_page(
+        requests in prop::collection::vec((hostile_blocks(), 1u32..4), 1..40),
+        steps in prop::collection::vec((0usize..3, 0usize..8), 1..200),
+    ) {
+        let pool = PagePool::new(POOL_PAGES, PoolOptions::default());
+        let mut cache = PrefixCache::new(pool.clone());
+        let mut live: Vec<Live> = Vec::new();
+        let mut requests = requests.iter().cycle();
+        // The lengths with which ids are held.
+        let mut lengths: HashMap<u64, u32> = HashMap::new();
+        for (step, which) in steps {
+            match (step, live.len()) {
+                (0, _) => {
+                    let (blocks, own_pages) = requests.next().unwrap();
+                    let mut ids = HashSet::new();
+                    let is_hit = |block: &&Block| ids.insert(block.id) && lengths.get(&block.id) == Some(&block.pages);
+                    let hits: u32 = blocks.iter().take_while(is_hit).map(|block| block.pages).sum();
+                    let lease = cache.lease(blocks);
+                    prop_assert_eq!(lease.held_pages(), hits);
+                    let pages = total(blocks) + own_pages;
+                    if cache.make_room(pages - hits) {
+                        let missing = Some(pool.take(pages - hits).unwrap());
+                        live.push(Live { lease, blocks: blocks.clone(), missing, pages });
+                    } else {
+                        cache.release(lease);
+                    }
+                }
+                (_, 0) => {}
+                (1, count) => {
+                    let request = &mut live[which % count];
+                    if let Some(missing) = request.missing.take() {
+                        cache.keep(&mut request.lease, missing);
+                        let mut ids = HashSet::new();
+                        for block in &request.blocks {
+                            if !ids.insert(block.id) || *lengths.entry(block.id).or_insert(block.pages) != block.pages {
+                                break;
+                            }
+                        }
+                        prop_assert!(lengths.keys().all(|id| cache.holds(*id)));
+                    }
+                }
+                (_, count) => cache.release(live.swap_remove(which % count).lease),
+            }
+            lengths.retain(|id, _| cache.holds(*id));
+            check(&pool, &cache, &live);
         }
         live.into_iter().for_each(|request| cache.release(request.lease));
         cache.clear();
@@ -186,12 +250,12 @@ proptest! {
             let Some(Next::Admitted(mut admitted)) = dock.next(0) else { panic!("there is room") };
             prop_assert_eq!(admitted.lease.held_pages(), oracle(&mut seen, request, scale, page_tokens));
             held += admitted.lease.held_pages() * page_tokens;
-            dock.keep(&mut admitted.lease, admitted.pages);
-            dock.release(admitted.lease);
+            dock.keep(&mut admitted.lease, admitted.pages, 0);
+            dock.release(admitted.lease, 0);
             arrivals.push(arrival);
         }
         let all: u64 = arrivals.iter().map(|arrival| u64::from(arrival.tokens)).sum();
-        let share = Arrival::possible_hit_share(&arrivals, page_tokens);
+        let share = Arrival::possible_hit_share(&arrivals, |_| true, page_tokens);
         prop_assert!((share - f64::from(held) / all as f64).abs() < 1e-12);
     }
 }
@@ -257,8 +321,8 @@ fn requests_wait_in_order_and_by_their_deadlines() {
     assert_eq!(third.tag, 3);
     assert!(dock.next(50).is_none());
     drop((first.pages, third.pages));
-    dock.release(first.lease);
-    dock.release(third.lease);
+    dock.release(first.lease, 50);
+    dock.release(third.lease, 50);
     let stats = dock.stats();
     assert_eq!((stats.admitted, stats.expired, stats.refused), (2, 1, 2));
     assert_eq!((stats.peak_waiting, stats.peak_pages, stats.lowest_free), (3, 9, 1));
@@ -270,7 +334,7 @@ fn a_request_that_is_decoded_has_its_pages_until_it_ends() {
     let shared = vec![Block { id: 7, pages: 4 }];
     dock.arrive(waiting(1, 6, shared.clone(), 100)).unwrap();
     let Some(Next::Admitted(mut first)) = dock.next(0) else { panic!("there is room") };
-    dock.keep(&mut first.lease, first.pages);
+    dock.keep(&mut first.lease, first.pages, 0);
     dock.release_at(first.lease, 20);
     // It shares what is held, although nothing of that may be evicted.
     dock.arrive(waiting(2, 9, shared.clone(), 100)).unwrap();
@@ -279,15 +343,15 @@ fn a_request_that_is_decoded_has_its_pages_until_it_ends() {
     assert_eq!(dock.wake_ns(), Some(20));
     let Some(Next::Admitted(mut second)) = dock.next(20) else { panic!("there is room") };
     assert_eq!((second.tag, second.lease.held_pages(), second.pages.len()), (2, 4, 5));
-    dock.keep(&mut second.lease, second.pages);
-    dock.release(second.lease);
+    dock.keep(&mut second.lease, second.pages, 21);
+    dock.release(second.lease, 21);
     // Nobody uses the block any more, and the third needs its pages.
     assert!(dock.cache().holds(7));
     let Some(Next::Admitted(third)) = dock.next(21) else { panic!("there is room") };
     assert!(!dock.cache().holds(7));
     assert_eq!(dock.stats().evicted_pages, 4);
     drop(third.pages);
-    dock.release(third.lease);
+    dock.release(third.lease, 21);
 }
 
 #[test]
@@ -312,8 +376,8 @@ fn under_pressure_the_oldest_make_room_until_it_is_over() {
     for id in 0..100 {
         dock.arrive(waiting(id, 2, vec![Block { id, pages: 1 }], 1000)).unwrap();
         let Some(Next::Admitted(mut admitted)) = dock.next(id * 10) else { panic!("there is room") };
-        dock.keep(&mut admitted.lease, admitted.pages);
-        dock.release(admitted.lease);
+        dock.keep(&mut admitted.lease, admitted.pages, id * 10);
+        dock.release(admitted.lease, id * 10);
         assert!(!pool.stats().under_pressure, "idle pages are kept under pressure");
     }
     assert!(pool.stats().free >= 5);
@@ -321,4 +385,35 @@ fn under_pressure_the_oldest_make_room_until_it_is_over() {
     assert_eq!(dock.stats().peak_pages, 2);
     dock.clear();
     assert_eq!(pool.stats().free, 100);
+}
+
+#[test]
+fn pressure_lasts_until_what_ends_it() {
+    let mut dock: Dock<u64> = Dock::new(PagePool::new(100, watermarks(100)), 1);
+    let mut admit = |pages: u32, now_ns| {
+        dock.arrive(waiting(0, pages, Vec::new(), 1_000)).unwrap();
+        let Some(Next::Admitted(mut admitted)) = dock.next(now_ns) else { panic!("there is room") };
+        dock.keep(&mut admitted.lease, admitted.pages, now_ns);
+        admitted.lease
+    };
+    let (first, second) = (admit(97, 10), admit(1, 20));
+    // Nobody asks what happens next while all that there is moves.
+    dock.release(first, 70);
+    assert_eq!(dock.stats().pressure_ns, 60);
+    // Threads may tell the time in another order than they come.
+    dock.release(second, 65);
+    assert!(dock.next(500).is_none());
+    assert_eq!(dock.stats().pressure_ns, 60);
+}
+
+#[test]
+fn who_can_take_nothing_hears_of_what_has_expired() {
+    let mut dock = Dock::new(PagePool::new(10, PoolOptions::default()), 3);
+    for (tag, until_ns) in [(1, 100), (2, 50)] {
+        dock.arrive(waiting(tag, 4, Vec::new(), until_ns)).unwrap();
+    }
+    assert!(dock.expired(49).is_none(), "there is room, but nobody to take it");
+    assert!(matches!(dock.expired(50), Some(Next::Expired { tag: 2, wanted: 4, free: 10 })));
+    assert!(dock.expired(50).is_none());
+    assert_eq!((dock.waiting(), dock.stats().admitted, dock.stats().expired), (1, 0, 1));
 }

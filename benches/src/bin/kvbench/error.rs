@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crossdock_benches::bare::SPIN_LIMIT;
 
+use crate::report::Lost;
 use crate::setup::WAIT;
 
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +86,12 @@ pub enum Error {
     Chart(#[from] crossdock_replay::ChartError),
     #[error("{pages} pages differ from what was sent")]
     WrongBytes { pages: u64 },
+    #[error(
+        "{} of {requests} requests were not delivered: {} had no pages in time, {} failed{}",
+        lost.requests, lost.expired, lost.requests - lost.expired,
+        lost.failure.as_ref().map_or(String::new(), |how| format!("; the first: {how}"))
+    )]
+    Lost { lost: Lost, requests: u64 },
 }
 
 impl Error {

@@ -57,8 +57,6 @@ fn run(options: &Options) -> Result<(), Error> {
         true => println!("{}", report.json()),
         false => print!("{}", report.table()),
     }
-    match report.wrong_pages() {
-        0 => Ok(()),
-        pages => Err(Error::WrongBytes { pages }),
-    }
+    // The figures are there all the same: that some were not delivered is a part of them.
+    report.verdict()
 }

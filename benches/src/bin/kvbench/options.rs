@@ -41,7 +41,8 @@ pub struct Options {
     /// How often everything is measured; medians are reported
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     pub repeats: u32,
-    /// Check every word at the destination, outside the timed part
+    /// Check every word at the destination, outside the timed part. A trace is verified only if all of it was delivered;
+    /// whatever was not ends the program with an error, after its report
     #[arg(long)]
     pub verify: bool,
     /// Threads that copy, the progress thread among them (shm)

@@ -3,7 +3,7 @@
 use std::io::BufReader;
 use std::path::Path;
 
-use crossdock::trace::{Request, Scale, TraceLimits, TraceReader};
+use crossdock::trace::{Request, Scale};
 use crossdock_replay::{Arrival, Pace};
 
 use crate::error::Error;
@@ -175,9 +175,7 @@ fn scaled(mut request: Request, scale: Scale) -> Request {
 fn read(path: &Path) -> Result<Vec<Request>, Error> {
     let unreadable = |error: &dyn std::fmt::Display| Error::Trace(format!("{}: {error}", path.display()));
     let file = std::fs::File::open(path).map_err(|error| unreadable(&error))?;
-    let requests: Result<Vec<_>, _> =
-        TraceReader::new(BufReader::new(file), TraceLimits::default()).collect();
-    requests.map_err(|error| unreadable(&error))
+    crossdock_replay::requests(BufReader::new(file), usize::MAX).map_err(|error| unreadable(&error))
 }
 
 /// The list of a room's pages must fit into one control message.
@@ -195,6 +193,8 @@ const MEAN_PAGES: u64 = 8;
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
     fn requests(count: u64) -> Vec<Request> {
@@ -220,6 +220,25 @@ mod tests {
             assert!(scale.factor() > 0.001, "{count}: {scale:?}");
         }
         assert_eq!(fit(requests(1), 64, limits()).1, Scale::ONE, "what fits is left as it is");
+    }
+
+    #[test]
+    fn a_slice_of_a_trace_is_scaled_as_if_it_began_at_once() {
+        let options = Options::parse_from(["kvbench", "--model", "deepseek-r1", "--pool-mib", "64"]);
+        let setup = Setup::new(&options).unwrap();
+        let file = std::env::temp_dir().join(format!("kvbench-{}-slice.jsonl", std::process::id()));
+        let scaled = |first_ms: u64| {
+            let line = |at_ms: u64| {
+                format!("{{\"timestamp\": {at_ms}, \"input_length\": 640, \"output_length\": 1}}\n")
+            };
+            std::fs::write(&file, [first_ms, first_ms + 60_000].map(line).concat()).unwrap();
+            Traced::read(&file, &options, &setup).unwrap()
+        };
+        let (slice, whole) = (scaled(3_000_000), scaled(0));
+        // A minute becomes half of one.
+        assert!((slice.time_scale - 0.5).abs() < 1e-9, "{}", slice.time_scale);
+        assert_eq!((slice.time_scale, slice.arrivals), (whole.time_scale, whole.arrivals));
+        std::fs::remove_file(&file).unwrap();
     }
 
     #[test]

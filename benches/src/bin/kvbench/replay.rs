@@ -33,6 +33,8 @@ pub struct Told {
     pub rooms: Vec<RoomTimes>,
     pub wrong_pages: u64,
     pub dock: DockStats,
+    /// How the first room ended that was not delivered, as this side saw it.
+    pub failure: Option<String>,
 }
 
 /// When things happened to a room on one side, from the start of the replay.
@@ -44,7 +46,18 @@ pub struct RoomTimes {
     pub ready_ns: u64,
     pub end_ns: u64,
     pub held_tokens: u32,
-    pub delivered: bool,
+    pub how: How,
+}
+
+/// How a room ended on one side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum How {
+    /// The side that has the bytes says whether they were delivered: of the other one this is nothing but its end.
+    Delivered,
+    /// It has waited too long for pages.
+    Expired,
+    #[default]
+    Failed,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +105,7 @@ impl<'a> Replay<'a> {
             false => None,
         };
         let rooms = vec![RoomTimes::default(); orders.arrivals.len()];
-        let told = Told { rooms, wrong_pages: 0, dock: DockStats::default() };
+        let told = Told { rooms, wrong_pages: 0, dock: DockStats::default(), failure: None };
         let dock = Dock::new(pool, orders.arrivals.len());
         Ok(Self {
             side,
@@ -113,6 +126,10 @@ impl<'a> Replay<'a> {
         let mut coming: VecDeque<usize> = (0..self.orders.arrivals.len()).collect();
         while self.over < self.orders.arrivals.len() {
             self.arrive(&mut coming, start_ns)?;
+            // However many move, what waits beside them waits only until its deadline.
+            while let Some(expired) = self.dock.expired(now_ns()) {
+                self.take(expired, start_ns)?;
+            }
             while self.open.len() + self.at_hand.len() < MOST_OPEN
                 && let Some(next) = self.dock.next(now_ns())
             {
@@ -163,7 +180,9 @@ impl<'a> Replay<'a> {
     fn take(&mut self, next: Next<usize>, start_ns: u64) -> Result<(), Error> {
         let Admitted { tag: at, lease, pages, .. } = match next {
             Next::Admitted(admitted) => admitted,
-            Next::Expired { .. } => {
+            Next::Expired { tag: at, .. } => {
+                let end_ns = now_ns() - start_ns;
+                self.told.rooms[at] = RoomTimes { end_ns, how: How::Expired, ..RoomTimes::default() };
                 self.over += 1;
                 return Ok(());
             }
@@ -184,7 +203,7 @@ impl<'a> Replay<'a> {
     }
 
     fn send(&mut self, at: usize, mut lease: Lease, pages: PageSet) -> Result<(), Error> {
-        self.dock.keep(&mut lease, pages);
+        self.dock.keep(&mut lease, pages, now_ns());
         let pages = lease.pages().expect("a request has a page of its own");
         let (room, tokens) = (self.orders.first_room + at as u64, self.orders.arrivals[at].tokens);
         let (use_count, deadline) = (0, WAIT);
@@ -229,10 +248,18 @@ impl<'a> Replay<'a> {
         let Open { at, lease, room } = self.open.swap_remove(place);
         let times = &mut self.told.rooms[at];
         times.end_ns = now_ns() - start_ns;
-        times.delivered = match &room {
-            Room::Receiving(_, received) => received.as_ref().is_some_and(|one| one.ended.is_delivered()),
-            // The side that has the bytes says whether it has.
-            Room::Sending(_) | Room::Serving(_) => true,
+        times.how = match &room {
+            Room::Receiving(_, received) => {
+                let ended = &received.as_ref().expect("its end was told").ended;
+                if ended.is_delivered() {
+                    How::Delivered
+                } else {
+                    let room = self.orders.first_room + at as u64;
+                    self.told.failure.get_or_insert_with(|| format!("room {room}: {ended}"));
+                    How::Failed
+                }
+            }
+            Room::Sending(_) | Room::Serving(_) => How::Delivered,
         };
         match (delivered, &self.hands) {
             (Some(pages), Some(hands)) => {
@@ -241,7 +268,7 @@ impl<'a> Replay<'a> {
             }
             (Some(pages), None) => self.hold(at, lease, pages),
             (None, _) => {
-                self.dock.release(lease);
+                self.dock.release(lease, now_ns());
                 self.over += 1;
             }
         }
@@ -250,7 +277,7 @@ impl<'a> Replay<'a> {
 
     /// A request is decoded, and keeps its pages so long.
     fn hold(&mut self, at: usize, mut lease: Lease, pages: PageSet) {
-        self.dock.keep(&mut lease, pages);
+        self.dock.keep(&mut lease, pages, now_ns());
         self.dock.release_at(lease, now_ns() + self.orders.arrivals[at].decode_ns);
         self.over += 1;
     }

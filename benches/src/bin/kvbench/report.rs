@@ -1,12 +1,13 @@
 //! What came out, for programs and for people.
 
 use crossdock_benches::Sample;
-use crossdock_replay::{Arrival, ChartError, Handover, Roof, Sheet, Summary, Trail};
+use crossdock_replay::{Arrival, Came, ChartError, Handover, Roof, Sheet, Summary, Trail};
 use serde::Serialize;
 
+use crate::error::Error;
 use crate::options::{MemoryName, OpName, Options, PortName, ProgressName, name};
 use crate::passes::{Passes, Traced};
-use crate::replay::Told;
+use crate::replay::{How, RoomTimes, Told};
 use crate::setup::Setup;
 
 /// What one way of moving the pages came to, a value a repeat.
@@ -49,9 +50,20 @@ pub struct Report {
     pub wrong_pages: u64,
     /// Of a trace.
     handovers: Vec<Handover>,
+    lost: Lost,
     target_ms: f64,
     token_bytes: u64,
     page_tokens: u32,
+}
+
+/// Requests of a trace that were not delivered. None is refused here: the queue has room for all of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lost {
+    pub requests: u64,
+    /// Those that had no pages in time, at either side.
+    pub expired: u64,
+    /// How the first room ended that did not expire at the decode side.
+    pub failure: Option<String>,
 }
 
 /// Rates with pages of one size.
@@ -84,6 +96,7 @@ struct Line {
     floor_gb_per_s: f64,
     memcpy_gb_per_s: f64,
     efficiency: f64,
+    /// Checked, nothing wrong, and nothing lost of a trace.
     verified: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     scale: Option<f64>,
@@ -185,6 +198,7 @@ impl Report {
             wakeups: None,
             wrong_pages: 0,
             handovers: Vec::new(),
+            lost: Lost::default(),
             target_ms: options.target_ms as f64,
             token_bytes: setup.token_bytes * u64::from(setup.layers),
             page_tokens: setup.page_tokens,
@@ -193,12 +207,22 @@ impl Report {
 
     /// Takes what both sides have seen of a replay.
     pub fn replayed(&mut self, traced: &Traced, prefill: Told, decode: Told) {
-        let both = prefill.rooms.iter().zip(&decode.rooms);
-        self.handovers = traced
-            .arrivals
-            .iter()
-            .zip(both)
-            .filter(|(_, (_, there))| there.delivered)
+        let both = || traced.arrivals.iter().zip(prefill.rooms.iter().zip(&decode.rooms));
+        let is_delivered = |there: &RoomTimes| there.how == How::Delivered;
+        let mut came = Came::default();
+        for (arrival, (here, there)) in both() {
+            came.comes(arrival.at_ns);
+            if is_delivered(there) {
+                came.over(there.end_ns);
+                continue;
+            }
+            came.over(here.end_ns.max(there.end_ns));
+            self.lost.requests += 1;
+            self.lost.expired += u64::from([here.how, there.how].contains(&How::Expired));
+        }
+        self.lost.failure = decode.failure;
+        self.handovers = both()
+            .filter(|(_, (_, there))| is_delivered(there))
             .map(|(arrival, (here, there))| Handover {
                 arrived_ns: arrival.at_ns,
                 admitted_ns: here.admitted_ns,
@@ -212,10 +236,10 @@ impl Report {
             .collect();
         self.room_us = self.handovers.iter().map(|one| one.moving_ns() as f64 / 1e3).collect();
         self.wrong_pages += prefill.wrong_pages + decode.wrong_pages;
-        let requests = traced.arrivals.len() as u64;
-        let summary = Summary::of(requests, &self.handovers, self.token_bytes, self.target_ms);
+        let summary = Summary::of(came, &self.handovers, self.token_bytes, self.target_ms);
+        let is_delivered = |at: usize| is_delivered(&decode.rooms[at]);
         self.line.replay = Some(Summary {
-            possible_hit_share: Arrival::possible_hit_share(&traced.arrivals, self.page_tokens),
+            possible_hit_share: Arrival::possible_hit_share(&traced.arrivals, is_delivered, self.page_tokens),
             prefill: prefill.dock,
             decode: decode.dock,
             ..summary
@@ -240,7 +264,7 @@ impl Report {
             Trail { name: port.clone(), handovers: self.handovers.clone(), token_bytes: self.token_bytes };
         let mut title = format!("kvbench {port}, {}, {} memory", name(line.op), name(line.memory));
         if let (Some(scale), Some(times)) = (line.scale, line.time_scale) {
-            let requests = line.replay.as_ref().map_or(0, |summary| summary.requests);
+            let requests = self.requests();
             title += &format!(": {requests} requests, lengths × {scale:.4}, times × {times:.4}");
         }
         let sheet = Sheet {
@@ -270,8 +294,18 @@ impl Report {
         others.expect("memcpy and another one")
     }
 
-    pub fn wrong_pages(&self) -> u64 {
-        self.wrong_pages
+    /// Whether all went as it should: every page that was checked is right, and every request was delivered.
+    pub fn verdict(&self) -> Result<(), Error> {
+        match (self.wrong_pages, self.lost.requests) {
+            (0, 0) => Ok(()),
+            (0, _) => Err(Error::Lost { lost: self.lost.clone(), requests: self.requests() }),
+            (pages, _) => Err(Error::WrongBytes { pages }),
+        }
+    }
+
+    /// Those of a trace.
+    fn requests(&self) -> u64 {
+        self.line.replay.as_ref().map_or(0, |summary| summary.requests)
     }
 
     fn line(&self) -> Line {
@@ -287,7 +321,7 @@ impl Report {
         line.floor_gb_per_s = floor.gb_per_s.median();
         line.memcpy_gb_per_s = others[0].gb_per_s.median();
         line.efficiency = line.gb_per_s / line.floor_gb_per_s;
-        line.verified = self.verify && self.wrong_pages == 0;
+        line.verified = self.verify && self.verdict().is_ok();
         line.efficiency_paired = ours.gb_per_s.median_ratio(&floor.gb_per_s);
         line.floor = floor.name;
         line.floor_cpu_s_per_gb = floor.cpu_s_per_gb();
@@ -347,7 +381,7 @@ impl Report {
                 "trace: lengths multiplied by {scale:.3e}, times by {times:.3e}; the rest is of its replay\n"
             );
             for (what, figure) in replay.lines() {
-                out += &format!("{what:<58} {figure}\n");
+                out += &format!("{what:<62} {figure}\n");
             }
         }
         for point in &line.roofline {
@@ -376,11 +410,69 @@ impl Report {
                 hogged.hogged_efficiency_paired,
             );
         }
-        out += match (self.verify, self.wrong_pages) {
-            (false, _) => "; not verified\n",
-            (true, 0) => "; every word verified\n",
-            (true, _) => "; WRONG BYTES\n",
+        out += match (self.verify, self.wrong_pages, self.lost.requests) {
+            (false, ..) => "; not verified\n",
+            (true, 0, 0) => "; every word verified\n",
+            (true, 0, _) => "; NOT ALL DELIVERED, every word verified that was\n",
+            (true, ..) => "; WRONG BYTES\n",
         };
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use crossdock_replay::DockStats;
+
+    use super::*;
+
+    /// Of three requests, of which these sides tell.
+    fn report(prefill: [How; 3], decode: [How; 3], failure: Option<&str>) -> Report {
+        let options = Options::parse_from(["kvbench", "--pool-mib", "16", "--verify"]);
+        let setup = Setup::new(&options).unwrap();
+        let arrival = Arrival { at_ns: 0, tokens: 1, blocks: Vec::new(), decode_ns: 0 };
+        let traced = Traced { scale: 1.0, time_scale: 1.0, arrivals: vec![arrival; 3] };
+        let passes = Passes { rooms: vec![vec![1]], traced: None };
+        let mut report = Report::new(&options, &setup, &passes, 1.0);
+        let told = |hows: [How; 3], failure: Option<&str>| {
+            let room = |how| RoomTimes {
+                end_ns: if how == How::Expired { 60_000_000_000 } else { 1_000_000 },
+                how,
+                ..RoomTimes::default()
+            };
+            let (rooms, failure) = (hows.map(room).to_vec(), failure.map(str::to_owned));
+            Told { rooms, wrong_pages: 0, dock: DockStats::default(), failure }
+        };
+        report.replayed(&traced, told(prefill, None), told(decode, failure));
+        let mut means = ["ours", "memcpy", "floor"].map(Means::new);
+        means.iter_mut().for_each(|means| means.add(1, 1.0, 1.0, 1.0));
+        report.take(means.into());
+        report
+    }
+
+    #[test]
+    fn what_was_lost_is_not_verified() {
+        use How::{Delivered, Expired, Failed};
+        let whole = report([Delivered; 3], [Delivered; 3], None);
+        assert!(whole.line().verified && whole.verdict().is_ok());
+        assert!(whole.table().ends_with("; every word verified\n"));
+
+        let lost = report([Delivered; 3], [Expired; 3], None);
+        let summary = lost.line().replay.unwrap();
+        assert_eq!((summary.delivered, summary.seconds), (0, 60.0));
+        assert!(!lost.line().verified && !lost.table().contains("every word verified\n"));
+        let said = lost.verdict().unwrap_err().to_string();
+        assert_eq!(said, "3 of 3 requests were not delivered: 3 had no pages in time, 0 failed");
+
+        let lost = report([Expired, Delivered, Delivered], [Failed, Failed, Delivered], Some("room 8: cut"));
+        assert!(!lost.line().verified);
+        let said = lost.verdict().unwrap_err().to_string();
+        let expected =
+            "2 of 3 requests were not delivered: 1 had no pages in time, 1 failed; the first: room 8: cut";
+        assert_eq!(said, expected);
+        // Of those that were delivered one may still be wrong, which is worse.
+        let wrong = Report { wrong_pages: 1, ..lost };
+        assert!(matches!(wrong.verdict(), Err(Error::WrongBytes { pages: 1 })));
     }
 }

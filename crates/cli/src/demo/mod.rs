@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum, value_parser};
 use crossdock::CacheLayout;
-use crossdock::trace::{Request, Scale, Synthetic, SyntheticOptions, TraceLimits, TraceReader};
+use crossdock::trace::{Request, Scale, Synthetic, SyntheticOptions};
 use crossdock_replay::{Arrival, Pace, Sheet, Summary};
 
 use registry::Registry;
@@ -187,10 +187,9 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         });
     }
     let token_bytes = page_bytes / u64::from(PAGE_TOKENS);
-    let possible = Arrival::possible_hit_share(&arrivals, PAGE_TOKENS);
     let target_ms = options.target_ms as f64;
     let summaries: Vec<Summary> =
-        scenes.iter().map(|scene| scene.summary(token_bytes, target_ms, possible)).collect();
+        scenes.iter().map(|scene| scene.summary(&arrivals, token_bytes, target_ms)).collect();
     if options.json {
         for (scene, summary) in scenes.iter().zip(&summaries) {
             say!("{}", scene.json(lengths, times, summary.clone())?);
@@ -248,10 +247,7 @@ fn arrivals(options: &Options, pages: u32) -> Result<(Vec<Arrival>, Pace), Box<d
     // Whose pages are kept while others could move is not asked where all move as fast as they can.
     let token_ns = if options.is_closed_loop() { 0 } else { options.token_ms * 1_000_000 };
     let pace = Pace { lengths, times, page_tokens: PAGE_TOKENS, token_ns };
-    let mut arrivals: Vec<Arrival> = requests.iter().map(|request| Arrival::of(request, &pace)).collect();
-    // The first one comes at once.
-    let first_ns = arrivals.first().map_or(0, |arrival| arrival.at_ns);
-    arrivals.iter_mut().for_each(|arrival| arrival.at_ns -= first_ns);
+    let arrivals: Vec<Arrival> = requests.iter().map(|request| Arrival::of(request, &pace)).collect();
     match arrivals.iter().map(|arrival| arrival.tokens).max() {
         Some(longest) if longest > fits => Err(format!(
             "a request of {longest} tokens does not fit a pool of {fits}; take a smaller --scale or a larger --pool-mib"
@@ -267,8 +263,7 @@ fn requests(options: &Options) -> Result<Vec<Request>, Box<dyn Error>> {
         return Ok(Synthetic::new(seeded)?.take(options.requests).collect());
     };
     let file = File::open(path).map_err(|error| format!("cannot open {}: {error}", path.display()))?;
-    let requests: Result<_, _> =
-        TraceReader::new(BufReader::new(file), TraceLimits::default()).take(options.requests).collect();
+    let requests = crossdock_replay::requests(BufReader::new(file), options.requests);
     requests.map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
@@ -277,5 +272,38 @@ fn scale(flag: &str, factor: f64) -> Result<Scale, Box<dyn Error>> {
         true => Ok(Scale::new(factor)?),
         // A smaller one makes every request a single page.
         false => Err(format!("{flag} {factor:?}: a factor of {LEAST_SCALE} to 1 is possible").into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Call {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    #[test]
+    fn a_slice_of_a_trace_is_scaled_as_if_it_began_at_once() {
+        let file = std::env::temp_dir().join(format!("crossdock-{}-slice.jsonl", std::process::id()));
+        let scaled = |first_ms: u64| {
+            let line = |at_ms: u64| {
+                format!("{{\"timestamp\": {at_ms}, \"input_length\": 640, \"output_length\": 1}}\n")
+            };
+            let text = [first_ms, first_ms + 60_000].map(line).concat();
+            std::fs::write(&file, text).expect("a file can be written");
+            let path = file.to_str().expect("a plain path");
+            let call = Call::try_parse_from(["demo", "--trace", path, "--ports", "shm", "--within-s", "40"]);
+            arrivals(&call.expect("these are flags").options, 100).expect("a trace")
+        };
+        let (slice, pace) = scaled(3_000_000);
+        assert_eq!(pace.times, Scale::new(20.0 / 60.0).expect("it shrinks"));
+        assert_eq!(slice.iter().map(|arrival| arrival.at_ns).collect::<Vec<_>>(), [0, 20_000_000_000]);
+        assert_eq!((slice, pace), scaled(0));
+        std::fs::remove_file(&file).expect("it is there");
     }
 }

@@ -63,11 +63,11 @@ impl Queue {
     }
 
     pub fn keep(&self, lease: &mut Lease, pages: PageSet) {
-        self.change(|dock| dock.keep(lease, pages));
+        self.change(|dock| dock.keep(lease, pages, now_ns()));
     }
 
     pub fn release(&self, lease: Lease) {
-        self.change(|dock| dock.release(lease));
+        self.change(|dock| dock.release(lease, now_ns()));
     }
 
     pub fn release_at(&self, lease: Lease, end_ns: u64) {

@@ -245,7 +245,8 @@ impl Router {
     }
 
     fn begin(&mut self, scene: &mut Scene, arrival: &Arrival, start_ns: u64) {
-        scene.begun += 1;
+        let at_ns = if self.is_closed_loop { now_ns() } else { start_ns + arrival.at_ns };
+        scene.begin(at_ns);
         let room = scene.begun as u64;
         if self.open.len() >= self.most_open {
             return scene.refused(self.most_open);
@@ -254,7 +255,6 @@ impl Router {
             let (port, tokens) = (self.port.name(), arrival.tokens);
             self.print.line(&format!("{port}: room {room} begins, {tokens} tokens"));
         }
-        let at_ns = if self.is_closed_loop { now_ns() } else { start_ns + arrival.at_ns };
         let go = Tell::Go { room, arrival: Arrival { at_ns, ..arrival.clone() } };
         // A worker that cannot be told has ended; its end is heard later.
         self.workers.iter_mut().for_each(|worker| worker.child.tell(&go));
@@ -298,7 +298,7 @@ impl Router {
                     scene.trouble(format!("the {role} process ({id}) ended early: {how}"));
                 }
                 worker.standing = Standing::Gone;
-                self.forget(at);
+                self.forget(scene, at);
             }
         }
         true
@@ -343,12 +343,15 @@ impl Router {
             scene.trouble(format!(
                 "the {role} process ({id}) does not answer (stopped?): not a word about room {room} in {waited} s"
             ));
-            self.forget(at);
+            self.forget(scene, at);
         }
     }
 
     /// Waits for this worker's rooms no longer.
-    fn forget(&mut self, at: usize) {
+    fn forget(&mut self, scene: &mut Scene, at: usize) {
+        if self.open.values().any(|room| room.open_at[at]) {
+            scene.over();
+        }
         self.open.retain(|_, room| {
             room.open_at[at] = false;
             room.open_at.contains(&true)
