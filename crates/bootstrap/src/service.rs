@@ -236,12 +236,16 @@ impl Service {
             let message = format!("the URL names node {node}, the body names node {}", worker.node);
             return Err(Problem::new(ErrorCode::InvalidUrl, message));
         }
-        let (incarnation, address) = (worker.incarnation, worker.address);
+        let (incarnation, address, grouped) = (worker.incarnation, worker.address, worker.member.is_some());
         let outcome = self.registry.lock().register(self.now(), worker)?;
         self.metrics.registered(outcome);
         if outcome != Registered::Renewed {
             tracing::info!(%node, %incarnation, %address, ?outcome, "a worker registered");
             self.changes.send_replace(());
+            // Its group may be new or cut anew, and rooms of it asked for before.
+            if grouped {
+                self.told.send_replace(());
+            }
         }
         let status = if outcome == Registered::Created { StatusCode::CREATED } else { StatusCode::OK };
         Ok(json(status, &Changed { outcome }))

@@ -226,6 +226,24 @@ fn a_list_is_kept_back_until_it_is_another_than_was_seen() {
 }
 
 #[test]
+fn who_asks_for_rooms_before_their_group_is_there_hears_when_it_comes() {
+    let server = Server::start(anywhere()).unwrap();
+    let address = server.address();
+    let waiting = thread::spawn(move || {
+        let body = json!({"rooms": ["11"], "wait_ms": 20_000}).to_string();
+        ask(address, &send("POST", "/v1/groups/decode/rooms/query", &body))
+    });
+    thread::sleep(Duration::from_millis(100));
+    let began = Instant::now();
+    let mut body = registration();
+    body["member"]["dp_size"] = 4.into();
+    assert_eq!(ask(address, &send("PUT", "/v1/workers/d0", &body.to_string())).status, 201);
+    let known = waiting.join().unwrap();
+    assert_eq!((known.status, known.body), (200, json!({"dp_ranks": {"11": 3}, "not_yet": []})));
+    assert!(began.elapsed() < SOON / 2, "{:?}", began.elapsed());
+}
+
+#[test]
 fn every_wrong_request_is_told_what_is_wrong() {
     let server = Server::start(anywhere()).unwrap();
     let with = |field: &str, value: Value| {

@@ -201,7 +201,10 @@ impl Backend for Etcd {
             return Ok(rooms.iter().map(|room| rooms::follow(*room, &topology)).collect());
         }
         let known = |ranks: &Vec<DpRank>| !ranks.contains(&DpRank::NotYet);
-        self.look_until(&self.keys.rooms(group), over, known, || self.told(group, rooms, by))
+        self.look_until(&self.keys.rooms(group), over, known, || {
+            let (header, ranks) = self.told(group, rooms, by)?;
+            Ok((header, ranks.into_iter().map(|rank| rooms::within(rank, &topology)).collect()))
+        })
     }
 }
 

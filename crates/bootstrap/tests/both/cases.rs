@@ -444,6 +444,12 @@ pub fn rooms_that_are_told_are_known_for_their_time(home: &mut Home) {
     client.tell_rooms(&name, &[(77_777, 1)], Duration::from_millis(SHORT_MS)).unwrap();
     eventually("it is forgotten", || client.dp_ranks(&name, &[77_777]).unwrap() == [DpRank::NotYet]);
     assert_eq!(client.dp_ranks(&name, &[9]).unwrap(), [DpRank::Known(1)]);
+
+    // The group is cut anew: a rank that it no longer has serves no room.
+    client.tell_rooms(&name, &[(10, 3)], keep).unwrap();
+    let cut = Topology { dp_size: 2, ..shape };
+    client.register(&Worker { member: member("g", &cut, Ranks::default()), ..worker("n", 1) }).unwrap();
+    assert_eq!(client.dp_ranks(&name, &[10, 9]).unwrap(), [DpRank::NotYet, DpRank::Known(1)]);
 }
 
 pub fn who_looks_hears_that_a_worker_moved(home: &mut Home) {
