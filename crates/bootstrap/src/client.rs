@@ -297,7 +297,7 @@ impl Pace {
         let left = deadline.remaining()?;
         // The registry answers a little before the time is over, so that its last word arrives in time.
         let wait = (left - (left / 4).min(ANSWER_TRAVEL)).min(POLL_WAIT_MAX);
-        Some((wait, Deadline::after(left.min(wait + call_time))))
+        Some((wait, Deadline::after(left.min(wait.saturating_add(call_time)))))
     }
 
     /// Whether a call with this deadline was the last, and had so little time that its failure says nothing.
