@@ -249,7 +249,8 @@ impl Client {
             match ask(wait, by) {
                 Ok(answer) if enough(&answer) => return Ok(Ok(answer)),
                 Ok(answer) => (seen, last) = (Some(answer), None),
-                Err(_) if seen.is_some() && pace.was_cut_short(by) => {}
+                // What was heard before says more.
+                Err(_) if (seen.is_some() || last.is_some()) && pace.was_cut_short(by) => {}
                 Err(error) if error.retry_helps() => last = Some(Box::new(error)),
                 Err(error) => return Err(error),
             }

@@ -125,7 +125,7 @@ impl Backend for Etcd {
             let now = self.gateway.transact(&[], &[Op::Get(&self.keys.live(group))], by)?.header;
             if !mark(now).forgot(seen) {
                 let seen = i64::try_from(seen.revision).unwrap_or(i64::MAX - 1);
-                self.gateway.changed(&self.keys.live(group), seen, over)?;
+                self.changed(&self.keys.live(group), seen, over)?;
             }
         }
         let enough = |workers: &Workers| match wait.map(|wait| &wait.until) {
@@ -350,6 +350,7 @@ impl Etcd {
     }
 
     /// Looks again at each change below a prefix, until it is enough or the time is over. Without a time it looks once.
+    /// What was read is not lost where etcd goes away after it.
     fn look_until<T>(
         &self,
         prefix: &str,
@@ -357,12 +358,26 @@ impl Etcd {
         enough: impl Fn(&T) -> bool,
         look: impl Fn() -> Result<(Header, T), Error>,
     ) -> Result<T, Error> {
+        let mut before = None;
         loop {
-            let (header, found) = look()?;
+            let (header, found) = match (look(), before.take()) {
+                (Err(error), Some(before)) if error.retry_helps() => return Ok(before),
+                (looked, _) => looked?,
+            };
             match over.filter(|over| over.remaining().is_some()) {
-                Some(over) if !enough(&found) => self.gateway.changed(prefix, header.revision, over)?,
+                Some(over) if !enough(&found) && self.changed(prefix, header.revision, over)? => {}
                 _ => return Ok(found),
             }
+            before = Some(found);
+        }
+    }
+
+    /// Whether a watch lasted until there was something new or the time was over. Where it failed, what there is should be
+    /// answered early: whoever waits for more asks again after a pause.
+    fn changed(&self, prefix: &str, after_revision: i64, over: Deadline) -> Result<bool, Error> {
+        match self.gateway.changed(prefix, after_revision, over) {
+            Err(error) if error.retry_helps() => Ok(false),
+            watched => watched.map(|()| true),
         }
     }
 

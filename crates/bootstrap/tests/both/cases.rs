@@ -249,7 +249,7 @@ pub fn a_group_is_complete_when_every_rank_is_there(home: &mut Home) {
     let name = group("prefill-0");
     let unknown = client.group(&name, Counted::Ready).unwrap_err();
     assert_eq!((unknown.code(), unknown.retry_helps()), (Some(ErrorCode::UnknownGroup), true));
-    let nobody = client.wait_for_group(&name, Counted::Ready, Duration::from_millis(100)).unwrap_err();
+    let nobody = client.wait_for_group(&name, Counted::Ready, Duration::from_millis(500)).unwrap_err();
     assert!(nobody.to_string().contains("no worker of group prefill-0 was registered"), "{nobody}");
 
     let shape = Topology { pp_size: 2, dp_size: 2, ..topology(1) };
