@@ -3,6 +3,8 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -230,6 +232,68 @@ fn a_watch_that_fails_is_neither_a_storm_nor_the_loss_of_what_was_read() {
 }
 
 #[test]
+fn a_registration_in_vain_leaves_no_lease_behind() {
+    let Some(process) = Process::start() else { return };
+    let home = Home::Etcd(process);
+    let address = home.name().replace("etcd://", "");
+    let warming = Worker { warm_up_ms: 5_000, ..worker("n", 1) };
+    let puts = |path: &str, body: &str| path == "/v3/kv/txn" && body.contains("request_put");
+    for (status, body) in [
+        // Somebody else is always faster; it may not; there is no space.
+        (200, r#"{"header":{"cluster_id":"1","revision":"1"}}"#),
+        (
+            403,
+            r#"{"error":"etcdserver: permission denied","message":"etcdserver: permission denied","code":7}"#,
+        ),
+        (429, r#"{"message":"etcdserver: mvcc: database space exceeded","code":8}"#),
+    ] {
+        let front =
+            Front::start(
+                &address,
+                move |path, asked| {
+                    if puts(path, asked) { Say::Answer(status, body) } else { Say::Pass }
+                },
+            );
+        let config = ClientConfig::to(&format!("etcd://{}", front.address()));
+        let client = Client::new(ClientConfig { call_time: Duration::from_secs(2), ..config }).unwrap();
+        let in_vain = client.register(&warming).unwrap_err();
+        assert!(matches!(in_vain, Error::Deadline { .. } | Error::Etcd { .. }), "{in_vain}");
+        assert_eq!(leases(&home), 0, "{in_vain}");
+    }
+    // A node goes on with the lease of what is remembered of it, and with that alone.
+    let client = home.client();
+    for incarnation in 1..=5 {
+        client.register(&worker("n", incarnation)).unwrap();
+    }
+    let refused = client.register(&worker("n", 1)).unwrap_err();
+    assert_eq!(refused.code(), Some(ErrorCode::StaleIncarnation));
+    assert!(leases(&home) <= 5 + 1, "{} leases", leases(&home));
+}
+
+#[test]
+fn a_lease_that_ends_while_it_is_tried_is_taken_anew() {
+    let Some(process) = Process::start() else { return };
+    let home = Home::Etcd(process);
+    let address = home.name().replace("etcd://", "");
+    let ended = Arc::new(AtomicBool::new(false));
+    let front = Front::start(&address, {
+        let (ended, name) = (Arc::clone(&ended), home.name());
+        move |path, body| {
+            if path == "/v3/kv/txn" && body.contains("request_put") && !ended.swap(true, Ordering::Relaxed) {
+                let body: Value = serde_json::from_str(body).unwrap();
+                let lease = &body["success"][0]["request_put"]["lease"];
+                assert!(ask(&name, "/v3/lease/revoke", &json!({"ID": lease})).0);
+            }
+            Say::Pass
+        }
+    });
+    let client = Client::new(ClientConfig::to(&format!("etcd://{}", front.address()))).unwrap();
+    assert_eq!(client.register(&worker("n", 1)).unwrap(), Registered::Created);
+    assert!(ended.load(Ordering::Relaxed));
+    assert_eq!(leases(&home), 2, "nothing is left of the first attempt");
+}
+
+#[test]
 fn an_etcd_without_space_says_so_and_is_asked_again() {
     let Some(process) = Process::start_with(&["--quota-backend-bytes", "2000000"]) else { return };
     let home = Home::Etcd(process);
@@ -311,6 +375,10 @@ fn ask(address: &str, path: &str, body: &Value) -> (bool, Value) {
     stream.read_to_string(&mut answer).unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     (head.contains(" 200 OK\r\n"), serde_json::from_str(body).unwrap())
+}
+
+fn leases(home: &Home) -> usize {
+    post(home, "/v3/lease/leases", &json!({}))["leases"].as_array().map_or(0, Vec::len)
 }
 
 impl Process {
