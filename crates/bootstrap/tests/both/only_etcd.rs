@@ -1,5 +1,6 @@
 //! What can happen to an etcd, and not to crossdock's own server.
 
+use std::fs::{self, DirEntry};
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
@@ -316,7 +317,7 @@ fn an_etcd_that_hangs_costs_a_call_its_deadline_and_no_more() {
     let registration =
         Registration::start(client.clone(), Worker { ttl_ms: SHORT_MS, ..worker("n", 1) }).unwrap();
     registration.wait(SOON).unwrap();
-    process.signal("STOP");
+    process.stop();
     let began = Instant::now();
     for late in [client.find(&Query::all()).map(drop), client.register(&worker("m", 1)).map(drop)] {
         let late = late.unwrap_err();
@@ -382,6 +383,16 @@ fn leases(home: &Home) -> usize {
 }
 
 impl Process {
+    /// A signal that was sent is only on its way: this waits until every thread stands still.
+    fn stop(&self) {
+        self.signal("STOP");
+        let still = |task: std::io::Result<DirEntry>| {
+            fs::read_to_string(task.unwrap().path().join("stat")).is_ok_and(|stat| stat.contains(") T "))
+        };
+        let tasks = format!("/proc/{}/task", self.id());
+        eventually("it stands still", || fs::read_dir(&tasks).unwrap().all(still));
+    }
+
     fn signal(&self, name: &str) {
         let sent = Command::new("kill").args([&format!("-{name}"), &self.id().to_string()]).status();
         assert!(sent.unwrap().success(), "SIG{name}");
