@@ -249,7 +249,8 @@ impl Client {
             match ask(wait, by) {
                 Ok(answer) if enough(&answer) => return Ok(Ok(answer)),
                 Ok(answer) => (seen, last) = (Some(answer), None),
-                Err(_) if seen.is_some() && pace.was_cut_short(by) => {}
+                // What was heard before says more.
+                Err(_) if (seen.is_some() || last.is_some()) && pace.was_cut_short(by) => {}
                 Err(error) if error.retry_helps() => last = Some(Box::new(error)),
                 Err(error) => return Err(error),
             }
@@ -297,7 +298,7 @@ impl Pace {
         let left = deadline.remaining()?;
         // The registry answers a little before the time is over, so that its last word arrives in time.
         let wait = (left - (left / 4).min(ANSWER_TRAVEL)).min(POLL_WAIT_MAX);
-        Some((wait, Deadline::after(left.min(wait + call_time))))
+        Some((wait, Deadline::after(left.min(wait.saturating_add(call_time)))))
     }
 
     /// Whether a call with this deadline was the last, and had so little time that its failure says nothing.

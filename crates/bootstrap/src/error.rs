@@ -45,7 +45,7 @@ pub enum Error {
     Etcd {
         /// etcd, as it was configured.
         server: String,
-        /// The HTTP status.
+        /// The HTTP status; 429 for a quota that is used up, whatever the gateway says to that.
         status: u16,
         /// What etcd said.
         message: String,
@@ -170,11 +170,12 @@ pub enum WaitError {
         last: Option<Box<Error>>,
     },
     /// The time is over, and a group is not complete.
-    #[error("{}{}", incomplete(.group, .seen, *.waited_ms), because(.last))]
+    #[error("{}{}", incomplete(.group, .seen, .last, *.waited_ms), because(.last))]
     Incomplete {
         /// The group.
         group: GroupId,
-        /// How it was when the registry answered last; `None` if none of its workers was registered.
+        /// How it was when the registry answered last; `None` if none of its workers was registered, or if it has not
+        /// answered.
         seen: Option<Box<Group>>,
         /// How long the wait was.
         waited_ms: u64,
@@ -198,10 +199,16 @@ pub enum WaitError {
     Failed(#[from] Error),
 }
 
-fn incomplete(group: &GroupId, seen: &Option<Box<Group>>, waited_ms: u64) -> String {
-    match seen {
-        Some(seen) => format!("{seen}, after {waited_ms} ms"),
-        None => format!("no worker of group {group} was registered within {waited_ms} ms"),
+fn incomplete(
+    group: &GroupId,
+    seen: &Option<Box<Group>>,
+    last: &Option<Box<Error>>,
+    waited_ms: u64,
+) -> String {
+    match (seen, last) {
+        (Some(seen), _) => format!("{seen}, after {waited_ms} ms"),
+        (None, None) => format!("no worker of group {group} was registered within {waited_ms} ms"),
+        (None, Some(_)) => format!("nothing was heard of group {group} within {waited_ms} ms"),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Groups: the workers that serve one copy of a model together, how the model is cut among them, and whether all
 //! of them are there.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -268,23 +268,29 @@ impl Group {
         members: impl IntoIterator<Item = (&'a Worker, State)>,
         counted: Counted,
     ) -> Option<Group> {
-        let (mut first, mut present) = (None, BTreeSet::new());
-        let (mut ready, mut warming) = (0, 0);
+        let (mut first, mut present) = (None, BTreeMap::new());
         for (worker, state) in members {
             let Some(member) = &worker.member else { continue };
-            first.get_or_insert((member, &worker.role));
-            match state {
-                State::Ready => ready += 1,
-                State::Warming => warming += 1,
-            }
-            if state == State::Ready || counted == Counted::ReadyAndWarming {
-                present.insert(member.ranks);
+            let (held, role) = *first.get_or_insert((member, &worker.role));
+            // What lies in etcd may be by somebody who keeps to no rule: who disagrees with the first fills no rank, and of
+            // two with the same ranks one counts.
+            if member.topology == held.topology && worker.role == *role {
+                let counted = present.entry(member.ranks).or_insert(state);
+                if state == State::Ready {
+                    *counted = state;
+                }
             }
         }
         let (Member { group, topology, .. }, role) = first?;
-        let missing: Vec<Ranks> =
-            topology.all_ranks().filter(|ranks| !present.contains(ranks)).take(MISSING_NAMED).collect();
+        let ready = present.values().filter(|state| **state == State::Ready).count() as u32;
+        let warming = present.len() as u32 - ready;
+        if counted == Counted::Ready {
+            present.retain(|_, state| *state == State::Ready);
+        }
+        // A member's ranks lie within its sizes, and those are the group's.
         let missing_count = topology.ranks() - present.len() as u32;
+        let missing: Vec<Ranks> =
+            topology.all_ranks().filter(|ranks| !present.contains_key(ranks)).take(MISSING_NAMED).collect();
         Some(Group {
             group: group.clone(),
             role: role.clone(),
@@ -467,7 +473,7 @@ mod tests {
     fn a_group_names_what_is_missing_until_nothing_is() {
         let all: Vec<Ranks> = topology().all_ranks().collect();
         assert_eq!(all.len(), 12);
-        assert!(all.is_sorted() && all.iter().collect::<BTreeSet<_>>().len() == 12);
+        assert!(all.is_sorted_by(|a, b| a < b));
         let mut members = Vec::new();
         assert_eq!(Group::of([], Counted::Ready), None);
         for (index, ranks) in all.iter().enumerate() {
@@ -484,6 +490,28 @@ mod tests {
         }
         let shown = Group::of([(&members[0], State::Ready)], Counted::Ready).unwrap().to_string();
         assert!(shown.contains("1 of 12 ranks ready") && shown.contains("dp 1 pp 2 cp 0 tp 1"), "{shown}");
+    }
+
+    #[test]
+    fn who_disagrees_with_the_first_or_has_its_ranks_fills_no_rank() {
+        let two = Topology { tp_size: 2, pp_size: 1, dp_size: 1, ..topology() };
+        let first = worker("a", two.clone(), Ranks::tp(0));
+        let strangers = [
+            worker("b", topology(), Ranks::tp(1)),
+            worker("c", topology(), Ranks { pp_rank: 2, ..Ranks::tp(1) }),
+            worker("d", Topology { page_tokens: 1, ..two.clone() }, Ranks::tp(1)),
+            Worker { role: Role::Decode, ..worker("e", two.clone(), Ranks::tp(1)) },
+            worker("f", two.clone(), Ranks::tp(0)),
+        ];
+        for state in [State::Ready, State::Warming] {
+            let members = [&first].into_iter().chain(&strangers).map(|worker| (worker, state));
+            let group = Group::of(members, Counted::ReadyAndWarming).unwrap();
+            assert_eq!((group.ready + group.warming, group.missing_count), (1, 1));
+            assert_eq!((group.missing, group.complete), (vec![Ranks::tp(1)], false));
+        }
+        let both = [(&first, State::Warming), (&strangers[4], State::Ready), (&first, State::Warming)];
+        let group = Group::of(both, Counted::Ready).unwrap();
+        assert_eq!((group.ready, group.warming, group.missing_count), (1, 0, 1));
     }
 
     #[test]

@@ -50,6 +50,7 @@ mod exchange;
 mod group;
 mod history;
 mod http;
+mod lists;
 mod lookup;
 mod metrics;
 mod problem;

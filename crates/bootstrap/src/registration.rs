@@ -133,7 +133,7 @@ impl Registration {
     /// this fails, the worker is listed until its time to live is over.
     pub fn deregister(mut self) -> Result<(), Error> {
         // The call that may be under way and the one that takes the worker out.
-        let deadline = Deadline::after(self.client.call_time() * 2);
+        let deadline = Deadline::after(self.client.call_time().saturating_mul(2));
         self.leave(deadline).unwrap_or_else(|| Err(self.client.late(Stage::Receive, deadline)))
     }
 

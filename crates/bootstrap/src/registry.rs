@@ -261,7 +261,7 @@ impl Registry {
         let topology = self.topology(group)?;
         let rank = |room: &u64| match topology.rooms {
             RoomPolicy::Follow => rooms::follow(*room, topology),
-            RoomPolicy::Told => self.rooms.rank(group, *room),
+            RoomPolicy::Told => rooms::within(self.rooms.rank(group, *room), topology),
         };
         Ok(rooms.iter().map(rank).collect())
     }

@@ -13,6 +13,8 @@ use crate::registration::Status;
 pub(crate) struct Renewal {
     interval: Duration,
     backoff: Backoff,
+    /// For what time does not cure. Its pauses do not go by the time to live, which may be what is refused.
+    refused: Backoff,
     /// Since when the server holds the worker, by the sending of the last request that it granted; `None`
     /// before the first and after the server has forgotten.
     renewed: Option<Instant>,
@@ -36,8 +38,12 @@ pub(crate) enum Call {
 impl Renewal {
     pub(crate) fn new(ttl: Duration) -> Renewal {
         let interval = ttl / 3;
-        let backoff = Backoff::new(RETRY_PAUSE_MIN.min(interval / 4), RETRY_PAUSE_MAX.min(interval));
-        Renewal { interval, backoff, renewed: None, attempts: 0, changed: false, confirmed: false }
+        let backoff = Backoff::new(
+            RETRY_PAUSE_MIN.min(interval / 4).max(PAUSE_MIN),
+            RETRY_PAUSE_MAX.min(interval).max(PAUSE_MIN),
+        );
+        let refused = Backoff::new(RETRY_PAUSE_MIN, RETRY_PAUSE_MAX);
+        Renewal { interval, backoff, refused, renewed: None, attempts: 0, changed: false, confirmed: false }
     }
 
     pub(crate) fn call(&self) -> Call {
@@ -72,6 +78,7 @@ impl Renewal {
                 self.renewed = Some(sent);
                 self.attempts = 0;
                 self.backoff.reset();
+                self.refused.reset();
                 let next = if self.changed { now } else { sent + shortened(self.interval, 0.85, random) };
                 return (Status::Registered { renewed: sent }, Some(next));
             }
@@ -85,17 +92,21 @@ impl Renewal {
             return (Status::Joining { attempts: 0, last: None }, Some(now));
         }
         self.attempts = self.attempts.saturating_add(1);
+        let backoff = if error.retry_helps() { &mut self.backoff } else { &mut self.refused };
+        let next = now + backoff.pause(random);
         let (attempts, last) = (self.attempts, Arc::new(error));
         let status = match self.renewed {
             Some(renewed) => Status::Retrying { renewed, attempts, last },
             None => Status::Joining { attempts, last: Some(last) },
         };
-        (status, Some(now + self.backoff.pause(random)))
+        (status, Some(next))
     }
 }
 
 const RETRY_PAUSE_MIN: Duration = Duration::from_millis(100);
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Whatever the time to live.
+const PAUSE_MIN: Duration = Duration::from_millis(20);
 const CALL_TIME_MIN: Duration = Duration::from_millis(50);
 
 #[cfg(test)]
@@ -176,6 +187,30 @@ mod tests {
         assert_eq!(renewal.call(), Call::Register);
         renewal.done(start, start, Ok(()), u64::MAX);
         assert_eq!(renewal.call(), Call::Renew);
+    }
+
+    #[test]
+    fn a_short_time_to_live_is_no_reason_to_hammer() {
+        let start = Instant::now();
+        type Failure = fn() -> Result<(), Error>;
+        let failures: [(Failure, Duration); 3] = [
+            (away, PAUSE_MIN),
+            (|| refused(ErrorCode::TtlOutOfRange), RETRY_PAUSE_MIN),
+            (|| refused(ErrorCode::WrongToken), RETRY_PAUSE_MIN),
+        ];
+        for ttl_ms in [0, 1, 30] {
+            for (failure, least) in failures {
+                let mut renewal = Renewal::new(Duration::from_millis(ttl_ms));
+                for _ in 0..20 {
+                    let next = renewal.done(start, start, failure(), u64::MAX).1.unwrap();
+                    assert!(next - start >= least, "{ttl_ms}: {:?}", next - start);
+                }
+                if least == RETRY_PAUSE_MIN {
+                    let next = renewal.done(start, start, failure(), u64::MAX).1.unwrap();
+                    assert_eq!(next - start, RETRY_PAUSE_MAX);
+                }
+            }
+        }
     }
 
     #[test]

@@ -86,6 +86,14 @@ pub(crate) fn follow(room: u64, topology: &Topology) -> DpRank {
     DpRank::Known((room % u64::from(topology.dp_size)) as u32)
 }
 
+/// What was told of a room, if the group has such a rank: it may have been cut anew since.
+pub(crate) fn within(rank: DpRank, topology: &Topology) -> DpRank {
+    match rank {
+        DpRank::Known(rank) if rank < topology.dp_size => DpRank::Known(rank),
+        _ => DpRank::NotYet,
+    }
+}
+
 /// The rooms that were told, each for a time, and no more than a limit.
 pub(crate) struct Rooms {
     most: usize,

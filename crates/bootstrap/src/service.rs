@@ -15,6 +15,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::backoff::random;
 use crate::group::{Counted, Group, GroupId};
+use crate::lists::Lists;
 use crate::metrics::{self, Metrics, Present, Request};
 use crate::problem::{ErrorCode, Problem};
 use crate::query::{self, Mark, Query, QueryFault, Until, Wait};
@@ -40,6 +41,7 @@ pub(crate) struct Service {
     changes: watch::Sender<()>,
     /// The same for rooms, which are told far more often than workers change.
     told: watch::Sender<()>,
+    lists: Lists,
     /// Tells the marks of this start of the server from those of an earlier one.
     epoch: u64,
     metrics: Metrics,
@@ -59,6 +61,12 @@ enum Route {
     AskRooms(GroupId),
 }
 
+/// What a request that is kept waiting waits for.
+enum Awaited {
+    Workers,
+    Rooms,
+}
+
 type Answer = Response<Full<Bytes>>;
 
 impl Service {
@@ -74,6 +82,7 @@ impl Service {
             waits_most: config.waits,
             changes: watch::Sender::new(()),
             told: watch::Sender::new(()),
+            lists: Lists::new(LIST_BYTES_MAX),
             epoch: random(),
             metrics: Metrics::default(),
             stopping,
@@ -121,7 +130,7 @@ impl Service {
             (Route::Workers, &(Method::GET | Method::HEAD)) => {
                 *asked = Request::Workers;
                 let (query, wait) = query::read(&parameters)?;
-                Ok(json(StatusCode::OK, &self.find(&query, wait, asked).await))
+                Ok(self.find(&query, wait, asked).await)
             }
             (Route::Worker(node), &(Method::GET | Method::HEAD)) => {
                 *asked = Request::Worker;
@@ -236,30 +245,49 @@ impl Service {
             let message = format!("the URL names node {node}, the body names node {}", worker.node);
             return Err(Problem::new(ErrorCode::InvalidUrl, message));
         }
-        let (incarnation, address) = (worker.incarnation, worker.address);
+        let (incarnation, address, grouped) = (worker.incarnation, worker.address, worker.member.is_some());
         let outcome = self.registry.lock().register(self.now(), worker)?;
         self.metrics.registered(outcome);
         if outcome != Registered::Renewed {
             tracing::info!(%node, %incarnation, %address, ?outcome, "a worker registered");
             self.changes.send_replace(());
+            // Its group may be new or cut anew, and rooms of it asked for before.
+            if grouped {
+                self.told.send_replace(());
+            }
         }
         let status = if outcome == Registered::Created { StatusCode::CREATED } else { StatusCode::OK };
         Ok(json(status, &Changed { outcome }))
     }
 
-    async fn find(&self, query: &Query, wait: Option<Wait>, asked: &mut Request) -> Workers {
-        let time = wait.as_ref().map_or(Duration::ZERO, |wait| wait.time);
-        let enough = |registry: &mut Registry, now, mark: &Mark| match wait.as_ref().map(|wait| &wait.until) {
-            None => true,
-            Some(Until::Count(count)) => registry.count(now, query) >= *count,
-            Some(Until::Changed(seen)) => seen != mark,
+    async fn find(&self, query: &Query, wait: Option<Wait>, asked: &mut Request) -> Answer {
+        if let Some(Wait { until, time }) = wait {
+            let look = |registry: &mut Registry, now, last| {
+                let enough = match &until {
+                    Until::Count(count) => registry.count(now, query) >= *count,
+                    Until::Changed(seen) => *seen != self.mark(registry, now),
+                };
+                (last || enough).then_some(())
+            };
+            self.look_until(time, Awaited::Workers, asked, look).await;
+        }
+        self.lists.room().await;
+        let (workers, mark, now) = {
+            let mut registry = self.registry.lock();
+            let now = self.now();
+            let mark = self.mark(&mut registry, now);
+            if let Some(body) = self.lists.shared(query, mark.revision, now) {
+                return answer(StatusCode::OK, JSON, body);
+            }
+            (registry.find(now, query), mark, now)
         };
-        let look = |registry: &mut Registry, now, last| {
-            let mark = Mark { epoch: self.epoch, revision: registry.revision(now) };
-            let done = last || enough(registry, now, &mark);
-            done.then(|| Workers { workers: registry.find(now, query), mark })
-        };
-        self.look_until(time, &self.changes, asked, look).await
+        let revision = mark.revision;
+        let body = self.lists.share(query, revision, now, to_json(&Workers { workers, mark }));
+        answer(StatusCode::OK, JSON, body)
+    }
+
+    fn mark(&self, registry: &mut Registry, now: Duration) -> Mark {
+        Mark { epoch: self.epoch, revision: registry.revision(now) }
     }
 
     async fn group(
@@ -273,7 +301,7 @@ impl Service {
             let group = registry.group(now, group, counted);
             (last || group.as_ref().is_some_and(|group| group.complete)).then_some(group)
         };
-        let found = self.look_until(wait, &self.changes, asked, look).await;
+        let found = self.look_until(wait, Awaited::Workers, asked, look).await;
         found.ok_or_else(|| RoomRefusal::UnknownGroup { group: group.clone() }.into())
     }
 
@@ -303,7 +331,7 @@ impl Service {
             let known = |ranks: &Vec<DpRank>| !ranks.contains(&DpRank::NotYet);
             (last || ranks.as_ref().is_ok_and(known)).then_some(ranks)
         };
-        let ranks = self.look_until(Duration::from_millis(wait_ms), &self.told, asked, look).await?;
+        let ranks = self.look_until(Duration::from_millis(wait_ms), Awaited::Rooms, asked, look).await?;
         let (mut dp_ranks, mut not_yet) = (BTreeMap::new(), Vec::new());
         for (room, rank) in rooms.into_iter().zip(ranks) {
             match rank {
@@ -319,7 +347,7 @@ impl Service {
     async fn look_until<T>(
         &self,
         time: Duration,
-        changes: &watch::Sender<()>,
+        awaited: Awaited,
         asked: &mut Request,
         mut look: impl FnMut(&mut Registry, Duration, bool) -> Option<T>,
     ) -> T {
@@ -331,9 +359,14 @@ impl Service {
             *asked = Request::Wait;
             let mut over = pin!(tokio::time::sleep(time.min(self.longest_wait)));
             let mut stopping = self.stopping.clone();
+            let (changes, lull) = match awaited {
+                Awaited::Workers => (&self.changes, LULL),
+                Awaited::Rooms => (&self.told, Duration::ZERO),
+            };
             // Subscribed before the first look, so that nothing can come unseen in between.
             let mut changes = changes.subscribe();
             loop {
+                changes.mark_unchanged();
                 let next = {
                     let mut registry = self.registry.lock();
                     if let Some(found) = look(&mut registry, self.now(), false) {
@@ -341,12 +374,18 @@ impl Service {
                     }
                     registry.next_change()
                 };
-                let next = next.unwrap_or(self.now() + self.longest_wait);
+                let next = next.map_or(self.longest_wait, |next| next.saturating_sub(self.now()));
                 tokio::select! {
                     _ = changes.changed() => {}
                     _ = stopping.wait_for(|stopping| *stopping) => break,
                     () = &mut over => break,
-                    () = tokio::time::sleep_until((self.started + next).into()) => {}
+                    () = tokio::time::sleep(next) => {}
+                }
+                if !lull.is_zero() {
+                    tokio::select! {
+                        () = tokio::time::sleep(lull) => {}
+                        () = &mut over => break,
+                    }
                 }
             }
         }
@@ -445,16 +484,24 @@ fn status(code: ErrorCode) -> StatusCode {
 }
 
 fn json(status: StatusCode, body: &impl Serialize) -> Answer {
-    let text = serde_json::to_string(body).expect("every key is a string and every value has a JSON form");
-    answer(status, "application/json", text)
+    answer(status, JSON, to_json(body))
 }
 
-fn answer(status: StatusCode, content_type: &'static str, text: String) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(text)));
+fn to_json(body: &impl Serialize) -> String {
+    serde_json::to_string(body).expect("every key is a string and every value has a JSON form")
+}
+
+fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::new(body.into()));
     *answer.status_mut() = status;
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     answer
 }
 
+const JSON: &str = "application/json";
+/// Workers start and leave together: those who wait for them look once for as many as come in this time.
+const LULL: Duration = Duration::from_millis(20);
+/// Of the lists that are under way. More than a hundred of a full registry whose workers say no more than usual.
+const LIST_BYTES_MAX: usize = 256 * 1024 * 1024;
 /// How much of a body that is too large is still read.
 const DISCARD_BYTES: usize = 256 * 1024;

@@ -51,10 +51,10 @@ impl Watch {
     pub fn next(&mut self, time: Duration) -> Result<Vec<Change>, Error> {
         let deadline = Deadline::after(time);
         let (mut last, mut heard) = (None, false);
-        while let Some((wait, by)) = self.pace.next(deadline, self.client.call_time()) {
+        while let Some((whole, by)) = self.pace.next(deadline, self.client.call_time()) {
             let asked = Instant::now();
-            let wait =
-                self.seen.next_departure().map_or(wait, |at| wait.min(at.saturating_duration_since(asked)));
+            let departs = self.seen.next_departure().map(|at| at.saturating_duration_since(asked));
+            let mut wait = departs.map_or(whole, |departs| departs.min(whole));
             let until = self.seen.mark.clone().map(|mark| Wait { until: Until::Changed(mark), time: wait });
             match self.client.find_by(&self.query, until.as_ref(), by) {
                 Ok(list) => {
@@ -65,7 +65,11 @@ impl Watch {
                     }
                 }
                 Err(_) if heard && self.pace.was_cut_short(by) => {}
-                Err(error) if error.retry_helps() => last = Some(error),
+                Err(error) if error.retry_helps() => {
+                    last = Some(error);
+                    // A departure that is due cuts the wait to nothing, and not the pause of a registry that is away.
+                    wait = whole;
+                }
                 Err(error) => return Err(error),
             }
             self.pace.pause(deadline, asked, wait);

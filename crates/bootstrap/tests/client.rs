@@ -258,6 +258,61 @@ fn a_wait_does_not_storm_a_server_that_cannot_answer() {
 }
 
 #[test]
+fn a_watch_does_not_storm_a_registry_that_is_away_while_a_departure_is_due() {
+    let other = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut watch = client(other.local_addr().unwrap()).watch(Query::all());
+    let listed = r#"{"node":"n","incarnation":"1","role":"decode","address":"10.0.0.1:7000","ttl_ms":1000,
+        "state":"ready","age_ms":1,"remaining_ms":150}"#;
+    // A registry that forgets its only worker in a restart, and is away from then on.
+    let first = format!(r#"{{"workers":[{listed}],"mark":"1.1"}}"#);
+    let lists = [first.as_str(), r#"{"workers":[],"mark":"2.1"}"#];
+    let watching = thread::spawn(move || {
+        let came = watch.next(SOON).unwrap();
+        (came.len(), watch.next(Duration::from_millis(500)))
+    });
+    other.set_nonblocking(true).unwrap();
+    let mut calls = 0;
+    while !watching.is_finished() {
+        if let Ok((mut stream, _)) = other.accept() {
+            stream.set_nonblocking(false).unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+            let answer = lists.get(calls).map_or_else(
+                || "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n".to_owned(),
+                |list| format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{list}", list.len()),
+            );
+            let _ = stream.write_all(answer.as_bytes());
+            calls += 1;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    let (came, away) = watching.join().unwrap();
+    assert_eq!(came, 1);
+    assert!(away.unwrap_err().retry_helps());
+    assert!((3..=12).contains(&calls), "{calls} calls in 500 ms");
+}
+
+#[test]
+fn times_beyond_all_bounds_are_taken_for_very_long() {
+    let mut config = ServerConfig { longest_wait: Duration::MAX, ..anywhere() };
+    (config.limits.ttl_ms, config.limits.warm_up_ms) = (1..=u64::MAX, u64::MAX);
+    let server = Server::start(config).unwrap();
+    let name = server.address().to_string();
+    let client = Client::new(ClientConfig { call_time: Duration::MAX, ..ClientConfig::to(&name) }).unwrap();
+    let patient = Worker { ttl_ms: u64::MAX, warm_up_ms: u64::MAX, ..worker("n", 1) };
+    let registration = Registration::start(client.clone(), patient).unwrap();
+    registration.wait(Duration::MAX).unwrap();
+    let waiting = thread::spawn({
+        let client = client.clone();
+        move || client.wait_for(&Query::all(), 2, Duration::MAX)
+    });
+    thread::sleep(Duration::from_millis(100));
+    client.register(&worker("m", 1)).unwrap();
+    assert_eq!(waiting.join().unwrap().unwrap().len(), 2);
+    assert_eq!(client.watch(Query::all()).next(Duration::MAX).unwrap().len(), 2);
+    registration.deregister().unwrap();
+}
+
+#[test]
 fn an_answer_larger_than_the_client_takes_is_refused() {
     let server = Server::start(anywhere()).unwrap();
     let address = server.address().to_string();

@@ -226,6 +226,64 @@ fn a_list_is_kept_back_until_it_is_another_than_was_seen() {
 }
 
 #[test]
+fn who_asks_for_rooms_before_their_group_is_there_hears_when_it_comes() {
+    let server = Server::start(anywhere()).unwrap();
+    let address = server.address();
+    let waiting = thread::spawn(move || {
+        let body = json!({"rooms": ["11"], "wait_ms": 20_000}).to_string();
+        ask(address, &send("POST", "/v1/groups/decode/rooms/query", &body))
+    });
+    thread::sleep(Duration::from_millis(100));
+    let began = Instant::now();
+    let mut body = registration();
+    body["member"]["dp_size"] = 4.into();
+    assert_eq!(ask(address, &send("PUT", "/v1/workers/d0", &body.to_string())).status, 201);
+    let known = waiting.join().unwrap();
+    assert_eq!((known.status, known.body), (200, json!({"dp_ranks": {"11": 3}, "not_yet": []})));
+    assert!(began.elapsed() < SOON / 2, "{:?}", began.elapsed());
+}
+
+#[test]
+fn those_that_wait_hear_of_many_changes_at_once() {
+    const WORKERS: usize = 40;
+    let server = Server::start(anywhere()).unwrap();
+    let address = server.address();
+    let mut all_at_once = false;
+    for round in 0..20 {
+        let mark = ask(address, &send("GET", "/v1/workers", "")).body["mark"].clone();
+        let waiting: Vec<_> = (0..4)
+            .map(|_| {
+                let path = format!("/v1/workers?seen={}&wait_ms=20000", mark.as_str().unwrap());
+                thread::spawn(move || ask(address, &send("GET", &path, "")))
+            })
+            .collect();
+        thread::sleep(Duration::from_millis(50));
+        let puts = (0..WORKERS).map(|index| {
+            let mut body = registration();
+            (body["node"], body["member"]) = (format!("d{index}").into(), Value::Null);
+            body["incarnation"] = format!("{:x}", round + 1).into();
+            send("PUT", &format!("/v1/workers/d{index}"), &body.to_string())
+        });
+        let mut stream = connect(address);
+        stream.write_all(puts.collect::<String>().as_bytes()).unwrap();
+        for _ in 0..WORKERS {
+            assert!(answer(&mut stream).status < 300);
+        }
+        let incarnation = json!(format!("{:016x}", round + 1));
+        let heard = waiting.into_iter().map(|waiting| {
+            let list = waiting.join().unwrap().body;
+            list["workers"].as_array().unwrap().iter().filter(|w| w["incarnation"] == incarnation).count()
+        });
+        // A busy machine may need longer for the changes than those who wait are kept for more.
+        all_at_once |= heard.collect::<Vec<_>>() == [WORKERS; 4];
+        if all_at_once {
+            break;
+        }
+    }
+    assert!(all_at_once);
+}
+
+#[test]
 fn every_wrong_request_is_told_what_is_wrong() {
     let server = Server::start(anywhere()).unwrap();
     let with = |field: &str, value: Value| {

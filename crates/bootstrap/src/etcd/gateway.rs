@@ -11,7 +11,7 @@ use serde::de::{DeserializeOwned, Error as _};
 use serde::{Deserialize, Deserializer};
 use serde_json::{Value, json};
 
-use crate::error::{Error, ForeignAnswer, InvalidServer};
+use crate::error::{Error, ForeignAnswer, InvalidServer, Stage};
 use crate::exchange::{Answer, Deadline, exchange_until, request_head};
 use crate::lookup::Lookup;
 use crate::token::Token;
@@ -177,7 +177,8 @@ impl Gateway {
         }
     }
 
-    /// Waits until a key that begins so is changed after this revision, or may have been.
+    /// Waits until a key that begins so is changed after this revision, or may have been. A quiet watch is over by its
+    /// deadline and is no failure.
     pub(crate) fn changed(&self, prefix: &str, after_revision: i64, by: Deadline) -> Result<(), Error> {
         let create = json!({"create_request": {
             "key": encode(prefix),
@@ -186,11 +187,25 @@ impl Gateway {
         }});
         // The answer goes on for as long as the watch does. Everything that it says after its first line is a reason to
         // look: a change, or the end of the watch.
-        let enough = |body: &[u8]| body.iter().filter(|byte| **byte == b'\n').count() > 1;
-        match self.exchange("/v3/watch", &create, by, enough) {
-            Ok(_) | Err(Error::Deadline { .. }) => Ok(()),
-            Err(error) => Err(error),
+        let lines = |body: &[u8]| body.iter().filter(|byte| **byte == b'\n').count();
+        // A watch is there to last, so a member has all the time and no share of it, and another one is asked only where
+        // it fails before that.
+        let told = self.first_answer(|member, _| {
+            match self.ask(member, "/v3/watch", &create, by, |body| lines(body) > 1) {
+                Err(Error::Deadline { stage: Stage::Receive, .. }) => {
+                    Ok(Answer { status: 204, body: vec![] })
+                }
+                told => told,
+            }
+        })?;
+        if !(200..300).contains(&told.status) {
+            return Err(self.fault(&told));
         }
+        if lines(&told.body) <= 1 {
+            // It ended without a word, and would again if it were asked at once.
+            std::thread::sleep(by.remaining().unwrap_or_default().min(WATCH_PAUSE));
+        }
+        Ok(())
     }
 
     pub(crate) fn version(&self, by: Deadline) -> Result<String, Error> {
@@ -206,19 +221,29 @@ impl Gateway {
         self.parse(self.exchange(path, body, by, |_| false)?)
     }
 
-    fn parse<T: DeserializeOwned>(&self, Answer { status, body }: Answer) -> Result<T, Error> {
-        let foreign = |source| Error::Foreign { server: self.name.clone(), source };
-        if (200..300).contains(&status) {
-            return serde_json::from_slice(&body).map_err(|error| foreign(ForeignAnswer::Json(error)));
+    fn parse<T: DeserializeOwned>(&self, answer: Answer) -> Result<T, Error> {
+        if !(200..300).contains(&answer.status) {
+            return Err(self.fault(&answer));
         }
-        let fault: Option<Value> = serde_json::from_slice(&body).ok();
-        let message = fault.as_ref().and_then(|fault| fault.get("message").or(fault.get("error")));
-        match message.and_then(Value::as_str) {
-            Some(message) => {
-                Err(Error::Etcd { server: self.name.clone(), status, message: message.to_owned() })
-            }
-            None => Err(foreign(ForeignAnswer::Status { status })),
-        }
+        let foreign =
+            |error| Error::Foreign { server: self.name.clone(), source: ForeignAnswer::Json(error) };
+        serde_json::from_slice(&answer.body).map_err(foreign)
+    }
+
+    /// What an answer says that is no success.
+    fn fault(&self, Answer { status, body }: &Answer) -> Error {
+        let (server, status) = (self.name.clone(), *status);
+        let fault: Value = serde_json::from_slice(body).unwrap_or_default();
+        // Where the answer would have been a stream, the fault lies one level deeper.
+        let fault = fault.get("error").filter(|error| error.is_object()).unwrap_or(&fault);
+        let text = |name| fault.get(name).and_then(Value::as_str);
+        let Some(message) = text("message").or_else(|| text("error")) else {
+            return Error::Foreign { server, source: ForeignAnswer::Status { status } };
+        };
+        let code = fault.get("code").or_else(|| fault.get("grpc_code")).and_then(Value::as_u64);
+        // The code is etcd's; the status is what a gateway makes of it.
+        let status = if code == Some(RESOURCE_EXHAUSTED) { 429 } else { status };
+        Error::Etcd { server, status, message: message.to_owned() }
     }
 
     /// Asks the member that answered last, and then each of the others with its share of the time that is left.
@@ -229,21 +254,34 @@ impl Gateway {
         by: Deadline,
         enough: impl Fn(&[u8]) -> bool,
     ) -> Result<Answer, Error> {
+        self.first_answer(|member, left| {
+            let time = by.remaining().unwrap_or(Duration::from_micros(1)) / left;
+            self.ask(member, path, body, by.within(time), &enough)
+        })
+    }
+
+    /// Goes on from the member that answered last until one answers; `ask` is told how many are left. One that says
+    /// that it cannot, as it has no leader, only learns or is a proxy without a member behind it, has not answered: what it
+    /// says counts where nobody does better.
+    fn first_answer(&self, ask: impl Fn(&Lookup, u32) -> Result<Answer, Error>) -> Result<Answer, Error> {
         let first = self.current.load(Ordering::Relaxed);
-        let mut last = None;
+        let mut failed = None;
         for turn in 0..self.members.len() {
             let index = (first + turn) % self.members.len();
-            let left = (self.members.len() - turn) as u32;
-            let time = by.remaining().unwrap_or(Duration::from_micros(1)) / left;
-            match self.ask(&self.members[index], path, body, by.within(time), &enough) {
-                Err(error @ (Error::Unreachable { .. } | Error::Deadline { .. })) => last = Some(error),
+            match ask(&self.members[index], (self.members.len() - turn) as u32) {
+                Ok(answer) if answer.status >= 500 => failed = Some(Ok(answer)),
+                Err(error @ (Error::Unreachable { .. } | Error::Deadline { .. })) => {
+                    if !matches!(failed, Some(Ok(_))) {
+                        failed = Some(Err(error));
+                    }
+                }
                 answered => {
                     self.current.store(index, Ordering::Relaxed);
                     return answered;
                 }
             }
         }
-        Err(last.expect("there is at least one member"))
+        failed.expect("there is at least one member")
     }
 
     fn ask(
@@ -311,6 +349,9 @@ fn natural<'de, D: Deserializer<'de>>(source: D) -> Result<u64, D::Error> {
     String::deserialize(source)?.parse().map_err(D::Error::custom)
 }
 
+/// gRPC's code for a quota that is used up: of space, or of requests.
+const RESOURCE_EXHAUSTED: u64 = 8;
+const WATCH_PAUSE: Duration = Duration::from_millis(200);
 const DEFAULT_PORT: u16 = 2379;
 const MEMBERS_MAX: usize = 16;
 
@@ -386,8 +427,12 @@ mod tests {
         assert_eq!(no_leader.to_string(), "etcd at etcd://a:2379 answered 503: etcdserver: no leader");
         let token = parse(401, r#"{"error":"etcdserver: invalid auth token"}"#);
         assert!(matches!(token, Error::Etcd { status: 401, .. }) && !token.retry_helps());
-        let full = parse(429, r#"{"message":"etcdserver: mvcc: database space exceeded"}"#);
-        assert!(full.retry_helps());
+        for status in [403, 429, 503] {
+            let full = parse(status, r#"{"message":"etcdserver: mvcc: database space exceeded","code":8}"#);
+            assert!(matches!(full, Error::Etcd { status: 429, .. }) && full.retry_helps(), "{full}");
+        }
+        let stream = parse(503, r#"{"error":{"grpc_code":14,"http_code":503,"message":"no leader"}}"#);
+        assert!(matches!(&stream, Error::Etcd { status: 503, message, .. } if message == "no leader"));
         for (status, body) in [(200, "<html>"), (200, "[]"), (502, "<html>"), (404, "{}")] {
             assert!(matches!(parse(status, body), Error::Foreign { .. }), "{body}");
         }

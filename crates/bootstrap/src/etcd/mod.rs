@@ -56,17 +56,20 @@ impl Backend for Etcd {
     fn register(&self, worker: &Worker, by: Deadline) -> Result<Registered, Error> {
         self.limits.check(worker).map_err(|refusal| self.refused(refusal))?;
         let mut leases = Leases::default();
-        let done = self.until_settled(by, || {
+        let mut in_vain = false;
+        // An eighth of the time is left to give the leases back.
+        let settled_by = by.remaining().map_or(by, |left| by.within(left - left / 8));
+        let done = self.until_settled(settled_by, || {
             let seen = self.look(worker, by)?;
             let plan = Plan::new(worker, &seen).map_err(|refusal| self.refused(refusal))?;
-            self.carry_out(worker, &seen, plan, &mut leases, by)
+            let carried_out = self.carry_out(worker, &seen, plan, &mut leases, by);
+            in_vain = matches!(carried_out, Ok(None));
+            carried_out
         });
-        if let Err(Error::Refused { .. }) = done {
-            // They would end by themselves; this only spares etcd the wait. After any other failure the transaction may
-            // have been made, and what it put hangs on them.
-            for lease in [leases.kept, leases.warming, leases.past].into_iter().flatten() {
-                let _ = self.gateway.revoke(lease, by);
-            }
+        let refused = matches!(done, Err(Error::Refused { .. } | Error::Etcd { status: ..500, .. }));
+        if done.is_err() && (refused || in_vain) {
+            // After any other failure the transaction may have been made, and what it put hangs on them.
+            self.give_back(&mut leases, by);
         }
         done
     }
@@ -125,7 +128,7 @@ impl Backend for Etcd {
             let now = self.gateway.transact(&[], &[Op::Get(&self.keys.live(group))], by)?.header;
             if !mark(now).forgot(seen) {
                 let seen = i64::try_from(seen.revision).unwrap_or(i64::MAX - 1);
-                self.gateway.changed(&self.keys.live(group), seen, over)?;
+                self.changed(&self.keys.live(group), seen, over)?;
             }
         }
         let enough = |workers: &Workers| match wait.map(|wait| &wait.until) {
@@ -201,7 +204,10 @@ impl Backend for Etcd {
             return Ok(rooms.iter().map(|room| rooms::follow(*room, &topology)).collect());
         }
         let known = |ranks: &Vec<DpRank>| !ranks.contains(&DpRank::NotYet);
-        self.look_until(&self.keys.rooms(group), over, known, || self.told(group, rooms, by))
+        self.look_until(&self.keys.rooms(group), over, known, || {
+            let (header, ranks) = self.told(group, rooms, by)?;
+            Ok((header, ranks.into_iter().map(|rank| rooms::within(rank, &topology)).collect()))
+        })
     }
 }
 
@@ -274,7 +280,6 @@ impl Etcd {
             None => self.gateway.grant(time, by).map(|lease| *held.insert(lease)),
         };
         let kept_lease = grant(&mut leases.kept, Duration::from_millis(*ttl_ms))?;
-        let past_lease = grant(&mut leases.past, PAST_TIME)?;
         let record = record::encode(worker);
         let (kept, warming) = (self.keys.kept(group, node), self.keys.warming(group, node));
         let mut ops = vec![Op::Put { key: &kept, value: &record, lease: kept_lease }];
@@ -294,6 +299,11 @@ impl Etcd {
         let (past_key, past_revision) =
             (self.keys.past(node), seen.past.as_ref().map_or(0, |(_, revision)| *revision));
         let past = seen.past.as_ref().map(|(past, _)| past);
+        // The node goes on with the lease that it has: one for a day is not to be left behind by each attempt that fails.
+        let past_lease = match past {
+            Some(past) if past.lease != 0 && self.gateway.keep_alive(past.lease, by)? => past.lease,
+            _ => grant(&mut leases.past, PAST_TIME)?,
+        };
         let past = Past::after(past, *incarnation, group, self.limits.remembered_incarnations);
         let past = record::encode(&past);
         ops.push(Op::Put { key: &past_key, value: &past, lease: past_lease });
@@ -304,9 +314,20 @@ impl Etcd {
             ops.push(Op::Put { key: fence, value: b"", lease: past_lease });
         }
         match self.gateway.transact(&only_if, &ops, by) {
-            // A lease that was seen is over: the warm-up has just ended.
-            Err(Error::Etcd { status: 404, .. }) => Ok(None),
+            // A lease is over: the warm-up has just ended, or others were in the way for longer than the time to live.
+            Err(Error::Etcd { status: 404, .. }) => {
+                self.give_back(leases, by);
+                Ok(None)
+            }
             done => Ok(done?.succeeded.then_some(plan.outcome)),
+        }
+    }
+
+    /// Ends the leases of a registration on which nothing hangs. They would end by themselves; this spares etcd the wait.
+    fn give_back(&self, leases: &mut Leases, by: Deadline) {
+        let Leases { kept, warming, past } = std::mem::take(leases);
+        for lease in [kept, warming, past].into_iter().flatten() {
+            let _ = self.gateway.revoke(lease, by);
         }
     }
 
@@ -347,6 +368,7 @@ impl Etcd {
     }
 
     /// Looks again at each change below a prefix, until it is enough or the time is over. Without a time it looks once.
+    /// What was read is not lost where etcd goes away after it.
     fn look_until<T>(
         &self,
         prefix: &str,
@@ -354,12 +376,26 @@ impl Etcd {
         enough: impl Fn(&T) -> bool,
         look: impl Fn() -> Result<(Header, T), Error>,
     ) -> Result<T, Error> {
+        let mut before = None;
         loop {
-            let (header, found) = look()?;
+            let (header, found) = match (look(), before.take()) {
+                (Err(error), Some(before)) if error.retry_helps() => return Ok(before),
+                (looked, _) => looked?,
+            };
             match over.filter(|over| over.remaining().is_some()) {
-                Some(over) if !enough(&found) => self.gateway.changed(prefix, header.revision, over)?,
+                Some(over) if !enough(&found) && self.changed(prefix, header.revision, over)? => {}
                 _ => return Ok(found),
             }
+            before = Some(found);
+        }
+    }
+
+    /// Whether a watch lasted until there was something new or the time was over. Where it failed, what there is should be
+    /// answered early: whoever waits for more asks again after a pause.
+    fn changed(&self, prefix: &str, after_revision: i64, over: Deadline) -> Result<bool, Error> {
+        match self.gateway.changed(prefix, after_revision, over) {
+            Err(error) if error.retry_helps() => Ok(false),
+            watched => watched.map(|()| true),
         }
     }
 
@@ -456,7 +492,7 @@ impl Plan {
     }
 }
 
-/// The leases of one registration, kept while it is tried again.
+/// The leases that were granted for one registration, kept while it is tried again.
 #[derive(Default)]
 struct Leases {
     kept: Option<i64>,

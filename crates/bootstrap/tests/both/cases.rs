@@ -249,7 +249,7 @@ pub fn a_group_is_complete_when_every_rank_is_there(home: &mut Home) {
     let name = group("prefill-0");
     let unknown = client.group(&name, Counted::Ready).unwrap_err();
     assert_eq!((unknown.code(), unknown.retry_helps()), (Some(ErrorCode::UnknownGroup), true));
-    let nobody = client.wait_for_group(&name, Counted::Ready, Duration::from_millis(100)).unwrap_err();
+    let nobody = client.wait_for_group(&name, Counted::Ready, Duration::from_millis(500)).unwrap_err();
     assert!(nobody.to_string().contains("no worker of group prefill-0 was registered"), "{nobody}");
 
     let shape = Topology { pp_size: 2, dp_size: 2, ..topology(1) };
@@ -444,6 +444,12 @@ pub fn rooms_that_are_told_are_known_for_their_time(home: &mut Home) {
     client.tell_rooms(&name, &[(77_777, 1)], Duration::from_millis(SHORT_MS)).unwrap();
     eventually("it is forgotten", || client.dp_ranks(&name, &[77_777]).unwrap() == [DpRank::NotYet]);
     assert_eq!(client.dp_ranks(&name, &[9]).unwrap(), [DpRank::Known(1)]);
+
+    // The group is cut anew: a rank that it no longer has serves no room.
+    client.tell_rooms(&name, &[(10, 3)], keep).unwrap();
+    let cut = Topology { dp_size: 2, ..shape };
+    client.register(&Worker { member: member("g", &cut, Ranks::default()), ..worker("n", 1) }).unwrap();
+    assert_eq!(client.dp_ranks(&name, &[10, 9]).unwrap(), [DpRank::NotYet, DpRank::Known(1)]);
 }
 
 pub fn who_looks_hears_that_a_worker_moved(home: &mut Home) {

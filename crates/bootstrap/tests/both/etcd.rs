@@ -15,11 +15,18 @@ pub struct Process {
     clients: SocketAddr,
     peers: SocketAddr,
     folder: PathBuf,
+    arguments: Vec<String>,
 }
 
 impl Process {
     /// Starts one. Where there is none to start, this says so and gives nothing; `REQUIRE=etcd` makes that a failure.
     pub fn start() -> Option<Process> {
+        Process::start_with(&[])
+    }
+
+    /// The same, with further arguments.
+    pub fn start_with(arguments: &[&str]) -> Option<Process> {
+        let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let found =
             Command::new(PROGRAM).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
         if let Err(error) = found {
@@ -44,8 +51,9 @@ impl Process {
             fs::create_dir_all(&folder).expect("a folder for its data");
             // Another program may take a port before etcd does.
             let [clients, peers] = free_ports();
-            let child = spawn(clients, peers, &folder);
-            let mut process = Process { child, clients, peers, folder: folder.clone() };
+            let child = spawn(clients, peers, &folder, &arguments);
+            let mut process =
+                Process { child, clients, peers, folder: folder.clone(), arguments: arguments.clone() };
             if process.serves(end) {
                 return Some(process);
             }
@@ -72,7 +80,7 @@ impl Process {
     pub fn start_again(&mut self) {
         let end = Instant::now() + SOON;
         loop {
-            self.child = spawn(self.clients, self.peers, &self.folder);
+            self.child = spawn(self.clients, self.peers, &self.folder, &self.arguments);
             if self.serves(end) {
                 return;
             }
@@ -118,7 +126,7 @@ impl Drop for Process {
 }
 
 /// With short elections, since etcd grants no lease that is shorter than one and a half of them.
-fn spawn(clients: SocketAddr, peers: SocketAddr, folder: &std::path::Path) -> Child {
+fn spawn(clients: SocketAddr, peers: SocketAddr, folder: &std::path::Path, arguments: &[String]) -> Child {
     let (clients, peers) = (format!("http://{clients}"), format!("http://{peers}"));
     let log = File::options().create(true).append(true).open(folder.join("log")).expect("a log");
     Command::new(PROGRAM)
@@ -128,6 +136,7 @@ fn spawn(clients: SocketAddr, peers: SocketAddr, folder: &std::path::Path) -> Ch
         .args(["--initial-cluster", &format!("one={peers}")])
         .arg("--data-dir")
         .arg(folder.join("data"))
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(log.try_clone().expect("a log"))
         .stderr(log)

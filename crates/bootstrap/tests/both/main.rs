@@ -2,6 +2,7 @@
 
 mod cases;
 mod etcd;
+mod front;
 mod only_etcd;
 
 use std::net::SocketAddr;
