@@ -132,6 +132,13 @@ pub enum Misfit {
     },
     /// The ranks of the other side are none, are named twice, or have numbers that no rank has.
     Ranks,
+    /// The peer at which a rank was named has another one.
+    Rank {
+        /// The rank that was named.
+        named: u32,
+        /// That of the peer.
+        peer: u32,
+    },
     /// The ranks that were named do not bring each byte once.
     Gap,
     /// The two caches cannot be bridged: no layer is held by both, or a layout names what its worker does not have.
@@ -360,6 +367,7 @@ impl Misfit {
             Misfit::Ranks | Misfit::Gap => {
                 "name the ranks that bring the layers, heads and tokens of this one, each once"
             }
+            Misfit::Rank { .. } => "name each rank at the peer whose layout has it",
             Misfit::Layouts => "look at the cache layouts that both sides were started with",
             Misfit::TooManyPieces { .. } => "send larger chunks, or those that continue each other in order",
             Misfit::Unreadable => "run the same version of crossdock on both sides",
@@ -381,6 +389,9 @@ impl fmt::Display for Misfit {
             Misfit::DuplicatePage { whose, page } => write!(f, "page {page} of {whose} is listed twice"),
             Misfit::Lists { lists, pools } => write!(f, "{lists} lists of pages for {pools} pools"),
             Misfit::Ranks => f.write_str("the named ranks are none, or not each another one"),
+            Misfit::Rank { named, peer } => {
+                write!(f, "the peer at which rank {named} was named has rank {peer}")
+            }
             Misfit::Gap => f.write_str("the named ranks do not bring each byte once"),
             Misfit::Layouts => f.write_str("the two cache layouts cannot be bridged"),
             Misfit::TooManyPieces { limit } => write!(f, "sent in more than {limit} pieces"),

@@ -57,15 +57,16 @@ impl Worker {
             for (source, pages) in sources.iter().zip(values) {
                 let share = name(room, use_count, (source.rank, self.layout.rank(), pool));
                 let ask = Ask { parts: source.parts, ..ask };
-                let params = ask.encode();
+                let (rank, params) = (Some(source.rank), ask.encode());
                 let opened = match (self.peer_name(source.peer), &refusal) {
                     (Some(peer), None) if pull => self
                         .engine
                         .proto()
-                        .fetch(now, Fetch { peer, room: share, pages, params, deadline_ns }),
+                        .fetch(now, Fetch { peer, rank, room: share, pages, params, deadline_ns }),
                     (Some(peer), None) => {
                         let buffers = self.buffers[pool].clone();
-                        let receive = Receive { peer, room: share, pages, buffers, params, deadline_ns };
+                        let receive =
+                            Receive { peer, rank, room: share, pages, buffers, params, deadline_ns };
                         self.engine.proto().receive(now, receive)
                     }
                     _ => {
@@ -170,10 +171,11 @@ impl Worker {
                 let (share, pages) =
                     (name(room, use_count, (self.layout.rank(), rank, pool)), shared.clone());
                 let (aux, buffers) = (aux_of(pool), self.buffers[pool].clone());
+                let (rank, room) = (Some(rank), share);
                 let opened = match &aux {
-                    None => self.engine.proto().send_room(now, Send { room: share, pages, deadline_ns }),
+                    None => self.engine.proto().send_room(now, Send { room, rank, pages, deadline_ns }),
                     Some(_) => {
-                        self.engine.proto().serve(now, Serve { room: share, pages, buffers, deadline_ns })
+                        self.engine.proto().serve(now, Serve { room, rank, pages, buffers, deadline_ns })
                     }
                 };
                 match opened {
