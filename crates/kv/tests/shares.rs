@@ -398,7 +398,8 @@ fn check_sums(
 
 fn parallelisms(kv_heads: Option<u32>) -> impl Strategy<Value = Parallelism> {
     let context = prop_oneof![Just(1u32), Just(2), Just(4)];
-    (prop_oneof![Just(1u32), Just(2), Just(4), Just(8)], 1u32..4, context, 1u32..3).prop_map(
+    let interleave = prop_oneof![1u32..4, Just(20_000), Just(1 << 29)];
+    (prop_oneof![Just(1u32), Just(2), Just(4), Just(8)], 1u32..4, context, interleave).prop_map(
         move |(tp, stages, context, interleave)| Parallelism {
             tp: tp.max(context),
             stages: even_stages(LAYERS, stages),
