@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crossdock_kv::{Peer, ReceiveRequest, SendError, SendRequest, ServeRequest};
+use crossdock_kv::{GatherRequest, Peer, ReceiveRequest, SendError, SendRequest, ServeRequest};
 use crossdock_proto::End;
 use crossdock_sim::NodeId;
 
@@ -216,6 +216,10 @@ impl World {
             pages: set,
             deadline: Duration::from_nanos(plan.decode_duration_ns),
         };
+        // Each side may lack the first layer or the last.
+        let (ours, theirs) = (layout.layers(), self.scenario.nodes[plan.prefill].layout.layers());
+        let both = ours.start.max(theirs.start)..ours.end.min(theirs.end);
+        let request = GatherRequest { layers: Some(both), ..request.into() };
         let asked = match plan.is_pull {
             true => process.handle.fetch(request),
             false => process.handle.receive(request),

@@ -582,6 +582,7 @@ fn misfit_code(misfit: &Misfit) -> &'static str {
         Misfit::Ranks => "ranks",
         Misfit::Rank { .. } => "rank",
         Misfit::Gap => "gap",
+        Misfit::Layers { .. } => "layers",
         Misfit::Layouts => "layouts",
         Misfit::TooManyPieces { .. } => "too-many-pieces",
         Misfit::Unreadable => "unreadable",

@@ -226,9 +226,9 @@ pub fn dp_rank_of(room: u64, ranks: u32) -> u32 {
 
 impl CacheLayout {
     /// Whether workers with these layouts, and with what each brings, together bring everything that this one keeps of a
-    /// request, and each byte of its tokens once. Of a single one, whole layers may be missing, as those of a draft model;
-    /// entries may be brought by several that keep the same.
-    pub fn is_covered_by<L: AsRef<CacheLayout>>(&self, sources: &[(L, Parts)]) -> bool {
+    /// request in these layers, each byte of its tokens once, and nothing in others. Entries may be brought by several
+    /// that keep the same.
+    pub fn is_covered_by<L: AsRef<CacheLayout>>(&self, layers: &Range<u32>, sources: &[(L, Parts)]) -> bool {
         let sources: Vec<(&CacheLayout, Parts)> =
             sources.iter().map(|(layout, parts)| (layout.as_ref(), *parts)).collect();
         // Which part of the tokens that are kept here each brings, and which two bring some in common.
@@ -239,7 +239,7 @@ impl CacheLayout {
             .iter()
             .map(|(one, _)| sources.iter().map(|(two, _)| one.context().meets(&two.context())).collect())
             .collect();
-        let brought = Brought { sources: &sources, tokens: &tokens, meets: &meets };
+        let brought = Brought { layers, sources: &sources, tokens: &tokens, meets: &meets };
         (0..self.pools().len()).all(|pool| {
             let parts = self.pools()[pool].parts().iter().enumerate();
             let is_entries = self.pools()[pool].extent() == Extent::Entries;
@@ -253,6 +253,8 @@ impl CacheLayout {
 
 /// What several workers bring to one.
 struct Brought<'a> {
+    /// The layers that are to be brought.
+    layers: &'a Range<u32>,
     sources: &'a [(&'a CacheLayout, Parts)],
     /// Which part each brings of the tokens that are kept.
     tokens: &'a [Fraction],
@@ -273,17 +275,17 @@ impl<'a> Brought<'a> {
         found
     }
 
-    /// Those of a part's layers that have to be brought.
-    fn layers(&self, part: &CachePart, theirs: &[(usize, HeadShare, &CachePart)]) -> Vec<u32> {
-        let is_single = self.sources.len() == 1;
-        let is_there = |layer: u32| theirs.iter().any(|(_, _, part)| part.buffer(layer).is_some());
-        part.layers().iter().copied().filter(|&layer| !is_single || is_there(layer)).collect()
+    /// No layer of a part is brought that is not to be.
+    fn has_no_other(&self, part: &CachePart, theirs: &[(usize, HeadShare, &CachePart)]) -> bool {
+        let mut others = part.layers().iter().filter(|layer| !self.layers.contains(layer));
+        others.all(|&layer| theirs.iter().all(|(_, _, part)| part.buffer(layer).is_none()))
     }
 
     /// The volumes of what is brought add up to what is kept, and no two of them meet.
     fn has_once(&self, pool: usize, nth: usize, part: &CachePart) -> bool {
         let theirs = self.of_part(pool, nth, part);
-        let layers = self.layers(part, &theirs);
+        let layers: Vec<u32> =
+            part.layers().iter().copied().filter(|layer| self.layers.contains(layer)).collect();
         let common =
             |one: &CachePart| layers.iter().filter(|&&layer| one.buffer(layer).is_some()).count() as u64;
         let found = theirs.iter().try_fold(Fraction::of(0, 1), |sum, (at, heads, theirs)| {
@@ -296,13 +298,14 @@ impl<'a> Brought<'a> {
         };
         let is_apart = |(at, one)| theirs[at + 1..].iter().all(|two| !meet(one, two));
         let kept = Fraction::of(layers.len() as u128 * u128::from(part.heads().count), 1);
-        found == Some(kept) && theirs.iter().enumerate().all(is_apart)
+        found == Some(kept) && theirs.iter().enumerate().all(is_apart) && self.has_no_other(part, &theirs)
     }
 
     /// Every head of every layer is brought by some.
     fn has_entries(&self, pool: usize, nth: usize, part: &CachePart) -> bool {
         let theirs = self.of_part(pool, nth, part);
-        self.layers(part, &theirs).into_iter().all(|layer| {
+        let mut layers = part.layers().iter().filter(|layer| self.layers.contains(layer));
+        let has = layers.all(|&layer| {
             let heads = part.heads();
             (heads.first..heads.first + heads.count).all(|head| {
                 theirs.iter().any(|(_, common, theirs)| {
@@ -310,7 +313,8 @@ impl<'a> Brought<'a> {
                         && theirs.buffer(layer).is_some()
                 })
             })
-        })
+        });
+        has && self.has_no_other(part, &theirs)
     }
 }
 

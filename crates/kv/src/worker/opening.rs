@@ -1,5 +1,6 @@
 //! How users' rooms begin: each as the shares of which it consists.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,11 +43,13 @@ impl Worker {
         if let Err(end) = self.check_gather(&request) {
             return told.refuse(request.pages, Ended::alone(end));
         }
-        let GatherRequest { sources, room, use_count, tokens, skip_tokens, pages, deadline } = request;
+        let GatherRequest { sources, room, use_count, tokens, skip_tokens, layers, pages, deadline } =
+            request;
         let deadline_ns = asked.deadline_ns(deadline);
         let checksums = self.verify.covers(room);
         let arrivals = told.arrivals.clone();
-        let mut whole = Whole::decode(told, sources.len());
+        let layers = layers.unwrap_or_else(|| self.layout.layers());
+        let mut whole = Whole::decode(told, layers, sources.len());
         let mut refusal = None;
         for (pool, pages) in pages.into_iter().enumerate() {
             let ask = Ask { checksums, ..self.layout.ask(pool, tokens, skip_tokens, pages.len()) };
@@ -82,7 +85,6 @@ impl Worker {
                             ask,
                             pages: ids.clone(),
                             aux: Vec::new(),
-                            sources: sources.len(),
                             is_home: false,
                             arrivals: arrivals.clone(),
                             arrived: 0,
@@ -103,10 +105,16 @@ impl Worker {
     }
 
     fn check_gather(&self, request: &GatherRequest) -> Result<(), End> {
-        let GatherRequest { sources, tokens, skip_tokens, pages, .. } = request;
+        let GatherRequest { sources, tokens, skip_tokens, layers, pages, .. } = request;
         let (tokens, skip_tokens) = (*tokens, *skip_tokens);
         if skip_tokens > tokens {
             return Err(misfit(Misfit::Skipped { tokens, skip_tokens }));
+        }
+        let kept = self.layout.layers();
+        if let Some(&Range { start: first, end }) = layers.as_ref()
+            && (first >= end || first < kept.start || end > kept.end)
+        {
+            return Err(misfit(Misfit::Layers { first, end }));
         }
         self.check_lists(pages.len(), sources.iter().map(|source| source.rank))?;
         for (pool, pages) in pages.iter().enumerate() {
