@@ -6,10 +6,11 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    Authentication, CacheKind, CacheLayout, CachePartOptions, CachePoolOptions, Config, Dtype, End, Extent,
-    GatherRequest, HeadOrder, HeadShare, LayerBuffer, LayoutOptions, Memory, Misfit, Node, PagePool, PageSet,
-    Parallelism, Parts, Peer, Placement, PortConfig, Receiving, RoomRefusal, ScatterRequest,
-    ScatterServeRequest, Sending, Serving, ShmOptions, Source, Verify, Who, even_stages,
+    Authentication, CacheKind, CacheLayout, CachePartOptions, CachePoolOptions, Config, Dtype, End, Ended,
+    Extent, GatherRequest, HeadOrder, HeadShare, LayerBuffer, LayoutOptions, Memory, Misfit, Node, PagePool,
+    PageSet, Parallelism, Parts, Peer, Placement, PortConfig, Progress, RailStats, Receiving, RoomRefusal,
+    ScatterRequest, ScatterServeRequest, Sending, Serving, ShmOptions, Source, Ticket, Verify, Who,
+    even_stages,
 };
 
 const WAIT: Duration = Duration::from_secs(30);
@@ -624,5 +625,199 @@ fn a_rank_named_at_the_peer_of_another_is_refused() {
         assert!(is_named(0, 1) || is_named(1, 0), "{}", received.ended);
         assert!(received.ended.peer.is_some_and(|peer| peer.starts_with("prefill-")));
         assert_eq!(receiving.pages.wait_until(Instant::now() + WAIT).unwrap().len(), 4);
+    }
+}
+
+/// Ranks whose progress the test makes, so that it can stop in the middle of a request.
+struct Turned {
+    prefills: Vec<Rank>,
+    decodes: Vec<Rank>,
+}
+
+enum Ends {
+    Sending(Sending),
+    Serving(Serving),
+}
+
+impl Turned {
+    fn open(prefill: u32, decode: u32, port: &PortConfig) -> Self {
+        let open = |name: &str, tp| {
+            let side = Side::new(Parallelism::tensor(tp, LAYERS, Some(8)), 4, NHD);
+            side.open_with(name, port, |config| {
+                config.progress = Progress::Caller;
+                // So that everything takes many turns.
+                config.turn_bytes = 1;
+            })
+        };
+        Self { prefills: open("prefill", prefill), decodes: open("decode", decode) }
+    }
+
+    fn ranks(&mut self) -> impl Iterator<Item = &mut Rank> {
+        self.prefills.iter_mut().chain(&mut self.decodes)
+    }
+
+    /// Turns all nodes until something is found.
+    fn until<T>(&mut self, what: &str, mut look: impl FnMut(&mut Self) -> Option<T>) -> T {
+        let begin = Instant::now();
+        loop {
+            if let Some(found) = look(self) {
+                return found;
+            }
+            assert!(begin.elapsed() < WAIT, "{what}");
+            for rank in self.ranks() {
+                rank.node.progress();
+            }
+        }
+    }
+
+    fn until_told<T>(&mut self, what: &str, ticket: &mut Ticket<T>) -> T {
+        self.until(what, |_| ticket.poll().unwrap())
+    }
+
+    /// Everything that was lent is back, and nothing is left of any room.
+    fn until_home(&mut self) {
+        self.until("something is not home", |all| {
+            let is_over = |rank: &mut Rank| {
+                let stats = rank.node.worker().unwrap().stats();
+                (stats.rooms, stats.grants, rank.pools[0].stats().free) == (0, 0, PAGES)
+            };
+            all.ranks().all(is_over).then_some(())
+        });
+    }
+
+    /// Opens the ends of a request on all ranks, and lets each of them come into the middle of it.
+    fn begin(&mut self, pull: bool) -> (Vec<Ends>, Vec<Receiving>, Vec<Vec<u32>>) {
+        let (room, tokens) = (5, 16);
+        let [prefill, decode] = [&self.prefills, &self.decodes]
+            .map(|ranks| Parallelism::tensor(ranks.len() as u32, LAYERS, Some(8)));
+        let mut ends = Vec::new();
+        for rank in &self.prefills {
+            let ranks = prefill.destinations(&decode, rank.layout.rank(), room).unwrap();
+            let set = rank.pages(0, 4);
+            rank.each(0, 0, tokens, set.ids(), |at, bytes| rank.memory.write(at, &bytes).unwrap());
+            let pages = vec![set.share()];
+            let request = ScatterRequest { ranks, room, use_count: 0, tokens, pages, deadline: WAIT * 10 };
+            let handle = rank.node.handle();
+            ends.push(match pull {
+                true => Ends::Serving(
+                    handle.serve(ScatterServeRequest { request, aux: b"first".to_vec() }).unwrap(),
+                ),
+                false => {
+                    let mut sending = handle.open(request).unwrap();
+                    sending.send_layers(0..LAYERS / 2).unwrap();
+                    Ends::Sending(sending)
+                }
+            });
+        }
+        let (mut receivings, mut ids) = (Vec::new(), Vec::new());
+        for nth in 0..self.decodes.len() {
+            let mut sources = Vec::new();
+            for source in prefill.sources(&decode, nth as u32, room).unwrap() {
+                let address = self.prefills[source.rank as usize].node.address().to_owned();
+                let (peer, mut up) = self.decodes[nth].node.handle().connect(address).unwrap();
+                self.until_told("no session", &mut up).unwrap();
+                sources.push(source.at(peer));
+            }
+            let pages = self.decodes[nth].pages(0, 4);
+            ids.push(pages.ids().to_vec());
+            let (pages, skip_tokens, layers, deadline) = (vec![pages], 0, None, WAIT * 10);
+            let request =
+                GatherRequest { sources, room, use_count: 0, tokens, skip_tokens, layers, pages, deadline };
+            let handle = self.decodes[nth].node.handle();
+            receivings.push(if pull { handle.fetch(request) } else { handle.receive(request) }.unwrap());
+        }
+        let (grants, writers) = (self.decodes.len(), self.prefills.len());
+        self.until("nothing moves", |all| {
+            let mut moved = |rank: &mut Rank| {
+                let stats = rank.node.worker().unwrap().stats();
+                let bytes = |rail: &RailStats| if pull { rail.read_bytes } else { rail.written_bytes };
+                (stats.grants, stats.rails.iter().map(bytes).sum::<u64>())
+            };
+            let prefills: Vec<_> = all.prefills.iter_mut().map(&mut moved).collect();
+            let decodes: Vec<_> = all.decodes.iter_mut().map(&mut moved).collect();
+            let is_begun = match pull {
+                true => {
+                    prefills.iter().all(|moved| moved.0 == grants) && decodes.iter().all(|moved| moved.1 > 0)
+                }
+                false => {
+                    decodes.iter().all(|moved| moved.0 == writers)
+                        && prefills.iter().all(|moved| moved.1 > 0)
+                        && receivings.iter().all(|receiving| receiving.arrivals() > 0)
+                }
+            };
+            is_begun.then_some(())
+        });
+        for receiving in &mut receivings {
+            assert!(receiving.end.poll().unwrap().is_none(), "it is still in the middle");
+        }
+        (ends, receivings, ids)
+    }
+}
+
+impl Ends {
+    fn end(&mut self) -> &mut Ticket<Ended> {
+        match self {
+            Ends::Sending(sending) => &mut sending.end,
+            Ends::Serving(serving) => &mut serving.end,
+        }
+    }
+
+    fn cancel(&self) {
+        match self {
+            Ends::Sending(sending) => sending.cancel().unwrap(),
+            Ends::Serving(serving) => serving.cancel().unwrap(),
+        }
+    }
+}
+
+const CANCELLED: [End; 2] = [End::Cancelled { by: Who::Here }, End::Cancelled { by: Who::Peer }];
+
+#[test]
+fn a_decode_rank_that_cancels_does_not_disturb_the_others() {
+    for (pull, port) in
+        [(false, shm()), (false, PortConfig::Tcp(None)), (true, shm()), (true, PortConfig::Tcp(None))]
+    {
+        let mut all = Turned::open(1, 2, &port);
+        let (mut ends, mut receivings, ids) = all.begin(pull);
+        receivings[1].cancel().unwrap();
+        let received = all.until_told("the cancelled end", &mut receivings[1].end);
+        assert_eq!(received.ended.end, CANCELLED[0]);
+        assert!(ends[0].end().poll().unwrap().is_none(), "the other share goes on");
+        if let Ends::Sending(sending) = &mut ends[0] {
+            sending.send_layers(LAYERS / 2..LAYERS).unwrap();
+            sending.finish(b"first".to_vec()).unwrap();
+        }
+        let received = all.until_told("the other end", &mut receivings[0].end);
+        assert_eq!((received.ended.end, &received.aux[..]), (End::Delivered, &b"first"[..]));
+        let rank = &all.decodes[0];
+        rank.each(0, 0, 16, &ids[0], |at, expected| {
+            let mut found = vec![0; expected.len()];
+            rank.memory.read(at, &mut found).unwrap();
+            assert_eq!(found, expected);
+        });
+        assert_eq!(all.until_told("the prefill end", ends[0].end()).end, CANCELLED[1]);
+        drop((ends, receivings));
+        all.until_home();
+    }
+}
+
+#[test]
+fn a_prefill_rank_that_cancels_ends_the_room_of_all() {
+    for (pull, port) in
+        [(false, shm()), (false, PortConfig::Tcp(None)), (true, shm()), (true, PortConfig::Tcp(None))]
+    {
+        let mut all = Turned::open(2, 1, &port);
+        let (mut ends, mut receivings, _) = all.begin(pull);
+        ends[1].cancel();
+        // What it says is on its way before anybody else goes on.
+        all.prefills[1].node.progress();
+        std::thread::sleep(Duration::from_millis(20));
+        let received = all.until_told("the decode end", &mut receivings[0].end);
+        assert_eq!(received.ended.end, CANCELLED[1]);
+        assert!(received.ended.peer.is_some_and(|peer| &*peer == "prefill-1") && received.aux.is_empty());
+        let told = ends.iter_mut().map(|end| all.until_told("a prefill end", end.end()).end);
+        assert_eq!(told.collect::<Vec<_>>(), [CANCELLED[1].clone(), CANCELLED[0].clone()]);
+        drop((ends, receivings));
+        all.until_home();
     }
 }
