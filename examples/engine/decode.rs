@@ -131,6 +131,7 @@ impl<'a> Decode<'a> {
             use_count: 0,
             tokens,
             skip_tokens: cached,
+            layers: None,
             pages: vec![pages],
             deadline: job.time_left(),
         })?;

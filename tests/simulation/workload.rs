@@ -87,6 +87,7 @@ impl World {
             use_count: plan.use_count,
             tokens: plan.tokens,
             skip_tokens: plan.skip_tokens,
+            layers: None,
             pages: vec![set],
             deadline: Duration::from_nanos(seat.duration_ns),
         };

@@ -6,10 +6,11 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    Authentication, CacheKind, CacheLayout, CachePartOptions, CachePoolOptions, Config, Dtype, End, Extent,
-    GatherRequest, HeadOrder, HeadShare, LayerBuffer, LayoutOptions, Memory, Misfit, Node, PagePool, PageSet,
-    Parallelism, Parts, Peer, Placement, PortConfig, Receiving, RoomRefusal, ScatterRequest,
-    ScatterServeRequest, Sending, Serving, ShmOptions, Source, Verify, Who, even_stages,
+    Authentication, CacheKind, CacheLayout, CachePartOptions, CachePoolOptions, Config, Dtype, End, Ended,
+    Extent, GatherRequest, HeadOrder, HeadShare, LayerBuffer, LayoutOptions, Memory, Misfit, Node, PagePool,
+    PageSet, Parallelism, Parts, Peer, Placement, PortConfig, Progress, RailStats, Receiving, RoomRefusal,
+    ScatterRequest, ScatterServeRequest, Sending, Serving, ShmOptions, Source, Ticket, Verify, Who,
+    even_stages,
 };
 
 const WAIT: Duration = Duration::from_secs(30);
@@ -95,6 +96,10 @@ impl Side {
     }
 
     fn open(&self, name: &str, port: &PortConfig) -> Vec<Rank> {
+        self.open_with(name, port, |_| ())
+    }
+
+    fn open_with(&self, name: &str, port: &PortConfig, configure: impl Fn(&mut Config)) -> Vec<Rank> {
         let open = |rank| {
             let layout = self.layout(rank);
             let (mut memory, pool) = crossdock::allocate(&layout).unwrap();
@@ -102,6 +107,7 @@ impl Side {
                 Config::new(format!("{name}-{rank}"), layout.clone(), memory.clone(), Authentication::Off);
             config.ports = vec![port.clone()];
             config.verify = Verify::All;
+            configure(&mut config);
             let node = Node::open(config).unwrap();
             let more = layout.pools()[1..].iter().map(|pool| PagePool::external(pool.pages()));
             let pools = [pool].into_iter().chain(more).collect();
@@ -144,6 +150,12 @@ impl Rank {
                 }
             }
         }
+    }
+
+    fn connect(&self, node: &Node) -> Peer {
+        let (peer, mut up) = self.node.handle().connect(node.address()).unwrap();
+        up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
+        peer
     }
 
     fn pages(&self, pool: usize, count: u32) -> PageSet {
@@ -215,12 +227,7 @@ fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, token
         let sources = prefill.ranks.sources(&decode.ranks, rank.layout.rank(), room).unwrap();
         let sources = sources
             .into_iter()
-            .map(|source| {
-                let node = &prefills[source.rank as usize].node;
-                let (peer, mut up) = rank.node.handle().connect(node.address()).unwrap();
-                up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
-                source.at(peer)
-            })
+            .map(|source| source.at(rank.connect(&prefills[source.rank as usize].node)))
             .collect();
         let (mut pages, mut kept) = (Vec::new(), Vec::new());
         for pool in 0..rank.pools.len() {
@@ -229,8 +236,16 @@ fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, token
             kept.push((first, end, set.ids().to_vec()));
             pages.push(set);
         }
-        let request =
-            GatherRequest { sources, room, use_count: 0, tokens, skip_tokens: skip, pages, deadline: WAIT };
+        let request = GatherRequest {
+            sources,
+            room,
+            use_count: 0,
+            tokens,
+            skip_tokens: skip,
+            layers: None,
+            pages,
+            deadline: WAIT,
+        };
         let handle = rank.node.handle();
         let receiving = if pull { handle.fetch(request) } else { handle.receive(request) };
         receivings.push((nth, kept, receiving.unwrap()));
@@ -361,17 +376,20 @@ fn gather(
     room: u64,
     deadline: Duration,
 ) -> (Receiving, Option<Sending>) {
-    let sources: Vec<Source> = sources
-        .iter()
-        .map(|&rank| {
-            let (peer, mut up) =
-                decode.node.handle().connect(prefills[rank as usize].node.address()).unwrap();
-            up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
-            Source { peer, rank, parts: Parts::All }
-        })
-        .collect();
+    let source =
+        |&rank: &u32| Source { peer: decode.connect(&prefills[rank as usize].node), rank, parts: Parts::All };
+    let sources = sources.iter().map(source).collect();
     let pages = vec![decode.pools[0].take(4).unwrap()];
-    let request = GatherRequest { sources, room, use_count: 0, tokens: 16, skip_tokens: 0, pages, deadline };
+    let request = GatherRequest {
+        sources,
+        room,
+        use_count: 0,
+        tokens: 16,
+        skip_tokens: 0,
+        layers: None,
+        pages,
+        deadline,
+    };
     let receiving = decode.node.handle().receive(request).unwrap();
     let pages = vec![prefills[0].pools[0].take(4).unwrap().share()];
     let request = ScatterRequest { ranks: vec![0], room, use_count: 0, tokens: 16, pages, deadline: WAIT };
@@ -432,19 +450,22 @@ fn ranks_that_do_not_bring_everything_are_refused() {
     let same = Side::new(Parallelism::tensor(2, LAYERS, Some(8)), 4, NHD).layout(0).with_rank(7).unwrap();
     let (memory, pool) = crossdock::allocate(&same).unwrap();
     let node = Node::open(Config::new("same", same, memory, Authentication::Off)).unwrap();
-    let connect = |node: &Node| -> Peer {
-        let (peer, mut up) = decodes[0].node.handle().connect(node.address()).unwrap();
-        up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
-        peer
-    };
     let sources = vec![
-        Source { peer: connect(&prefills[0].node), rank: 0, parts: Parts::All },
-        Source { peer: connect(&node), rank: 7, parts: Parts::All },
+        Source { peer: decodes[0].connect(&prefills[0].node), rank: 0, parts: Parts::All },
+        Source { peer: decodes[0].connect(&node), rank: 7, parts: Parts::All },
     ];
     let pages = vec![decodes[0].pools[0].take(4).unwrap()];
     let (room, tokens) = (3, 16);
-    let request =
-        GatherRequest { sources, room, use_count: 0, tokens, skip_tokens: 0, pages, deadline: WAIT };
+    let request = GatherRequest {
+        sources,
+        room,
+        use_count: 0,
+        tokens,
+        skip_tokens: 0,
+        layers: None,
+        pages,
+        deadline: WAIT,
+    };
     let mut receiving = decodes[0].node.handle().receive(request).unwrap();
     let mut sendings = Vec::new();
     for (node, pool) in [(&prefills[0].node, &prefills[0].pools[0]), (&node, &pool)] {
@@ -462,13 +483,341 @@ fn ranks_that_do_not_bring_everything_are_refused() {
 
     // A list of pages for each pool, and no more.
     let pages = vec![decodes[0].pools[0].take(4).unwrap(), decodes[0].pools[0].take(1).unwrap()];
-    let sources = vec![Source { peer: connect(&prefills[0].node), rank: 0, parts: Parts::All }];
-    let request =
-        GatherRequest { sources, room: 4, use_count: 0, tokens, skip_tokens: 0, pages, deadline: WAIT };
+    let sources = vec![Source { peer: decodes[0].connect(&prefills[0].node), rank: 0, parts: Parts::All }];
+    let request = GatherRequest {
+        sources,
+        room: 4,
+        use_count: 0,
+        tokens,
+        skip_tokens: 0,
+        layers: None,
+        pages,
+        deadline: WAIT,
+    };
     let mut receiving = decodes[0].node.handle().receive(request).unwrap();
     let end = receiving.end.wait_until(Instant::now() + WAIT).unwrap().ended.end;
     let why = RoomRefusal::Mismatch(Misfit::Lists { lists: 2, pools: 1 });
     assert_eq!(end, End::Refused { by: Who::Here, why });
     assert_eq!(receiving.pages.wait_until(Instant::now() + WAIT).unwrap().len(), 4);
     assert_eq!(receiving.state[0].wait_until(Instant::now() + WAIT).unwrap().len(), 1);
+}
+
+#[test]
+fn turns_may_be_long() {
+    let side = |ranks| Side::new(ranks, 1024, NHD);
+    hand_over(&side(stages(1, 1, None)), &side(turns(2, 2, 9_000, None)), &shm(), false, 25_000, 0);
+}
+
+/// Hands over from one prefill rank, which is named as the only source, what it has of these layers. How the decode side
+/// ended, and in which pages.
+fn hand_over_from(
+    prefill: &Rank,
+    decode: &Rank,
+    layers: Option<Range<u32>>,
+    room: u64,
+    pull: bool,
+) -> (End, Vec<u32>) {
+    let (set, tokens) = (prefill.pages(0, 4), 16);
+    prefill.each(0, 0, tokens, set.ids(), |at, bytes| prefill.memory.write(at, &bytes).unwrap());
+    let (peer, rank) = (decode.connect(&prefill.node), prefill.layout.rank());
+    let sources = vec![Source { peer, rank, parts: Parts::All }];
+    let pages = decode.pages(0, 4);
+    let ids = pages.ids().to_vec();
+    decode.each(0, 0, tokens, &ids, |at, bytes| decode.memory.write(at, &vec![0xee; bytes.len()]).unwrap());
+    let pages = vec![pages];
+    let request =
+        GatherRequest { sources, room, use_count: 0, tokens, skip_tokens: 0, layers, pages, deadline: WAIT };
+    let handle = decode.node.handle();
+    let mut receiving = if pull { handle.fetch(request) } else { handle.receive(request) }.unwrap();
+    let (ranks, pages) = (vec![0], vec![set.share()]);
+    let request = ScatterRequest { ranks, room, use_count: 0, tokens, pages, deadline: WAIT };
+    let mut end = match pull {
+        true => {
+            let request = ScatterServeRequest { request, aux: Vec::new() };
+            prefill.node.handle().serve(request).unwrap().end
+        }
+        false => {
+            let mut sending = prefill.node.handle().open(request).unwrap();
+            sending.send_layers(prefill.layout.layers()).unwrap();
+            sending.finish(Vec::new()).unwrap();
+            sending.end
+        }
+    };
+    let ended = receiving.end.wait_until(Instant::now() + WAIT).unwrap().ended.end;
+    drop(receiving.pages.wait_until(Instant::now() + WAIT).unwrap());
+    // A room that was never begun at the decode side has nobody to end it.
+    if !matches!(ended, End::Refused { why: RoomRefusal::Mismatch(Misfit::Layers { .. }), .. }) {
+        let sent = end.wait_until(Instant::now() + WAIT).unwrap().end;
+        assert_eq!(sent == End::Delivered, ended == End::Delivered, "{sent}");
+    }
+    (ended, ids)
+}
+
+#[test]
+fn layers_that_nobody_brings_are_missed_unless_the_request_says_so() {
+    let shm = shm();
+    let prefills = Side::new(stages(1, 2, None), 4, NHD).open("prefill", &shm);
+    let decodes = Side::new(stages(1, 1, None), 4, NHD).open("decode", &shm);
+    let misfit = |misfit| End::Refused { by: Who::Here, why: RoomRefusal::Mismatch(misfit) };
+    let mut room = 0;
+    for pull in [false, true] {
+        let mut end = |stage: usize, layers| {
+            room += 1;
+            let (end, pages) = hand_over_from(&prefills[stage], &decodes[0], layers, room, pull);
+            if end == End::Delivered {
+                let kept = prefills[stage].layout.layers();
+                let mut layers = (0..LAYERS).cycle();
+                decodes[0].each(0, 0, 16, &pages, |at, sent| {
+                    let mut found = vec![0; sent.len()];
+                    decodes[0].memory.read(at, &mut found).unwrap();
+                    let is_brought = kept.contains(&layers.next().unwrap());
+                    assert_eq!(found, if is_brought { sent } else { vec![0xee; found.len()] });
+                });
+            }
+            end
+        };
+        // Only one of two stages was named.
+        assert_eq!(end(0, None), misfit(Misfit::Gap));
+        assert_eq!(end(1, None), misfit(Misfit::Gap));
+        // It hands over by itself.
+        assert_eq!(end(0, Some(0..2)), End::Delivered);
+        assert_eq!(end(1, Some(2..4)), End::Delivered);
+        // Too little, too much, and what there is not.
+        for layers in [0..3, 0..1, 1..2, 2..4] {
+            assert_eq!(end(0, Some(layers)), misfit(Misfit::Gap));
+        }
+        for layers in [2..2, 3..5, 4..7] {
+            let (first, end_layer) = (layers.start, layers.end);
+            assert_eq!(end(0, Some(layers)), misfit(Misfit::Layers { first, end: end_layer }));
+        }
+    }
+}
+
+#[test]
+fn a_rank_named_at_the_peer_of_another_is_refused() {
+    let (prefills, decodes) = sides();
+    let mut decode = decodes;
+    for (room, pull, waits) in [(1, false, true), (2, true, true), (3, false, false), (4, true, false)] {
+        if !waits {
+            // A node that has met nobody yet.
+            decode = Side::new(Parallelism::tensor(1, LAYERS, Some(8)), 4, NHD).open("late", &shm());
+        }
+        let decode = &decode[0];
+        let source = |rank: u32, node: &Node| {
+            let (peer, mut up) = decode.node.handle().connect(node.address()).unwrap();
+            if waits {
+                up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
+            }
+            Source { peer, rank, parts: Parts::All }
+        };
+        let sources = vec![source(0, &prefills[1].node), source(1, &prefills[0].node)];
+        let pages = vec![decode.pages(0, 4)];
+        let (tokens, skip_tokens, layers, deadline) = (16, 0, None, WAIT * 10);
+        let request =
+            GatherRequest { sources, room, use_count: 0, tokens, skip_tokens, layers, pages, deadline };
+        let handle = decode.node.handle();
+        let mut receiving = if pull { handle.fetch(request) } else { handle.receive(request) }.unwrap();
+        let received = receiving.end.wait_until(Instant::now() + WAIT).unwrap();
+        let is_named = |named, peer| {
+            let why = RoomRefusal::Mismatch(Misfit::Rank { named, peer });
+            received.ended.end == End::Refused { by: Who::Here, why }
+        };
+        assert!(is_named(0, 1) || is_named(1, 0), "{}", received.ended);
+        assert!(received.ended.peer.is_some_and(|peer| peer.starts_with("prefill-")));
+        assert_eq!(receiving.pages.wait_until(Instant::now() + WAIT).unwrap().len(), 4);
+    }
+}
+
+/// Ranks whose progress the test makes, so that it can stop in the middle of a request.
+struct Turned {
+    prefills: Vec<Rank>,
+    decodes: Vec<Rank>,
+}
+
+enum Ends {
+    Sending(Sending),
+    Serving(Serving),
+}
+
+impl Turned {
+    fn open(prefill: u32, decode: u32, port: &PortConfig) -> Self {
+        let open = |name: &str, tp| {
+            let side = Side::new(Parallelism::tensor(tp, LAYERS, Some(8)), 4, NHD);
+            side.open_with(name, port, |config| {
+                config.progress = Progress::Caller;
+                // So that everything takes many turns.
+                config.turn_bytes = 1;
+            })
+        };
+        Self { prefills: open("prefill", prefill), decodes: open("decode", decode) }
+    }
+
+    fn ranks(&mut self) -> impl Iterator<Item = &mut Rank> {
+        self.prefills.iter_mut().chain(&mut self.decodes)
+    }
+
+    /// Turns all nodes until something is found.
+    fn until<T>(&mut self, what: &str, mut look: impl FnMut(&mut Self) -> Option<T>) -> T {
+        let begin = Instant::now();
+        loop {
+            if let Some(found) = look(self) {
+                return found;
+            }
+            assert!(begin.elapsed() < WAIT, "{what}");
+            for rank in self.ranks() {
+                rank.node.progress();
+            }
+        }
+    }
+
+    fn until_told<T>(&mut self, what: &str, ticket: &mut Ticket<T>) -> T {
+        self.until(what, |_| ticket.poll().unwrap())
+    }
+
+    /// Everything that was lent is back, and nothing is left of any room.
+    fn until_home(&mut self) {
+        self.until("something is not home", |all| {
+            let is_over = |rank: &mut Rank| {
+                let stats = rank.node.worker().unwrap().stats();
+                (stats.rooms, stats.grants, rank.pools[0].stats().free) == (0, 0, PAGES)
+            };
+            all.ranks().all(is_over).then_some(())
+        });
+    }
+
+    /// Opens the ends of a request on all ranks, and lets each of them come into the middle of it.
+    fn begin(&mut self, pull: bool) -> (Vec<Ends>, Vec<Receiving>, Vec<Vec<u32>>) {
+        let (room, tokens) = (5, 16);
+        let [prefill, decode] = [&self.prefills, &self.decodes]
+            .map(|ranks| Parallelism::tensor(ranks.len() as u32, LAYERS, Some(8)));
+        let mut ends = Vec::new();
+        for rank in &self.prefills {
+            let ranks = prefill.destinations(&decode, rank.layout.rank(), room).unwrap();
+            let set = rank.pages(0, 4);
+            rank.each(0, 0, tokens, set.ids(), |at, bytes| rank.memory.write(at, &bytes).unwrap());
+            let pages = vec![set.share()];
+            let request = ScatterRequest { ranks, room, use_count: 0, tokens, pages, deadline: WAIT * 10 };
+            let handle = rank.node.handle();
+            ends.push(match pull {
+                true => Ends::Serving(
+                    handle.serve(ScatterServeRequest { request, aux: b"first".to_vec() }).unwrap(),
+                ),
+                false => {
+                    let mut sending = handle.open(request).unwrap();
+                    sending.send_layers(0..LAYERS / 2).unwrap();
+                    Ends::Sending(sending)
+                }
+            });
+        }
+        let (mut receivings, mut ids) = (Vec::new(), Vec::new());
+        for nth in 0..self.decodes.len() {
+            let mut sources = Vec::new();
+            for source in prefill.sources(&decode, nth as u32, room).unwrap() {
+                let address = self.prefills[source.rank as usize].node.address().to_owned();
+                let (peer, mut up) = self.decodes[nth].node.handle().connect(address).unwrap();
+                self.until_told("no session", &mut up).unwrap();
+                sources.push(source.at(peer));
+            }
+            let pages = self.decodes[nth].pages(0, 4);
+            ids.push(pages.ids().to_vec());
+            let (pages, skip_tokens, layers, deadline) = (vec![pages], 0, None, WAIT * 10);
+            let request =
+                GatherRequest { sources, room, use_count: 0, tokens, skip_tokens, layers, pages, deadline };
+            let handle = self.decodes[nth].node.handle();
+            receivings.push(if pull { handle.fetch(request) } else { handle.receive(request) }.unwrap());
+        }
+        let (grants, writers) = (self.decodes.len(), self.prefills.len());
+        self.until("nothing moves", |all| {
+            let mut moved = |rank: &mut Rank| {
+                let stats = rank.node.worker().unwrap().stats();
+                let bytes = |rail: &RailStats| if pull { rail.read_bytes } else { rail.written_bytes };
+                (stats.grants, stats.rails.iter().map(bytes).sum::<u64>())
+            };
+            let prefills: Vec<_> = all.prefills.iter_mut().map(&mut moved).collect();
+            let decodes: Vec<_> = all.decodes.iter_mut().map(&mut moved).collect();
+            let is_begun = match pull {
+                true => {
+                    prefills.iter().all(|moved| moved.0 == grants) && decodes.iter().all(|moved| moved.1 > 0)
+                }
+                false => {
+                    decodes.iter().all(|moved| moved.0 == writers)
+                        && prefills.iter().all(|moved| moved.1 > 0)
+                        && receivings.iter().all(|receiving| receiving.arrivals() > 0)
+                }
+            };
+            is_begun.then_some(())
+        });
+        for receiving in &mut receivings {
+            assert!(receiving.end.poll().unwrap().is_none(), "it is still in the middle");
+        }
+        (ends, receivings, ids)
+    }
+}
+
+impl Ends {
+    fn end(&mut self) -> &mut Ticket<Ended> {
+        match self {
+            Ends::Sending(sending) => &mut sending.end,
+            Ends::Serving(serving) => &mut serving.end,
+        }
+    }
+
+    fn cancel(&self) {
+        match self {
+            Ends::Sending(sending) => sending.cancel().unwrap(),
+            Ends::Serving(serving) => serving.cancel().unwrap(),
+        }
+    }
+}
+
+const CANCELLED: [End; 2] = [End::Cancelled { by: Who::Here }, End::Cancelled { by: Who::Peer }];
+
+#[test]
+fn a_decode_rank_that_cancels_does_not_disturb_the_others() {
+    for (pull, port) in
+        [(false, shm()), (false, PortConfig::Tcp(None)), (true, shm()), (true, PortConfig::Tcp(None))]
+    {
+        let mut all = Turned::open(1, 2, &port);
+        let (mut ends, mut receivings, ids) = all.begin(pull);
+        receivings[1].cancel().unwrap();
+        let received = all.until_told("the cancelled end", &mut receivings[1].end);
+        assert_eq!(received.ended.end, CANCELLED[0]);
+        assert!(ends[0].end().poll().unwrap().is_none(), "the other share goes on");
+        if let Ends::Sending(sending) = &mut ends[0] {
+            sending.send_layers(LAYERS / 2..LAYERS).unwrap();
+            sending.finish(b"first".to_vec()).unwrap();
+        }
+        let received = all.until_told("the other end", &mut receivings[0].end);
+        assert_eq!((received.ended.end, &received.aux[..]), (End::Delivered, &b"first"[..]));
+        let rank = &all.decodes[0];
+        rank.each(0, 0, 16, &ids[0], |at, expected| {
+            let mut found = vec![0; expected.len()];
+            rank.memory.read(at, &mut found).unwrap();
+            assert_eq!(found, expected);
+        });
+        assert_eq!(all.until_told("the prefill end", ends[0].end()).end, CANCELLED[1]);
+        drop((ends, receivings));
+        all.until_home();
+    }
+}
+
+#[test]
+fn a_prefill_rank_that_cancels_ends_the_room_of_all() {
+    for (pull, port) in
+        [(false, shm()), (false, PortConfig::Tcp(None)), (true, shm()), (true, PortConfig::Tcp(None))]
+    {
+        let mut all = Turned::open(2, 1, &port);
+        let (mut ends, mut receivings, _) = all.begin(pull);
+        ends[1].cancel();
+        // What it says is on its way before anybody else goes on.
+        all.prefills[1].node.progress();
+        std::thread::sleep(Duration::from_millis(20));
+        let received = all.until_told("the decode end", &mut receivings[0].end);
+        assert_eq!(received.ended.end, CANCELLED[1]);
+        assert!(received.ended.peer.is_some_and(|peer| &*peer == "prefill-1") && received.aux.is_empty());
+        let told = ends.iter_mut().map(|end| all.until_told("a prefill end", end.end()).end);
+        assert_eq!(told.collect::<Vec<_>>(), [CANCELLED[1].clone(), CANCELLED[0].clone()]);
+        drop((ends, receivings));
+        all.until_home();
+    }
 }

@@ -15,6 +15,7 @@ pub use placement::{LayerBuffer, Placement};
 pub use pool::{CachePart, CachePartOptions, CachePool, CachePoolOptions, Extent};
 pub use share::{ContextShare, HeadOrder, HeadShare};
 pub use wire::LayoutDecodeError;
+pub(crate) use wire::rank_of;
 
 use placement::Placed;
 

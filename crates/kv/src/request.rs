@@ -42,7 +42,8 @@ pub struct PeerUp {
     pub name: Arc<str>,
 }
 
-/// Asks for tokens to be pushed into pages of this node.
+/// Asks for tokens to be pushed into pages of this node: in all layers that it keeps, by a peer of rank 0. Whoever wants
+/// less, or from other ranks, makes a [`GatherRequest`].
 #[derive(Debug)]
 pub struct ReceiveRequest {
     /// From whom.
@@ -84,7 +85,7 @@ pub type FetchRequest = ReceiveRequest;
 /// [`Parallelism::sources`](crate::Parallelism::sources) says.
 #[derive(Debug)]
 pub struct GatherRequest {
-    /// From whom. Together they bring each byte once.
+    /// From whom. Together they bring each byte of the layers once, or the room is refused.
     pub sources: Vec<Source>,
     /// The router's number for the request.
     pub room: u64,
@@ -94,6 +95,9 @@ pub struct GatherRequest {
     pub tokens: u32,
     /// Tokens of a prefix that is here already and is not to be sent.
     pub skip_tokens: u32,
+    /// The layers that the sources bring, and no others; `None`: all that this node keeps. Named where not all come in one
+    /// room, as those of one stage that hands over by itself, or all but a draft model's that is run here alone.
+    pub layers: Option<Range<u32>>,
     /// For each pool of this node's layout, pages for what moves: the first page holds the first token, of those that
     /// are here, from `skip_tokens` on, or from the beginning of the window. Of a pool of entries: as many as there are.
     pub pages: Vec<PageSet>,
@@ -116,7 +120,7 @@ impl From<ReceiveRequest> for GatherRequest {
     fn from(request: ReceiveRequest) -> Self {
         let ReceiveRequest { peer, room, use_count, tokens, skip_tokens, pages, deadline } = request;
         let sources = vec![Source { peer, rank: 0, parts: Parts::All }];
-        Self { sources, room, use_count, tokens, skip_tokens, pages: vec![pages], deadline }
+        Self { sources, room, use_count, tokens, skip_tokens, layers: None, pages: vec![pages], deadline }
     }
 }
 

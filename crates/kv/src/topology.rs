@@ -226,25 +226,20 @@ pub fn dp_rank_of(room: u64, ranks: u32) -> u32 {
 
 impl CacheLayout {
     /// Whether workers with these layouts, and with what each brings, together bring everything that this one keeps of a
-    /// request, and each byte of its tokens once. Of a single one, whole layers may be missing, as those of a draft model;
-    /// entries may be brought by several that keep the same.
-    pub fn is_covered_by<L: AsRef<CacheLayout>>(&self, sources: &[(L, Parts)]) -> bool {
+    /// request in these layers, each byte of its tokens once, and nothing in others. Entries may be brought by several
+    /// that keep the same.
+    pub fn is_covered_by<L: AsRef<CacheLayout>>(&self, layers: &Range<u32>, sources: &[(L, Parts)]) -> bool {
         let sources: Vec<(&CacheLayout, Parts)> =
             sources.iter().map(|(layout, parts)| (layout.as_ref(), *parts)).collect();
-        let periods = sources.iter().map(|(source, _)| source.context()).chain([self.context()]);
-        let Some(period) = periods.map(|context| context.round()).try_fold(1, least_common_multiple) else {
-            return false;
-        };
-        // How many tokens of a period each brings of those that are kept here, and which two bring some in common.
+        // Which part of the tokens that are kept here each brings, and which two bring some in common.
         let here = self.context();
-        let tokens: Vec<u64> =
-            sources.iter().map(|(source, _)| here.common(&source.context(), period)).collect();
+        let tokens: Vec<Fraction> =
+            sources.iter().map(|(source, _)| here.fraction_in(&source.context())).collect();
         let meets: Vec<Vec<bool>> = sources
             .iter()
             .map(|(one, _)| sources.iter().map(|(two, _)| one.context().meets(&two.context())).collect())
             .collect();
-        let kept = here.common(&here, period);
-        let brought = Brought { sources: &sources, tokens: &tokens, meets: &meets, kept };
+        let brought = Brought { layers, sources: &sources, tokens: &tokens, meets: &meets };
         (0..self.pools().len()).all(|pool| {
             let parts = self.pools()[pool].parts().iter().enumerate();
             let is_entries = self.pools()[pool].extent() == Extent::Entries;
@@ -258,11 +253,12 @@ impl CacheLayout {
 
 /// What several workers bring to one.
 struct Brought<'a> {
+    /// The layers that are to be brought.
+    layers: &'a Range<u32>,
     sources: &'a [(&'a CacheLayout, Parts)],
-    tokens: &'a [u64],
+    /// Which part each brings of the tokens that are kept.
+    tokens: &'a [Fraction],
     meets: &'a [Vec<bool>],
-    /// Tokens of a period that are kept.
-    kept: u64,
 }
 
 impl<'a> Brought<'a> {
@@ -279,37 +275,37 @@ impl<'a> Brought<'a> {
         found
     }
 
-    /// Those of a part's layers that have to be brought.
-    fn layers(&self, part: &CachePart, theirs: &[(usize, HeadShare, &CachePart)]) -> Vec<u32> {
-        let is_single = self.sources.len() == 1;
-        let is_there = |layer: u32| theirs.iter().any(|(_, _, part)| part.buffer(layer).is_some());
-        part.layers().iter().copied().filter(|&layer| !is_single || is_there(layer)).collect()
+    /// No layer of a part is brought that is not to be.
+    fn has_no_other(&self, part: &CachePart, theirs: &[(usize, HeadShare, &CachePart)]) -> bool {
+        let mut others = part.layers().iter().filter(|layer| !self.layers.contains(layer));
+        others.all(|&layer| theirs.iter().all(|(_, _, part)| part.buffer(layer).is_none()))
     }
 
     /// The volumes of what is brought add up to what is kept, and no two of them meet.
     fn has_once(&self, pool: usize, nth: usize, part: &CachePart) -> bool {
         let theirs = self.of_part(pool, nth, part);
-        let layers = self.layers(part, &theirs);
+        let layers: Vec<u32> =
+            part.layers().iter().copied().filter(|layer| self.layers.contains(layer)).collect();
         let common =
             |one: &CachePart| layers.iter().filter(|&&layer| one.buffer(layer).is_some()).count() as u64;
-        let found: u64 = theirs
-            .iter()
-            .map(|(at, heads, theirs)| common(theirs) * u64::from(heads.count) * self.tokens[*at])
-            .sum();
+        let found = theirs.iter().try_fold(Fraction::of(0, 1), |sum, (at, heads, theirs)| {
+            sum.plus(self.tokens[*at].times(common(theirs) * u64::from(heads.count))?)
+        });
         let meet = |one: &(usize, HeadShare, &CachePart), two: &(usize, HeadShare, &CachePart)| {
             self.meets[one.0][two.0]
                 && one.1.common(&two.1).is_some()
                 && layers.iter().any(|&layer| one.2.buffer(layer).is_some() && two.2.buffer(layer).is_some())
         };
         let is_apart = |(at, one)| theirs[at + 1..].iter().all(|two| !meet(one, two));
-        let kept = layers.len() as u64 * u64::from(part.heads().count) * self.kept;
-        found == kept && theirs.iter().enumerate().all(is_apart)
+        let kept = Fraction::of(layers.len() as u128 * u128::from(part.heads().count), 1);
+        found == Some(kept) && theirs.iter().enumerate().all(is_apart) && self.has_no_other(part, &theirs)
     }
 
     /// Every head of every layer is brought by some.
     fn has_entries(&self, pool: usize, nth: usize, part: &CachePart) -> bool {
         let theirs = self.of_part(pool, nth, part);
-        self.layers(part, &theirs).into_iter().all(|layer| {
+        let mut layers = part.layers().iter().filter(|layer| self.layers.contains(layer));
+        let has = layers.all(|&layer| {
             let heads = part.heads();
             (heads.first..heads.first + heads.count).all(|head| {
                 theirs.iter().any(|(_, common, theirs)| {
@@ -317,7 +313,8 @@ impl<'a> Brought<'a> {
                         && theirs.buffer(layer).is_some()
                 })
             })
-        })
+        });
+        has && self.has_no_other(part, &theirs)
     }
 }
 
@@ -336,45 +333,126 @@ impl AsRef<CacheLayout> for CacheLayout {
 impl ContextShare {
     /// After how many tokens the turns begin anew.
     fn round(&self) -> u64 {
-        u64::from(self.ranks) * u64::from(self.interleave)
+        if self.is_all() { 1 } else { u64::from(self.ranks) * u64::from(self.interleave) }
+    }
+
+    /// Its turn: where it begins in a round, and how long it is.
+    fn turn(&self) -> (u64, u64) {
+        match self.is_all() {
+            true => (0, 1),
+            false => (u64::from(self.rank) * u64::from(self.interleave), self.interleave.into()),
+        }
     }
 
     /// Whether some token is kept by both.
     fn meets(&self, other: &Self) -> bool {
-        least_common_multiple(self.round(), other.round()).is_none_or(|period| self.common(other, period) > 0)
+        self.common(other) > 0
     }
 
-    /// How many of the first `period` tokens both keep.
-    fn common(&self, other: &Self, period: u64) -> u64 {
-        let (mut next, mut found) = (0, 0);
-        while next < period {
-            let (here, here_run) = self.next_run(next as u32);
-            let (there, there_run) = other.next_run(next as u32);
-            let first = here.max(there);
-            if here == there && first < period {
-                let run = u64::from(here_run.min(there_run)).min(period - first);
-                found += run;
-                next = first + run;
-            } else {
-                next = first;
-            }
-        }
-        found
+    /// Which part of the tokens kept here is kept there too.
+    fn fraction_in(&self, other: &Self) -> Fraction {
+        let times = other.round() / greatest_common_divisor(self.round().into(), other.round().into()) as u64;
+        Fraction::of(self.common(other), u128::from(self.turn().1) * u128::from(times))
+    }
+
+    /// How many tokens both keep until the rounds of both begin anew together.
+    ///
+    /// In that time each place of one round meets each place of the other with which it agrees modulo what divides both
+    /// rounds, once. So the two turns are laid around a circle of that length, each several times and a rest, and what
+    /// lies on the same place is counted.
+    fn common(&self, other: &Self) -> u128 {
+        let circle = greatest_common_divisor(self.round().into(), other.round().into());
+        let ((here, turn), (there, other_turn)) = (self.turn(), other.turn());
+        let (turn, other_turn) = (u128::from(turn), u128::from(other_turn));
+        let (rest, other_rest) = (turn % circle, other_turn % circle);
+        // From the beginning of this rest to that of the other, and, past the end of the circle, the other way round.
+        let ahead = (u128::from(there) % circle + circle - u128::from(here) % circle) % circle;
+        let both = rest.saturating_sub(ahead).min(other_rest)
+            + (ahead + other_rest).saturating_sub(circle).min(rest);
+        turn / circle * other_turn + other_turn / circle * rest + both
     }
 }
 
-/// `None` if it is more than anybody's turns.
-fn least_common_multiple(a: u64, b: u64) -> Option<u64> {
-    let (mut one, mut two) = (a, b);
+/// In its lowest terms.
+#[derive(Clone, Copy, PartialEq)]
+struct Fraction {
+    above: u128,
+    below: u128,
+}
+
+impl Fraction {
+    fn of(above: u128, below: u128) -> Self {
+        let divisor = greatest_common_divisor(above, below);
+        Self { above: above / divisor, below: below / divisor }
+    }
+
+    /// `None` if the numbers become too large, which those of turns that complete each other do not.
+    fn plus(self, other: Self) -> Option<Self> {
+        let above = self.above.checked_mul(other.below)?.checked_add(other.above.checked_mul(self.below)?)?;
+        Some(Self::of(above, self.below.checked_mul(other.below)?))
+    }
+
+    fn times(self, factor: u64) -> Option<Self> {
+        Some(Self::of(self.above.checked_mul(factor.into())?, self.below))
+    }
+}
+
+/// Of two numbers that are not both zero.
+fn greatest_common_divisor(mut one: u128, mut two: u128) -> u128 {
     while two != 0 {
         (one, two) = (two, one % two);
     }
-    Some(a / one.max(1) * b).filter(|&multiple| multiple <= LONGEST_PERIOD)
+    one
 }
-
-/// Coverage is looked at token by token of a period, on the loop.
-const LONGEST_PERIOD: u64 = 1 << 14;
 
 fn common(one: &Range<u32>, two: &Range<u32>) -> Range<u32> {
     one.start.max(two.start)..one.end.min(two.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn turns() -> impl Strategy<Value = ContextShare> {
+        (1u32..7, 1u32..9, any::<u32>()).prop_map(|(ranks, interleave, rank)| ContextShare {
+            rank: rank % ranks,
+            ranks,
+            interleave,
+        })
+    }
+
+    proptest! {
+        /// Against the definition, token by token.
+        #[test]
+        fn tokens_in_common_are_counted(one in turns(), two in turns()) {
+            let period = (one.ranks * one.interleave * two.ranks * two.interleave) as usize;
+            let holds = |share: &ContextShare, token: usize| {
+                token as u32 / share.interleave % share.ranks == share.rank
+            };
+            let here = (0..period).filter(|&token| holds(&one, token)).count();
+            let both = (0..period).filter(|&token| holds(&one, token) && holds(&two, token)).count();
+            prop_assert_eq!(one.meets(&two), both > 0);
+            let expected = Fraction::of(both as u128, here as u128);
+            prop_assert!(one.fraction_in(&two) == expected);
+        }
+    }
+
+    #[test]
+    fn turns_of_any_length_are_counted() {
+        let turn = |rank, ranks, interleave| ContextShare { rank, ranks, interleave };
+        let (long, longer) = (turn(0, 2, 1 << 30), turn(1, 2, (1 << 31) - 1));
+        assert!(
+            long.fraction_in(&long) == Fraction::of(1, 1)
+                && long.fraction_in(&ContextShare::ALL) == Fraction::of(1, 1)
+        );
+        assert!(ContextShare::ALL.fraction_in(&long) == Fraction::of(1, 2));
+        let half = |one: &ContextShare, two: &ContextShare| {
+            let (both, all) = (one.fraction_in(two), Fraction::of(1, 1));
+            let rest = one.fraction_in(&ContextShare { rank: 1 - two.rank, ..*two });
+            both.plus(rest) == Some(all)
+        };
+        assert!(half(&long, &longer) && half(&longer, &long) && long.meets(&longer));
+    }
 }

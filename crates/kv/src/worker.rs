@@ -23,6 +23,7 @@ use self::flight::FlightDesk;
 use self::room::Room;
 use self::whole::Whole;
 use crate::handle::{Handle, Shared};
+use crate::layout::rank_of;
 use crate::request::{Ended, PeerUp, Stats};
 use crate::{CacheLayout, CachePart, CachePool, Verify};
 
@@ -147,6 +148,7 @@ impl Worker {
         for memory in &options.memory {
             engine.register(memory)?;
         }
+        engine.proto().know_ranks(rank_of);
         let buffers = layout.pools().iter().map(buffers_of).collect();
         let shared = Arc::new(Shared::new(
             options.max_commands.max(1),

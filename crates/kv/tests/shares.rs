@@ -398,7 +398,8 @@ fn check_sums(
 
 fn parallelisms(kv_heads: Option<u32>) -> impl Strategy<Value = Parallelism> {
     let context = prop_oneof![Just(1u32), Just(2), Just(4)];
-    (prop_oneof![Just(1u32), Just(2), Just(4), Just(8)], 1u32..4, context, 1u32..3).prop_map(
+    let interleave = prop_oneof![1u32..4, Just(20_000), Just(1 << 29)];
+    (prop_oneof![Just(1u32), Just(2), Just(4), Just(8)], 1u32..4, context, interleave).prop_map(
         move |(tp, stages, context, interleave)| Parallelism {
             tp: tp.max(context),
             stages: even_stages(LAYERS, stages),
@@ -425,12 +426,20 @@ proptest! {
                 sources.iter().map(|source| (layout(&prefill, source.rank), source.parts)).collect();
             let here = layout(&decode, rank);
             prop_assert_eq!(here.rank(), rank);
-            prop_assert!(here.is_covered_by(&layouts), "{:?} for {}", sources, rank);
-            // One less, or one twice, is not enough, or too much; a single one may lack layers.
-            let is_forgiven = layouts.len() == 2 && layouts[0].0.layers() != layouts[1].0.layers();
-            prop_assert_eq!(here.is_covered_by(&layouts[1..]), is_forgiven);
+            let all = here.layers();
+            prop_assert!(here.is_covered_by(&all, &layouts), "{:?} for {}", sources, rank);
+            // One less, or one twice, is not enough, or too much.
+            prop_assert!(!here.is_covered_by(&all, &layouts[1..]));
             let twice = [&layouts[..], &layouts[..1]].concat();
-            prop_assert!(!here.is_covered_by(&twice));
+            prop_assert!(!here.is_covered_by(&all, &twice));
+            // A stage by itself brings its layers, and the others together more than these.
+            let stage = layouts[0].0.layers();
+            let of_stage: Vec<_> = layouts.iter().filter(|(one, _)| one.layers() == stage).cloned().collect();
+            let its = all.start.max(stage.start)..all.end.min(stage.end);
+            prop_assert!(here.is_covered_by(&its, &of_stage));
+            let is_one = of_stage.len() == layouts.len();
+            prop_assert_eq!(here.is_covered_by(&all, &of_stage), is_one);
+            prop_assert_eq!(here.is_covered_by(&its, &layouts), is_one);
             pairs.extend(sources.into_iter().map(|source| (source.rank, rank)));
         }
         // The two maps are one.

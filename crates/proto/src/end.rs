@@ -132,8 +132,22 @@ pub enum Misfit {
     },
     /// The ranks of the other side are none, are named twice, or have numbers that no rank has.
     Ranks,
+    /// The peer at which a rank was named has another one.
+    Rank {
+        /// The rank that was named.
+        named: u32,
+        /// That of the peer.
+        peer: u32,
+    },
     /// The ranks that were named do not bring each byte once.
     Gap,
+    /// The layers that are to be brought are none, or are not kept here.
+    Layers {
+        /// The first one.
+        first: u32,
+        /// The one after the last.
+        end: u32,
+    },
     /// The two caches cannot be bridged: no layer is held by both, or a layout names what its worker does not have.
     Layouts,
     /// The room was sent in more pieces than are remembered.
@@ -358,8 +372,10 @@ impl Misfit {
             }
             Misfit::Lists { .. } => "give a list of pages for each pool of the layout, in their order",
             Misfit::Ranks | Misfit::Gap => {
-                "name the ranks that bring the layers, heads and tokens of this one, each once"
+                "name the ranks that bring the layers, heads and tokens of this one, each once, or the layers that they bring"
             }
+            Misfit::Rank { .. } => "name each rank at the peer whose layout has it",
+            Misfit::Layers { .. } => "name layers of this node's cache, or none for all of them",
             Misfit::Layouts => "look at the cache layouts that both sides were started with",
             Misfit::TooManyPieces { .. } => "send larger chunks, or those that continue each other in order",
             Misfit::Unreadable => "run the same version of crossdock on both sides",
@@ -381,7 +397,11 @@ impl fmt::Display for Misfit {
             Misfit::DuplicatePage { whose, page } => write!(f, "page {page} of {whose} is listed twice"),
             Misfit::Lists { lists, pools } => write!(f, "{lists} lists of pages for {pools} pools"),
             Misfit::Ranks => f.write_str("the named ranks are none, or not each another one"),
+            Misfit::Rank { named, peer } => {
+                write!(f, "the peer at which rank {named} was named has rank {peer}")
+            }
             Misfit::Gap => f.write_str("the named ranks do not bring each byte once"),
+            Misfit::Layers { first, end } => write!(f, "layers {first}..{end} are none, or not kept here"),
             Misfit::Layouts => f.write_str("the two cache layouts cannot be bridged"),
             Misfit::TooManyPieces { limit } => write!(f, "sent in more than {limit} pieces"),
             Misfit::Unreadable => f.write_str("what the peer sent along cannot be read"),

@@ -37,6 +37,7 @@ impl Proto {
             opened_ns: 0,
             met_ns: None,
             peer: Some(fetch.peer),
+            rank: fetch.rank,
             session: None,
             deadline_ns: fetch.deadline_ns,
             end: None,

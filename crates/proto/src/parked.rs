@@ -67,10 +67,32 @@ impl Proto {
         Ok(id)
     }
 
-    /// Lets a prefill end that was just opened meet a request that came before it.
+    /// The prefill end that a decode side asks for, if it waits for this one.
+    pub(crate) fn take_open(&mut self, (kind, name, session): ParkedKey) -> Option<RoomId> {
+        let id = *self.open.get(&(kind, name))?;
+        self.is_meant(id, session).ok()?;
+        self.open.remove(&(kind, name))
+    }
+
+    /// Whether the end of a room is, or waits for, another rank than this one, which then will never have it.
+    fn is_of_another(&self, (kind, name, session): ParkedKey) -> bool {
+        let mut bound = self.bound.range(of_any_session(kind, name)).map(|(_, id)| id);
+        let id = self.open.get(&(kind, name)).or_else(|| bound.next());
+        id.is_some_and(|id| self.is_meant(*id, session).is_err())
+    }
+
+    /// Lets a prefill end that was just opened meet a request that came before it; those of other ranks than it waits
+    /// for are turned away.
     fn take_parked(&mut self, kind: RoleKind, name: RoomName) {
-        let key = self.parked.range(of_any_session(kind, name)).map(|(key, _)| *key).next();
-        let Some(key) = key else { return };
+        let asking = |proto: &Self, is_of_another| {
+            let mut keys = proto.parked.range(of_any_session(kind, name)).map(|(key, _)| *key);
+            keys.find(|key| proto.is_of_another(*key) == is_of_another)
+        };
+        while let Some(key) = asking(self, true) {
+            let Some(parked) = self.unpark(key) else { return };
+            self.turn_away(key, &parked.message, CancelWhy::Mismatch);
+        }
+        let Some(key) = asking(self, false) else { return };
         let Some(parked) = self.unpark(key) else { return };
         let duration_ns = parked.expires_ns.saturating_sub(self.now_ns);
         match parked.message {
@@ -95,6 +117,9 @@ impl Proto {
         }
         if let Some(why) = self.ended_names.get(&(kind, name)).map(|ended| ended.why) {
             return self.turn_away(key, &message, why);
+        }
+        if self.is_of_another(key) {
+            return self.turn_away(key, &message, CancelWhy::Mismatch);
         }
         let bytes = held_bytes(&message);
         let of_all = self.parked_use.and(bytes);

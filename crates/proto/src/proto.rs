@@ -72,6 +72,8 @@ pub struct Counters {
 /// Every method that takes `now_ns` may queue actions and notices; drain both after it.
 pub struct Proto {
     pub(crate) config: Config,
+    /// Which rank a peer is, by its `app`.
+    pub(crate) rank_of: fn(&[u8]) -> Option<u32>,
     pub(crate) regions: Vec<Region>,
     pub(crate) now_ns: u64,
     pub(crate) links: BTreeMap<LinkId, Link>,
@@ -152,6 +154,7 @@ impl Proto {
             grants: Grants::new(config.max_grants),
             recorder: Recorder::new(config.flight),
             config,
+            rank_of: |_| None,
             regions: Vec::new(),
             now_ns: 0,
             links: BTreeMap::new(),
@@ -187,6 +190,12 @@ impl Proto {
     /// Announces a region to every peer that connects from now on.
     pub fn announce(&mut self, region: Region) {
         self.regions.push(region);
+    }
+
+    /// How the rank of each peer that connects from now on is found in its [`app`](Config::app): rooms may be for one rank
+    /// only.
+    pub fn know_ranks(&mut self, rank_of: fn(&[u8]) -> Option<u32>) {
+        self.rank_of = rank_of;
     }
 
     /// This node.

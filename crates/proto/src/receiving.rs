@@ -44,6 +44,7 @@ impl Proto {
             opened_ns: 0,
             met_ns: None,
             peer: Some(receive.peer),
+            rank: receive.rank,
             session: None,
             deadline_ns: receive.deadline_ns,
             end: None,
@@ -177,6 +178,11 @@ impl Proto {
         self.bind(id, session);
         if let Some(room) = self.rooms.get_mut(&id) {
             room.stage = Stage::Grant;
+        }
+        // Nobody is granted the pages that another one is to fill, nor asked for what another one has.
+        if let Err(misfit) = self.is_meant(id, session) {
+            let end = End::Refused { by: Who::Here, why: RoomRefusal::Mismatch(misfit) };
+            return self.end_room(id, end, None);
         }
         match kind {
             RoleKind::Receiving => self.grant_receiving(id, session, 0),

@@ -28,6 +28,8 @@ pub type Buffers = Arc<[RoomBuffer]>;
 pub struct Receive {
     /// From whom.
     pub peer: PeerName,
+    /// The rank that this peer must have; `None`: any.
+    pub rank: Option<u32>,
     /// Which room.
     pub room: RoomName,
     /// The pages, which nobody else uses until they come home. Where several peers bring parts of them, each room has
@@ -46,6 +48,8 @@ pub struct Receive {
 pub struct Send {
     /// Which room.
     pub room: RoomName,
+    /// The rank whose asking it waits for; `None`: any.
+    pub rank: Option<u32>,
     /// The pages; held until they are no longer read.
     pub pages: PageRef,
     /// On this node's clock.
@@ -57,6 +61,8 @@ pub struct Send {
 pub struct Fetch {
     /// From whom.
     pub peer: PeerName,
+    /// The rank that this peer must have; `None`: any.
+    pub rank: Option<u32>,
     /// Which room.
     pub room: RoomName,
     /// The pages, which nobody else uses until they come home. Where several peers bring parts of them, each room has
@@ -73,6 +79,8 @@ pub struct Fetch {
 pub struct Serve {
     /// Which room.
     pub room: RoomName,
+    /// The rank whose asking it waits for; `None`: any.
+    pub rank: Option<u32>,
     /// The pages; held until the peer has released them.
     pub pages: PageRef,
     /// Where they lie.
@@ -132,6 +140,8 @@ pub(crate) struct Room {
     pub met_ns: Option<u64>,
     /// The peer asked for, on the decode side.
     pub peer: Option<PeerName>,
+    /// The rank that the peer must have, if that matters.
+    pub rank: Option<u32>,
     /// The session, once there is one.
     pub session: Option<SessionId>,
     pub deadline_ns: u64,

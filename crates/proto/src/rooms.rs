@@ -62,6 +62,17 @@ impl Proto {
         self.rooms.get(&id).filter(|r| any || r.serial == room.serial).map(|_| id)
     }
 
+    /// Whether the peer of a session has the rank that a room is for.
+    pub(crate) fn is_meant(&self, id: RoomId, session: SessionId) -> Result<(), Misfit> {
+        let Some(named) = self.rooms.get(&id).and_then(|room| room.rank) else { return Ok(()) };
+        let setup = self.sessions.get(&session).and_then(|session| session.peer_setup.as_ref());
+        match setup.and_then(|setup| setup.rank) {
+            Some(peer) if peer == named => Ok(()),
+            Some(peer) => Err(Misfit::Rank { named, peer }),
+            None => Err(Misfit::Unreadable),
+        }
+    }
+
     /// Makes a room one of a session's.
     pub(crate) fn bind(&mut self, id: RoomId, session: SessionId) {
         let Some(room) = self.rooms.get_mut(&id) else { return };

@@ -25,6 +25,7 @@ impl Proto {
             opened_ns: 0,
             met_ns: None,
             peer: None,
+            rank: send.rank,
             session: None,
             deadline_ns: send.deadline_ns,
             end: None,
@@ -76,9 +77,10 @@ impl Proto {
         if access == Access::Read {
             return self.on_offer(session, room, grant, duration_ns, params, pages);
         }
-        let Some(id) = self.open.remove(&(RoleKind::Sending, room.name)) else {
+        let key = (RoleKind::Sending, room.name, session);
+        let Some(id) = self.take_open(key) else {
             let message = Message::Grant { room, access, attempt, grant, duration_ns, params, pages };
-            return self.park((RoleKind::Sending, room.name, session), message);
+            return self.park(key, message);
         };
         let Some(Room { role: Role::Sending(s), serial, .. }) = self.rooms.get_mut(&id) else { return };
         *serial = room.serial;

@@ -23,6 +23,7 @@ impl Proto {
             opened_ns: 0,
             met_ns: None,
             peer: None,
+            rank: serve.rank,
             session: None,
             deadline_ns: serve.deadline_ns,
             end: None,
@@ -39,9 +40,10 @@ impl Proto {
         duration_ns: u64,
         params: Vec<u8>,
     ) {
-        let Some(id) = self.open.remove(&(RoleKind::Serving, room.name)) else {
+        let key = (RoleKind::Serving, room.name, session);
+        let Some(id) = self.take_open(key) else {
             let message = Message::Want { room, duration_ns, params };
-            return self.park((RoleKind::Serving, room.name, session), message);
+            return self.park(key, message);
         };
         if let Some(r) = self.rooms.get_mut(&id) {
             r.serial = room.serial;

@@ -63,6 +63,8 @@ pub(crate) enum Phase {
 pub(crate) struct PeerSetup {
     pub regions: Vec<RegionOffer>,
     pub app: Arc<[u8]>,
+    /// Which rank the peer says there that it is.
+    pub rank: Option<u32>,
 }
 
 impl Session {
@@ -225,7 +227,8 @@ impl Proto {
             return self
                 .end_session(session, SessionEnd::Misbehaved { what: "sent a setup that does not fit" });
         }
-        s.peer_setup = Some(PeerSetup { regions, app: app.into() });
+        let rank = (self.rank_of)(&app);
+        s.peer_setup = Some(PeerSetup { regions, app: app.into(), rank });
         let peer = s.peer;
         for ((_, address), slot) in lanes.into_iter().zip(&mut s.slots) {
             slot.theirs = Some(address);

@@ -116,6 +116,20 @@ impl CacheLayout {
     }
 }
 
+/// The rank in a peer's layout, of which the rest may be wrong; `None` if it has none.
+pub(crate) fn rank_of(bytes: &[u8]) -> Option<u32> {
+    let mut fields = Fields(bytes);
+    let mut rank = || -> Result<(u8, u32), Truncated> {
+        let version = fields.u8("version")?;
+        fields.u8("dtype")?;
+        let name_bytes = fields.u8("length of a name")?;
+        fields.take("name", name_bytes.into())?;
+        fields.take("layers", 12)?;
+        Ok((version, fields.u32("rank")?))
+    };
+    rank().ok().filter(|(version, _)| *version == VERSION).map(|(_, rank)| rank)
+}
+
 fn put(out: &mut Vec<u8>, numbers: &[u32]) {
     numbers.iter().for_each(|number| out.extend(number.to_le_bytes()));
 }

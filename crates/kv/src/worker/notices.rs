@@ -201,11 +201,8 @@ impl Worker {
             return self.engine.proto().mismatch(now, id, Misfit::Unreadable);
         };
         if room.pool == 0
-            && let Some(brought) = self
-                .wholes
-                .get_mut(&room.key)
-                .and_then(|whole| whole.brought(cache, decode.ask.parts, decode.sources))
-            && !self.layout.is_covered_by(brought)
+            && let Some(whole) = self.wholes.get_mut(&room.key)
+            && whole.is_brought(&self.layout, cache, decode.ask.parts) == Some(false)
         {
             return self.engine.proto().mismatch(now, id, Misfit::Gap);
         }

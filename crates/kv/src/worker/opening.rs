@@ -1,5 +1,6 @@
 //! How users' rooms begin: each as the shares of which it consists.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,11 +43,13 @@ impl Worker {
         if let Err(end) = self.check_gather(&request) {
             return told.refuse(request.pages, Ended::alone(end));
         }
-        let GatherRequest { sources, room, use_count, tokens, skip_tokens, pages, deadline } = request;
+        let GatherRequest { sources, room, use_count, tokens, skip_tokens, layers, pages, deadline } =
+            request;
         let deadline_ns = asked.deadline_ns(deadline);
         let checksums = self.verify.covers(room);
         let arrivals = told.arrivals.clone();
-        let mut whole = Whole::decode(told, sources.len());
+        let layers = layers.unwrap_or_else(|| self.layout.layers());
+        let mut whole = Whole::decode(told, layers, sources.len());
         let mut refusal = None;
         for (pool, pages) in pages.into_iter().enumerate() {
             let ask = Ask { checksums, ..self.layout.ask(pool, tokens, skip_tokens, pages.len()) };
@@ -57,15 +60,16 @@ impl Worker {
             for (source, pages) in sources.iter().zip(values) {
                 let share = name(room, use_count, (source.rank, self.layout.rank(), pool));
                 let ask = Ask { parts: source.parts, ..ask };
-                let params = ask.encode();
+                let (rank, params) = (Some(source.rank), ask.encode());
                 let opened = match (self.peer_name(source.peer), &refusal) {
                     (Some(peer), None) if pull => self
                         .engine
                         .proto()
-                        .fetch(now, Fetch { peer, room: share, pages, params, deadline_ns }),
+                        .fetch(now, Fetch { peer, rank, room: share, pages, params, deadline_ns }),
                     (Some(peer), None) => {
                         let buffers = self.buffers[pool].clone();
-                        let receive = Receive { peer, room: share, pages, buffers, params, deadline_ns };
+                        let receive =
+                            Receive { peer, rank, room: share, pages, buffers, params, deadline_ns };
                         self.engine.proto().receive(now, receive)
                     }
                     _ => {
@@ -81,7 +85,6 @@ impl Worker {
                             ask,
                             pages: ids.clone(),
                             aux: Vec::new(),
-                            sources: sources.len(),
                             is_home: false,
                             arrivals: arrivals.clone(),
                             arrived: 0,
@@ -102,10 +105,16 @@ impl Worker {
     }
 
     fn check_gather(&self, request: &GatherRequest) -> Result<(), End> {
-        let GatherRequest { sources, tokens, skip_tokens, pages, .. } = request;
+        let GatherRequest { sources, tokens, skip_tokens, layers, pages, .. } = request;
         let (tokens, skip_tokens) = (*tokens, *skip_tokens);
         if skip_tokens > tokens {
             return Err(misfit(Misfit::Skipped { tokens, skip_tokens }));
+        }
+        let kept = self.layout.layers();
+        if let Some(&Range { start: first, end }) = layers.as_ref()
+            && (first >= end || first < kept.start || end > kept.end)
+        {
+            return Err(misfit(Misfit::Layers { first, end }));
         }
         self.check_lists(pages.len(), sources.iter().map(|source| source.rank))?;
         for (pool, pages) in pages.iter().enumerate() {
@@ -170,10 +179,11 @@ impl Worker {
                 let (share, pages) =
                     (name(room, use_count, (self.layout.rank(), rank, pool)), shared.clone());
                 let (aux, buffers) = (aux_of(pool), self.buffers[pool].clone());
+                let (rank, room) = (Some(rank), share);
                 let opened = match &aux {
-                    None => self.engine.proto().send_room(now, Send { room: share, pages, deadline_ns }),
+                    None => self.engine.proto().send_room(now, Send { room, rank, pages, deadline_ns }),
                     Some(_) => {
-                        self.engine.proto().serve(now, Serve { room: share, pages, buffers, deadline_ns })
+                        self.engine.proto().serve(now, Serve { room, rank, pages, buffers, deadline_ns })
                     }
                 };
                 match opened {

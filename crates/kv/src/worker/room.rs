@@ -59,8 +59,6 @@ pub(super) struct Decode {
     pub ask: Ask,
     pub pages: Arc<[u32]>,
     pub aux: Vec<u8>,
-    /// From how many ranks the room's tokens come.
-    pub sources: usize,
     /// Its pages are home.
     pub is_home: bool,
     /// Of the whole room, and how many of them are of this share.

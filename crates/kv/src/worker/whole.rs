@@ -1,5 +1,6 @@
 //! A user's room: all of its shares, each of which is a room of the protocol that ends by itself.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crossdock_engine::Promise;
@@ -31,6 +32,10 @@ struct DecodeTold {
     aux: Vec<u8>,
     /// One for each pool.
     homes: Vec<Home>,
+    /// From how many ranks the tokens come.
+    sources: usize,
+    /// The layers that these are to bring.
+    layers: Range<u32>,
     /// The caches of the ranks whose tokens have landed.
     brought: Vec<(Arc<CacheLayout>, Parts)>,
 }
@@ -50,11 +55,13 @@ pub(super) enum Tell {
 }
 
 impl Whole {
-    /// Of so many writers of each pool's pages.
-    pub fn decode(promises: DecodePromises, writers: usize) -> Self {
-        let home = |promise| Home { promise: Some(promise), come: Vec::with_capacity(writers), writers };
+    /// Of these layers from so many ranks, each of which writes pages of each pool.
+    pub fn decode(promises: DecodePromises, layers: Range<u32>, sources: usize) -> Self {
+        let home =
+            |promise| Home { promise: Some(promise), come: Vec::with_capacity(sources), writers: sources };
         let homes = promises.pages.into_iter().map(home).collect();
-        let told = DecodeTold { end: Some(promises.end), aux: Vec::new(), homes, brought: Vec::new() };
+        let (end, aux, brought) = (Some(promises.end), Vec::new(), Vec::new());
+        let told = DecodeTold { end, aux, homes, sources, layers, brought };
         Self::new(Told::Decode(told))
     }
 
@@ -80,17 +87,12 @@ impl Whole {
         self.open == 0 && is_told
     }
 
-    /// The tokens of a rank with this cache have landed. The caches of all ranks, once the last of so many has brought
-    /// its share.
-    pub fn brought(
-        &mut self,
-        cache: &Arc<CacheLayout>,
-        parts: Parts,
-        sources: usize,
-    ) -> Option<&[(Arc<CacheLayout>, Parts)]> {
+    /// The tokens of a rank with this cache have landed. Whether all that `here` keeps of the room's layers has come, once
+    /// the last rank has brought its share.
+    pub fn is_brought(&mut self, here: &CacheLayout, cache: &Arc<CacheLayout>, parts: Parts) -> Option<bool> {
         let Told::Decode(told) = &mut self.told else { return None };
         told.brought.push((cache.clone(), parts));
-        (told.brought.len() == sources).then_some(&told.brought[..])
+        (told.brought.len() == told.sources).then(|| here.is_covered_by(&told.layers, &told.brought))
     }
 
     /// A share has ended. On the decode side the room ends with the first share that fails, since nothing makes up for

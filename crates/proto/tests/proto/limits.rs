@@ -181,6 +181,7 @@ fn asked(world: &mut World, node: usize, numbers: std::ops::Range<u64>, bytes: u
         .map(|number| {
             let receive = Receive {
                 peer: world.name(P),
+                rank: None,
                 room: room_name(number),
                 pages: world.nodes[node].pool.take(4).unwrap().grant(),
                 buffers: Vec::new().into(),
@@ -315,6 +316,7 @@ fn pages_and_parameters_fit_a_frame() {
         let pages = world.nodes[D].pool.take(pages).unwrap().grant();
         let receive = Receive {
             peer: PeerName::Node(1),
+            rank: None,
             room: room_name(1),
             pages,
             buffers: Vec::new().into(),
@@ -333,7 +335,13 @@ fn pages_and_parameters_fit_a_frame() {
         longer.join(again.prefix(4)).expect("pages of one pool");
         longer
     });
-    let serve = Serve { room: room_name(1), pages: long, buffers: Vec::new().into(), deadline_ns: u64::MAX };
+    let serve = Serve {
+        room: room_name(1),
+        rank: None,
+        pages: long,
+        buffers: Vec::new().into(),
+        deadline_ns: u64::MAX,
+    };
     assert_eq!(world.call(D, |proto, now| proto.serve(now, serve)), too_long(976));
     push(&mut world, 1);
     world.finish();

@@ -11,6 +11,7 @@ mod limits;
 mod pages;
 mod push;
 mod random;
+mod ranks;
 mod targets;
 mod time;
 mod world;

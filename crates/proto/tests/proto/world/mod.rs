@@ -53,6 +53,8 @@ pub struct World {
     /// What comes is taken in and nothing is carried out before [`pump_all`](World::pump_all): the engine, too, takes
     /// in all that has come before it acts.
     pub is_lazy: bool,
+    /// The rank that the rooms are for that are opened from now on.
+    pub rank: Option<u32>,
     pub nodes: Vec<Node>,
     pub streams: Streams,
     pub lanes: Lanes,
@@ -75,6 +77,7 @@ impl World {
             now_ns: S,
             latency_ns: MS,
             is_lazy: false,
+            rank: None,
             nodes: Vec::new(),
             streams: Streams::default(),
             lanes: Lanes::default(),
@@ -152,6 +155,7 @@ impl World {
     ) -> Result<RoomId, RoomError> {
         let receive = Receive {
             peer,
+            rank: self.rank,
             room: room_name(number),
             pages: self.nodes[node].pool.take(4).expect("free pages").grant(),
             buffers: buffers().into(),
@@ -168,7 +172,8 @@ impl World {
 
     pub fn try_send(&mut self, node: usize, number: u64, for_ns: u64) -> Result<RoomId, RoomError> {
         let pages = self.nodes[node].pool.take(4).expect("free pages").share();
-        let send = Send { room: room_name(number), pages, deadline_ns: self.now_ns + for_ns };
+        let send =
+            Send { room: room_name(number), rank: self.rank, pages, deadline_ns: self.now_ns + for_ns };
         self.open(node, false, |proto, now| proto.send_room(now, send))
     }
 
@@ -187,6 +192,7 @@ impl World {
     ) -> Result<RoomId, RoomError> {
         let fetch = Fetch {
             peer,
+            rank: self.rank,
             room: room_name(number),
             pages: self.nodes[node].pool.take(4).expect("free pages").grant(),
             params: b"ask".to_vec(),
@@ -203,6 +209,7 @@ impl World {
     pub fn try_serve(&mut self, node: usize, number: u64, for_ns: u64) -> Result<RoomId, RoomError> {
         let serve = Serve {
             room: room_name(number),
+            rank: self.rank,
             pages: self.nodes[node].pool.take(4).expect("free pages").share(),
             buffers: buffers().into(),
             deadline_ns: self.now_ns + for_ns,
