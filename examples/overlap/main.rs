@@ -46,6 +46,9 @@ struct Options {
     /// Times that each mode is measured; the one with the median tail is told
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeats: u32,
+    /// Fails if layer by layer the tail is longer than this part of that of sending at the end
+    #[arg(long)]
+    most_tail: Option<f64>,
     /// Draws when what was computed and when it arrived
     #[arg(long)]
     svg: Option<PathBuf>,
@@ -106,13 +109,26 @@ fn show(options: &Options) -> Result<(), Problem> {
         picture::draw(path, &runs)?;
         println!("drawn: {}", path.display());
     }
-    Ok(())
+    match options.most_tail {
+        Some(most) if share_of_tail(&runs) > most => Err(format!(
+            "layer by layer the tail is more than {:.0} % of that of sending at the end",
+            most * 100.0
+        )
+        .into()),
+        _ => Ok(()),
+    }
+}
+
+/// The tail layer by layer, as a part of that of sending at the end.
+fn share_of_tail(runs: &[(Mode, Run)]) -> f64 {
+    let tail = |mode| runs.iter().find(|run| run.0 == mode).map_or(0.0, |run| run.1.tail().as_secs_f64());
+    tail(Mode::ByLayer) / tail(Mode::AtTheEnd)
 }
 
 /// In words, from the figures alone.
 fn finding(runs: &[(Mode, Run)], moving: Duration, compute: Duration) -> String {
-    let [(_, at_the_end), (_, by_layer), ..] = runs else { return String::new() };
-    let share = by_layer.tail().as_secs_f64() / at_the_end.tail().as_secs_f64();
+    let [_, (_, by_layer), ..] = runs else { return String::new() };
+    let share = share_of_tail(runs);
     let layers = by_layer.tail().as_secs_f64() / moving.as_secs_f64();
     let found = format!(
         "Sent layer by layer the tail is {:.0} % of that of sending at the end, and {layers:.1} times as long as moving one layer.",

@@ -16,12 +16,17 @@ struct BroughtUp {
     bytes: u64,
     most_messages_a_turn: u64,
     turns: u64,
+    nodes: u64,
+    /// What turns have visited: rooms, sessions, grants, targets and streams.
+    visits: u64,
     events: u64,
     allocated: Allocated,
     /// How often engines look at heartbeats in a second in which nothing else happens.
     looks: u64,
     /// What they send in it, asking and answering.
     pings: u64,
+    /// What turns visit in it.
+    idle_visits: u64,
 }
 
 #[test]
@@ -35,10 +40,21 @@ fn a_mesh_comes_up_in_proportion_to_its_sessions() {
         assert_eq!(run.looks, run.pings / 2, "{run:?}");
     }
     let largest = &runs[2];
+    for run in &runs {
+        // Nobody's turns go through all sessions, or wait for the others: a node has as many turns in a large mesh as in a
+        // small one, and takes what each of its peers has said.
+        assert_eq!(
+            run.turns * largest.nodes,
+            largest.turns * run.nodes,
+            "turns of {run:?} and of {largest:?}"
+        );
+        assert_eq!(run.idle_visits * largest.pings, largest.idle_visits * run.pings, "visits of {run:?}");
+    }
     for smaller in &runs[..2] {
         for (what, of) in [
             ("bytes of control", (|run| run.bytes) as fn(&BroughtUp) -> u64),
             ("events of the fabric", |run| run.events),
+            ("visits", |run| run.visits),
             ("allocations", |run| run.allocated.times),
             ("bytes allocated", |run| run.allocated.bytes),
         ] {
@@ -83,20 +99,25 @@ fn bring_up(prefills: usize, decodes: usize, lanes: u8) -> BroughtUp {
         bytes: counters.control_bytes_out,
         most_messages_a_turn: cluster.most_messages_a_turn,
         turns: cluster.turns,
+        nodes: cluster.nodes.len() as u64,
+        visits: cluster.visits(),
         events: cluster.fabric.happened() - happened,
         allocated: allocated().since(&before),
         looks: 0,
         pings: 0,
+        idle_visits: 0,
     };
     let looks = cluster.looks();
     keeps_up(&mut cluster);
     run.looks = cluster.looks() - looks;
+    run.idle_visits = cluster.visits() - run.visits;
     run.pings = cluster.counters().messages_out - counters.messages_out;
     assert_eq!(cluster.counters().sessions / 2, run.sessions, "no session was lost");
     println!(
         "{prefills} x {decodes}, {lanes} lanes: {} sessions in {} us of virtual time and {} ms of this machine's; \
-         {} messages and {} bytes a session; {} messages in one turn at the most; {} turns, {} events a session; \
-         {} allocations of {} bytes a session, {} bytes of them kept; then {} looks at heartbeats for {} pings",
+         {} messages and {} bytes a session; {} messages in one turn at the most; {} turns, {} events and {} visits a \
+         session; {} allocations of {} bytes a session, {} bytes of them kept; then {} looks at heartbeats and {} visits \
+         for {} pings",
         run.sessions,
         run.virtual_ns / US,
         run.took.as_millis(),
@@ -105,10 +126,12 @@ fn bring_up(prefills: usize, decodes: usize, lanes: u8) -> BroughtUp {
         run.most_messages_a_turn,
         run.turns,
         run.events / run.sessions,
+        run.visits / run.sessions,
         run.allocated.times / run.sessions,
         run.allocated.bytes / run.sessions,
         run.allocated.live_of_all() / run.sessions as i64,
         run.looks,
+        run.idle_visits,
         run.pings / 2,
     );
     run

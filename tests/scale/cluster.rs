@@ -208,6 +208,11 @@ impl Cluster {
         sum
     }
 
+    /// How often rooms, sessions, grants, targets and streams were visited, on all nodes.
+    pub fn visits(&mut self) -> u64 {
+        self.nodes.iter_mut().map(|node| node.worker.engine().visits()).sum()
+    }
+
     /// How often engines have asked when their peers were heard.
     pub fn looks(&self) -> u64 {
         self.nodes.iter().map(|node| node.wire.lock().looks).sum()

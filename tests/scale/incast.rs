@@ -45,7 +45,9 @@ fn an_incast_is_fair_and_fills_the_link() {
         );
         assert!(goodput > 0.9 && goodput <= 1.0, "{goodput} of the link");
         assert!(fairness > 0.95, "{fairness}");
-        assert_eq!(fell.sessions, prefills as u64, "every session lives through it");
+        // That is no proof against load: here heartbeats and control messages have a way of their own, and what fills the
+        // link does not delay them. It says that a turn full of arrivals looks after its peers in time.
+        assert_eq!(fell.sessions, prefills as u64, "no session is lost");
         assert!(fell.pings > 0, "it lasts for heartbeats");
     }
 }

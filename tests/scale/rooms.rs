@@ -7,7 +7,7 @@ use crossdock_kv::{ReceiveRequest, Receiving, SendRequest, Sending};
 use crossdock_proto::End;
 
 use crate::cluster::{Cluster, MS, Options};
-use crate::counting::{Allocated, Owner, allocated};
+use crate::counting::{Owner, allocated};
 use crate::is_full;
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -32,8 +32,19 @@ struct Taken {
     control_bytes: u64,
     messages: u64,
     took: Duration,
-    idle: Allocated,
-    idle_looks: u64,
+    idle: Idle,
+    /// What turns have visited from their opening to their end, without the second of idleness: rooms, sessions, grants,
+    /// targets and streams.
+    visits: u64,
+}
+
+/// What a second of nothing but heartbeats takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Idle {
+    turns: u64,
+    allocations: u64,
+    looks: u64,
+    visits: u64,
 }
 
 /// On one pair of nodes, so that each has as many rooms as there are: rooms of 16, 128 and 1,024 pages.
@@ -51,13 +62,18 @@ fn rooms_of_one_pair_take_their_pages_ids_and_no_turns() {
         let beside = taken.control_bytes.saturating_sub(lists);
         assert!(beside <= BESIDE_PAGES * taken.rooms, "{beside} bytes beside the page lists of {taken:?}");
     }
-    for (many, pages) in [(&usual, 128), (&few, 128)] {
-        let each = (many.prefill_bytes + many.decode_bytes) / many.rooms as i64;
-        println!("{} rooms of {pages} pages: {each} bytes of memory a room on both sides", many.rooms);
+    for (taken, pages) in [(&short, 16), (&usual, 128), (&long, 1024), (&few, 128)] {
+        let each = (taken.prefill_bytes + taken.decode_bytes) / taken.rooms as i64;
+        let most = MEMORY_BESIDE_PAGES + MEMORY_A_PAGE * pages;
+        println!("{} rooms of {pages} pages: {each} bytes of memory a room on both sides", taken.rooms);
+        assert!(each <= most, "{each} bytes of memory a room, and not {most}");
     }
-    // Idle turns do the same for many rooms as for few, as far as that can be counted.
     for taken in [&short, &usual, &long] {
-        assert_eq!((taken.idle.times, taken.idle_looks), (few.idle.times, few.idle_looks), "{taken:?}");
+        // Idle turns do the same for many rooms as for few, as far as that can be counted.
+        assert_eq!(taken.idle, few.idle, "{taken:?}");
+        // And what is done for a room is not done for the others again.
+        let [each, of_few] = [taken, &few].map(|taken| taken.visits as f64 / taken.rooms as f64);
+        assert!(each < 1.1 * of_few, "{each} visits a room among many, {of_few} among few");
     }
     let [few, many] =
         [&few, &usual].map(|taken| (taken.prefill_bytes + taken.decode_bytes) / taken.rooms as i64);
@@ -77,6 +93,10 @@ fn rooms_of_a_mesh_take_what_rooms_of_a_pair_do() {
 /// last one.
 const BESIDE_PAGES: u64 = 256;
 
+/// What a room takes of memory on both sides together, with a fifth more than it does.
+const MEMORY_BESIDE_PAGES: i64 = 11_500;
+const MEMORY_A_PAGE: i64 = 45;
+
 /// Opens so many rooms, spread over all pairs of nodes, lets them be idle for a second, and then delivers them.
 fn take(prefills: usize, decodes: usize, rooms: u64, pages: u32) -> Taken {
     let per_decode = rooms as usize / decodes;
@@ -87,7 +107,7 @@ fn take(prefills: usize, decodes: usize, rooms: u64, pages: u32) -> Taken {
     };
     let cluster = Cluster::joined(options);
     let mut open = Rooms { cluster, pages, sending: Vec::new(), receiving: Vec::new() };
-    let (before, counters) = (allocated(), open.cluster.counters());
+    let (before, counters, visits) = (allocated(), open.cluster.counters(), open.cluster.visits());
     let began = Instant::now();
     open.open_all(rooms);
     let held = allocated().since(&before);
@@ -98,10 +118,11 @@ fn take(prefills: usize, decodes: usize, rooms: u64, pages: u32) -> Taken {
     };
     // A frame is the sender's until it is read, and then freed on the reader's behalf.
     let crossed = sent(Owner::Decode, &mut open.cluster) - sent(Owner::Prefill, &mut open.cluster);
-    let (idle, idle_looks) = open.idles();
+    let opening = open.cluster.visits() - visits;
+    let idle = open.idles();
     let (mut control_bytes, mut messages) =
         (told.control_bytes_out - counters.control_bytes_out, told.messages_out - counters.messages_out);
-    let resting = open.cluster.counters();
+    let (resting, rested) = (open.cluster.counters(), open.cluster.visits());
     open.deliver_all();
     let took = began.elapsed();
     let ended = open.cluster.counters();
@@ -116,19 +137,19 @@ fn take(prefills: usize, decodes: usize, rooms: u64, pages: u32) -> Taken {
         messages,
         took,
         idle,
-        idle_looks,
+        visits: opening + open.cluster.visits() - rested,
     };
     println!(
         "{rooms} rooms of {pages} pages over {prefills} x {decodes}: {} bytes a room at the prefill side and {} at \
-         the decode side; {} messages and {} bytes of control a room, {:.2} a page; idle for a second, {} \
-         allocations and {} looks; {} ms",
+         the decode side; {} messages and {} bytes of control a room, {:.2} a page; {:.1} visits a room; idle for a \
+         second, {:?}; {} ms",
         taken.prefill_bytes / rooms as i64,
         taken.decode_bytes / rooms as i64,
         taken.messages / rooms,
         taken.control_bytes / rooms,
         taken.control_bytes as f64 / (rooms * u64::from(pages)) as f64,
-        taken.idle.times,
-        taken.idle_looks,
+        taken.visits as f64 / rooms as f64,
+        taken.idle,
         taken.took.as_millis(),
     );
     taken
@@ -177,11 +198,23 @@ impl Rooms {
         self.cluster.run_for(MS);
     }
 
-    /// What a second of nothing but heartbeats takes on a node, on all of them together.
-    fn idles(&mut self) -> (Allocated, u64) {
-        let before = (allocated(), self.cluster.looks());
+    /// What a second of nothing but heartbeats takes, on all nodes together.
+    fn idles(&mut self) -> Idle {
+        let so_far = |cluster: &mut Cluster| Idle {
+            turns: cluster.turns,
+            allocations: allocated().times,
+            looks: cluster.looks(),
+            visits: cluster.visits(),
+        };
+        let before = so_far(&mut self.cluster);
         idles(&mut self.cluster);
-        (allocated().since(&before.0), self.cluster.looks() - before.1)
+        let after = so_far(&mut self.cluster);
+        Idle {
+            turns: after.turns - before.turns,
+            allocations: after.allocations - before.allocations,
+            looks: after.looks - before.looks,
+            visits: after.visits - before.visits,
+        }
     }
 
     fn deliver_all(&mut self) {

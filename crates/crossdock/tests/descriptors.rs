@@ -1,8 +1,8 @@
-//! What a peer costs a process, over real sockets: descriptors, and heap. A node has one descriptor for its users
-//! however many peers it has.
+//! What a peer costs a process, over real sockets: descriptors, and heap; and that both are given back. A node has one
+//! descriptor for its users however many peers it has.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
@@ -17,22 +17,25 @@ use crossdock::{
 fn a_peer_costs_few_descriptors_and_little_memory() {
     let most = std::env::var("CROSSDOCK_PEERS").map_or(16, |peers| peers.parse().expect("a number"));
     let shm = || PortConfig::Shm(ShmOptions::default());
-    for (name, port, lanes, limit) in [
-        ("tcp", PortConfig::Tcp(None), 1, 2),
-        ("tcp, two lanes", PortConfig::Tcp(None), 2, 3),
-        ("shm", shm(), 1, 8),
+    for (name, port, lanes, most_descriptors, most_heap_kb, own) in [
+        ("tcp", PortConfig::Tcp(None), 1, 2, 420, Own { events: 3, all: 11 }),
+        ("tcp, two lanes", PortConfig::Tcp(None), 2, 3, 720, Own { events: 3, all: 11 }),
+        ("shm", shm(), 1, 6, 130, Own { events: 4, all: 12 }),
     ] {
         let [few, many] = [most / 4, most].map(|peers| Cost::of(&port, lanes, peers));
         let peers = (most - most / 4) as f64;
         let descriptors = (many.descriptors - few.descriptors) as f64 / peers;
-        let heap = (many.heap_bytes - few.heap_bytes) as f64 / peers;
+        let heap_kb = (many.heap_bytes - few.heap_bytes) as f64 / peers / 1e3;
         println!(
-            "{name}: a peer costs a side {descriptors:.2} descriptors and {heap:.0} bytes of heap; with {most} peers \
-             {} descriptors in all on both sides, of them {:?}",
-            many.all, many.kinds
+            "{name}: a peer costs a side {descriptors:.2} descriptors and {heap_kb:.1} kB of heap; a node alone has {:?}; \
+             with {most} peers {} descriptors in all on both sides, of them {:?}",
+            many.own, many.all, many.kinds
         );
-        assert!(descriptors <= f64::from(limit), "{descriptors} descriptors a peer");
-        assert_eq!(few.rest, many.rest, "what a node has for itself does not depend on its peers");
+        assert!(descriptors <= f64::from(most_descriptors), "{name}: {descriptors} descriptors a peer");
+        assert!(heap_kb <= f64::from(most_heap_kb), "{name}: {heap_kb} kB of heap a peer");
+        for cost in [few, many] {
+            assert_eq!(cost.own, own, "{name}: what a node has for itself");
+        }
     }
 }
 
@@ -40,40 +43,58 @@ fn a_peer_costs_few_descriptors_and_little_memory() {
 struct Cost {
     descriptors: i64,
     heap_bytes: i64,
-    all: i64,
+    all: usize,
     kinds: BTreeMap<String, usize>,
-    /// Descriptors of one node before it has a peer.
-    rest: i64,
+    own: Own,
+}
+
+/// Descriptors of one node before it has a peer.
+#[derive(Debug, PartialEq)]
+struct Own {
+    /// That wake somebody: its users, its loop, its heart, and its loop by shm's peers.
+    events: usize,
+    all: usize,
 }
 
 impl Cost {
     fn of(port: &PortConfig, lanes: u8, peers: usize) -> Self {
-        let before = descriptors().len() as i64;
+        let before = descriptors();
         let mut nodes: Vec<Node> = (0..=peers).map(|at| open(at, port, lanes)).collect();
-        let alone = descriptors().len() as i64;
+        let alone = descriptors();
+        let each = |of_all: usize| {
+            assert_eq!(of_all % nodes.len(), 0, "all nodes have the same");
+            of_all / nodes.len()
+        };
+        let own =
+            Own { events: each(events(&alone) - events(&before)), all: each(alone.len() - before.len()) };
+        let users: BTreeSet<i32> =
+            nodes.iter().map(|node| node.handle().clone().event_fd().as_fd().as_raw_fd()).collect();
+        let again = nodes.iter().map(|node| node.handle().event_fd().as_fd().as_raw_fd());
+        assert_eq!((users.len(), again.collect()), (nodes.len(), users), "each node has one for its users");
+
         let heap = HEAP.load(Ordering::SeqCst);
-        let mut ups: Vec<_> = nodes[1..]
-            .iter()
-            .map(|other| nodes[0].handle().connect(other.address()).expect("room").1)
-            .collect();
+        let (met, mut ups): (Vec<_>, Vec<_>) =
+            nodes[1..].iter().map(|other| nodes[0].handle().connect(other.address()).expect("room")).unzip();
         turn_until(&mut nodes, || {
             ups.retain_mut(|up| up.poll().expect("the node runs").is_none_or(|up| up.is_err()));
             ups.is_empty()
         });
-        let events: Vec<i32> =
-            nodes.iter().map(|node| node.handle().event_fd().as_fd().as_raw_fd()).collect();
-        assert!(events.is_sorted_by(|a, b| a != b), "each node has one descriptor for its users");
-        let kinds = descriptors();
+        let up = descriptors();
         let cost = Self {
-            descriptors: (kinds.len() as i64 - alone) / 2,
+            descriptors: (up.len() - alone.len()) as i64 / 2,
             heap_bytes: (HEAP.load(Ordering::SeqCst) - heap) / 2,
-            all: kinds.len() as i64 - before,
-            kinds: count(&kinds),
-            rest: (alone - before) / (peers as i64 + 1),
+            all: up.len() - before.len(),
+            kinds: count(&up),
+            own,
         };
         // A session that is up does not grow by being used.
         turn_for(&mut nodes, Duration::from_millis(50));
-        assert_eq!(descriptors().len(), kinds.len());
+        assert_eq!(descriptors().len(), up.len());
+        // And leaves nothing behind.
+        met.into_iter().for_each(|peer| nodes[0].handle().disconnect(peer).expect("room"));
+        turn_until(&mut nodes, || descriptors().len() == alone.len());
+        drop(nodes);
+        assert_eq!(descriptors().len(), before.len(), "what is left of {:?}", count(&descriptors()));
         cost
     }
 }
@@ -104,7 +125,7 @@ fn turn_until(nodes: &mut [Node], mut reached: impl FnMut() -> bool) {
         for node in nodes.iter_mut() {
             node.progress();
         }
-        assert!(begin.elapsed() < Duration::from_secs(60), "the sessions do not come up");
+        assert!(begin.elapsed() < Duration::from_secs(60), "the sessions do not come up, or end");
     }
 }
 
@@ -121,6 +142,11 @@ fn descriptors() -> Vec<String> {
         .map(|to| to.to_string_lossy().into_owned())
         .filter(|to| !to.starts_with("/proc/"))
         .collect()
+}
+
+/// Descriptors that wake somebody.
+fn events(descriptors: &[String]) -> usize {
+    descriptors.iter().filter(|to| *to == "anon_inode:[eventfd]").count()
 }
 
 fn count(descriptors: &[String]) -> BTreeMap<String, usize> {

@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use crossdock_memory::Memory;
-use crossdock_proto::{Counters, LinkId as ProtoLink, Notice, Proto, Region, SessionId};
+use crossdock_proto::{Counters, LinkId as ProtoLink, Notice, Proto, Region, SessionId, Table};
 use crossdock_transport::{Arm, Error, Events, LaneId, LocalId, Port};
 
 pub use self::lanes::LaneRegions;
@@ -31,7 +31,7 @@ pub struct Engine {
     proto: Proto,
     network: Box<dyn Network>,
     rails: Vec<Rail>,
-    sessions: BTreeMap<SessionId, SessionLanes>,
+    sessions: Table<SessionId, SessionLanes>,
     /// Sessions of which regions are still to be attached.
     attaching: BTreeSet<SessionId>,
     /// Lanes that have taken less than offered in this turn.
@@ -121,7 +121,7 @@ impl Engine {
             proto,
             network,
             rails,
-            sessions: BTreeMap::new(),
+            sessions: Table::default(),
             attaching: BTreeSet::new(),
             full: Vec::with_capacity(64),
             transfers: Transfers::new(),
@@ -182,6 +182,11 @@ impl Engine {
     /// What has been counted.
     pub fn counters(&self) -> Counters {
         self.proto.counters()
+    }
+
+    /// How often anything in the protocol's tables was visited, or a session in the engine's: [`Proto::visits`].
+    pub fn visits(&self) -> u64 {
+        self.proto.visits() + self.sessions.visits()
     }
 
     /// What each port has moved, in the order of the rails.

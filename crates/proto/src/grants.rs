@@ -1,5 +1,6 @@
 //! The grants that this node has given: indices, generations, and what is known of each one's end.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 
 use crossdock_transport::{Access, Fence, GrantId};
@@ -13,6 +14,8 @@ pub(crate) struct Grants {
     free: VecDeque<u32>,
     limit: u32,
     live: usize,
+    /// How often one was visited, as in a [`Table`](crate::Table).
+    visits: Cell<u64>,
 }
 
 struct Entry {
@@ -45,7 +48,13 @@ pub(crate) enum Revocation {
 
 impl Grants {
     pub fn new(limit: u32) -> Self {
-        Self { entries: Vec::new(), free: VecDeque::new(), limit: limit.min(GrantId::INDICES), live: 0 }
+        Self {
+            entries: Vec::new(),
+            free: VecDeque::new(),
+            limit: limit.min(GrantId::INDICES),
+            live: 0,
+            visits: Cell::new(0),
+        }
     }
 
     /// Gives a grant; `None` when the limit is reached.
@@ -66,11 +75,13 @@ impl Grants {
 
     /// The grant of this exact index and generation.
     pub fn find(&self, id: GrantId) -> Option<&Given> {
+        self.visit();
         let entry = self.entries.get(id.index() as usize)?;
         entry.given.as_ref().filter(|_| is_same(id, GrantId::new(id.index(), entry.generation)))
     }
 
     pub fn find_mut(&mut self, id: GrantId) -> Option<&mut Given> {
+        self.visit();
         let entry = self.entries.get_mut(id.index() as usize)?;
         let current = GrantId::new(id.index(), entry.generation);
         entry.given.as_mut().filter(|_| is_same(id, current))
@@ -92,9 +103,18 @@ impl Grants {
         self.live
     }
 
+    pub fn visits(&self) -> u64 {
+        self.visits.get()
+    }
+
+    fn visit(&self) {
+        self.visits.set(self.visits.get() + 1);
+    }
+
     /// Every grant whose index is not free, in the order of indices.
     pub fn iter(&self) -> impl Iterator<Item = (GrantId, &Given)> {
         self.entries.iter().enumerate().filter_map(|(index, entry)| {
+            self.visit();
             let given = entry.given.as_ref()?;
             Some((GrantId::new(index as u32, entry.generation), given))
         })

@@ -31,6 +31,7 @@ mod rooms;
 mod sending;
 mod serving;
 mod session;
+mod table;
 mod targets;
 mod wire;
 
@@ -47,4 +48,5 @@ pub use message::{
 pub use notice::{Homecoming, Notice, Start};
 pub use proto::{Counters, LinkId, PeerName, Proto, RoomId, SessionId, TargetId};
 pub use room::{Buffers, Fetch, Receive, RoomBuffer, RoomError, Send, Serve, Unopened};
+pub use table::Table;
 pub use wire::DecodeError;

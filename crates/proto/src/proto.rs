@@ -17,6 +17,7 @@ use crate::notice::Notice;
 use crate::parked::{Ended, Parked, ParkedKey, ParkedUse};
 use crate::room::{Buffers, Moving, Role, Room};
 use crate::session::Session;
+use crate::table::Table;
 use crate::targets::Target;
 
 /// A control stream, as its owner numbers it.
@@ -76,18 +77,18 @@ pub struct Proto {
     pub(crate) rank_of: fn(&[u8]) -> Option<u32>,
     pub(crate) regions: Vec<Region>,
     pub(crate) now_ns: u64,
-    pub(crate) links: BTreeMap<LinkId, Link>,
+    pub(crate) links: Table<LinkId, Link>,
     /// The links of handshakes that are not done, by whom they are with.
     pub(crate) handshakes: BTreeSet<(With, LinkId)>,
-    pub(crate) sessions: BTreeMap<SessionId, Session>,
+    pub(crate) sessions: Table<SessionId, Session>,
     /// The current session with each node.
     pub(crate) by_node: BTreeMap<u64, SessionId>,
-    pub(crate) targets: BTreeMap<TargetId, Target>,
+    pub(crate) targets: Table<TargetId, Target>,
     /// Which targets hold which session.
     pub(crate) holders: BTreeSet<(SessionId, TargetId)>,
     /// Which targets a peer has answered at last.
     pub(crate) answered: BTreeSet<(Identity, TargetId)>,
-    pub(crate) rooms: BTreeMap<RoomId, Room>,
+    pub(crate) rooms: Table<RoomId, Room>,
     /// Prefill ends that no decode side has asked for yet.
     pub(crate) open: BTreeMap<(RoleKind, RoomName), RoomId>,
     /// Ends that know their session, until they have ended.
@@ -157,14 +158,14 @@ impl Proto {
             rank_of: |_| None,
             regions: Vec::new(),
             now_ns: 0,
-            links: BTreeMap::new(),
+            links: Table::default(),
             handshakes: BTreeSet::new(),
-            sessions: BTreeMap::new(),
+            sessions: Table::default(),
             by_node: BTreeMap::new(),
-            targets: BTreeMap::new(),
+            targets: Table::default(),
             holders: BTreeSet::new(),
             answered: BTreeSet::new(),
-            rooms: BTreeMap::new(),
+            rooms: Table::default(),
             open: BTreeMap::new(),
             bound: BTreeMap::new(),
             waiting: BTreeMap::new(),
@@ -226,6 +227,14 @@ impl Proto {
     /// Sessions that are not over in every respect.
     pub fn sessions_live(&self) -> usize {
         self.sessions.len()
+    }
+
+    /// How often a room, a session, a grant, a target or a control stream was visited, by its name or on the way through
+    /// all: what a turn works through, and what must not grow with those that are there and idle.
+    pub fn visits(&self) -> u64 {
+        let tables =
+            [self.rooms.visits(), self.sessions.visits(), self.targets.visits(), self.links.visits()];
+        tables.iter().sum::<u64>() + self.grants.visits()
     }
 
     /// Whether a session's rooms can move.

@@ -428,7 +428,7 @@ impl Proto {
         };
         let of_peer = |of: SessionId| of != session && self.sessions.get(&of).is_some_and(|s| s.peer == peer);
         let mut in_use = BTreeMap::new();
-        for (&id, room) in &self.rooms {
+        for (&id, room) in self.rooms.iter() {
             if room.moving == Moving::No || !room.session.is_some_and(of_peer) {
                 continue;
             }

@@ -123,7 +123,7 @@ impl Claims {
 }
 
 #[cfg(all(test, loom))]
-mod tests {
+mod loom_tests {
     use loom::cell::UnsafeCell;
     use loom::sync::Arc;
     use loom::thread;
