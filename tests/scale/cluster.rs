@@ -209,8 +209,8 @@ impl Cluster {
     }
 
     /// How often rooms, sessions, grants, targets and streams were visited, on all nodes.
-    pub fn visits(&mut self) -> u64 {
-        self.nodes.iter_mut().map(|node| node.worker.engine().visits()).sum()
+    pub fn visits(&self) -> u64 {
+        self.nodes.iter().map(|node| node.worker.visits()).sum()
     }
 
     /// How often engines have asked when their peers were heard.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use crossdock_engine::{Doorbell, Engine, EventFd, OsError, Promise, now_ns};
 use crossdock_memory::Memory;
-use crossdock_proto::{Buffers, End, RoomBuffer, RoomId, SessionEnd, SessionId, TargetId};
+use crossdock_proto::{Buffers, End, RoomBuffer, RoomId, SessionEnd, SessionId, Table, TargetId};
 use crossdock_transport::Port;
 
 use self::blocked::Blocked;
@@ -41,14 +41,14 @@ pub struct Worker {
     turn_bytes: u64,
     max_targets: usize,
     /// The caches of the peers with a live session; `None` for a peer that has none.
-    caches: BTreeMap<SessionId, Option<Arc<CacheLayout>>>,
+    caches: Table<SessionId, Option<Arc<CacheLayout>>>,
     targets: BTreeMap<u64, TargetId>,
     /// What is dialed, for logs.
     addresses: BTreeMap<TargetId, String>,
     dialing: BTreeMap<TargetId, Promise<Result<PeerUp, SessionEnd>>>,
-    rooms: BTreeMap<RoomId, Room>,
+    rooms: Table<RoomId, Room>,
     /// What users have opened, by their handles' numbers.
-    wholes: BTreeMap<u64, Whole>,
+    wholes: Table<u64, Whole>,
     /// Rooms that may have something to post, each once.
     ready: VecDeque<RoomId>,
     /// Those that wait for lanes to take more.
@@ -167,12 +167,12 @@ impl Worker {
             verify: options.verify,
             turn_bytes: options.turn_bytes.max(1),
             max_targets: options.max_targets,
-            caches: BTreeMap::new(),
+            caches: Table::default(),
             targets: BTreeMap::new(),
             addresses: BTreeMap::new(),
             dialing: BTreeMap::new(),
-            rooms: BTreeMap::new(),
-            wholes: BTreeMap::new(),
+            rooms: Table::default(),
+            wholes: Table::default(),
             ready: VecDeque::with_capacity(64),
             blocked: Blocked::default(),
             turned_ns: 0,
@@ -296,6 +296,12 @@ impl Worker {
     /// The ports.
     pub fn ports(&self) -> impl Iterator<Item = &dyn Port> {
         self.engine.ports()
+    }
+
+    /// How often rooms, sessions and other entries of tables were visited, here and in the layers below: what a turn costs
+    /// that has nothing to do must not grow with them.
+    pub fn visits(&self) -> u64 {
+        self.rooms.visits() + self.wholes.visits() + self.caches.visits() + self.engine.visits()
     }
 
     /// The engine, for what this layer does not do.
