@@ -21,7 +21,11 @@ const MAY: &[(&str, &str)] = &[
         "flight/src/dump.rs",
         "a dump says when it was written, so that those of several nodes can be laid side by side",
     ),
-    ("flight/src/folder.rs", "the oldest files of a folder go first"),
+    (
+        "flight/src/folder.rs",
+        "the oldest files of a folder go first, and what was left of a write goes when it is old",
+    ),
+    ("flight/tests/flight/folder.rs", "the test that makes files old"),
 ];
 
 #[test]

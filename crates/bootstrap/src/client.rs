@@ -250,7 +250,7 @@ impl Client {
                 Ok(answer) if enough(&answer) => return Ok(Ok(answer)),
                 Ok(answer) => (seen, last) = (Some(answer), None),
                 // What was heard before says more.
-                Err(_) if (seen.is_some() || last.is_some()) && pace.was_cut_short(by) => {}
+                Err(error) if (seen.is_some() || last.is_some()) && pace.was_cut_short(by, &error) => {}
                 Err(error) if error.retry_helps() => last = Some(Box::new(error)),
                 Err(error) => return Err(error),
             }
@@ -301,9 +301,10 @@ impl Pace {
         Some((wait, Deadline::after(left.min(wait.saturating_add(call_time)))))
     }
 
-    /// Whether a call with this deadline was the last, and had so little time that its failure says nothing.
-    pub(crate) fn was_cut_short(&self, by: Deadline) -> bool {
-        by.time() < ANSWER_TRAVEL && by.remaining().is_none()
+    /// Whether a call with this deadline had so little time that its failure says nothing. With several members it may
+    /// end before that: each has its share of the time.
+    pub(crate) fn was_cut_short(&self, by: Deadline, error: &Error) -> bool {
+        by.time() < ANSWER_TRAVEL && error.retry_helps()
     }
 
     /// Pauses where the last call was answered long before its wait was over.

@@ -37,8 +37,8 @@ impl Lists {
         Lists { most_bytes, held: Arc::default(), recent: Mutex::default() }
     }
 
-    /// Waits until another list may be made: there may be one more than the limit holds. Peers that do not read are cut
-    /// off, so that this comes to an end.
+    /// Waits until another list may be made: there may be one more for each thread than the limit holds. Peers that do not
+    /// read are cut off, so that this comes to an end.
     pub(crate) async fn room(&self) {
         loop {
             let fewer = self.held.fewer.notified();
@@ -63,9 +63,10 @@ impl Lists {
 
     /// Takes in a list that was made, for others to share.
     pub(crate) fn share(&self, query: &Query, revision: u64, made: Duration, text: String) -> Bytes {
+        // Locked before its bytes are counted: whoever finds too many clears what is kept, and this must not come after.
+        let mut recent = self.recent.lock();
         self.held.bytes.fetch_add(text.len(), Ordering::Relaxed);
         let body = Bytes::from_owner(Text { text, held: Arc::clone(&self.held) });
-        let mut recent = self.recent.lock();
         if recent.len() < SHARED_MOST {
             recent.push(List { query: query.clone(), revision, made, body: body.clone() });
         }

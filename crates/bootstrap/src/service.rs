@@ -62,6 +62,7 @@ enum Route {
 }
 
 /// What a request that is kept waiting waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Awaited {
     Workers,
     Rooms,
@@ -245,16 +246,12 @@ impl Service {
             let message = format!("the URL names node {node}, the body names node {}", worker.node);
             return Err(Problem::new(ErrorCode::InvalidUrl, message));
         }
-        let (incarnation, address, grouped) = (worker.incarnation, worker.address, worker.member.is_some());
+        let (incarnation, address) = (worker.incarnation, worker.address);
         let outcome = self.registry.lock().register(self.now(), worker)?;
         self.metrics.registered(outcome);
         if outcome != Registered::Renewed {
             tracing::info!(%node, %incarnation, %address, ?outcome, "a worker registered");
             self.changes.send_replace(());
-            // Its group may be new or cut anew, and rooms of it asked for before.
-            if grouped {
-                self.told.send_replace(());
-            }
         }
         let status = if outcome == Registered::Created { StatusCode::CREATED } else { StatusCode::OK };
         Ok(json(status, &Changed { outcome }))
@@ -359,14 +356,12 @@ impl Service {
             *asked = Request::Wait;
             let mut over = pin!(tokio::time::sleep(time.min(self.longest_wait)));
             let mut stopping = self.stopping.clone();
-            let (changes, lull) = match awaited {
-                Awaited::Workers => (&self.changes, LULL),
-                Awaited::Rooms => (&self.told, Duration::ZERO),
-            };
             // Subscribed before the first look, so that nothing can come unseen in between.
-            let mut changes = changes.subscribe();
+            let mut changes = self.changes.subscribe();
+            let mut told = (awaited == Awaited::Rooms).then(|| self.told.subscribe());
             loop {
                 changes.mark_unchanged();
+                told.iter_mut().for_each(|told| told.mark_unchanged());
                 let next = {
                     let mut registry = self.registry.lock();
                     if let Some(found) = look(&mut registry, self.now(), false) {
@@ -375,17 +370,18 @@ impl Service {
                     registry.next_change()
                 };
                 let next = next.map_or(self.longest_wait, |next| next.saturating_sub(self.now()));
+                // Rooms that are told of are asked for by requests under way: these are answered at once.
                 tokio::select! {
+                    () = next_word(&mut told) => continue,
                     _ = changes.changed() => {}
                     _ = stopping.wait_for(|stopping| *stopping) => break,
                     () = &mut over => break,
                     () = tokio::time::sleep(next) => {}
                 }
-                if !lull.is_zero() {
-                    tokio::select! {
-                        () = tokio::time::sleep(lull) => {}
-                        () = &mut over => break,
-                    }
+                tokio::select! {
+                    () = next_word(&mut told) => {}
+                    () = tokio::time::sleep(LULL) => {}
+                    () = &mut over => break,
                 }
             }
         }
@@ -496,6 +492,15 @@ fn answer(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>
     *answer.status_mut() = status;
     answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     answer
+}
+
+/// The next time that rooms are told of, for those who wait for rooms.
+async fn next_word(told: &mut Option<watch::Receiver<()>>) {
+    match told {
+        // The sender lives as long as the service.
+        Some(told) => _ = told.changed().await,
+        None => std::future::pending().await,
+    }
 }
 
 const JSON: &str = "application/json";

@@ -64,7 +64,7 @@ impl Watch {
                         return Ok(changes);
                     }
                 }
-                Err(_) if heard && self.pace.was_cut_short(by) => {}
+                Err(error) if heard && self.pace.was_cut_short(by, &error) => {}
                 Err(error) if error.retry_helps() => {
                     last = Some(error);
                     // A departure that is due cuts the wait to nothing, and not the pause of a registry that is away.

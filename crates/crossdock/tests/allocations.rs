@@ -47,7 +47,9 @@ fn the_data_path_allocates_nothing() {
             eprintln!("skipped: {name}: {why}");
             continue;
         }
-        for (page_tokens, pages) in [((1, 1), scattered as Pages), ((3, 4), scattered), ((1, 1), in_runs)] {
+        let caches =
+            [((1, 1), scattered as Pages), ((3, 4), scattered), ((4, 4), scattered), ((1, 1), in_runs)];
+        for (page_tokens, pages) in caches {
             let mut pair = Pair::open(&port, lanes, extra, page_tokens, pages);
             let mut move_all_ways = |tokens| {
                 let [whole, layers, parts] = [Chunks::Whole, Chunks::Layers, Chunks::Parts];

@@ -70,11 +70,16 @@ impl Geometry {
     /// False if they are of too many kinds; then some are missing.
     #[must_use]
     pub fn fill(&mut self, stretches: impl Iterator<Item = Pair> + Clone, at_most: usize) -> bool {
-        // A chunk of the request has no other kinds, but it may cut a piece at either end.
-        self.groups.reserve(GROUPS_USUAL + 2);
-        self.source_indices.reserve(at_most);
-        self.destination_indices.reserve(at_most);
+        self.reserve(at_most);
         self.find_pieces(stretches)
+    }
+
+    /// Takes what the request needs at most, and whatever chunk of it: that has no other kinds, but it may cut a piece at
+    /// either end.
+    fn reserve(&mut self, pieces: usize) {
+        self.groups.reserve(GROUPS_USUAL + 2);
+        self.source_indices.reserve(pieces);
+        self.destination_indices.reserve(pieces);
     }
 
     /// Takes pages that begin with the first token on both sides, one by one; their last one may be cut. False where
@@ -89,8 +94,10 @@ impl Geometry {
         if dense == [true; 2] && (0..from.len().saturating_sub(1)).any(|at| next(from, at) && next(to, at)) {
             return false;
         }
+        // In the order of the pages, in which a grant lists them, too.
         let (whole, rest) = (tokens / page_tokens, tokens % page_tokens);
-        for (tokens, first, pieces) in [(rest, whole, 1), (page_tokens, 0, whole)] {
+        self.reserve((2 * from.len()).min(tokens as usize));
+        for (tokens, first, pieces) in [(page_tokens, 0, whole), (rest, whole, 1)] {
             if tokens * pieces > 0 {
                 let kind = Kind { tokens, ..Kind::default() };
                 let group = self.group(kind, first, pieces);
@@ -160,11 +167,11 @@ impl Geometry {
             self.source_indices.push(piece.source.index);
             self.destination_indices.push(piece.destination.index);
         }
-        let mut end = self.source_indices.len() as u32;
-        for &(kind, first) in runs[..known].iter().rev() {
+        let ends = runs[1..].iter().map(|(_, first)| *first).chain([0]);
+        for (nth, (&(kind, first), end)) in runs[..known].iter().zip(ends).enumerate() {
+            let end = if nth + 1 == known { self.source_indices.len() as u32 } else { end };
             let group = self.group(kind, first, end - first);
             self.groups.push(group);
-            end = first;
         }
         true
     }
