@@ -770,13 +770,16 @@ impl Ends {
     }
 }
 
+/// Pushed and pulled, over each port.
+fn every_way() -> [(bool, PortConfig); 4] {
+    [(false, shm()), (false, PortConfig::Tcp(None)), (true, shm()), (true, PortConfig::Tcp(None))]
+}
+
 const CANCELLED: [End; 2] = [End::Cancelled { by: Who::Here }, End::Cancelled { by: Who::Peer }];
 
 #[test]
 fn a_decode_rank_that_cancels_does_not_disturb_the_others() {
-    for (pull, port) in
-        [(false, shm()), (false, PortConfig::Tcp(None)), (true, shm()), (true, PortConfig::Tcp(None))]
-    {
+    for (pull, port) in every_way() {
         let mut all = Turned::open(1, 2, &port);
         let (mut ends, mut receivings, ids) = all.begin(pull);
         receivings[1].cancel().unwrap();
@@ -803,9 +806,7 @@ fn a_decode_rank_that_cancels_does_not_disturb_the_others() {
 
 #[test]
 fn a_prefill_rank_that_cancels_ends_the_room_of_all() {
-    for (pull, port) in
-        [(false, shm()), (false, PortConfig::Tcp(None)), (true, shm()), (true, PortConfig::Tcp(None))]
-    {
+    for (pull, port) in every_way() {
         let mut all = Turned::open(2, 1, &port);
         let (mut ends, mut receivings, _) = all.begin(pull);
         ends[1].cancel();

@@ -68,12 +68,7 @@ impl Writer<'_> {
 
     pub fn u32s(&mut self, values: &[u32]) {
         self.u32(u32::try_from(values.len()).expect("the caller bounds what it sends"));
-        // Grown once: a page list is the longest that a frame holds.
-        let begin = self.0.len();
-        self.0.resize(begin + 4 * values.len(), 0);
-        for (place, value) in self.0[begin..].chunks_exact_mut(4).zip(values) {
-            place.copy_from_slice(&value.to_le_bytes());
-        }
+        values.iter().for_each(|value| self.u32(*value));
     }
 
     /// A list of ids, each in as many bits as the largest needs.

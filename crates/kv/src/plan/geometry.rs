@@ -167,9 +167,9 @@ impl Geometry {
             self.source_indices.push(piece.source.index);
             self.destination_indices.push(piece.destination.index);
         }
-        let ends = runs[1..].iter().map(|(_, first)| *first).chain([0]);
-        for (nth, (&(kind, first), end)) in runs[..known].iter().zip(ends).enumerate() {
-            let end = if nth + 1 == known { self.source_indices.len() as u32 } else { end };
+        let runs = &runs[..known];
+        let ends = runs.iter().skip(1).map(|(_, first)| *first).chain([self.source_indices.len() as u32]);
+        for (&(kind, first), end) in runs.iter().zip(ends) {
             let group = self.group(kind, first, end - first);
             self.groups.push(group);
         }

@@ -84,13 +84,15 @@ impl<'a> Common<'a> {
     /// The pages of these places, where they are cut alike on both sides and begin with the first place.
     fn page_by_page(&self, places: &Range<u32>) -> Option<(&'a [u32], &'a [u32])> {
         let page_tokens = self.source.page_tokens;
-        let begins = places.start.is_multiple_of(page_tokens) && page_tokens == self.destination.page_tokens;
+        if page_tokens != self.destination.page_tokens || !places.start.is_multiple_of(page_tokens) {
+            return None;
+        }
         let pages = (places.end - places.start).div_ceil(page_tokens) as usize;
         let of = |side: &Held<'a>| {
             let first = (places.start / page_tokens - side.places.start / page_tokens) as usize;
             side.pages.get(first..first + pages)
         };
-        begins.then_some(()).and_then(|()| of(&self.source).zip(of(&self.destination)))
+        of(&self.source).zip(of(&self.destination))
     }
 
     fn whole_pages(&self, pages: &Range<u32>) -> Pairs<'a> {
