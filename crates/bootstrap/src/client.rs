@@ -246,15 +246,19 @@ impl Client {
         let (mut seen, mut last) = (None, None);
         while let Some((wait, by)) = pace.next(deadline, self.call_time) {
             let asked = Instant::now();
+            let mut kept = false;
             match ask(wait, by) {
                 Ok(answer) if enough(&answer) => return Ok(Ok(answer)),
-                Ok(answer) => (seen, last) = (Some(answer), None),
+                Ok(answer) => {
+                    kept = asked.elapsed() >= wait / 2;
+                    (seen, last) = (Some(answer), None);
+                }
                 // What was heard before says more.
                 Err(error) if (seen.is_some() || last.is_some()) && pace.was_cut_short(by, &error) => {}
                 Err(error) if error.retry_helps() => last = Some(Box::new(error)),
                 Err(error) => return Err(error),
             }
-            pace.pause(deadline, asked, wait);
+            pace.pause(deadline, kept);
         }
         Ok(Err(Unmet { seen, last, waited_ms: deadline.time_ms() }))
     }
@@ -307,14 +311,14 @@ impl Pace {
         by.time() < ANSWER_TRAVEL && error.retry_helps()
     }
 
-    /// Pauses where the last call was answered long before its wait was over.
-    pub(crate) fn pause(&mut self, deadline: Deadline, asked: Instant, wait: Duration) {
-        if asked.elapsed() < wait / 2 {
-            // The registry is away, or has no place left for requests that wait.
+    /// Pauses where the registry did not keep the last call: it is away, or has no place left for requests that wait.
+    /// A call that failed counts as not kept however long it took, or a slow registry would be asked without a pause.
+    pub(crate) fn pause(&mut self, deadline: Deadline, kept: bool) {
+        if kept {
+            self.backoff.reset();
+        } else {
             let pause = self.backoff.pause(random());
             std::thread::sleep(deadline.remaining().map_or(Duration::ZERO, |left| pause.min(left)));
-        } else {
-            self.backoff.reset();
         }
     }
 }

@@ -54,10 +54,12 @@ impl Watch {
         while let Some((whole, by)) = self.pace.next(deadline, self.client.call_time()) {
             let asked = Instant::now();
             let departs = self.seen.next_departure().map(|at| at.saturating_duration_since(asked));
-            let mut wait = departs.map_or(whole, |departs| departs.min(whole));
+            let wait = departs.map_or(whole, |departs| departs.min(whole));
             let until = self.seen.mark.clone().map(|mark| Wait { until: Until::Changed(mark), time: wait });
+            let mut kept = false;
             match self.client.find_by(&self.query, until.as_ref(), by) {
                 Ok(list) => {
+                    kept = asked.elapsed() >= wait / 2;
                     (last, heard) = (None, true);
                     let changes = self.seen.take_in(list, Instant::now());
                     if !changes.is_empty() {
@@ -65,14 +67,10 @@ impl Watch {
                     }
                 }
                 Err(error) if heard && self.pace.was_cut_short(by, &error) => {}
-                Err(error) if error.retry_helps() => {
-                    last = Some(error);
-                    // A departure that is due cuts the wait to nothing, and not the pause of a registry that is away.
-                    wait = whole;
-                }
+                Err(error) if error.retry_helps() => last = Some(error),
                 Err(error) => return Err(error),
             }
-            self.pace.pause(deadline, asked, wait);
+            self.pace.pause(deadline, kept);
         }
         last.map_or(Ok(Vec::new()), Err)
     }
