@@ -197,11 +197,16 @@ pub fn process_memory(
     Ok(())
 }
 
-/// The memory behind a descriptor of another process of the same user.
-pub fn open_theirs(process: i32, descriptor: i32, bytes: usize) -> io::Result<Memory> {
+/// The memory behind a descriptor of another process of the same user, as it is.
+pub fn map_theirs(process: i32, descriptor: i32, bytes: usize) -> io::Result<Memory> {
     let path = format!("/proc/{process}/fd/{descriptor}");
     let file = std::fs::OpenOptions::new().read(true).write(true).open(path)?;
-    let memory = Memory::from_fd(file.into(), bytes).map_err(io::Error::other)?;
+    Memory::from_fd(file.into(), bytes).map_err(io::Error::other)
+}
+
+/// The same, all of it present.
+pub fn open_theirs(process: i32, descriptor: i32, bytes: usize) -> io::Result<Memory> {
+    let memory = map_theirs(process, descriptor, bytes)?;
     // SAFETY: the range is mapped, and making its pages present takes no byte away.
     unsafe { rustix::mm::madvise(memory.base().cast(), bytes, rustix::mm::Advice::LinuxPopulateWrite)? };
     Ok(memory)

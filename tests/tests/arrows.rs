@@ -26,6 +26,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "crossdock-flight",
         ],
     ),
+    ("crossdock-ep", &["crossdock-memory", "crossdock-transport", "crossdock-proto", "crossdock-engine"]),
     ("crossdock-bootstrap", &[]),
     ("crossdock-replay", &["crossdock-memory", "crossdock-kv"]),
     (
@@ -37,6 +38,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "crossdock-engine",
             "crossdock-flight",
             "crossdock-kv",
+            "crossdock-ep",
             "crossdock-bootstrap",
             "crossdock-shm",
             "crossdock-tcp",

@@ -50,6 +50,7 @@
 mod cache;
 mod config;
 mod error;
+pub mod experts;
 mod node;
 
 /// Where the peers are: a registry server, its client, and the same over etcd. The node does not need it: whoever knows

@@ -1,6 +1,6 @@
 //! One worker: ports, network, protocol and progress put together.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -39,14 +39,7 @@ impl Node {
     /// Opens the ports, registers the memory, begins to listen and, if so configured, starts the progress thread.
     pub fn open(config: Config) -> Result<Self, Error> {
         let auth = auth(&config.authentication)?;
-        let ports = config
-            .ports
-            .iter()
-            .map(|port| open_port(port, &config))
-            .collect::<Result<Vec<Box<dyn Port>>, Error>>()?;
-        if ports.is_empty() {
-            return Err(Error::NoPort);
-        }
+        let ports = open_ports(&config.ports, config.bind, config.advertise)?;
         let infos: Vec<PortInfo> = ports.iter().map(|port| port.info().clone()).collect();
         let mut network = SocketOptions::new(config.bind);
         network.advertise = config.advertise;
@@ -63,14 +56,7 @@ impl Node {
         proto.entropy = random()?;
         proto.auth = auth;
         proto.fingerprint = Fingerprint::new(config.layout.fingerprint());
-        proto.rails = infos
-            .iter()
-            .map(|info| Rail {
-                kind: info.kind,
-                reach: info.reach.clone(),
-                bytes_per_second: info.bytes_per_second,
-            })
-            .collect();
+        proto.rails = infos.iter().map(rail).collect();
         proto.lanes_per_rail = config.lanes_per_rail;
         config.layout.encode(&mut proto.app);
         proto.pulse_address = network.pulse_address().to_owned();
@@ -191,27 +177,42 @@ impl std::fmt::Debug for Progression {
     }
 }
 
-fn open_port(port: &PortConfig, config: &Config) -> Result<Box<dyn Port>, Error> {
-    match port {
-        PortConfig::Shm(options) => match ShmPort::open(options.clone()) {
-            Ok(port) => Ok(Box::new(port)),
-            Err(error) => Err(Error::Port { port: "shm", error }),
-        },
-        PortConfig::Tcp(options) => {
-            let options = options.clone().unwrap_or_else(|| TcpOptions {
-                bind: SocketAddr::new(config.bind.ip(), 0),
-                advertise: config.advertise,
-                ..TcpOptions::default()
-            });
-            match TcpPort::open(options) {
+pub(crate) fn open_ports(
+    ports: &[PortConfig],
+    bind: SocketAddr,
+    advertise: Option<IpAddr>,
+) -> Result<Vec<Box<dyn Port>>, Error> {
+    if ports.is_empty() {
+        return Err(Error::NoPort);
+    }
+    let open = |port: &PortConfig| -> Result<Box<dyn Port>, Error> {
+        match port {
+            PortConfig::Shm(options) => match ShmPort::open(options.clone()) {
                 Ok(port) => Ok(Box::new(port)),
-                Err(error) => Err(Error::Port { port: "tcp", error }),
+                Err(error) => Err(Error::Port { port: "shm", error }),
+            },
+            PortConfig::Tcp(options) => {
+                let options = options.clone().unwrap_or_else(|| TcpOptions {
+                    bind: SocketAddr::new(bind.ip(), 0),
+                    advertise,
+                    ..TcpOptions::default()
+                });
+                match TcpPort::open(options) {
+                    Ok(port) => Ok(Box::new(port)),
+                    Err(error) => Err(Error::Port { port: "tcp", error }),
+                }
             }
         }
-    }
+    };
+    ports.iter().map(open).collect()
 }
 
-fn auth(authentication: &Authentication) -> Result<Auth, Error> {
+/// A port as the handshake offers it.
+pub(crate) fn rail(info: &PortInfo) -> Rail {
+    Rail { kind: info.kind, reach: info.reach.clone(), bytes_per_second: info.bytes_per_second }
+}
+
+pub(crate) fn auth(authentication: &Authentication) -> Result<Auth, Error> {
     match authentication {
         Authentication::PreSharedKey(key) if key.len() < Authentication::SHORTEST_KEY_BYTES => {
             Err(Error::ShortKey { bytes: key.len() })
@@ -243,13 +244,13 @@ const MOST_RECORDS: u32 = 65_536;
 const SHORTEST_FRAME_BYTES: usize = 64 << 10;
 const LONGEST_FRAME_BYTES: usize = 1 << 30;
 
-fn identity(node: Option<u64>) -> Result<Identity, Error> {
+pub(crate) fn identity(node: Option<u64>) -> Result<Identity, Error> {
     let bytes = random::<16>()?;
     let number = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 of 16 bytes"));
     Ok(Identity { node: node.unwrap_or(number(0)), incarnation: number(8) })
 }
 
-fn random<const N: usize>() -> Result<[u8; N], Error> {
+pub(crate) fn random<const N: usize>() -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
     let mut filled = 0;
     while filled < N {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use crossdock_memory::Memory;
 use crossdock_proto::{Counters, LinkId as ProtoLink, Notice, Proto, Region, SessionId, Table};
-use crossdock_transport::{Arm, Error, Events, LaneId, LocalId, Port};
+use crossdock_transport::{Arm, Error, Events, LaneId, LocalId, Mapping, Port};
 
 pub use self::lanes::LaneRegions;
 pub use self::posting::TransferFailed;
@@ -44,6 +44,7 @@ pub struct Engine {
     notices: VecDeque<Notice>,
     /// Other uses of immediates than KV pages, for the layer above.
     side_arrivals: VecDeque<SideArrival>,
+    mappings: VecDeque<PeerMapping>,
     regions: u32,
     is_shut: bool,
     options: EngineOptions,
@@ -58,11 +59,30 @@ pub struct EngineOptions {
     pub max_backlog_bytes: usize,
     /// Where a session has several lanes, an op is cut so that each lane gets no more than this at once.
     pub stripe_bytes: u64,
+    /// Whether the layer above wants to store to peers' memory itself, where a port maps it:
+    /// [`next_mapping`](Engine::next_mapping). A mapping keeps its lane from going down, so it is not taken otherwise.
+    pub keep_mappings: bool,
+}
+
+/// A peer's region that a port has mapped into this process.
+#[derive(Clone, Debug)]
+pub struct PeerMapping {
+    /// Whose.
+    pub session: SessionId,
+    /// The region's number at the peer.
+    pub region: u32,
+    /// Where it is.
+    pub mapping: Mapping,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { events_per_poll: 256, max_backlog_bytes: 64 << 20, stripe_bytes: 1 << 20 }
+        Self {
+            events_per_poll: 256,
+            max_backlog_bytes: 64 << 20,
+            stripe_bytes: 1 << 20,
+            keep_mappings: false,
+        }
     }
 }
 
@@ -129,6 +149,7 @@ impl Engine {
             backlog: BTreeMap::new(),
             notices: VecDeque::with_capacity(1024),
             side_arrivals: VecDeque::with_capacity(1024),
+            mappings: VecDeque::new(),
             regions: 0,
             is_shut: false,
             options,
@@ -207,6 +228,12 @@ impl Engine {
     /// An immediate that is not counted for a room, oldest first.
     pub fn next_side_arrival(&mut self) -> Option<SideArrival> {
         self.side_arrivals.pop_front()
+    }
+
+    /// A peer's region that was mapped, oldest first: always before the session's
+    /// [`SessionUp`](crossdock_proto::Notice::SessionUp). Only with [`EngineOptions::keep_mappings`].
+    pub fn next_mapping(&mut self) -> Option<PeerMapping> {
+        self.mappings.pop_front()
     }
 
     /// Makes progress: takes what came, decides, acts. Never blocks, and its work is bounded. True if anything

@@ -5,11 +5,13 @@
 //! - [`PageLayout`] says where page `i` of a buffer lies.
 //! - [`PagePool`] knows the state of every page. It hands out [`PageSet`] (exclusive, writable), which becomes
 //!   [`GrantedPages`] while a peer may write it, or [`PageRef`] (shared, read only).
+//! - [`copy`] moves scattered pieces at the speed of the memory, for whoever has mapped both ends.
 //!
 //! Ownership is the proof: a page that a peer can still write is not in any `PageSet`, so using it again does not
 //! compile; and where an engine allocates by page id, [`PagePool::adopt`] refuses it.
 #![deny(unsafe_code)]
 
+pub mod copy;
 mod layout;
 mod memory;
 mod pages;

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use crossdock_proto::{RegionOffer, RoomId, SessionId};
 use crossdock_transport::{
-    Error, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId, LaneTags, LocalId, PeerId, RemoteId,
+    Error, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId, LaneTags, LocalId, Mapping, PeerId, RemoteId,
 };
 
-use super::{Engine, Rail};
+use super::{Engine, PeerMapping, Rail};
 
 /// What a port can be asked for a transfer on one lane: which regions it knows by which numbers.
 #[derive(Clone, Debug)]
@@ -112,7 +112,12 @@ impl Engine {
     pub(super) fn attach(&mut self, now_ns: u64, id: SessionId) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         let Some(mut attaching) = session.attach.take() else { return };
-        match attach(&mut self.rails, session, &mut attaching) {
+        let mut mapped = |region, mapping| {
+            if self.options.keep_mappings {
+                self.mappings.push_back(PeerMapping { session: id, region, mapping });
+            }
+        };
+        match attach(&mut self.rails, session, &mut attaching, &mut mapped) {
             Ok(()) => self.proto.attached(now_ns, id, Ok(())),
             Err(Error::NotYet) => {
                 session.attach = Some(attaching);
@@ -159,7 +164,12 @@ impl Engine {
     }
 }
 
-fn attach(rails: &mut [Rail], session: &mut SessionLanes, attaching: &mut Attaching) -> Result<(), Error> {
+fn attach(
+    rails: &mut [Rail],
+    session: &mut SessionLanes,
+    attaching: &mut Attaching,
+    mapped: &mut impl FnMut(u32, Mapping),
+) -> Result<(), Error> {
     for (slot, lane) in session.slots.iter_mut().enumerate() {
         let (Some(id), LaneState::Up) = (lane.id, lane.state) else { continue };
         let peer_rail = attaching.peer_rails.get(slot).copied().unwrap_or(0);
@@ -172,6 +182,7 @@ fn attach(rails: &mut [Rail], session: &mut SessionLanes, attaching: &mut Attach
             match port.attach(id, key) {
                 Ok(attached) => {
                     attaching.found[slot].insert(offer.region, attached.id);
+                    attached.mapping.into_iter().for_each(|mapping| mapped(offer.region, mapping));
                 }
                 // The lane ends; its `Down` says the rest. Until then nothing is posted on it, where the regions
                 // are not known.

@@ -1,9 +1,8 @@
 //! The copy through the cache: the C library's `memcpy` for each piece, with the next pieces asked for
 //! early where they are short.
 
-use crossdock_memory::{prefetch_read, prefetch_write};
-
 use super::Pieces;
+use crate::{prefetch_read, prefetch_write};
 
 /// # Safety
 /// As [`super::Copier::copy_pieces`].

@@ -1,0 +1,169 @@
+//! A rank's steps through the library.
+
+use crossdock::Memory;
+use crossdock_benches::Aligned;
+use crossdock_ep::{
+    Bf16, Group, GroupOptions, LatencyOutputs, LatencyStep, Patience, Payload, Report, Rows, ScaleRule,
+    Scales, ThroughputOutputs, ThroughputStep, Tokens,
+};
+
+use crate::control::{Control, Op, now_ns};
+use crate::error::Error;
+use crate::options::Mode;
+use crate::setup::Setup;
+
+/// A rank's tokens in the form in which the library takes them.
+#[derive(Default)]
+pub struct Inputs {
+    /// `[tokens, hidden]`.
+    pub rows: Aligned<Bf16>,
+    /// The same as bytes: what a throughput step of fp8, and the floor where nothing is quantised, begin with.
+    pub values: Aligned<u8>,
+    pub scales: Aligned<u8>,
+}
+
+/// One rank of the group.
+pub struct Ours {
+    group: Group,
+    outputs: Outputs,
+    /// `[tokens, hidden]`: what came back.
+    pub combined: Aligned<Bf16>,
+}
+
+enum Outputs {
+    Latency(LatencyOutputs),
+    Throughput(ThroughputOutputs),
+}
+
+/// What has arrived, and where results go.
+pub enum Arrived<'a, 'slot> {
+    Latency(&'a mut LatencyStep<'slot>, &'a LatencyOutputs),
+    Throughput(&'a mut ThroughputStep<'slot>, &'a ThroughputOutputs),
+}
+
+impl Ours {
+    pub fn new(setup: &Setup, regions: &[Memory], rank: u32) -> Result<Self, Error> {
+        // The library would count the processors of this thread, which has only one.
+        let patience = if setup.crowded { Patience::SHARED_PROCESSOR } else { Patience::OWN_PROCESSOR };
+        let options = GroupOptions { patience: Some(patience), ..GroupOptions::default() };
+        let group = Group::over(&setup.config, rank, regions.to_vec(), &options)?;
+        let outputs = match setup.options.mode {
+            Mode::Latency => Outputs::Latency(LatencyOutputs::new(&group, setup.payload, setup.order())),
+            Mode::Throughput => Outputs::Throughput(ThroughputOutputs::new(&group, setup.payload)),
+        };
+        let combined = Aligned::new(setup.problem.tokens * setup.problem.hidden);
+        Ok(Self { group, outputs, combined })
+    }
+
+    /// A dispatch and a combine, each when all ranks have met. Between them `compute` sees what has arrived.
+    pub fn step<C: FnMut() -> Result<(), Error>>(
+        &mut self,
+        setup: &Setup,
+        control: &mut Control<'_, C>,
+        inputs: &Inputs,
+        slot: u32,
+        compute: impl FnOnce(Arrived<'_, '_>, &Control<'_, C>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Self { group, outputs, combined } = self;
+        let (problem, rank) = (&setup.problem, control.rank);
+        let rows = match (setup.options.mode, setup.payload) {
+            (_, Payload::Bf16) => Rows::Bf16(&inputs.rows),
+            (Mode::Latency, _) => Rows::Fp8(&inputs.rows, ScaleRule::Plain),
+            (Mode::Throughput, payload) => {
+                let scales = Scales::by_token(&inputs.scales, setup.scale_bytes());
+                Rows::Made { payload, values: &inputs.values, scales }
+            }
+        };
+        let weights = problem.weights(rank);
+        // The latency mode takes weights back in the combine.
+        let sent_weights = (setup.options.mode == Mode::Throughput).then_some(weights);
+        let tokens = Tokens { rows, choices: problem.choices(rank), weights: sent_weights };
+        let slot = group.slot(slot as usize);
+        let mut waited_before = 0;
+        let report: Report = match outputs {
+            Outputs::Latency(outputs) => {
+                let mut arrived = None;
+                control.time(Op::Dispatch, || {
+                    let dispatch = slot.dispatch(&tokens).map_err(Error::ep("the dispatch"))?;
+                    let sent = now_ns();
+                    let step = dispatch.latency(outputs).map_err(Error::ep("the dispatch's receive half"))?;
+                    waited_before = waited_ns(step.report())?;
+                    arrived = Some(step);
+                    Ok((sent, waited_before))
+                })?;
+                let mut step = arrived.expect("the dispatch has run");
+                compute(Arrived::Latency(&mut step, outputs), control)?;
+                let mut report = None;
+                control.time(Op::Combine, || {
+                    let combine = step.combine();
+                    let sent = now_ns();
+                    let all = combine.receive(weights, combined).map_err(Error::ep("the combine"))?;
+                    let waited = waited_ns(&all)? - waited_before;
+                    report = Some(all);
+                    Ok((sent, waited))
+                })?;
+                report.expect("the combine has run")
+            }
+            Outputs::Throughput(outputs) => {
+                let mut arrived = None;
+                control.time(Op::Dispatch, || {
+                    let dispatch = slot.dispatch(&tokens).map_err(Error::ep("the dispatch"))?;
+                    let sent = now_ns();
+                    let step =
+                        dispatch.throughput(outputs).map_err(Error::ep("the dispatch's receive half"))?;
+                    waited_before = waited_ns(step.report())?;
+                    arrived = Some(step);
+                    Ok((sent, waited_before))
+                })?;
+                let mut step = arrived.expect("the dispatch has run");
+                compute(Arrived::Throughput(&mut step, outputs), control)?;
+                let mut report = None;
+                control.time(Op::Combine, || {
+                    let combine = step.combine(None).map_err(Error::ep("the combine"))?;
+                    let sent = now_ns();
+                    let all = combine.receive(&[], None, combined).map_err(Error::ep("the combine"))?;
+                    let waited = waited_ns(&all)? - waited_before;
+                    report = Some(all);
+                    Ok((sent, waited))
+                })?;
+                report.expect("the combine has run")
+            }
+        };
+        control.tell_bytes(report.wire_bytes, report.logical_bytes);
+        Ok(())
+    }
+}
+
+impl Arrived<'_, '_> {
+    /// Where the results of one of this rank's groups go, and of whose tokens they are: source rank and token, row by
+    /// row.
+    pub fn results_mut(&mut self, setup: &Setup, group: usize) -> (&mut [Bf16], Vec<(u32, usize)>) {
+        let ranks = 0..setup.config.ranks();
+        match self {
+            Self::Latency(step, outputs) => {
+                let outputs = &**outputs;
+                let tokens = &outputs.sources()[group * outputs.rows()..][..outputs.rows()];
+                let of_source = |source: u32| {
+                    outputs.range(group, source).map(move |row| (source, tokens[row as usize] as usize))
+                };
+                let tokens = ranks.flat_map(of_source).collect();
+                (step.results_mut(group), tokens)
+            }
+            Self::Throughput(step, outputs) => {
+                let outputs = &**outputs;
+                let of_source = |source: u32| {
+                    outputs.range(source).map(move |row| (source, outputs.tokens()[row] as usize))
+                };
+                let tokens = ranks.flat_map(of_source).collect();
+                (step.results_mut(), tokens)
+            }
+        }
+    }
+}
+
+fn waited_ns(report: &Report) -> Result<u64, Error> {
+    if !report.masked.is_empty() {
+        return Err(Error::Masked { ranks: report.masked.clone() });
+    }
+    Ok(report.waits.iter().map(|wait| wait.as_nanos() as u64).sum())
+}

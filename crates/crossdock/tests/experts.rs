@@ -1,0 +1,277 @@
+//! Ranks in processes of their own meet, exchange tokens, and live on when one of them is killed or stopped.
+//!
+//! The test binary runs itself once for each rank.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crossdock::Authentication;
+use crossdock::experts::{
+    Bf16, EpError, Group, GroupConfig, GroupOptions, LatencyOutputs, MeetError, Meeting, MeetingConfig,
+    Payload, Rows, ScaleOrder, Tokens,
+};
+
+const HIDDEN: usize = 256;
+const TOKENS: usize = 16;
+const TOP_K: usize = 2;
+
+fn group(ranks: usize) -> GroupConfig {
+    GroupConfig {
+        max_tokens: vec![TOKENS as u32; ranks],
+        experts: 2 * ranks as u32,
+        top_k: TOP_K as u32,
+        hidden: HIDDEN as u32,
+        payload: Payload::Bf16,
+        slots: 1,
+        placement_version: 1,
+    }
+}
+
+fn config(ranks: usize, rank: u32) -> MeetingConfig {
+    let mut config =
+        MeetingConfig::new(group(ranks), rank, Authentication::PreSharedKey(b"of these tests only".to_vec()));
+    // Five seconds of silence: on a busy machine the living are heard of within that.
+    (config.heartbeat_grace, config.heartbeats_missed) = (Duration::ZERO, 25);
+    config.options = GroupOptions {
+        deadline: Duration::from_secs(60),
+        warm_up: Duration::from_secs(60),
+        ..GroupOptions::default()
+    };
+    config
+}
+
+/// One step: every token chooses one expert of `(token) % ranks` and one of the next rank; experts double.
+fn step(group: &mut Group, value: f32) -> Result<Vec<Bf16>, EpError> {
+    let ranks = group.config().ranks() as i64;
+    let choices: Vec<i64> =
+        (0..TOKENS as i64).flat_map(|t| [2 * (t % ranks), 2 * ((t + 1) % ranks) + 1]).collect();
+    let rows = vec![Bf16::from_f32(value); TOKENS * HIDDEN];
+    let mut outputs = LatencyOutputs::new(group, Payload::Bf16, ScaleOrder::ByRow);
+    let tokens = Tokens { rows: Rows::Bf16(&rows), choices: &choices, weights: None };
+    let mut step = group.slot(0).dispatch(&tokens)?.latency(&mut outputs)?;
+    for expert in 0..outputs.counts().len() {
+        for (row, result) in step.results_mut(expert).chunks_mut(HIDDEN).enumerate() {
+            for (bytes, result) in outputs.row(expert, row).chunks(2).zip(result) {
+                let value = Bf16::from_bits(u16::from_le_bytes(bytes.try_into().unwrap()));
+                *result = Bf16::from_f32(2.0 * value.to_f32());
+            }
+        }
+    }
+    let mut out = rows.clone();
+    step.combine().receive(&[0.5; TOKENS * TOP_K], &mut out)?;
+    Ok(out)
+}
+
+/// What a step gives where some ranks are dead.
+fn expected(ranks: usize, value: f32, dead: &[u32]) -> Vec<Bf16> {
+    let token = |t: usize| {
+        let answers =
+            [t % ranks, (t + 1) % ranks].iter().filter(|rank| !dead.contains(&(**rank as u32))).count();
+        vec![Bf16::from_f32(value * answers as f32); HIDDEN]
+    };
+    (0..TOKENS).flat_map(token).collect()
+}
+
+/// One rank, which answers to lines: what [`Ranks`] runs.
+#[test]
+fn child() {
+    let Ok(args) = std::env::var("CROSSDOCK_EXPERTS_CHILD") else { return };
+    let (rank, ranks) = args.split_once('/').unwrap();
+    let (rank, ranks): (u32, usize) = (rank.parse().unwrap(), ranks.parse().unwrap());
+    let meeting = Meeting::open(config(ranks, rank)).unwrap();
+    let mut lines = std::io::stdin().lock().lines().map(Result::unwrap);
+    let mut said = std::io::stderr().lock();
+    writeln!(said, "address {}", meeting.address()).unwrap();
+    let addresses: Vec<String> = lines.next().unwrap().split(' ').map(str::to_owned).collect();
+    let mut group = meeting.meet(&addresses, Duration::from_secs(60)).unwrap();
+    writeln!(said, "met").unwrap();
+    for line in lines {
+        let mut words = line.split(' ');
+        let steps: u32 = words.next().unwrap().parse().unwrap();
+        let dead: Vec<u32> = words.map(|word| word.parse().unwrap()).collect();
+        for at in 0..steps {
+            let value = (rank * 100 + at % 64) as f32;
+            match step(&mut group, value) {
+                Ok(out) => {
+                    let now = group.masked();
+                    // A step in which a rank dies may still have had its answers, or not.
+                    let possible = [&dead[..], &now[..], &[]].map(|dead| expected(ranks, value, dead));
+                    assert!(possible.contains(&out), "step {at} of rank {rank}, {now:?} masked");
+                }
+                Err(EpError::Masked { by }) => {
+                    writeln!(said, "masked by {by}").unwrap();
+                    return;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+        writeln!(said, "done {:?}", group.masked()).unwrap();
+    }
+}
+
+struct Ranks(Vec<Rank>);
+
+struct Rank {
+    child: Child,
+    asks: ChildStdin,
+    says: BufReader<std::process::ChildStderr>,
+    _out: ChildStdout,
+}
+
+impl Ranks {
+    fn start(ranks: usize) -> Ranks {
+        let mut all = Ranks((0..ranks).map(|rank| Rank::start(rank, ranks)).collect());
+        let addresses: Vec<String> = all
+            .0
+            .iter_mut()
+            .map(|rank| rank.hear("address ").split_once(' ').unwrap().1.to_owned())
+            .collect();
+        all.ask(&addresses.join(" "));
+        all.0.iter_mut().for_each(|rank| drop(rank.hear("met")));
+        all
+    }
+
+    fn ask(&mut self, line: &str) {
+        self.0.iter_mut().for_each(|rank| rank.ask(line));
+    }
+}
+
+impl Rank {
+    fn start(rank: usize, ranks: usize) -> Rank {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
+        command.env("CROSSDOCK_EXPERTS_CHILD", format!("{rank}/{ranks}"));
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (asks, says) = (child.stdin.take().unwrap(), BufReader::new(child.stderr.take().unwrap()));
+        let out = child.stdout.take().unwrap();
+        Rank { child, asks, says, _out: out }
+    }
+
+    fn ask(&mut self, line: &str) {
+        // One that is dead does not hear.
+        let _ = writeln!(self.asks, "{line}");
+    }
+
+    /// The next line that begins so; panics with all others if it ends.
+    fn hear(&mut self, begin: &str) -> String {
+        let mut all = String::new();
+        loop {
+            let mut line = String::new();
+            if self.says.read_line(&mut line).unwrap() == 0 {
+                panic!("a rank ended; it said: {all}");
+            }
+            if line.starts_with(begin) {
+                return line.trim_end().to_owned();
+            }
+            all += &line;
+        }
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Rank {
+    fn drop(&mut self) {
+        // Those that are stopped die too.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn ranks_of_several_processes_exchange_tokens() {
+    let mut ranks = Ranks::start(4);
+    ranks.ask("50");
+    for rank in &mut ranks.0 {
+        assert_eq!(rank.hear("done"), "done []");
+    }
+}
+
+#[test]
+fn the_others_go_on_when_a_rank_is_killed() {
+    for round in 0..3 {
+        let mut ranks = Ranks::start(4);
+        ranks.ask("4000 2");
+        std::thread::sleep(Duration::from_millis(20 + 30 * round));
+        let begun = Instant::now();
+        ranks.0[2].signal(rustix::process::Signal::KILL);
+        for at in [0, 1, 3] {
+            assert_eq!(ranks.0[at].hear("done"), "done [2]");
+        }
+        // Far from the deadline of a minute: the end of the process was noticed.
+        assert!(begun.elapsed() < Duration::from_secs(45), "{:?}", begun.elapsed());
+    }
+}
+
+#[test]
+fn a_rank_that_is_stopped_is_masked_and_told_so_when_it_goes_on() {
+    let mut ranks = Ranks::start(3);
+    ranks.ask("3");
+    ranks.0.iter_mut().for_each(|rank| drop(rank.hear("done []")));
+    ranks.ask("4000 1");
+    std::thread::sleep(Duration::from_millis(30));
+    ranks.0[1].signal(rustix::process::Signal::STOP);
+    for at in [0, 2] {
+        assert_eq!(ranks.0[at].hear("done"), "done [1]");
+    }
+    ranks.0[1].signal(rustix::process::Signal::CONT);
+    ranks.0[1].hear("masked by");
+}
+
+#[test]
+fn ranks_that_do_not_agree_refuse_each_other_in_words() {
+    let other = {
+        let mut other = config(2, 0);
+        other.group.hidden = 512;
+        Meeting::open(other).unwrap()
+    };
+    let meeting = Meeting::open(config(2, 1)).unwrap();
+    let addresses = [other.address().to_owned(), meeting.address().to_owned()];
+    let theirs = addresses.clone();
+    let waiting = std::thread::spawn(move || other.meet(&theirs, Duration::from_secs(3)));
+    let refused = meeting.meet(&addresses, Duration::from_secs(30)).unwrap_err();
+    assert!(matches!(refused, MeetError::Refused { rank: 0, .. }), "{refused:?}");
+    assert!(refused.to_string().contains("experts.hidden 256 here, 512 there"), "{refused}");
+    let late = waiting.join().unwrap().unwrap_err();
+    assert!(late.to_string().starts_with("ranks [1] were not met within 3000 ms"), "{late}");
+}
+
+#[test]
+fn a_rank_that_nobody_joins_says_who_is_missing() {
+    let meeting = Meeting::open(config(3, 1)).unwrap();
+    let own = meeting.address().to_owned();
+    let addresses = ["127.0.0.1:9".to_owned(), own.clone(), own];
+    let late = meeting.meet(&addresses, Duration::from_millis(300)).unwrap_err();
+    assert!(late.to_string().contains("ranks [0, 2] were not met"), "{late}");
+    let alone = Meeting::open(config(1, 0)).unwrap();
+    let addresses = [alone.address().to_owned()];
+    let mut group = alone.meet(&addresses, Duration::from_secs(10)).unwrap();
+    assert_eq!(step(&mut group, 3.0).unwrap(), expected(1, 3.0, &[]));
+}
+
+#[cfg(feature = "bootstrap")]
+#[test]
+fn ranks_meet_through_a_registry() {
+    use crossdock::bootstrap::{Client, ClientConfig, Server, ServerConfig};
+    let server = Server::start(ServerConfig::on("127.0.0.1:0".parse().unwrap())).unwrap();
+    let client = Client::new(ClientConfig::to(&server.address().to_string())).unwrap();
+    std::thread::scope(|scope| {
+        let rank = |rank| {
+            let client = client.clone();
+            scope.spawn(move || {
+                let meeting = Meeting::open(config(3, rank)).unwrap();
+                let mut met = meeting.meet_at(&client, "moe", Duration::from_secs(30)).unwrap();
+                for at in 0..5 {
+                    assert_eq!(step(&mut met.group, at as f32).unwrap(), expected(3, at as f32, &[]));
+                }
+            })
+        };
+        let all: Vec<_> = (0..3).map(rank).collect();
+        all.into_iter().for_each(|rank| rank.join().unwrap());
+    });
+}

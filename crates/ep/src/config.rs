@@ -1,0 +1,300 @@
+//! What the ranks of a group agree on, whether that is possible, and what memory it takes.
+
+use std::fmt;
+
+use crate::Experts;
+
+/// What all ranks of a group agree on. Compared when they meet: [`GroupConfig::differences`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupConfig {
+    /// The most tokens that each rank dispatches in one step, by rank; so there are as many ranks as entries.
+    pub max_tokens: Vec<u32>,
+    /// Experts over all ranks, as [`Experts`] spreads them.
+    pub experts: u32,
+    /// Experts that a token chooses, at most.
+    pub top_k: u32,
+    /// Channels of a token.
+    pub hidden: u32,
+    /// The largest form in which a dispatch may carry rows. Those that are not larger may be used as well.
+    pub payload: Payload,
+    /// Micro-batches that may be under way at once.
+    pub slots: u32,
+    /// Which placement of the experts the ranks believe in.
+    pub placement_version: u64,
+}
+
+/// The form in which rows travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Payload {
+    /// bfloat16, no scales.
+    Bf16,
+    /// FP8 e4m3 with one `f32` scale for 128 channels.
+    Fp8,
+    /// FP8 e4m3 with scales that are powers of two: one byte for 128 channels, four to a word, the last word filled up
+    /// with zeros.
+    Fp8Ue8m0,
+    /// Bytes that mean nothing to the library, like MXFP4 or NVFP4 with their scales.
+    Opaque {
+        /// Bytes of a row.
+        row_bytes: u32,
+        /// Bytes of a row's scales.
+        scale_bytes: u32,
+    },
+}
+
+/// Channels that share a scale.
+pub const BLOCK_CHANNELS: u32 = 128;
+
+impl Payload {
+    /// Bytes of one row's values.
+    pub fn row_bytes(self, hidden: u32) -> u64 {
+        match self {
+            Payload::Bf16 => 2 * u64::from(hidden),
+            Payload::Fp8 | Payload::Fp8Ue8m0 => u64::from(hidden),
+            Payload::Opaque { row_bytes, .. } => u64::from(row_bytes),
+        }
+    }
+
+    /// Bytes of one row's scales.
+    pub fn scale_bytes(self, hidden: u32) -> u64 {
+        let blocks = u64::from(hidden.div_ceil(BLOCK_CHANNELS));
+        match self {
+            Payload::Bf16 => 0,
+            Payload::Fp8 => 4 * blocks,
+            Payload::Fp8Ue8m0 => 4 * blocks.div_ceil(4),
+            Payload::Opaque { scale_bytes, .. } => u64::from(scale_bytes),
+        }
+    }
+}
+
+impl fmt::Display for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Payload::Bf16 => f.write_str("bf16"),
+            Payload::Fp8 => f.write_str("fp8_e4m3 with f32 scales"),
+            Payload::Fp8Ue8m0 => f.write_str("fp8_e4m3 with ue8m0 scales"),
+            Payload::Opaque { row_bytes, scale_bytes } => {
+                write!(f, "rows of {row_bytes} bytes with scales of {scale_bytes}")
+            }
+        }
+    }
+}
+
+/// A limit that a configuration violates.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Violation {
+    /// A number is below or above what it can be.
+    #[error("{what} {value}: it must be {least} to {most}")]
+    OutOfRange {
+        /// Which number.
+        what: &'static str,
+        /// What it is.
+        value: u64,
+        /// The smallest that is possible.
+        least: u64,
+        /// The largest that is possible.
+        most: u64,
+    },
+    /// A rank's token limit is above what it can be.
+    #[error("max_tokens {value} of rank {rank}: it must be at most {most}")]
+    TooManyTokens {
+        /// Which rank.
+        rank: usize,
+        /// Its limit.
+        value: u32,
+        /// The largest that is possible.
+        most: u32,
+    },
+    /// Something has to be a multiple of another number.
+    #[error("{what} {value}: it must be a multiple of {of}{why}")]
+    NotAligned {
+        /// What.
+        what: &'static str,
+        /// How much it is.
+        value: u64,
+        /// What it has to be a multiple of.
+        of: u64,
+        /// For what, beginning with a comma.
+        why: &'static str,
+    },
+    /// The memory that the configuration asks for cannot be addressed.
+    #[error("the buffers would be larger than an address space")]
+    TooLarge,
+}
+
+/// Every limit that a configuration violates, at least one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violations(pub Vec<Violation>);
+
+impl fmt::Display for Violations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, violation) in self.0.iter().enumerate() {
+            write!(f, "{}{violation}", if at > 0 { "; " } else { "" })?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Violations {}
+
+/// One value that differs between the configurations of two ranks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Difference {
+    /// Which value.
+    pub what: String,
+    /// What it is on this side.
+    pub ours: String,
+    /// What it is on the other.
+    pub theirs: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} here, {} there", self.what, self.ours, self.theirs)
+    }
+}
+
+/// What memory one rank needs, in bytes; known before anything is allocated. Exact in the worst case, in which every
+/// token goes to this rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// Where the others write the rows that they dispatch to this rank.
+    pub dispatch_arenas: u64,
+    /// Where the others write the rows that they return to this rank, for those that cannot map each other's memory.
+    /// Rows inside a host are read where they lie.
+    pub combine_arenas: u64,
+    /// What this rank's experts read and write, in the layout of the latency mode: values, scales, source tokens, and
+    /// results in bf16.
+    pub outputs: u64,
+}
+
+impl GroupConfig {
+    /// How many ranks there are.
+    pub fn ranks(&self) -> u32 {
+        self.max_tokens.len() as u32
+    }
+
+    /// How the experts are spread.
+    ///
+    /// # Panics
+    /// If there is no rank, which [`GroupConfig::validate`] finds.
+    pub fn spread(&self) -> Experts {
+        Experts::new(self.experts, self.ranks())
+    }
+
+    /// Lists every violated limit.
+    pub fn validate(&self) -> Result<(), Violations> {
+        let mut found = Vec::new();
+        let mut range = |what, value: u64, least, most| {
+            if !(least..=most).contains(&value) {
+                found.push(Violation::OutOfRange { what, value, least, most });
+            }
+        };
+        range("ranks", self.max_tokens.len() as u64, 1, u64::from(MAX_RANKS));
+        range("experts", self.experts.into(), 1, u64::from(MAX_EXPERTS));
+        range("top_k", self.top_k.into(), 1, u64::from(MAX_TOP_K));
+        range("hidden", self.hidden.into(), 1, u64::from(MAX_HIDDEN));
+        range("slots", self.slots.into(), 1, u64::from(MAX_SLOTS));
+        if let Payload::Opaque { row_bytes, scale_bytes } = self.payload {
+            range("row_bytes", row_bytes.into(), 1, u64::from(MAX_ROW_BYTES));
+            range("scale_bytes", scale_bytes.into(), 0, u64::from(MAX_ROW_BYTES));
+        }
+        for (rank, &value) in self.max_tokens.iter().enumerate() {
+            if value > MAX_TOKENS {
+                found.push(Violation::TooManyTokens { rank, value, most: MAX_TOKENS });
+            }
+        }
+        let mut aligned = |what, value: u64, of, why| {
+            if !value.is_multiple_of(of) {
+                found.push(Violation::NotAligned { what, value, of, why });
+            }
+        };
+        aligned("hidden", self.hidden.into(), 8, ", as results are bf16 rows of 16-byte pieces");
+        match self.payload {
+            Payload::Bf16 => {}
+            Payload::Fp8 | Payload::Fp8Ue8m0 => {
+                aligned("hidden", self.hidden.into(), BLOCK_CHANNELS.into(), ", the channels of a scale");
+            }
+            Payload::Opaque { row_bytes, scale_bytes } => {
+                aligned("row_bytes", row_bytes.into(), 16, "");
+                aligned("scale_bytes", scale_bytes.into(), 4, "");
+            }
+        }
+        if found.is_empty() && self.checked_sizes().is_none() {
+            found.push(Violation::TooLarge);
+        }
+        if found.is_empty() { Ok(()) } else { Err(Violations(found)) }
+    }
+
+    /// What memory each rank needs.
+    pub fn sizes(&self) -> Result<Sizes, Violations> {
+        self.validate()?;
+        Ok(self.checked_sizes().expect("a valid configuration has sizes"))
+    }
+
+    /// Where another rank's configuration differs, in words.
+    pub fn differences(&self, theirs: &GroupConfig) -> Vec<Difference> {
+        let mut found = Vec::new();
+        let mut compare = |what: &str, ours: &dyn fmt::Display, theirs: &dyn fmt::Display| {
+            let (ours, theirs) = (ours.to_string(), theirs.to_string());
+            if ours != theirs {
+                found.push(Difference { what: what.to_owned(), ours, theirs });
+            }
+        };
+        compare("ranks", &self.max_tokens.len(), &theirs.max_tokens.len());
+        compare("experts", &self.experts, &theirs.experts);
+        compare("top_k", &self.top_k, &theirs.top_k);
+        compare("hidden", &self.hidden, &theirs.hidden);
+        compare("payload", &self.payload, &theirs.payload);
+        compare("slots", &self.slots, &theirs.slots);
+        compare("placement_version", &self.placement_version, &theirs.placement_version);
+        if self.max_tokens.len() == theirs.max_tokens.len() {
+            for (rank, (ours, theirs)) in self.max_tokens.iter().zip(&theirs.max_tokens).enumerate() {
+                compare(&format!("max_tokens of rank {rank}"), ours, theirs);
+            }
+        }
+        found
+    }
+
+    fn checked_sizes(&self) -> Option<Sizes> {
+        let tokens = self.max_tokens.iter().map(|&tokens| u64::from(tokens)).sum::<u64>();
+        let most = u64::from(self.max_tokens.iter().copied().max().unwrap_or(0));
+        let slots = u64::from(self.slots);
+        let [row, scale] = [self.payload.row_bytes(self.hidden), self.payload.scale_bytes(self.hidden)];
+        let result = 2 * u64::from(self.hidden);
+        let arena = |tokens: u32| crate::arena::ArenaLayout::new(self, tokens).map(|layout| layout.bytes());
+        let arenas =
+            self.max_tokens.iter().try_fold(0_u64, |sum, &tokens| sum.checked_add(arena(tokens)?))?;
+        let packed_row = row + scale + 4 + result;
+        let sizes = Sizes {
+            dispatch_arenas: arenas.checked_mul(slots)?,
+            combine_arenas: most.checked_mul(self.top_k.into())?.checked_mul(result)?.checked_mul(slots)?,
+            outputs: tokens
+                .checked_mul(self.spread().most().into())?
+                .checked_mul(packed_row)?
+                .checked_mul(slots)?,
+        };
+        let all = sizes.dispatch_arenas.checked_add(sizes.combine_arenas)?.checked_add(sizes.outputs)?;
+        // Places of packed rows have 32 bits.
+        let places = tokens.checked_mul(self.spread().most().into())?;
+        (all <= MAX_BYTES && places <= u64::from(u32::MAX)).then_some(sizes)
+    }
+}
+
+/// All buffers of a rank: what a process can address.
+const MAX_BYTES: u64 = 1 << 47;
+/// Ranks of a group.
+pub const MAX_RANKS: u32 = 4096;
+/// Experts of a group: a local index and "none" fit in 16 bits.
+pub const MAX_EXPERTS: u32 = 1 << 15;
+/// Choices of a token.
+pub const MAX_TOP_K: u32 = 64;
+/// Channels of a token.
+pub const MAX_HIDDEN: u32 = 1 << 17;
+/// Tokens of a rank in one step.
+pub const MAX_TOKENS: u32 = 1 << 20;
+/// Micro-batches under way.
+pub const MAX_SLOTS: u32 = 64;
+/// Bytes of a row that means nothing to the library.
+pub const MAX_ROW_BYTES: u32 = 1 << 19;

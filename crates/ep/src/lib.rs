@@ -1,0 +1,55 @@
+//! Tokens reach their experts and come back.
+//!
+//! The ranks of a group hold the experts of a mixture-of-experts layer. In a step each rank *dispatches* its tokens to
+//! the ranks that hold the experts it chose for them, and *combines* what those ranks computed. Two modes, with the
+//! semantics that DeepEP made usual: *throughput* (rows by source rank and token, for prefill) and *latency*
+//! (expert-major rows, quantised on the way, for decode).
+//!
+//! - What a group agrees on: [`GroupConfig`], checked whole by [`GroupConfig::validate`], compared by
+//!   [`GroupConfig::differences`], weighed by [`GroupConfig::sizes`].
+//! - Who holds which expert: [`Experts`]. Who gets how many tokens: [`Layout`].
+//! - Numbers: [`Bf16`], [`E4m3`], [`Ue8m0`]; [`Quantiser`] and [`Summer`] do whole rows.
+//!
+//! # Order
+//! Every output order is fixed by (source rank, source token), and every sum by the order of ranks or of choices. So
+//! equal inputs give equal bits, whatever arrives first.
+
+#![deny(unsafe_code)]
+
+mod arena;
+mod arrivals;
+mod bytes;
+mod config;
+mod error;
+mod experts;
+#[cfg(test)]
+#[allow(unsafe_code)]
+mod fenced;
+mod group;
+mod latency;
+mod layout;
+mod meet;
+mod number;
+#[allow(unsafe_code)]
+mod quantise;
+mod slot;
+#[allow(unsafe_code)]
+mod sum;
+mod throughput;
+mod vectors;
+mod words;
+
+pub use arrivals::Patience;
+pub use config::{BLOCK_CHANNELS, Difference, GroupConfig, Payload, Sizes, Violation, Violations};
+pub use error::{EpError, GroupError};
+pub use experts::Experts;
+pub use group::{Group, GroupOptions, LostWeight, Mourner};
+pub use latency::{LatencyCombine, LatencyOutputs, LatencyStep, ScaleOrder};
+pub use layout::{Layout, LayoutError};
+pub use meet::{MeetError, introduction};
+pub use number::{Bf16, E4m3, Ue8m0};
+pub use quantise::{Quantiser, ScaleRule};
+pub use slot::{Dispatch, Report, Rows, Scales, Slot, Tokens};
+pub use sum::Summer;
+pub use throughput::{Expanded, ThroughputCombine, ThroughputOutputs, ThroughputStep};
+pub use vectors::Vectors;
