@@ -196,10 +196,6 @@ impl GroupConfig {
         range("top_k", self.top_k.into(), 1, u64::from(MAX_TOP_K));
         range("hidden", self.hidden.into(), 1, u64::from(MAX_HIDDEN));
         range("slots", self.slots.into(), 1, u64::from(MAX_SLOTS));
-        if let Payload::Opaque { row_bytes, scale_bytes } = self.payload {
-            range("row_bytes", row_bytes.into(), 1, u64::from(MAX_ROW_BYTES));
-            range("scale_bytes", scale_bytes.into(), 0, u64::from(MAX_ROW_BYTES));
-        }
         for (rank, &value) in self.max_tokens.iter().enumerate() {
             if value > MAX_TOKENS {
                 found.push(Violation::TooManyTokens { rank, value, most: MAX_TOKENS });
@@ -211,18 +207,36 @@ impl GroupConfig {
             }
         };
         aligned("hidden", self.hidden.into(), 8, ", as results are bf16 rows of 16-byte pieces");
-        match self.payload {
-            Payload::Bf16 => {}
-            Payload::Fp8 | Payload::Fp8Ue8m0 => {
-                aligned("hidden", self.hidden.into(), BLOCK_CHANNELS.into(), ", the channels of a scale");
-            }
-            Payload::Opaque { row_bytes, scale_bytes } => {
-                aligned("row_bytes", row_bytes.into(), 16, "");
-                aligned("scale_bytes", scale_bytes.into(), 4, "");
-            }
+        if let Err(Violations(of_payload)) = self.check_payload(self.payload) {
+            found.extend(of_payload);
         }
         if found.is_empty() && self.checked_sizes().is_none() {
             found.push(Violation::TooLarge);
+        }
+        if found.is_empty() { Ok(()) } else { Err(Violations(found)) }
+    }
+
+    /// Lists what is wrong with a form of rows, in this group.
+    pub(crate) fn check_payload(&self, payload: Payload) -> Result<(), Violations> {
+        let mut found = Vec::new();
+        let mut check = |what, value: u32, least: u32, of: u32, why| {
+            if !(least..=MAX_ROW_BYTES).contains(&value) {
+                let (value, least, most) = (value.into(), least.into(), MAX_ROW_BYTES.into());
+                found.push(Violation::OutOfRange { what, value, least, most });
+            }
+            if !value.is_multiple_of(of) {
+                found.push(Violation::NotAligned { what, value: value.into(), of: of.into(), why });
+            }
+        };
+        match payload {
+            Payload::Bf16 => {}
+            Payload::Fp8 | Payload::Fp8Ue8m0 => {
+                check("hidden", self.hidden, 1, BLOCK_CHANNELS, ", the channels of a scale");
+            }
+            Payload::Opaque { row_bytes, scale_bytes } => {
+                check("row_bytes", row_bytes, 1, 16, "");
+                check("scale_bytes", scale_bytes, 0, 4, "");
+            }
         }
         if found.is_empty() { Ok(()) } else { Err(Violations(found)) }
     }

@@ -74,6 +74,9 @@ pub enum EpError {
         /// This rank's limit of tokens.
         limit: u32,
     },
+    /// Rows of this form are not possible. Nothing was sent.
+    #[error("rows of this form are not possible: {0}")]
+    Payload(#[from] Violations),
     /// Rows of this form are longer than the group's. Nothing was sent.
     #[error(
         "rows of {row_bytes} and scales of {scale_bytes} bytes do not fit the group's of {most_bytes} together"

@@ -256,7 +256,7 @@ impl Shared {
     }
 
     pub fn is_masked(&self, rank: u32) -> bool {
-        self.mask[rank as usize / 32].load(Ordering::Relaxed) >> (rank % 32) & 1 != 0
+        self.mask[rank as usize / 32].load(Ordering::Acquire) >> (rank % 32) & 1 != 0
     }
 
     pub fn is_gone(&self, rank: u32) -> bool {
@@ -268,7 +268,7 @@ impl Shared {
     }
 
     pub fn mask(&self, rank: u32) {
-        self.mask[rank as usize / 32].fetch_or(1 << (rank % 32), Ordering::Relaxed);
+        self.mask[rank as usize / 32].fetch_or(1 << (rank % 32), Ordering::AcqRel);
     }
 
     pub fn mask_words(&self) -> Vec<u32> {

@@ -164,6 +164,7 @@ impl<'slot> Dispatch<'slot> {
         outputs.packing.scales.clear();
         outputs.packing.order.clear();
         let mut begins = Vec::with_capacity(shared.ranks() as usize);
+        slot.begin_waiting();
         for source in 0..shared.ranks() {
             let before = outputs.counts.clone();
             let came = slot.wait_for(source, &header, &mut report)?;
@@ -175,7 +176,6 @@ impl<'slot> Dispatch<'slot> {
             }
             begins.push(came.map(|_| before));
         }
-        slot.check_membership(&begins.iter().map(Option::is_some).collect::<Vec<_>>())?;
         scatter_columns(&mut outputs.packing, outputs.rows, outputs.scale_bytes / 4, &mut outputs.scales);
         for (total, &count) in outputs.totals.iter_mut().zip(&outputs.counts) {
             *total += u64::from(count);
@@ -390,6 +390,7 @@ impl LatencyCombine<'_> {
             Report { waits: vec![std::time::Duration::ZERO; shared.ranks() as usize], ..Report::default() };
         let mut answered = vec![false; shared.ranks() as usize];
         let mut begins = vec![Vec::new(); shared.ranks() as usize];
+        slot.begin_waiting();
         for source in 0..shared.ranks() {
             if slot.wait_for(source, &header, &mut report)?.is_none() {
                 continue;

@@ -37,6 +37,8 @@ pub struct Slot {
     open: bool,
     /// The first step is over.
     warm: bool,
+    /// When the waits of this receive half are over. One deadline for all ranks: several that are dead cost it once.
+    until: Instant,
     pub(crate) routes: Routes,
     lists: Vec<Vec<u8>>,
     row: Vec<u8>,
@@ -168,6 +170,7 @@ impl Slot {
             call: 0,
             open: false,
             warm: false,
+            until: Instant::now(),
             routes: Routes::default(),
             lists: vec![Vec::new(); ranks],
             row: Vec::new(),
@@ -181,6 +184,10 @@ impl Slot {
     /// them, and returns. Nothing waits here, except where the last dispatch of this slot was never combined.
     pub fn dispatch(&mut self, tokens: &Tokens<'_>) -> Result<Dispatch<'_>, EpError> {
         let header = self.check(tokens)?;
+        // Who is masked by some has to stop for all: the others take its next call for another one than theirs.
+        if let Some(by) = self.expelled_by() {
+            return Err(EpError::Masked { by });
+        }
         self.release()?;
         self.call = self.call.wrapping_add(1);
         self.open = true;
@@ -234,7 +241,10 @@ impl Slot {
                 same("rows", rows.len(), count * hidden)?;
                 Payload::Fp8Ue8m0
             }
-            Rows::Made { payload, .. } => payload,
+            Rows::Made { payload, .. } => {
+                config.check_payload(payload)?;
+                payload
+            }
         };
         let quantised = matches!(tokens.rows, Rows::Fp8(..) | Rows::Fp8Ue8m0(_));
         if quantised && !config.hidden.is_multiple_of(BLOCK_CHANNELS) {
@@ -252,11 +262,10 @@ impl Slot {
             same("a token's scales", elements * scales.element_bytes, scale_bytes as usize)?;
             let end = match (count, elements) {
                 (0, _) | (_, 0) => 0,
-                _ => {
-                    (count - 1) * scales.token_stride
-                        + (elements - 1) * scales.element_stride
-                        + scales.element_bytes
-                }
+                _ => (count - 1)
+                    .saturating_mul(scales.token_stride)
+                    .saturating_add((elements - 1).saturating_mul(scales.element_stride))
+                    .saturating_add(scales.element_bytes),
             };
             if scales.bytes.len() < end {
                 return Err(EpError::WrongLength { what: "scales", len: scales.bytes.len(), expected: end });
@@ -323,10 +332,11 @@ impl Slot {
                 Rows::Fp8Ue8m0(rows) => {
                     let blocks = hidden / BLOCK_CHANNELS as usize;
                     shared.quantiser.quantise_ue8m0(&rows[channels], values, &mut scales[..blocks]);
+                    scales[blocks..].fill(0);
                 }
                 Rows::Made { values: made, scales: given, .. } => {
                     values.copy_from_slice(&made[token * row_bytes..][..row_bytes]);
-                    for (element, bytes) in scales.chunks_exact_mut(given.element_bytes).enumerate() {
+                    for (element, bytes) in scales.chunks_exact_mut(given.element_bytes.max(1)).enumerate() {
                         let at = token * given.token_stride + element * given.element_stride;
                         bytes.copy_from_slice(&given.bytes[at..][..given.element_bytes]);
                     }
@@ -362,6 +372,14 @@ impl Slot {
         });
     }
 
+    /// A receive half begins.
+    pub(crate) fn begin_waiting(&mut self) {
+        let time = if self.warm { self.shared.options.deadline } else { self.shared.options.warm_up };
+        let now = Instant::now();
+        // A time beyond all bounds is a year.
+        self.until = now.checked_add(time).unwrap_or(now + Duration::from_secs(31_536_000));
+    }
+
     /// Waits for a rank's part of the call. `None` if the rank is masked, or was masked now.
     pub(crate) fn wait_for(
         &mut self,
@@ -375,10 +393,14 @@ impl Slot {
         }
         let arena = shared.arena(self.slot, source, shared.rank);
         let begun = Instant::now();
-        let time = if self.warm { shared.options.deadline } else { shared.options.warm_up };
         let waited = words::with(arena.word(), |word| {
-            let stop = || shared.is_gone(source) || self.has_left(source) || self.expelled_by().is_some();
-            arrivals::wait(word, self.call, shared.patience, begun + time, stop)
+            let stop = || {
+                shared.is_gone(source)
+                    || self.has_left(source)
+                    || self.expelled_by().is_some()
+                    || self.is_masked_elsewhere(source)
+            };
+            arrivals::wait(word, self.call, shared.patience, self.until, stop)
         });
         report.waits[source as usize] += begun.elapsed();
         if waited != Waited::Arrived
@@ -419,16 +441,34 @@ impl Slot {
     /// Goes on without a rank, and leaves it word.
     fn mask(&self, rank: u32) {
         let shared = &*self.shared;
-        shared.mask(rank);
         shared.say_farewell(rank, Farewell::Masked);
-        // What the rank may still be reading is overwritten only after it can know that it should not.
+        // What the rank may still be reading is overwritten, by any slot, only after it can know that it should not.
         fence(Ordering::SeqCst);
+        shared.mask(rank);
     }
 
-    /// A rank that has masked this one.
+    /// A rank that has masked this one. What those say that are masked or dead to this one counts for nothing.
     fn expelled_by(&self) -> Option<u32> {
         let shared = &*self.shared;
-        (0..shared.ranks()).find(|&by| self.is_expelled_by(by))
+        let counts = |by: &u32| !shared.is_masked(*by) && !shared.is_gone(*by);
+        (0..shared.ranks()).filter(counts).find(|&by| self.is_expelled_by(by))
+    }
+
+    /// Whether another rank has said of this one that it is masked, with its part of this call or of the next: whoever
+    /// masks in this call says so with the next.
+    fn is_masked_elsewhere(&self, rank: u32) -> bool {
+        let shared = &*self.shared;
+        let mut mask = vec![0; shared.ranks().div_ceil(32) as usize];
+        let mut says = |other: u32, call: u32| {
+            let arena = shared.arena(self.slot, other, shared.rank);
+            words::with(arena.word(), |word| arrivals::has_come(word, call)) && {
+                arena.read_header(call, &mut mask);
+                mask[rank as usize / 32] >> (rank % 32) & 1 != 0
+            }
+        };
+        (0..shared.ranks())
+            .filter(|&other| other != rank && !shared.is_masked(other))
+            .any(|other| says(other, self.call) || says(other, self.call.wrapping_add(1)))
     }
 
     fn is_expelled_by(&self, by: u32) -> bool {
@@ -468,6 +508,7 @@ impl Slot {
             self.publish(rank, &header);
         }
         let mut report = Report { waits: vec![Duration::ZERO; shared.ranks() as usize], ..Report::default() };
+        self.begin_waiting();
         for source in 0..shared.ranks() {
             self.wait_for(source, &header, &mut report)?;
         }

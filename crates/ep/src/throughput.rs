@@ -24,6 +24,8 @@ pub struct ThroughputOutputs {
     top_k: usize,
     rows: usize,
     len: usize,
+    /// Rows that may hold experts.
+    filled: usize,
     values: Bytes,
     scales: Bytes,
     experts: Vec<i64>,
@@ -48,6 +50,7 @@ impl ThroughputOutputs {
             top_k,
             rows,
             len: 0,
+            filled: 0,
             values: Bytes::zeroed(rows * row_bytes),
             scales: Bytes::zeroed(rows * scale_bytes),
             experts: vec![-1; rows * top_k],
@@ -189,9 +192,10 @@ impl<'slot> Dispatch<'slot> {
                 return Err(EpError::WrongLength { what, len, expected });
             }
         }
-        let before = std::mem::take(&mut outputs.len);
+        outputs.len = 0;
         outputs.hits.fill(0);
         let mut begins = Vec::with_capacity(shared.ranks() as usize);
+        slot.begin_waiting();
         for source in 0..shared.ranks() {
             let begin = outputs.len as u32;
             let came = slot.wait_for(source, &header, &mut report)?;
@@ -201,10 +205,9 @@ impl<'slot> Dispatch<'slot> {
             outputs.ends[source as usize] = outputs.len as u32;
             begins.push(came.map(|_| begin));
         }
-        slot.check_membership(&begins.iter().map(Option::is_some).collect::<Vec<_>>())?;
-        if before > outputs.len {
-            outputs.experts[outputs.len * outputs.top_k..before * outputs.top_k].fill(-1);
-        }
+        // Of earlier steps, those that failed too.
+        outputs.experts[outputs.len * outputs.top_k..outputs.filled * outputs.top_k].fill(-1);
+        outputs.filled = outputs.len;
         report.masked = shared.masked();
         Ok(ThroughputStep { len: outputs.len, slot, report, begins })
     }
@@ -237,28 +240,30 @@ fn take(
             check_row(arena.memory(), at, row_bytes + scale_bytes, entry.checksum(), source, token)?;
         }
         let to = outputs.len;
-        outputs.len += 1;
-        let inside = "a row lies inside its arena";
-        arena.memory().read(at, &mut outputs.values[to * row_bytes..][..row_bytes]).expect(inside);
-        arena
-            .memory()
-            .read(at + row_bytes, &mut outputs.scales[to * scale_bytes..][..scale_bytes])
-            .expect(inside);
+        let scales = &mut outputs.scales[to * scale_bytes..][..scale_bytes];
+        arena.memory().read(at + row_bytes, scales).expect("a row lies inside its arena");
         outputs.tokens[to] = token;
+        let mut goes_here = false;
         for choice in 0..top_k {
-            let expert = entry.expert(choice);
             let place = to * top_k + choice;
-            outputs.experts[place] = expert.into();
-            outputs.weights[place] = 0.0;
-            let Ok(expert) = usize::try_from(expert) else { continue };
+            (outputs.experts[place], outputs.weights[place]) = (-1, 0.0);
+            let Ok(expert) = usize::try_from(entry.expert(choice)) else { continue };
             let experts = outputs.hits.len() as u64;
             let hits =
                 outputs.hits.get_mut(expert).ok_or_else(|| nonsense("an expert", expert as u64, experts))?;
             *hits += 1;
+            goes_here = true;
+            outputs.experts[place] = expert as i64;
             if theirs.flags & WEIGHTED != 0 {
                 outputs.weights[place] = entry.weight(choice);
             }
         }
+        if !goes_here {
+            // There need not be room for its result.
+            return Err(nonsense("a row for none of this rank's experts, of token", token.into(), 0));
+        }
+        outputs.len += 1;
+        outputs.filled = outputs.filled.max(outputs.len);
     }
     slot.entries = list;
     let first = (outputs.len - rows) as u32;
@@ -359,6 +364,7 @@ impl ThroughputCombine<'_> {
         let mut answered = vec![false; shared.ranks() as usize];
         let mut has_weights = answered.clone();
         let mut begins = vec![[0; 1]; shared.ranks() as usize];
+        slot.begin_waiting();
         for source in 0..shared.ranks() {
             let Some(theirs) = slot.wait_for(source, &header, &mut report)? else { continue };
             answered[source as usize] = true;

@@ -216,6 +216,70 @@ fn a_death_is_noticed_long_before_the_deadline() {
     });
 }
 
+/// A rank that lost touch with the others masks them. To them it is dead, and what the dead say counts for nothing.
+#[test]
+fn a_rank_that_is_dead_to_the_others_expels_nobody() {
+    let config = config();
+    let regions: Vec<_> = (0..RANKS).map(|rank| Group::allocate_region(&config, rank).unwrap()).collect();
+    let over = |rank, options: &GroupOptions| Group::over(&config, rank, regions.clone(), options).unwrap();
+    let short = Duration::from_millis(50);
+    let mut alone = over(3, &GroupOptions { deadline: short, warm_up: short, ..patient() });
+    let groups: Vec<Group> = (0..3).map(|rank| over(rank, &patient())).collect();
+    let stepped = latency(&mut alone, 1.0, || {}).unwrap();
+    assert_eq!((alone.masked(), stepped.out), (vec![0, 1, 2], expected(1.0, &[0, 1, 2], false)));
+    groups.iter().for_each(|group| group.mourner().is_dead(3));
+    each(groups, |mut group| {
+        for value in 2..20 {
+            let value = value as f32;
+            // Its rows of the first step had come before it was dead to them.
+            assert_eq!(latency(&mut group, value, || {}).unwrap().out, expected(value, &[3], false));
+            assert_eq!(throughput(&mut group, value).unwrap(), expected(value, &[3], false));
+        }
+        assert_eq!(group.masked(), [3]);
+    });
+}
+
+/// The others have not masked it yet when it hears of it, and must not take what it tries next for their next call.
+#[test]
+fn a_rank_that_is_masked_by_one_is_masked_by_all_soon_and_confuses_nobody() {
+    if is_skipped_under_thread_sanitizer() {
+        return;
+    }
+    // The one who masks comes before the masked rank in the order of the ranks, or behind it.
+    for (by, rank) in [(0, 2), (3, 1)] {
+        let groups = Group::in_process(&config(), &patient()).unwrap();
+        let mourner = groups[by as usize].mourner();
+        let over = Barrier::new(RANKS as usize);
+        each(groups, |mut group| {
+            let mut expelled = 0;
+            for step in 1..=40 {
+                if group.rank() == by && step == 5 {
+                    mourner.is_dead(rank);
+                }
+                let value = step as f32;
+                match latency(&mut group, value, || {}) {
+                    Err(EpError::Masked { .. }) if group.rank() == rank => expelled += 1,
+                    stepped => {
+                        assert_eq!(expelled, 0, "masked once, masked for good");
+                        let out = stepped.unwrap().out;
+                        let possible = [expected(value, &[], false), expected(value, &[rank], false)];
+                        assert!(possible.contains(&out), "rank {} step {step}", group.rank());
+                    }
+                }
+                if group.rank() == rank && expelled == 0 {
+                    // So that the others come to wait for it.
+                    thread::sleep(Duration::from_millis(3));
+                }
+            }
+            assert_eq!(expelled > 0, group.rank() == rank);
+            if group.rank() != rank {
+                assert_eq!(group.masked(), [rank]);
+            }
+            over.wait();
+        });
+    }
+}
+
 #[test]
 fn a_rank_that_leaves_is_noticed_at_once() {
     let groups = Group::in_process(&config(), &patient()).unwrap();

@@ -183,3 +183,28 @@ fn bytes_that_mean_nothing_arrive_with_their_scales() {
         }
     });
 }
+
+/// What one form leaves behind is not taken for what another fills up.
+#[test]
+fn forms_may_change_from_step_to_step() {
+    let hidden = 256;
+    let config = GroupConfig { hidden, ..config(1, 1, Payload::Bf16) };
+    let mut group = Group::in_process(&config, &options()).unwrap().remove(0);
+    let rows = vec![Bf16::from_f32(3.0); TOKENS * hidden as usize];
+    let choices = choices(1, 0);
+    for _ in 0..2 {
+        let tokens = Tokens { rows: Rows::Bf16(&rows), choices: &choices, weights: None };
+        let mut outputs = LatencyOutputs::new(&group, Payload::Bf16, ScaleOrder::ByRow);
+        drop(group.slot(0).dispatch(&tokens).unwrap().latency(&mut outputs).unwrap());
+        let tokens = Tokens { rows: Rows::Fp8Ue8m0(&rows), ..tokens };
+        let mut outputs = LatencyOutputs::new(&group, Payload::Fp8Ue8m0, ScaleOrder::ByColumn);
+        drop(group.slot(0).dispatch(&tokens).unwrap().latency(&mut outputs).unwrap());
+        for (expert, &count) in outputs.counts().iter().enumerate() {
+            for row in 0..count as usize {
+                let scales = outputs.scales_of(expert, row);
+                assert!(scales[0] != 0 && scales[0] == scales[1]);
+                assert_eq!(scales[2..], [0, 0], "two of four bytes fill up");
+            }
+        }
+    }
+}
