@@ -137,6 +137,18 @@ pub enum EpError {
     },
 }
 
+impl EpError {
+    /// Refuses the first of some lists, by name, that is not as long as it has to be: how long it is, then what is expected.
+    pub(crate) fn check_lengths(
+        lists: impl IntoIterator<Item = (&'static str, usize, usize)>,
+    ) -> Result<(), EpError> {
+        match lists.into_iter().find(|(_, len, expected)| len != expected) {
+            Some((what, len, expected)) => Err(EpError::WrongLength { what, len, expected }),
+            None => Ok(()),
+        }
+    }
+}
+
 fn list(differences: &[Difference]) -> String {
     differences.iter().map(Difference::to_string).collect::<Vec<_>>().join("; ")
 }

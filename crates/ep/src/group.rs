@@ -196,8 +196,8 @@ impl Group {
         self.shared.masked()
     }
 
-    /// Says that a rank is dead: waits for it end now. For whoever knows more than a deadline, like the end of its
-    /// process. From any thread, through [`Group::mourner`].
+    /// What tells this group that a rank is dead, so that waits for it end at once: for whoever knows more than a
+    /// deadline, like the end of its process.
     pub fn mourner(&self) -> Mourner {
         Mourner { shared: self.shared.clone() }
     }
@@ -219,7 +219,7 @@ pub struct Mourner {
 
 impl Mourner {
     /// A rank is dead. Unknown ranks are nobody's.
-    pub fn is_dead(&self, rank: u32) {
+    pub fn mark_dead(&self, rank: u32) {
         if let Some(gone) = self.shared.gone.get(rank as usize) {
             gone.store(true, Ordering::Release);
             self.shared.wake_waiters_for(rank);

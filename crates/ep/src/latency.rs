@@ -155,11 +155,7 @@ impl<'slot> Dispatch<'slot> {
             ("outputs' rows", outputs.rows, shared.rows_per_expert),
             ("outputs' ranks", outputs.ranks, shared.ranks() as usize),
         ];
-        for (what, len, expected) in shape {
-            if len != expected {
-                return Err(EpError::WrongLength { what, len, expected });
-            }
-        }
+        EpError::check_lengths(shape)?;
         outputs.counts.fill(0);
         outputs.packing.scales.clear();
         outputs.packing.order.clear();
@@ -379,15 +375,11 @@ impl LatencyCombine<'_> {
         let shared = slot.shared.clone();
         let (top_k, hidden) = (shared.config.top_k as usize, shared.config.hidden as usize);
         let tokens = slot.routes.tokens;
-        for (what, len, expected) in
-            [("weights", weights.len(), tokens * top_k), ("the combined rows", out.len(), tokens * hidden)]
-        {
-            if len != expected {
-                return Err(EpError::WrongLength { what, len, expected });
-            }
-        }
-        let mut report =
-            Report { waits: vec![std::time::Duration::ZERO; shared.ranks() as usize], ..Report::default() };
+        EpError::check_lengths([
+            ("weights", weights.len(), tokens * top_k),
+            ("the combined rows", out.len(), tokens * hidden),
+        ])?;
+        let mut report = Report::new(shared.ranks());
         let mut answered = vec![false; shared.ranks() as usize];
         let mut begins = vec![Vec::new(); shared.ranks() as usize];
         slot.begin_waiting();
@@ -430,11 +422,7 @@ impl LatencyCombine<'_> {
             rows.weighted(shared.summer, &factors, &mut out[token * hidden..][..hidden]);
         }
         slot.check_membership(&answered)?;
-        report.wire_bytes += sent.wire_bytes;
-        report.logical_bytes += sent.logical_bytes;
-        for (wait, before) in report.waits.iter_mut().zip(&sent.waits) {
-            *wait += *before;
-        }
+        report.add(&sent);
         Ok(report)
     }
 }

@@ -250,7 +250,7 @@ impl Keeper {
                 self.mourner = mourners.try_recv().ok();
             }
             if let Some(mourner) = &self.mourner {
-                died.drain(..).for_each(|rank| mourner.is_dead(rank));
+                died.drain(..).for_each(|rank| mourner.mark_dead(rank));
             }
             if active {
                 continue;

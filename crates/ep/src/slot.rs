@@ -152,6 +152,21 @@ pub struct Report {
     pub lost: Vec<f32>,
 }
 
+impl Report {
+    pub(crate) fn new(ranks: u32) -> Report {
+        Report { waits: vec![Duration::ZERO; ranks as usize], ..Report::default() }
+    }
+
+    /// Adds what an earlier half of the step cost.
+    pub(crate) fn add(&mut self, earlier: &Report) {
+        self.wire_bytes += earlier.wire_bytes;
+        self.logical_bytes += earlier.logical_bytes;
+        for (wait, before) in self.waits.iter_mut().zip(&earlier.waits) {
+            *wait += *before;
+        }
+    }
+}
+
 /// A dispatch whose send half is done. Its receive half is [`latency`](Dispatch::latency) or
 /// [`throughput`](Dispatch::throughput), which all ranks choose alike; between the halves there may be other work.
 #[must_use = "the other ranks wait for what follows"]
@@ -194,7 +209,7 @@ impl Slot {
         self.write_rows(tokens, &header);
         let shared = self.shared.clone();
         let row_bytes = u64::from(header.row_bytes + header.scale_bytes);
-        let mut report = Report { waits: vec![Duration::ZERO; shared.ranks() as usize], ..Report::default() };
+        let mut report = Report::new(shared.ranks());
         for rank in (0..shared.ranks()).filter(|&rank| !shared.is_masked(rank)) {
             let rows = self.routes.rank_counts[rank as usize];
             if rank != shared.rank {
@@ -222,9 +237,7 @@ impl Slot {
         if count > limit as usize {
             return Err(EpError::TooManyTokens { tokens: count, limit });
         }
-        let same = |what, len: usize, expected: usize| {
-            if len == expected { Ok(()) } else { Err(EpError::WrongLength { what, len, expected }) }
-        };
+        let same = |what, len, expected| EpError::check_lengths([(what, len, expected)]);
         if let Some(weights) = tokens.weights {
             same("weights", weights.len(), tokens.choices.len())?;
         }
@@ -507,7 +520,7 @@ impl Slot {
         for rank in (0..shared.ranks()).filter(|&rank| !shared.is_masked(rank)) {
             self.publish(rank, &header);
         }
-        let mut report = Report { waits: vec![Duration::ZERO; shared.ranks() as usize], ..Report::default() };
+        let mut report = Report::new(shared.ranks());
         self.begin_waiting();
         for source in 0..shared.ranks() {
             self.wait_for(source, &header, &mut report)?;
@@ -516,7 +529,7 @@ impl Slot {
         Ok(())
     }
 
-    /// Checks a row that was received.
+    /// Whether rows carry checksums, which are compared here.
     pub(crate) fn is_verified(&self) -> bool {
         self.shared.options.verify
     }

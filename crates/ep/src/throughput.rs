@@ -1,7 +1,6 @@
 //! The throughput mode: one row a token and rank, results summed in the order of the ranks.
 
 use std::ops::Range;
-use std::time::Duration;
 
 use crate::arena::{Entries, Header, row_stride};
 use crate::bytes::Bytes;
@@ -187,11 +186,7 @@ impl<'slot> Dispatch<'slot> {
             ("outputs' rows", outputs.rows, shared.rows_per_expert),
             ("outputs' ranks", outputs.ends.len(), shared.ranks() as usize),
         ];
-        for (what, len, expected) in shape {
-            if len != expected {
-                return Err(EpError::WrongLength { what, len, expected });
-            }
-        }
+        EpError::check_lengths(shape)?;
         outputs.len = 0;
         outputs.hits.fill(0);
         let mut begins = Vec::with_capacity(shared.ranks() as usize);
@@ -355,12 +350,8 @@ impl ThroughputCombine<'_> {
         shapes
             .extend(weights.as_ref().map(|weights| ("the combined weights", weights.len(), tokens * top_k)));
         shapes.push(("the list of biases", biases.len().max(2), 2));
-        for (what, len, expected) in shapes {
-            if len != expected {
-                return Err(EpError::WrongLength { what, len, expected });
-            }
-        }
-        let mut report = Report { waits: vec![Duration::ZERO; shared.ranks() as usize], ..Report::default() };
+        EpError::check_lengths(shapes)?;
+        let mut report = Report::new(shared.ranks());
         let mut answered = vec![false; shared.ranks() as usize];
         let mut has_weights = answered.clone();
         let mut begins = vec![[0; 1]; shared.ranks() as usize];
@@ -414,11 +405,7 @@ impl ThroughputCombine<'_> {
             }
         }
         slot.check_membership(&answered)?;
-        report.wire_bytes += sent.wire_bytes;
-        report.logical_bytes += sent.logical_bytes;
-        for (wait, before) in report.waits.iter_mut().zip(&sent.waits) {
-            *wait += *before;
-        }
+        report.add(&sent);
         Ok(report)
     }
 }

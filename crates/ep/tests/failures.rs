@@ -198,8 +198,8 @@ fn a_death_is_noticed_long_before_the_deadline() {
         scope.spawn(|| {
             // As the end of the process would be told.
             thread::sleep(Duration::from_millis(100));
-            mourners.iter().for_each(|mourner| mourner.is_dead(0));
-            mourners[0].is_dead(99);
+            mourners.iter().for_each(|mourner| mourner.mark_dead(0));
+            mourners[0].mark_dead(99);
             over.wait();
         });
         each(groups, |mut group| {
@@ -227,7 +227,7 @@ fn a_rank_that_is_dead_to_the_others_expels_nobody() {
     let groups: Vec<Group> = (0..3).map(|rank| over(rank, &patient())).collect();
     let stepped = latency(&mut alone, 1.0, || {}).unwrap();
     assert_eq!((alone.masked(), stepped.out), (vec![0, 1, 2], expected(1.0, &[0, 1, 2], false)));
-    groups.iter().for_each(|group| group.mourner().is_dead(3));
+    groups.iter().for_each(|group| group.mourner().mark_dead(3));
     each(groups, |mut group| {
         for value in 2..20 {
             let value = value as f32;
@@ -254,7 +254,7 @@ fn a_rank_that_is_masked_by_one_is_masked_by_all_soon_and_confuses_nobody() {
             let mut expelled = 0;
             for step in 1..=40 {
                 if group.rank() == by && step == 5 {
-                    mourner.is_dead(rank);
+                    mourner.mark_dead(rank);
                 }
                 let value = step as f32;
                 match latency(&mut group, value, || {}) {
