@@ -76,7 +76,8 @@ impl Node {
         proto.max_frame_bytes = config.max_frame_bytes;
         proto.flight = config.flight;
         let identity = proto.identity;
-        let mut options = EngineOptions::default();
+        // Rooms are all that a worker knows.
+        let mut options = EngineOptions { max_side_arrivals: 0, ..EngineOptions::default() };
         options.max_backlog_bytes = options.max_backlog_bytes.max(config.max_frame_bytes.saturating_mul(16));
         let engine = Engine::new(Proto::new(proto), Box::new(network), ports, options);
         let address = engine.address().to_owned();

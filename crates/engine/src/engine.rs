@@ -4,6 +4,7 @@ mod actions;
 mod events;
 mod lanes;
 mod posting;
+mod side;
 mod streams;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -16,8 +17,10 @@ use crossdock_transport::{Arm, Error, Events, LaneId, LocalId, Mapping, Port};
 
 pub use self::lanes::LaneRegions;
 pub use self::posting::TransferFailed;
+pub use self::side::{SideArrival, SideDone};
 
 use self::lanes::SessionLanes;
+use self::side::Side;
 use self::streams::Backlog;
 use crate::network::{AddressCheck, Network};
 use crate::transfer::Transfers;
@@ -42,10 +45,10 @@ pub struct Engine {
     /// Frames that a full control stream did not take, by link.
     backlog: BTreeMap<ProtoLink, Backlog>,
     notices: VecDeque<Notice>,
-    /// Other uses of immediates than KV pages, for the layer above.
-    side_arrivals: VecDeque<SideArrival>,
+    side: Side,
     mappings: VecDeque<PeerMapping>,
-    regions: u32,
+    /// By region number.
+    region_bytes: Vec<u64>,
     is_shut: bool,
     options: EngineOptions,
 }
@@ -62,6 +65,12 @@ pub struct EngineOptions {
     /// Whether the layer above wants to store to peers' memory itself, where a port maps it:
     /// [`next_mapping`](Engine::next_mapping). A mapping keeps its lane from going down, so it is not taken otherwise.
     pub keep_mappings: bool,
+    /// How many immediates outside rooms wait for [`next_side_arrival`](Engine::next_side_arrival), for each session: one
+    /// whose peer sends more is ended. 0: all are dropped, for a layer above that never asks.
+    pub max_side_arrivals: usize,
+    /// How many tokens of [`post_side`](Engine::post_side) may be out or wait for
+    /// [`next_side_done`](Engine::next_side_done), for each session.
+    pub max_side_tokens: usize,
 }
 
 /// A peer's region that a port has mapped into this process.
@@ -82,19 +91,10 @@ impl Default for EngineOptions {
             max_backlog_bytes: 64 << 20,
             stripe_bytes: 1 << 20,
             keep_mappings: false,
+            max_side_arrivals: 4096,
+            max_side_tokens: 1024,
         }
     }
-}
-
-/// An immediate that is not counted for a room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SideArrival {
-    /// From whose session.
-    pub session: SessionId,
-    /// On which lane.
-    pub slot: u8,
-    /// The lower 30 bits.
-    pub bits: u32,
 }
 
 /// What one port has moved, as this node posted it.
@@ -148,9 +148,9 @@ impl Engine {
             events: Some(Events::with_capacity(options.events_per_poll)),
             backlog: BTreeMap::new(),
             notices: VecDeque::with_capacity(1024),
-            side_arrivals: VecDeque::with_capacity(1024),
+            side: Side::default(),
             mappings: VecDeque::new(),
-            regions: 0,
+            region_bytes: Vec::new(),
             is_shut: false,
             options,
         }
@@ -179,9 +179,9 @@ impl Engine {
             let rail = &mut self.rails[at];
             rail.regions = rail.regions.iter().copied().chain([local]).collect();
         }
-        let region = self.regions;
-        self.regions += 1;
-        self.proto.announce(Region { region, bytes: memory.bytes() as u64, keys });
+        let (region, bytes) = (self.region_bytes.len() as u32, memory.bytes() as u64);
+        self.region_bytes.push(bytes);
+        self.proto.announce(Region { region, bytes, keys });
         Ok(region)
     }
 
@@ -223,11 +223,6 @@ impl Engine {
     /// What the layer above must know, oldest first.
     pub fn next_notice(&mut self) -> Option<Notice> {
         self.notices.pop_front()
-    }
-
-    /// An immediate that is not counted for a room, oldest first.
-    pub fn next_side_arrival(&mut self) -> Option<SideArrival> {
-        self.side_arrivals.pop_front()
     }
 
     /// A peer's region that was mapped, oldest first: always before the session's

@@ -20,7 +20,9 @@ mod transfer;
 pub use clock::{duration_ns, now_ns};
 pub use crossdock_proto::LinkCause;
 pub use doorbell::{Doorbell, EventFd};
-pub use engine::{Engine, EngineOptions, LaneRegions, PeerMapping, RailStats, SideArrival, TransferFailed};
+pub use engine::{
+    Engine, EngineOptions, LaneRegions, PeerMapping, RailStats, SideArrival, SideDone, TransferFailed,
+};
 pub use heart::{Heart, HeartOptions};
 pub use imm::{Imm, Kind};
 pub use network::{AddressCheck, LinkEvent, LinkId, Network, NetworkError, OsError, Pulse, SendError};

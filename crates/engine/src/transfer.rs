@@ -136,7 +136,7 @@ impl Transfers {
             return;
         }
         if let Some(transfer) = slot.transfer.take() {
-            slot.generation = slot.generation.wrapping_add(1);
+            slot.generation = (slot.generation + 1) % GENERATIONS;
             self.free.push(id.slot);
             self.by_room.remove(&transfer.room);
             self.by_session.remove(&(transfer.session, transfer.room));
@@ -169,6 +169,9 @@ impl Transfers {
         self.due = None;
     }
 }
+
+/// The highest bit of a token is for those outside rooms.
+const GENERATIONS: u32 = 1 << 31;
 
 /// Room for so many from the beginning; the table grows to what is ever in use at once.
 const USUAL: usize = 1024;

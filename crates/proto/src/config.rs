@@ -48,7 +48,7 @@ pub struct Config {
     pub max_sessions: u32,
     /// Rooms at once, those whose pages are still in quarantine included.
     pub max_rooms: u32,
-    /// Grants at once.
+    /// Grants at once, of rooms; at most those whose names are not for standing grants.
     pub max_grants: u32,
     /// Grants and wants of peers for rooms that are not open here yet; as many ended rooms are remembered.
     pub max_parked: u32,

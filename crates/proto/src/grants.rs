@@ -51,7 +51,7 @@ impl Grants {
         Self {
             entries: Vec::new(),
             free: VecDeque::new(),
-            limit: limit.min(GrantId::INDICES),
+            limit: limit.min(GrantId::INDICES - GrantId::STANDING),
             live: 0,
             visits: Cell::new(0),
         }

@@ -148,6 +148,22 @@ impl Proto {
         }
     }
 
+    /// Ends a session from this side, whoever dialed it: the peer hears a goodbye. Targets that hold it are dialed no
+    /// more. A peer that dialed this node may do so again. Does nothing if the session has ended.
+    pub fn close_session(&mut self, now_ns: u64, session: SessionId) {
+        self.now_ns = now_ns;
+        let targets = self.targets_of(session);
+        self.end_session(session, SessionEnd::ClosedHere);
+        targets.into_iter().for_each(|target| self.forget_target(target));
+    }
+
+    /// Ends a session that its owner cannot keep up, for a cause that only the owner sees. Its targets are dialed again,
+    /// as after any loss. Does nothing if the session has ended.
+    pub fn lose_session(&mut self, now_ns: u64, session: SessionId, cause: SessionEnd) {
+        self.now_ns = now_ns;
+        self.end_session(session, cause);
+    }
+
     /// When a session's peer was last heard by the heartbeats, and until when this node listened. Silence is the
     /// time between the two: a node that was stopped itself must not take its own pause for the peer's death.
     pub fn heard(&mut self, session: SessionId, heard_ns: u64, listened_ns: u64) {

@@ -18,6 +18,8 @@ impl GrantId {
     pub const INDICES: u32 = 1 << 18;
     /// Generations are below this.
     pub const GENERATIONS: u32 = 1 << 12;
+    /// So many of the highest indices are for [standing](GrantId::standing) grants.
+    pub const STANDING: u32 = 1 << 13;
 
     /// A grant's name.
     ///
@@ -26,6 +28,16 @@ impl GrantId {
     pub const fn new(index: u32, generation: u32) -> Self {
         assert!(index < Self::INDICES && generation < Self::GENERATIONS, "grant id out of range");
         Self(index << 12 | generation)
+    }
+
+    /// The name of a grant that both sides know by its number, and of which no message tells: it lasts as long as a
+    /// session. Numbers go down from the highest index, and the generation is 0.
+    ///
+    /// # Panics
+    /// If `number` is not below [`STANDING`](GrantId::STANDING).
+    pub const fn standing(number: u32) -> Self {
+        assert!(number < Self::STANDING, "number of a standing grant out of range");
+        Self::new(Self::INDICES - 1 - number, 0)
     }
 
     /// Reads a name from the lower 30 bits of a word.
@@ -41,6 +53,12 @@ impl GrantId {
     /// Which entry of the table.
     pub fn index(self) -> u32 {
         self.bits() >> 12
+    }
+
+    /// The number of a [standing](GrantId::standing) grant, by the index alone.
+    pub fn standing_number(self) -> Option<u32> {
+        let number = Self::INDICES - 1 - self.index();
+        (number < Self::STANDING).then_some(number)
     }
 
     /// Which use of that entry.
@@ -85,7 +103,10 @@ pub struct GrantedBuffer {
 /// The live grants of one port, for ports whose receiving side looks at each access before it happens.
 #[derive(Debug, Default)]
 pub struct GrantTable {
+    /// By index.
     entries: Vec<Option<Entry>>,
+    /// Standing grants, by number: their indices are the highest, and a list of all would be long.
+    standing: Vec<Option<Entry>>,
     live: usize,
 }
 
@@ -138,11 +159,14 @@ impl GrantTable {
                 return Err(Error::BadGrant { reason: "a page lies outside a buffer" });
             }
         }
-        let index = grant.id.index() as usize;
-        if self.entries.len() <= index {
-            self.entries.resize_with(index + 1, || None);
+        let (entries, at) = match grant.id.standing_number() {
+            Some(number) => (&mut self.standing, number as usize),
+            None => (&mut self.entries, grant.id.index() as usize),
+        };
+        if entries.len() <= at {
+            entries.resize_with(at + 1, || None);
         }
-        let entry = &mut self.entries[index];
+        let entry = &mut entries[at];
         if entry.is_some() {
             return Err(Error::BadGrant { reason: "the index is in use" });
         }
@@ -164,7 +188,7 @@ impl GrantTable {
 
     /// Removes a grant; false if it was not there.
     pub fn remove(&mut self, id: GrantId) -> bool {
-        match self.entries.get_mut(id.index() as usize) {
+        match self.place_mut(id) {
             Some(entry) if entry.as_ref().is_some_and(|e| e.id == id) => {
                 *entry = None;
                 self.live -= 1;
@@ -176,13 +200,21 @@ impl GrantTable {
 
     /// The peer of a live grant, and the buffers that it covers.
     pub fn covered_by(&self, id: GrantId) -> Option<(PeerId, &[GrantedBuffer])> {
-        let entry = self.entries.get(id.index() as usize)?.as_ref().filter(|entry| entry.id == id)?;
+        let place = match id.standing_number() {
+            Some(number) => self.standing.get(number as usize),
+            None => self.entries.get(id.index() as usize),
+        };
+        let entry = place?.as_ref().filter(|entry| entry.id == id)?;
         Some((entry.peer, &entry.buffers))
     }
 
     /// Whether a grant covers this region.
     pub fn uses(&self, region: LocalId) -> bool {
-        self.entries.iter().flatten().any(|e| e.buffers.iter().any(|b| b.region == region))
+        self.entries
+            .iter()
+            .chain(&self.standing)
+            .flatten()
+            .any(|e| e.buffers.iter().any(|b| b.region == region))
     }
 
     /// How many grants are alive.
@@ -209,7 +241,7 @@ impl GrantTable {
         offset: u64,
         bytes: u64,
     ) -> std::result::Result<(), Refusal> {
-        let entry = match self.entries.get_mut(id.index() as usize) {
+        let entry = match self.place_mut(id) {
             Some(Some(entry)) if entry.id == id => entry,
             _ => return Err(Refusal::Stale),
         };
@@ -226,6 +258,13 @@ impl GrantTable {
             Ok(())
         } else {
             Err(Refusal::Forbidden { what: "the page is not part of the grant" })
+        }
+    }
+
+    fn place_mut(&mut self, id: GrantId) -> Option<&mut Option<Entry>> {
+        match id.standing_number() {
+            Some(number) => self.standing.get_mut(number as usize),
+            None => self.entries.get_mut(id.index() as usize),
         }
     }
 }
@@ -284,6 +323,30 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Their names are apart from all others, and their indices cost no long list.
+    #[test]
+    fn standing_grants_are_found_by_their_numbers() {
+        let mut table = GrantTable::new();
+        let layout = PageLayout::dense(0, 8, 2);
+        let buffers = [GrantedBuffer { region: LocalId(0), layout }];
+        let peer = PeerId(1);
+        for number in [0, 3, GrantId::STANDING - 1] {
+            let id = GrantId::standing(number);
+            assert_eq!((id.standing_number(), id.generation()), (Some(number), 0));
+            let grant = Grant { id, peer, access: Access::Write, buffers: &buffers, pages: &[0, 1] };
+            table.insert(&grant, |_| Some(16)).unwrap();
+            assert_eq!(table.check(id, peer, Access::Write, LocalId(0), 0, 16), Ok(()));
+            assert_eq!(table.covered_by(id).map(|(peer, _)| peer), Some(peer));
+        }
+        assert!(table.entries.is_empty() && table.uses(LocalId(0)));
+        assert_eq!(GrantId::new(GrantId::INDICES - GrantId::STANDING - 1, 0).standing_number(), None);
+        // The name that no grant has shares its index with the first of them.
+        assert!(table.covered_by(GrantId::NONE).is_none());
+        assert!(table.remove(GrantId::standing(0)) && !table.remove(GrantId::standing(0)));
+        let late = table.check(GrantId::standing(0), peer, Access::Write, LocalId(0), 0, 8);
+        assert_eq!((late, table.len()), (Err(Refusal::Stale), 2));
+    }
 
     /// Where a page holds all layers, their buffers interleave.
     #[test]

@@ -35,7 +35,11 @@ impl Engine {
                     self.proto.watch_failed(now_ns, session, error.cause());
                 }
             }
-            Action::Unwatch { session } => self.network.unwatch(session.0),
+            Action::Unwatch { session } => {
+                self.network.unwatch(session.0);
+                // The session is over; what its rooms granted is revoked room by room.
+                self.end_side(session);
+            }
             Action::OpenLane { session, slot, rail } => {
                 let opened = self.open_lane(session, slot, usize::from(rail));
                 self.proto.lane_opened(now_ns, session, slot, opened);

@@ -4,8 +4,8 @@ use crossdock_proto::planted::{Planted, is_planted};
 use crossdock_proto::{LinkId as ProtoLink, SessionId};
 use crossdock_transport::Event;
 
+use super::Engine;
 use super::lanes::{Lane, LaneState};
-use super::{Engine, SideArrival};
 use crate::imm::{Imm, Kind};
 use crate::network::LinkEvent;
 use crate::transfer::{LaneUse, TransferId};
@@ -74,13 +74,10 @@ impl Engine {
                 match imm.kind() {
                     Kind::Kv => self.proto.arrived(now_ns, session, slot, imm.grant()),
                     Kind::Notice => {}
-                    Kind::Experts => {
-                        if self.side_arrivals.len() < self.side_arrivals.capacity() {
-                            self.side_arrivals.push_back(SideArrival { session, slot, bits: imm.value() });
-                        }
-                    }
+                    Kind::Experts => self.side_arrived(now_ns, session, slot, imm.value()),
                 }
             }
+            Event::Done { token, .. } if self.side_done(session, slot, token) => {}
             Event::Done { token, .. } => {
                 let id = TransferId::from_token(token);
                 if let Some(transfer) = self.transfers.get_mut(id) {
@@ -112,6 +109,7 @@ impl Engine {
                         *used = LaneUse { arrivals: used.arrivals, ..LaneUse::default() };
                     }
                 }
+                self.side_lane_down(now_ns, session, slot, cause);
                 self.proto.lane_down(now_ns, session, slot, cause);
                 for id in self.transfers.of_session(session) {
                     self.advance(now_ns, id);

@@ -8,6 +8,7 @@ use crossdock_transport::{
     Error, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId, LaneTags, LocalId, Mapping, PeerId, RemoteId,
 };
 
+use super::side::{LaneSide, SessionSide};
 use super::{Engine, PeerMapping, Rail};
 
 /// What a port can be asked for a transfer on one lane: which regions it knows by which numbers.
@@ -25,6 +26,7 @@ pub(super) struct SessionLanes {
     pub slots: Vec<Lane>,
     pub attach: Option<Attaching>,
     pub peer_node: u64,
+    pub side: SessionSide,
 }
 
 pub(super) struct Lane {
@@ -37,6 +39,7 @@ pub(super) struct Lane {
     pub load: f64,
     /// The port took less than offered in this turn.
     pub full: bool,
+    pub side: LaneSide,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -64,6 +67,7 @@ impl Engine {
             slots: Vec::new(),
             attach: None,
             peer_node,
+            side: SessionSide::new(),
         });
         while lanes.slots.len() <= usize::from(slot) {
             lanes.slots.push(Lane {
@@ -73,6 +77,7 @@ impl Engine {
                 remote: Arc::new([]),
                 load: 0.0,
                 full: false,
+                side: LaneSide::default(),
             });
         }
         let entry = &mut self.rails[rail];

@@ -95,6 +95,9 @@ pub struct ShmOptions {
     /// Lets every process of this user reach into this one, where `/proc/sys/kernel/yama/ptrace_scope` is 1 and
     /// would forbid it (`PR_SET_PTRACER_ANY`). Only private memory needs it.
     pub allow_ptrace: bool,
+    /// Processes with different domains do not connect, as if they were on different hosts; at most 255 bytes. For
+    /// containers of one host that share its namespaces and are to be told apart all the same.
+    pub domain: String,
 }
 
 impl Default for ShmOptions {
@@ -110,6 +113,7 @@ impl Default for ShmOptions {
             connect_timeout: Duration::from_secs(10),
             bytes_per_second: 10_000_000_000,
             allow_ptrace: false,
+            domain: String::new(),
         }
     }
 }
@@ -150,7 +154,7 @@ impl ShmPort {
         let info = PortInfo {
             kind: "shm",
             name: options.name.clone(),
-            reach: reach::of_this_process()?,
+            reach: reach::of_this_process(&options.domain)?,
             numa_node: None,
             bytes_per_second: options.bytes_per_second,
             ordered: true,

@@ -194,6 +194,51 @@ fn a_target_that_is_given_up_ends_what_waits_for_it() {
     world.finish();
 }
 
+/// By the side that dialed, which then does so no more, or by the other one, which may be dialed again.
+#[test]
+fn a_session_is_closed_from_either_side() {
+    let mut world = World::unconnected(2);
+    let targets = [world.connect(D, P), world.connect(D, P)];
+    world.settle();
+    let (here, there) = (world.session(D, P), world.session(P, D));
+    world.call(P, |proto, now| proto.close_session(now, there.unwrap()));
+    world.settle();
+    assert_eq!(world.nodes[P].downs, [(there, None, SessionEnd::ClosedHere)]);
+    let told = targets.map(|target| (here, Some(target), SessionEnd::ClosedByPeer));
+    assert_eq!(world.nodes[D].downs, told);
+    world.run_for(S);
+    let (again, there) = (world.session(D, P), world.session(P, D));
+    assert!(again.is_some() && again != here, "the dialer dials again");
+
+    world.nodes[D].downs.clear();
+    for _ in 0..2 {
+        world.call(D, |proto, now| proto.close_session(now, again.unwrap()));
+    }
+    world.settle();
+    let dials = world.nodes[D].dials;
+    world.run_for(10 * S);
+    assert_eq!((lives(&world), world.nodes[D].dials), (vec![0, 0], dials));
+    let told = targets.map(|target| (again, Some(target), SessionEnd::ClosedHere));
+    assert_eq!(world.nodes[D].downs, told, "told once for each target");
+    assert_eq!(world.nodes[P].downs.last(), Some(&(there, None, SessionEnd::ClosedByPeer)));
+    world.finish();
+}
+
+/// The session's owner has a cause of its own: the peer hears a goodbye, and is dialed again.
+#[test]
+fn a_session_that_its_owner_gives_up_is_begun_again() {
+    let mut world = World::pair(1);
+    let here = world.session(D, P);
+    let cause = SessionEnd::Misbehaved { what: "is in a test" };
+    let why = cause.clone();
+    world.call(D, |proto, now| proto.lose_session(now, here.unwrap(), why));
+    world.run_for(S);
+    assert_eq!((world.nodes[D].downs[0].0, &world.nodes[D].downs[0].2), (here, &cause));
+    assert_eq!(world.nodes[P].downs[0].2, SessionEnd::ClosedByPeer);
+    assert!(world.session(D, P).is_some_and(|again| Some(again) != here));
+    world.finish();
+}
+
 /// Given up before the dial, the connection, the welcome or the session has come.
 #[test]
 fn a_target_can_be_given_up_at_any_time() {
