@@ -125,3 +125,17 @@ impl Grants {
 pub(crate) fn is_same(one: GrantId, other: GrantId) -> bool {
     one == other || (is_planted(Planted::GenerationIgnored) && one.index() == other.index())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grants_of_rooms_never_have_the_name_of_a_standing_one() {
+        let mut grants = Grants::new(u32::MAX);
+        let give = || grants.give(RoomId(1), SessionId(1), Access::Write);
+        let given: Vec<GrantId> = std::iter::from_fn(give).collect();
+        assert_eq!(given.len() as u32, GrantId::INDICES - GrantId::STANDING);
+        assert!(given.iter().all(|grant| grant.standing_number().is_none()));
+    }
+}

@@ -173,9 +173,10 @@ impl Engine {
         Ok(())
     }
 
-    /// The `nth` of the session's lanes that are up, counted round and round.
+    /// The `nth` of the session's lanes that are up, counted round and round; none of a session that is
+    /// over.
     pub fn side_lane(&self, session: SessionId, nth: usize) -> Option<u8> {
-        let slots = &self.sessions.get(&session)?.slots;
+        let slots = &self.sessions.get(&session).filter(|lanes| !lanes.side.is_over)?.slots;
         let up = || slots.iter().zip(0u8..).filter(|(lane, _)| lane.state == LaneState::Up);
         let count = up().count();
         up().nth(nth.checked_rem(count)?).map(|(_, slot)| slot)
