@@ -31,7 +31,8 @@ pub struct MeetingConfig {
     pub bind: SocketAddr,
     /// The address that the others are told, where it is not the bound one.
     pub advertise: Option<IpAddr>,
-    /// The transports, in the order of preference.
+    /// The transports, in the order of preference. Two ranks use the first that reaches between them: shared memory on one
+    /// host, where both map each other's memory.
     pub ports: Vec<PortConfig>,
     /// Whether the others must prove a shared key.
     pub authentication: Authentication,
@@ -55,7 +56,7 @@ impl MeetingConfig {
             options: GroupOptions::default(),
             bind: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0),
             advertise: None,
-            ports: vec![PortConfig::Shm(ShmOptions::default())],
+            ports: vec![PortConfig::Shm(ShmOptions::default()), PortConfig::Tcp(None)],
             authentication,
             heartbeat: Duration::from_millis(200),
             heartbeats_missed: 10,

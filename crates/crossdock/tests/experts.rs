@@ -6,11 +6,11 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crossdock::Authentication;
 use crossdock::experts::{
     Bf16, EpError, Group, GroupConfig, GroupOptions, LatencyOutputs, MeetError, Meeting, MeetingConfig,
     Payload, Rows, ScaleOrder, Tokens,
 };
+use crossdock::{Authentication, PortConfig, ShmOptions};
 
 const HIDDEN: usize = 256;
 const TOKENS: usize = 16;
@@ -26,6 +26,13 @@ fn group(ranks: usize) -> GroupConfig {
         slots: 1,
         placement_version: 1,
     }
+}
+
+/// As if so many hosts had as many ranks each: only tcp reaches from one to the other.
+fn config_on(ranks: usize, rank: u32, nodes: u32) -> MeetingConfig {
+    let domain = format!("node {}", rank / (ranks as u32 / nodes));
+    let shm = ShmOptions { domain, ..ShmOptions::default() };
+    MeetingConfig { ports: vec![PortConfig::Shm(shm), PortConfig::Tcp(None)], ..config(ranks, rank) }
 }
 
 fn config(ranks: usize, rank: u32) -> MeetingConfig {
@@ -77,9 +84,10 @@ fn expected(ranks: usize, value: f32, dead: &[u32]) -> Vec<Bf16> {
 #[test]
 fn child() {
     let Ok(args) = std::env::var("CROSSDOCK_EXPERTS_CHILD") else { return };
-    let (rank, ranks) = args.split_once('/').unwrap();
-    let (rank, ranks): (u32, usize) = (rank.parse().unwrap(), ranks.parse().unwrap());
-    let meeting = Meeting::open(config(ranks, rank)).unwrap();
+    let mut args = args.split('/');
+    let mut next = || args.next().unwrap();
+    let (rank, ranks, nodes) = (next().parse().unwrap(), next().parse().unwrap(), next().parse().unwrap());
+    let meeting = Meeting::open(config_on(ranks, rank, nodes)).unwrap();
     let mut lines = std::io::stdin().lock().lines().map(Result::unwrap);
     let mut said = std::io::stderr().lock();
     writeln!(said, "address {}", meeting.address()).unwrap();
@@ -121,7 +129,11 @@ struct Rank {
 
 impl Ranks {
     fn start(ranks: usize) -> Ranks {
-        let mut all = Ranks((0..ranks).map(|rank| Rank::start(rank, ranks)).collect());
+        Ranks::on(ranks, 1)
+    }
+
+    fn on(ranks: usize, nodes: usize) -> Ranks {
+        let mut all = Ranks((0..ranks).map(|rank| Rank::start(rank, ranks, nodes)).collect());
         let addresses: Vec<String> = all
             .0
             .iter_mut()
@@ -138,7 +150,7 @@ impl Ranks {
 }
 
 impl Rank {
-    fn start(rank: usize, ranks: usize) -> Rank {
+    fn start(rank: usize, ranks: usize, nodes: usize) -> Rank {
         // Under emulation the emulator is started, with its options.
         let runner = std::env::var("CROSSDOCK_TEST_RUNNER").unwrap_or_default();
         let this = std::env::current_exe().unwrap();
@@ -152,7 +164,7 @@ impl Rank {
             }
         };
         command.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
-        command.env("CROSSDOCK_EXPERTS_CHILD", format!("{rank}/{ranks}"));
+        command.env("CROSSDOCK_EXPERTS_CHILD", format!("{rank}/{ranks}/{nodes}"));
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (asks, says) = (child.stdin.take().unwrap(), BufReader::new(child.stderr.take().unwrap()));
@@ -204,10 +216,20 @@ fn ranks_of_several_processes_exchange_tokens() {
 }
 
 #[test]
+fn ranks_on_two_nodes_exchange_tokens() {
+    let mut ranks = Ranks::on(4, 2);
+    ranks.ask("50");
+    for rank in &mut ranks.0 {
+        assert_eq!(rank.hear("done"), "done []");
+    }
+}
+
+#[test]
 fn the_others_go_on_when_a_rank_is_killed() {
-    for round in 0..3 {
-        let mut ranks = Ranks::start(4);
-        ranks.ask("2000 2");
+    for round in 0..4 {
+        // On one node, then on two.
+        let mut ranks = Ranks::on(4, 1 + round as usize % 2);
+        ranks.ask(if round % 2 == 0 { "2000 2" } else { "300 2" });
         std::thread::sleep(Duration::from_millis(5 + 15 * round));
         let begun = Instant::now();
         ranks.0[2].signal(rustix::process::Signal::KILL);
@@ -221,17 +243,21 @@ fn the_others_go_on_when_a_rank_is_killed() {
 
 #[test]
 fn a_rank_that_is_stopped_is_masked_and_told_so_when_it_goes_on() {
-    let mut ranks = Ranks::start(3);
-    ranks.ask("3");
-    ranks.0.iter_mut().for_each(|rank| drop(rank.hear("done []")));
-    ranks.ask("2000 1");
-    std::thread::sleep(Duration::from_millis(15));
-    ranks.0[1].signal(rustix::process::Signal::STOP);
-    for at in [0, 2] {
-        assert_eq!(ranks.0[at].hear("done"), "done [1]");
+    // On one node, then each on its own.
+    for nodes in [1, 3] {
+        let mut ranks = Ranks::on(3, nodes);
+        ranks.ask("3");
+        ranks.0.iter_mut().for_each(|rank| drop(rank.hear("done []")));
+        ranks.ask(if nodes == 1 { "2000 1" } else { "300 1" });
+        std::thread::sleep(Duration::from_millis(15));
+        ranks.0[1].signal(rustix::process::Signal::STOP);
+        for at in [0, 2] {
+            assert_eq!(ranks.0[at].hear("done"), "done [1]");
+        }
+        ranks.0[1].signal(rustix::process::Signal::CONT);
+        // Over ports it hears that the sessions are over, which is all that it can know of the others.
+        ranks.0[1].hear(if nodes == 1 { "masked by" } else { "done [0, 2]" });
     }
-    ranks.0[1].signal(rustix::process::Signal::CONT);
-    ranks.0[1].hear("masked by");
 }
 
 #[test]

@@ -1,14 +1,16 @@
-//! Where in a rank's memory the others write: one arena for each slot and source, and one area of results for each slot.
+//! What one rank tells another of its calls: an arena for each slot, source and reader, in the reader's memory.
 //!
-//! An arena has one writer, its source. The source fills it from the front: a header that says what the call is, a
-//! list with an entry for each row, and the rows. Two headers take turns, since a source may begin its next call while
+//! An arena has one writer, its source: a header that says what the call is, and a list with an entry for each row of a
+//! dispatch, or where the results of a combine begin. Two headers take turns, since a source may begin its next call while
 //! its reader has not looked at this one yet; it cannot be two calls ahead, because it would have had to hear of the
 //! reader's next call in between.
 //!
 //! What is read here was written by another program: every number is checked before it is used.
 
-use crossdock_memory::{Memory, OutOfRange};
+use crossdock_memory::Memory;
 
+use crate::planted::{Planted, is_planted};
+use crate::region::LINE_BYTES;
 use crate::{GroupConfig, Payload};
 
 /// The places in one arena, in bytes from where it begins.
@@ -16,7 +18,7 @@ use crate::{GroupConfig, Payload};
 pub(crate) struct ArenaLayout {
     header_bytes: usize,
     begins: usize,
-    rows: usize,
+    list: usize,
     bytes: usize,
     entry_bytes: usize,
 }
@@ -26,99 +28,43 @@ pub(crate) struct ArenaLayout {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Header {
     pub kind: u32,
-    /// Rows in this arena.
+    pub call: u32,
+    /// Rows in the list.
     pub rows: u32,
-    /// Tokens of the source, of which the arena has those that go here.
+    /// Tokens of the source, of which the list has those that go here.
     pub tokens: u32,
     pub top_k: u32,
     pub payload: u32,
     pub row_bytes: u32,
     pub scale_bytes: u32,
     pub flags: u32,
+    /// Where among the source's combined rows the results of the reader go, if its port writes them.
+    pub results_at: u32,
+    /// Of the header and what else the call has written, where calls are verified.
+    pub checksum: u32,
     pub placement_version: u64,
 }
 
-/// The places of all arenas and results of one rank.
-#[derive(Clone, Debug)]
-pub(crate) struct RegionLayout {
-    arenas: Vec<ArenaLayout>,
-    /// By source, from where the slot begins.
-    starts: Vec<usize>,
-    results: usize,
-    returned_weights: usize,
-    slot_bytes: usize,
-    pub bytes: usize,
-}
-
 impl ArenaLayout {
+    /// The word, and what the source says of itself and of the reader. Two lines, as processors fetch lines in pairs.
+    pub const FRONT_BYTES: usize = 128;
+
     /// The arena of a source that dispatches at most `tokens` tokens in a call; `None` if it cannot be addressed.
     pub fn new(config: &GroupConfig, tokens: u32) -> Option<ArenaLayout> {
         let ranks = config.max_tokens.len();
         let header_bytes = (HEADER_BYTES + 4 * ranks.div_ceil(32)).next_multiple_of(LINE_BYTES);
         let entry_bytes = entry_bytes(config.top_k as usize);
-        let begins = WORD_BYTES + 2 * header_bytes;
-        let rows = begins + (4 * config.spread().most() as usize).next_multiple_of(LINE_BYTES);
-        let tokens = tokens as usize;
-        let stride = row_stride(
-            usize::try_from(config.payload.row_bytes(config.hidden)).ok()?,
-            usize::try_from(config.payload.scale_bytes(config.hidden)).ok()?,
-        );
-        let list = tokens.checked_mul(entry_bytes)?.checked_next_multiple_of(LINE_BYTES)?;
-        let bytes = rows.checked_add(list)?.checked_add(tokens.checked_mul(stride)?)?;
-        Some(ArenaLayout { header_bytes, begins, rows, bytes, entry_bytes })
+        let begins = Self::FRONT_BYTES + 2 * header_bytes;
+        let list = begins + (4 * config.spread().most() as usize).next_multiple_of(LINE_BYTES);
+        let entries = (tokens as usize).checked_mul(entry_bytes)?;
+        let bytes = list.checked_add(entries)?.checked_next_multiple_of(LINE_BYTES)?;
+        Some(ArenaLayout { header_bytes, begins, list, bytes, entry_bytes })
     }
 
-    pub fn bytes(&self) -> u64 {
-        self.bytes as u64
+    /// A multiple of a line.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
-}
-
-impl RegionLayout {
-    /// The region of one rank of a valid configuration.
-    pub fn new(config: &GroupConfig, rank: u32) -> RegionLayout {
-        let arenas: Vec<ArenaLayout> = config
-            .max_tokens
-            .iter()
-            .map(|&tokens| ArenaLayout::new(config, tokens).expect("the configuration is valid"))
-            .collect();
-        let mut at = 0;
-        let starts = arenas
-            .iter()
-            .map(|arena| {
-                let start = at;
-                at += arena.bytes.next_multiple_of(LINE_BYTES);
-                start
-            })
-            .collect();
-        let results = at.next_multiple_of(PAGE_BYTES);
-        let experts = config.spread().of_rank(rank).len();
-        let rows = rows_per_expert(config);
-        let returned_weights = results + experts * rows * 2 * config.hidden as usize;
-        let end = returned_weights + rows * 4 * config.top_k as usize;
-        let slot_bytes = end.next_multiple_of(PAGE_BYTES);
-        let bytes = slot_bytes * config.slots as usize;
-        RegionLayout { arenas, starts, results, returned_weights, slot_bytes, bytes }
-    }
-
-    /// Where a slot's results begin: a row for each of a rank's experts and each token that may come.
-    pub fn results(&self, slot: u32) -> usize {
-        slot as usize * self.slot_bytes + self.results
-    }
-
-    /// Where the weights begin that go back with the results of the throughput mode.
-    pub fn returned_weights(&self, slot: u32) -> usize {
-        slot as usize * self.slot_bytes + self.returned_weights
-    }
-}
-
-/// How many rows each expert has room for: every token of every rank may go there.
-pub(crate) fn rows_per_expert(config: &GroupConfig) -> usize {
-    config.max_tokens.iter().map(|&tokens| tokens as usize).sum()
-}
-
-/// From one row to the next: its values and scales, and what fills the line.
-pub(crate) fn row_stride(row_bytes: usize, scale_bytes: usize) -> usize {
-    (row_bytes + scale_bytes).next_multiple_of(LINE_BYTES)
 }
 
 fn entry_bytes(top_k: usize) -> usize {
@@ -134,11 +80,9 @@ pub(crate) struct Arena<'a> {
 }
 
 impl<'a> Arena<'a> {
-    /// The arena of `source` in the memory of the rank that `region` describes.
-    pub fn of(memory: &'a Memory, region: &'a RegionLayout, slot: u32, source: u32) -> Arena<'a> {
-        let source = source as usize;
-        let at = slot as usize * region.slot_bytes + region.starts[source];
-        Arena { memory, layout: &region.arenas[source], at }
+    /// The arena that begins at this place.
+    pub fn new(memory: &'a Memory, (at, layout): (usize, &'a ArenaLayout)) -> Arena<'a> {
+        Arena { memory, layout, at }
     }
 
     /// Where the arrivals word is.
@@ -146,102 +90,133 @@ impl<'a> Arena<'a> {
         (self.memory, self.at)
     }
 
-    /// Where the source says that it has masked the reader: 0, or anything else.
+    /// Where the source says its last word to the reader: 0, or anything else.
     pub fn farewell(&self) -> (&'a Memory, usize) {
         (self.memory, self.at + 4)
     }
 
-    fn header_at(&self, call: u32) -> usize {
-        self.at + WORD_BYTES + (call & 1) as usize * self.layout.header_bytes
+    /// What a call writes of its header, for ports: from where in the arena, and how much.
+    pub fn header_part(&self, call: u32) -> Part {
+        let which = if is_planted(Planted::HeaderNotAlternating) { 0 } else { (call & 1) as usize };
+        let at = ArenaLayout::FRONT_BYTES + which * self.layout.header_bytes;
+        Part { at, bytes: self.layout.header_bytes }
     }
 
-    pub fn write_header(&self, call: u32, header: &Header, mask: &[u32]) {
-        let mut bytes = [0; HEADER_BYTES];
-        let fields = [
-            header.kind,
-            header.rows,
-            header.tokens,
-            header.top_k,
-            header.payload,
-            header.row_bytes,
-            header.scale_bytes,
-            header.flags,
-            header.placement_version as u32,
-            (header.placement_version >> 32) as u32,
-        ];
-        for (place, field) in bytes.chunks_exact_mut(4).zip(fields) {
-            place.copy_from_slice(&field.to_le_bytes());
+    /// Where in the arena the list lies, and how long one of so many rows is.
+    pub fn list_part(&self, rows: usize) -> Part {
+        Part { at: self.layout.list, bytes: rows * self.layout.entry_bytes }
+    }
+
+    /// Where in the arena it stands where results begin.
+    pub fn begins_part(&self, count: usize) -> Part {
+        Part { at: self.layout.begins, bytes: 4 * count }
+    }
+
+    /// Where in the memory the arena begins.
+    pub fn at(&self) -> usize {
+        self.at
+    }
+
+    pub fn write_header(&self, header: &Header, mask: &[u32]) {
+        let at = self.at + self.header_part(header.call).at;
+        self.memory.write(at, &header.bytes()).expect(INSIDE);
+        for (word, mask) in mask.iter().enumerate() {
+            self.memory.write(at + HEADER_BYTES + 4 * word, &mask.to_le_bytes()).expect(INSIDE);
         }
-        let at = self.header_at(call);
-        self.memory.write(at, &bytes).expect(INSIDE);
-        let mask: Vec<u8> = mask.iter().flat_map(|word| word.to_le_bytes()).collect();
-        self.memory.write(at + HEADER_BYTES, &mask).expect(INSIDE);
     }
 
     pub fn read_header(&self, call: u32, mask: &mut [u32]) -> Header {
         let mut bytes = [0; HEADER_BYTES];
-        let at = self.header_at(call);
+        let at = self.at + self.header_part(call).at;
         self.memory.read(at, &mut bytes).expect(INSIDE);
         for (word, into) in mask.iter_mut().enumerate() {
             let mut place = [0; 4];
             self.memory.read(at + HEADER_BYTES + 4 * word, &mut place).expect(INSIDE);
             *into = u32::from_le_bytes(place);
         }
-        let field = |at: usize| u32::from_le_bytes(bytes[4 * at..][..4].try_into().expect("four bytes"));
-        Header {
-            kind: field(0),
-            rows: field(1),
-            tokens: field(2),
-            top_k: field(3),
-            payload: field(4),
-            row_bytes: field(5),
-            scale_bytes: field(6),
-            flags: field(7),
-            placement_version: u64::from(field(8)) | u64::from(field(9)) << 32,
-        }
+        Header::from_bytes(&bytes)
     }
 
-    /// Where the source's rows begin among those of each of its experts.
+    /// Where the source's results begin among those of each of its experts.
     pub fn write_begins(&self, begins: &[u32]) {
-        let bytes: Vec<u8> = begins.iter().flat_map(|begin| begin.to_le_bytes()).collect();
-        self.memory.write(self.at + self.layout.begins, &bytes).expect(INSIDE);
+        for (at, begin) in begins.iter().enumerate() {
+            self.memory.write(self.at + self.layout.begins + 4 * at, &begin.to_le_bytes()).expect(INSIDE);
+        }
     }
 
     pub fn read_begins(&self, begins: &mut [u32]) {
-        let mut bytes = vec![0; 4 * begins.len()];
-        self.memory.read(self.at + self.layout.begins, &mut bytes).expect(INSIDE);
-        for (begin, bytes) in begins.iter_mut().zip(bytes.chunks_exact(4)) {
-            *begin = u32::from_le_bytes(bytes.try_into().expect("four bytes"));
+        for (at, begin) in begins.iter_mut().enumerate() {
+            let mut bytes = [0; 4];
+            self.memory.read(self.at + self.layout.begins + 4 * at, &mut bytes).expect(INSIDE);
+            *begin = u32::from_le_bytes(bytes);
         }
     }
 
-    /// The list of `rows` entries, as [`Entries`] made it.
+    /// The list, as [`Entries`] made it.
     pub fn write_entries(&self, entries: &[u8]) {
-        self.memory.write(self.at + self.layout.rows, entries).expect(INSIDE);
+        self.memory.write(self.at + self.layout.list, entries).expect(INSIDE);
     }
 
-    /// Reads the list; refused where the rows do not fit the arena.
-    pub fn read_entries(&self, rows: usize, stride: usize, into: &mut Vec<u8>) -> Result<(), OutOfRange> {
-        let list = rows.saturating_mul(self.layout.entry_bytes);
-        let end = list
-            .next_multiple_of(LINE_BYTES)
-            .saturating_add(rows.saturating_mul(stride))
-            .saturating_add(self.layout.rows);
-        if end > self.layout.bytes {
-            return Err(OutOfRange { offset: 0, bytes: end, memory_bytes: self.layout.bytes });
+    /// Reads the list of so many rows; the caller has compared them with the source's limit.
+    pub fn read_entries(&self, rows: usize, into: &mut Vec<u8>) {
+        into.resize(rows * self.layout.entry_bytes, 0);
+        self.memory.read(self.at + self.layout.list, into).expect(INSIDE);
+    }
+}
+
+/// A stretch of an arena.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub at: usize,
+    pub bytes: usize,
+}
+
+impl Header {
+    fn bytes(&self) -> [u8; HEADER_BYTES] {
+        let fields = [
+            self.kind,
+            self.call,
+            self.rows,
+            self.tokens,
+            self.top_k,
+            self.payload,
+            self.row_bytes,
+            self.scale_bytes,
+            self.flags,
+            self.results_at,
+            self.checksum,
+            self.placement_version as u32,
+            (self.placement_version >> 32) as u32,
+        ];
+        let mut bytes = [0; HEADER_BYTES];
+        for (place, field) in bytes.chunks_exact_mut(4).zip(fields) {
+            place.copy_from_slice(&field.to_le_bytes());
         }
-        into.clear();
-        into.resize(list, 0);
-        self.memory.read(self.at + self.layout.rows, into)
+        bytes
     }
 
-    /// Where the rows begin, in the rank's memory, behind a list of `rows` entries.
-    pub fn rows_at(&self, rows: usize) -> usize {
-        self.at + self.layout.rows + (rows * self.layout.entry_bytes).next_multiple_of(LINE_BYTES)
+    fn from_bytes(bytes: &[u8; HEADER_BYTES]) -> Header {
+        let field = |at: usize| u32::from_le_bytes(bytes[4 * at..][..4].try_into().expect("four bytes"));
+        Header {
+            kind: field(0),
+            call: field(1),
+            rows: field(2),
+            tokens: field(3),
+            top_k: field(4),
+            payload: field(5),
+            row_bytes: field(6),
+            scale_bytes: field(7),
+            flags: field(8),
+            results_at: field(9),
+            checksum: field(10),
+            placement_version: u64::from(field(11)) | u64::from(field(12)) << 32,
+        }
     }
 
-    pub fn memory(&self) -> &'a Memory {
-        self.memory
+    /// The checksum over this header and a list that goes with it.
+    pub fn sum(&self, list: &[u8]) -> u32 {
+        let header = Header { checksum: 0, ..*self };
+        crc32c::crc32c_append(crc32c::crc32c(&header.bytes()), list)
     }
 }
 
@@ -325,9 +300,5 @@ pub(crate) fn payload_number(payload: Payload) -> u32 {
     }
 }
 
-/// The arrivals word has two lines for itself, as processors fetch lines in pairs.
-const WORD_BYTES: usize = 128;
 const HEADER_BYTES: usize = 64;
-const LINE_BYTES: usize = 64;
-const PAGE_BYTES: usize = 4096;
 const INSIDE: &str = "a place of the layout lies inside the region";

@@ -5,8 +5,11 @@
 //! come; the lowest says that the waiter sleeps. So a sender pays for a wake-up only where somebody sleeps, and needs
 //! one atomic instruction to know.
 
+use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use crate::pace::Pace;
 
 /// How long a wait spins before it sleeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,13 +90,13 @@ pub(crate) fn fall_asleep<W: Word>(word: &W, call: u32) -> Option<u32> {
     }
 }
 
-/// Waits until call number `call` has come, the deadline is over, or `stop`, asked now and then, says so.
+/// Waits until call number `call` has come, or `look`, asked now and then, says that it is over.
 pub(crate) fn wait(
     word: &AtomicU32,
     call: u32,
     patience: Patience,
-    deadline: Instant,
-    mut stop: impl FnMut() -> bool,
+    pace: &dyn Pace,
+    mut look: impl FnMut() -> ControlFlow<Waited>,
 ) -> Waited {
     for spin in 0..patience.spins + patience.yields {
         if has_come(word, call) {
@@ -105,47 +108,33 @@ pub(crate) fn wait(
         if has_come(word, call) {
             return Waited::Arrived;
         }
-        if stop() {
+        if let ControlFlow::Break(end) = look() {
             // Who leaves after its last call has made it.
-            return if has_come(word, call) { Waited::Arrived } else { Waited::Stopped };
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Waited::Late;
+            return if has_come(word, call) { Waited::Arrived } else { end };
         }
         if let Some(asleep) = fall_asleep(word, call) {
-            sleep(word, asleep, left.min(LOOK_AGAIN));
+            pace.sleep(word, asleep, LOOK_AGAIN);
         }
     }
-}
-
-/// Wakes whoever sleeps on the word, in this process or another.
-pub(crate) fn wake(word: &AtomicU32) {
-    // Waking on a valid word cannot fail, and a word whose memory is gone has nobody to wake.
-    let _ = rustix::thread::futex::wake(word, rustix::thread::futex::Flags::empty(), u32::MAX >> 1);
-}
-
-fn sleep(word: &AtomicU32, value: u32, time: Duration) {
-    let time = rustix::thread::futex::Timespec {
-        tv_sec: time.as_secs().cast_signed(),
-        tv_nsec: time.subsec_nanos().into(),
-    };
-    // A word that has changed already, a signal, a wake-up and the end of the time are the same: look again.
-    let _ = rustix::thread::futex::wait(word, rustix::thread::futex::Flags::empty(), value, Some(&time));
 }
 
 const ASLEEP: u32 = 1;
 /// How long a sleeper lies at most before it asks whether the other is still there.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::pace::Machine;
     use std::sync::Arc;
 
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_secs(10)
+    /// Looks until the clock says so.
+    fn until(pace: &Machine, time: Duration) -> impl FnMut() -> ControlFlow<Waited> {
+        let end = pace.now() + time;
+        move || if pace.now() < end { ControlFlow::Continue(()) } else { ControlFlow::Break(Waited::Late) }
     }
+
+    const LONG: Duration = Duration::from_secs(10);
 
     #[test]
     fn calls_come_in_order_and_numbers_wrap_around() {
@@ -173,34 +162,39 @@ mod tests {
     fn a_wait_ends_by_its_deadline_and_by_its_stop() {
         let word = AtomicU32::new(0);
         let patience = Patience { spins: 10, yields: 1 };
-        let begun = Instant::now();
-        assert_eq!(wait(&word, 1, patience, begun + Duration::from_millis(30), || false), Waited::Late);
-        assert!(begun.elapsed() >= Duration::from_millis(30));
-        assert_eq!(wait(&word, 1, patience, soon(), || true), Waited::Stopped);
+        let pace = Machine::new();
+        let short = Duration::from_millis(30);
+        assert_eq!(wait(&word, 1, patience, &pace, until(&pace, short)), Waited::Late);
+        assert!(pace.now() >= short);
+        let stop = || ControlFlow::Break(Waited::Stopped);
+        assert_eq!(wait(&word, 1, patience, &pace, stop), Waited::Stopped);
         publish(&word, 1);
-        assert_eq!(wait(&word, 1, patience, begun, || true), Waited::Arrived, "what has come counts first");
+        assert_eq!(wait(&word, 1, patience, &pace, stop), Waited::Arrived, "what has come counts first");
     }
 
     #[test]
     fn two_threads_play_ping_pong() {
         let words = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
         let theirs = words.clone();
+        let hears = |word: &AtomicU32, call: u32| {
+            let pace = Machine::new();
+            let waited = wait(word, call, Patience::SHARED_PROCESSOR, &pace, until(&pace, LONG));
+            assert_eq!(waited, Waited::Arrived);
+        };
+        let says = |word: &AtomicU32, call: u32| {
+            if publish(word, call) {
+                Machine::new().wake(word);
+            }
+        };
         let other = std::thread::spawn(move || {
             for call in 1..=2000 {
-                assert_eq!(
-                    wait(&theirs[0], call, Patience::SHARED_PROCESSOR, soon(), || false),
-                    Waited::Arrived
-                );
-                if publish(&theirs[1], call) {
-                    wake(&theirs[1]);
-                }
+                hears(&theirs[0], call);
+                says(&theirs[1], call);
             }
         });
         for call in 1..=2000 {
-            if publish(&words[0], call) {
-                wake(&words[0]);
-            }
-            assert_eq!(wait(&words[1], call, Patience::SHARED_PROCESSOR, soon(), || false), Waited::Arrived);
+            says(&words[0], call);
+            hears(&words[1], call);
         }
         other.join().unwrap();
     }

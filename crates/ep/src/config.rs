@@ -3,8 +3,9 @@
 use std::fmt;
 
 use crate::Experts;
+use crate::region::RegionLayout;
 
-/// What all ranks of a group agree on. Compared when they meet: [`GroupConfig::differences`].
+/// What all ranks of a group agree on. Compared when they meet: [`GroupConfig::fingerprint`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GroupConfig {
     /// The most tokens that each rank dispatches in one step, by rank; so there are as many ranks as entries.
@@ -159,11 +160,17 @@ impl fmt::Display for Difference {
 /// token goes to this rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
-    /// Where the others write the rows that they dispatch to this rank.
+    /// What dispatched rows take between ranks that map each other's memory: the lists of all sources, and this rank's own
+    /// rows, which the others read where they are.
     pub dispatch_arenas: u64,
-    /// Where the others write the rows that they return to this rank, for those that cannot map each other's memory.
-    /// Rows inside a host are read where they lie.
+    /// What they take besides where every other rank is on another host: the rows of all sources, and what is to be sent
+    /// to each.
+    pub port_dispatch_arenas: u64,
+    /// What results take between ranks that map each other's memory, besides the outputs: nothing, as they are read where
+    /// the experts left them.
     pub combine_arenas: u64,
+    /// What they take where every other rank is on another host: a row for each choice of this rank's tokens.
+    pub port_combine_arenas: u64,
     /// What this rank's experts read and write, in the layout of the latency mode: values, scales, source tokens, and
     /// results in bf16.
     pub outputs: u64,
@@ -247,52 +254,27 @@ impl GroupConfig {
         Ok(self.checked_sizes().expect("a valid configuration has sizes"))
     }
 
-    /// Where another rank's configuration differs, in words.
-    pub fn differences(&self, theirs: &GroupConfig) -> Vec<Difference> {
-        let mut found = Vec::new();
-        let mut compare = |what: &str, ours: &dyn fmt::Display, theirs: &dyn fmt::Display| {
-            let (ours, theirs) = (ours.to_string(), theirs.to_string());
-            if ours != theirs {
-                found.push(Difference { what: what.to_owned(), ours, theirs });
-            }
-        };
-        compare("ranks", &self.max_tokens.len(), &theirs.max_tokens.len());
-        compare("experts", &self.experts, &theirs.experts);
-        compare("top_k", &self.top_k, &theirs.top_k);
-        compare("hidden", &self.hidden, &theirs.hidden);
-        compare("payload", &self.payload, &theirs.payload);
-        compare("slots", &self.slots, &theirs.slots);
-        compare("placement_version", &self.placement_version, &theirs.placement_version);
-        if self.max_tokens.len() == theirs.max_tokens.len() {
-            for (rank, (ours, theirs)) in self.max_tokens.iter().zip(&theirs.max_tokens).enumerate() {
-                compare(&format!("max_tokens of rank {rank}"), ours, theirs);
-            }
-        }
-        found
-    }
-
     fn checked_sizes(&self) -> Option<Sizes> {
+        // The largest of all ranks: of those with the most experts, and tokens.
+        let most = (0..self.ranks()).max_by_key(|&rank| self.max_tokens[rank as usize])?;
+        let regions = [RegionLayout::of_group(self, 0..1)?, RegionLayout::of_group(self, most..most + 1)?];
+        let largest =
+            |bytes: fn(&RegionLayout) -> u64| regions.iter().flatten().map(bytes).max().unwrap_or(0);
         let tokens = self.max_tokens.iter().map(|&tokens| u64::from(tokens)).sum::<u64>();
-        let most = u64::from(self.max_tokens.iter().copied().max().unwrap_or(0));
-        let slots = u64::from(self.slots);
-        let [row, scale] = [self.payload.row_bytes(self.hidden), self.payload.scale_bytes(self.hidden)];
-        let result = 2 * u64::from(self.hidden);
-        let arena = |tokens: u32| crate::arena::ArenaLayout::new(self, tokens).map(|layout| layout.bytes());
-        let arenas =
-            self.max_tokens.iter().try_fold(0_u64, |sum, &tokens| sum.checked_add(arena(tokens)?))?;
-        let packed_row = row + scale + 4 + result;
-        let sizes = Sizes {
-            dispatch_arenas: arenas.checked_mul(slots)?,
-            combine_arenas: most.checked_mul(self.top_k.into())?.checked_mul(result)?.checked_mul(slots)?,
-            outputs: tokens
-                .checked_mul(self.spread().most().into())?
-                .checked_mul(packed_row)?
-                .checked_mul(slots)?,
-        };
-        let all = sizes.dispatch_arenas.checked_add(sizes.combine_arenas)?.checked_add(sizes.outputs)?;
-        // Places of packed rows have 32 bits.
+        let packed_row = self.payload.row_bytes(self.hidden) + self.payload.scale_bytes(self.hidden) + 4;
         let places = tokens.checked_mul(self.spread().most().into())?;
-        (all <= MAX_BYTES && places <= u64::from(u32::MAX)).then_some(sizes)
+        let packed = places.checked_mul(packed_row)?.checked_mul(self.slots.into())?;
+        let sizes = Sizes {
+            dispatch_arenas: largest(RegionLayout::dispatch_bytes),
+            port_dispatch_arenas: largest(RegionLayout::port_dispatch_bytes),
+            combine_arenas: 0,
+            port_combine_arenas: largest(RegionLayout::port_combine_bytes),
+            outputs: packed.checked_add(largest(RegionLayout::result_bytes))?,
+        };
+        let region = regions.iter().flatten().map(|region| region.bytes as u64).max()?;
+        // Places of packed rows have 32 bits.
+        let fits = region.checked_add(packed)? <= MAX_BYTES && places <= u64::from(u32::MAX);
+        fits.then_some(sizes)
     }
 }
 

@@ -43,7 +43,8 @@ pub enum GroupError {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum EpError {
-    /// This call's arguments do not fit each other or the group. Nothing was sent.
+    /// This call's arguments do not fit each other or the group. Nothing was sent by it; a receive half that is refused ends its
+    /// step, and the slot's next dispatch sees to it that the ranks agree on the next.
     #[error("{what} has {len} elements and not {expected}")]
     WrongLength {
         /// Which argument.
@@ -65,12 +66,12 @@ pub enum EpError {
     },
     /// A token may name an expert more than once, but an expert has room for this rank's limit of rows and no more.
     /// Nothing was sent.
-    #[error("{choices} choices fall on expert {expert}, which has room for {limit} rows of this rank")]
+    #[error(
+        "more than {limit} choices fall on expert {expert}, which has room for so many rows of this rank"
+    )]
     TooManyChoices {
         /// Which expert.
         expert: u32,
-        /// How many.
-        choices: u32,
         /// This rank's limit of tokens.
         limit: u32,
     },
@@ -119,14 +120,33 @@ pub enum EpError {
         /// The most that it can be.
         most: u64,
     },
-    /// A row is not what its source sent.
-    #[error("a row of token {token} of rank {rank} does not have the checksum that its source computed")]
+    /// Something is not what its rank wrote.
+    #[error("{what} of rank {rank} does not have the checksum that it was given there in this step")]
     Corrupted {
-        /// The source.
+        /// Who wrote it.
         rank: u32,
-        /// Its token.
-        token: u32,
+        /// What it is.
+        what: Corrupted,
     },
+    /// So many ranks are masked that those left are too few to go on.
+    #[error("{alive} ranks are left and must be {least}: {masked:?} are masked")]
+    TooFewRanks {
+        /// How many are left, this one included.
+        alive: u32,
+        /// How many they must be: [`GroupOptions::least_ranks`](crate::GroupOptions::least_ranks).
+        least: u32,
+        /// The others.
+        masked: Vec<u32>,
+    },
+    /// The port of a masked rank may still write where results of this step would come.
+    #[error("what masked rank {rank} sent may still arrive: its port has not closed in time")]
+    StillWriting {
+        /// Which rank.
+        rank: u32,
+    },
+    /// A route belongs to another rank, or to another group.
+    #[error("the route is none of this rank's")]
+    ForeignRoute,
     /// Weight was lost with masked ranks, and the policy is not to accept that.
     #[error("{tokens} tokens lost weight because ranks are masked: {masked:?}")]
     WeightLost {
@@ -137,7 +157,75 @@ pub enum EpError {
     },
 }
 
+/// What does not have its checksum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Corrupted {
+    /// The row of one of its tokens.
+    Row {
+        /// Which token.
+        token: u32,
+    },
+    /// The list of its rows, or what says what the call is.
+    List,
+    /// Its result for one of this rank's tokens.
+    Result {
+        /// Which token.
+        token: u32,
+    },
+}
+
+impl std::fmt::Display for Corrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Corrupted::Row { token } => write!(f, "the row of token {token}"),
+            Corrupted::List => f.write_str("the list of rows"),
+            Corrupted::Result { token } => write!(f, "the result for token {token}"),
+        }
+    }
+}
+
+/// What may be done about a failed call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Advice {
+    /// The arguments are wrong. Nothing was sent, and the others wait: the call can be made again with right ones.
+    CorrectArguments,
+    /// The step is lost for this rank, and perhaps for others; the next may begin, on all ranks alike.
+    NextStep,
+    /// The ranks do not make the same calls: their program, or what they are configured with, differs. The next step may
+    /// begin on all ranks alike.
+    AlignCalls,
+    /// This rank is out of the group, which has gone on, or is too small to go on. Only a new group helps.
+    NewGroup,
+}
+
 impl EpError {
+    /// What may be done about it.
+    pub fn advice(&self) -> Advice {
+        match self {
+            EpError::WrongLength { .. }
+            | EpError::TooManyTokens { .. }
+            | EpError::TooManyChoices { .. }
+            | EpError::Payload(_)
+            | EpError::PayloadTooLarge { .. }
+            | EpError::Choices(_)
+            | EpError::ForeignRoute => Advice::CorrectArguments,
+            EpError::Mismatch { .. } => Advice::AlignCalls,
+            EpError::Nonsense { .. } | EpError::Corrupted { .. } | EpError::WeightLost { .. } => {
+                Advice::NextStep
+            }
+            EpError::Masked { .. } | EpError::TooFewRanks { .. } | EpError::StillWriting { .. } => {
+                Advice::NewGroup
+            }
+        }
+    }
+
+    /// Whether the same call can succeed later, as it was made.
+    pub fn is_retryable(&self) -> bool {
+        self.advice() == Advice::NextStep
+    }
+
     /// Refuses the first of some lists, by name, that is not as long as it has to be: how long it is, then what is expected.
     pub(crate) fn check_lengths(
         lists: impl IntoIterator<Item = (&'static str, usize, usize)>,

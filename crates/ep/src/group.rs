@@ -8,10 +8,14 @@ use std::time::Duration;
 use crossdock_memory::copy::{Copier, Strategy};
 use crossdock_memory::{AllocateOptions, Memory};
 
-use crate::arena::{Arena, RegionLayout, rows_per_expert};
+use crate::arena::Arena;
 use crate::arrivals::Patience;
+use crate::copy_rate::CopyRate;
 use crate::error::GroupError;
 use crate::meet::Link;
+use crate::outgoing::Outgoing;
+use crate::pace::{Machine, Pace};
+use crate::region::{RegionLayout, rows_per_expert};
 use crate::slot::Slot;
 use crate::words::{self, RankMemory};
 use crate::{Experts, GroupConfig, Quantiser, Summer};
@@ -19,7 +23,8 @@ use crate::{Experts, GroupConfig, Quantiser, Summer};
 /// How a rank waits, and what it does about those that do not come.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GroupOptions {
-    /// How long a wait for another rank lasts before that rank is masked.
+    /// How long a rank may neither make its call nor wait itself before those who wait for it mask it. It counts while
+    /// whoever waits runs itself, so a job that is stopped as a whole goes on where it was.
     pub deadline: Duration,
     /// How long the waits of a slot's first step last: others may still compile their kernels.
     pub warm_up: Duration,
@@ -27,7 +32,10 @@ pub struct GroupOptions {
     pub patience: Option<Patience>,
     /// What becomes of a token some of whose experts are on masked ranks.
     pub lost: LostWeight,
-    /// Whether rows carry checksums that their receivers check. The same on all ranks.
+    /// With fewer ranks than this that are not masked, calls fail, as a part of a group that has fallen apart should.
+    pub least_ranks: u32,
+    /// Whether rows, lists and results carry checksums that their receivers check, which depend on the step. The same on
+    /// all ranks.
     pub verify: bool,
 }
 
@@ -38,6 +46,7 @@ impl Default for GroupOptions {
             warm_up: Duration::from_secs(120),
             patience: None,
             lost: LostWeight::Drop,
+            least_ranks: 1,
             verify: false,
         }
     }
@@ -48,8 +57,8 @@ impl Default for GroupOptions {
 pub enum LostWeight {
     /// The sum lacks what they would have added.
     Drop,
-    /// The weights of the others are raised, so that they add up to what all of the token's weights did. Only where a
-    /// combine has weights.
+    /// The weights of the others are raised, so that they add up to what all of the token's weights did. In the latency
+    /// mode, whose combine has weights.
     Renormalise,
     /// The call fails, after it is over for the other ranks too.
     Fail,
@@ -86,20 +95,33 @@ pub(crate) struct Shared {
     pub rank: u32,
     pub rows_per_expert: usize,
     pub patience: Patience,
+    pub pace: Arc<dyn Pace>,
     pub quantiser: Quantiser,
     pub summer: Summer,
+    pub copy_rate: CopyRate,
     copier: Copier,
-    memories: Vec<RankMemory>,
+    reaches: Vec<Reach>,
     regions: Vec<RegionLayout>,
+    outgoing: Option<Arc<Outgoing>>,
     mask: Box<[AtomicU32]>,
     gone: Box<[AtomicBool]>,
 }
 
+/// How this rank reaches another.
+#[derive(Debug)]
+pub(crate) enum Reach {
+    /// By its memory.
+    Mapped(RankMemory),
+    /// Through a port.
+    Port,
+}
+
 impl Group {
-    /// What memory a rank has to give to the others: so many bytes of shared memory, zeroed.
+    /// What memory a rank has to give to the others: so many bytes of shared memory, zeroed. Most of it is never touched
+    /// where all ranks are on one host: [`GroupConfig::sizes`].
     pub fn region_bytes(config: &GroupConfig, rank: u32) -> Result<usize, GroupError> {
         check_rank(config, rank)?;
-        Ok(RegionLayout::new(config, rank).bytes)
+        Ok(RegionLayout::of_group(config, rank..rank + 1).expect("the configuration is valid")[0].bytes)
     }
 
     /// Allocates a rank's region.
@@ -112,44 +134,56 @@ impl Group {
         Memory::allocate(bytes.max(1), &options).map_err(|error| GroupError::Memory { rank, error })
     }
 
-    /// One rank of a group, all regions of which this process has mapped, by rank.
-    pub fn over(
+    /// What the safe and the unsafe ways to a group whose regions are all in this process have in common.
+    pub(crate) fn over_regions(
         config: &GroupConfig,
         rank: u32,
         memories: Vec<Memory>,
         options: &GroupOptions,
     ) -> Result<Group, GroupError> {
-        Group::over_mapped(config, rank, memories.into_iter().map(RankMemory::from).collect(), options)
+        check_rank(config, rank)?;
+        let reaches = memories.into_iter().map(|memory| Reach::Mapped(memory.into())).collect();
+        Group::assemble(config, rank, reaches, None, options, Arc::new(Machine::new()))
     }
 
-    pub(crate) fn over_mapped(
+    /// One rank of a valid configuration. Its own memory is mapped.
+    pub(crate) fn assemble(
         config: &GroupConfig,
         rank: u32,
-        memories: Vec<RankMemory>,
+        reaches: Vec<Reach>,
+        outgoing: Option<Arc<Outgoing>>,
         options: &GroupOptions,
+        pace: Arc<dyn Pace>,
     ) -> Result<Group, GroupError> {
-        check_rank(config, rank)?;
         let ranks = config.ranks();
-        let regions: Vec<RegionLayout> = (0..ranks).map(|rank| RegionLayout::new(config, rank)).collect();
+        let regions = RegionLayout::of_group(config, 0..ranks).expect("the configuration is valid");
         for (rank, region) in (0..ranks).zip(&regions) {
-            let bytes = memories.get(rank as usize).map_or(0, |of_rank| of_rank.memory().bytes());
+            let bytes = match reaches.get(rank as usize) {
+                Some(Reach::Mapped(memory)) => memory.memory().bytes(),
+                Some(Reach::Port) => continue,
+                None => 0,
+            };
             if bytes < region.bytes {
                 return Err(GroupError::WrongRegion { rank, bytes, needed: region.bytes });
             }
         }
         let processors = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let crowded = ranks as usize > processors;
+        let here = reaches.iter().filter(|reach| matches!(reach, Reach::Mapped(_))).count();
+        let crowded = here > processors;
         let chosen = if crowded { Patience::SHARED_PROCESSOR } else { Patience::OWN_PROCESSOR };
         let shared = Arc::new(Shared {
             spread: config.spread(),
             rank,
             rows_per_expert: rows_per_expert(config),
             patience: options.patience.unwrap_or(chosen),
+            pace,
             quantiser: Quantiser::detect(),
             summer: Summer::detect(),
+            copy_rate: CopyRate::measure(),
             copier: Copier::detect(),
-            memories,
+            reaches,
             regions,
+            outgoing,
             mask: (0..ranks.div_ceil(32)).map(|_| AtomicU32::new(0)).collect(),
             gone: (0..ranks).map(|_| AtomicBool::new(false)).collect(),
             config: config.clone(),
@@ -161,11 +195,27 @@ impl Group {
 
     /// All ranks of a group in this process, by rank; each may go to a thread of its own.
     pub fn in_process(config: &GroupConfig, options: &GroupOptions) -> Result<Vec<Group>, GroupError> {
+        let memories = Group::allocate_regions(config)?;
+        (0..config.ranks()).map(|rank| Group::over_regions(config, rank, memories.clone(), options)).collect()
+    }
+
+    /// The same on another clock than the machine's: for simulations.
+    #[cfg(feature = "planted-bugs")]
+    pub fn in_simulation(
+        config: &GroupConfig,
+        options: &GroupOptions,
+        pace: &Arc<dyn Pace>,
+    ) -> Result<Vec<Group>, GroupError> {
+        let memories = Group::allocate_regions(config)?;
+        let reaches = || memories.iter().map(|memory| Reach::Mapped(memory.clone().into())).collect();
+        (0..config.ranks())
+            .map(|rank| Group::assemble(config, rank, reaches(), None, options, pace.clone()))
+            .collect()
+    }
+
+    fn allocate_regions(config: &GroupConfig) -> Result<Vec<Memory>, GroupError> {
         config.validate()?;
-        let ranks = 0..config.ranks();
-        let memories = ranks.clone().map(|rank| Group::allocate_region(config, rank));
-        let memories = memories.collect::<Result<Vec<Memory>, GroupError>>()?;
-        ranks.map(|rank| Group::over(config, rank, memories.clone(), options)).collect()
+        (0..config.ranks()).map(|rank| Group::allocate_region(config, rank)).collect()
     }
 
     /// What the group agreed on.
@@ -214,7 +264,7 @@ impl Drop for Group {
 /// Tells a group of deaths, from any thread.
 #[derive(Clone, Debug)]
 pub struct Mourner {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 impl Mourner {
@@ -232,20 +282,50 @@ impl Shared {
         self.config.ranks()
     }
 
-    /// Where `source` writes in the memory of `reader`.
-    pub fn arena(&self, slot: u32, source: u32, reader: u32) -> Arena<'_> {
-        let reader = reader as usize;
-        Arena::of(self.memories[reader].memory(), &self.regions[reader], slot, source)
+    /// This rank's memory.
+    pub fn own_memory(&self) -> &Memory {
+        self.mapped(self.rank).expect("a rank maps its own memory")
     }
 
-    /// Where a rank's results begin in its memory.
-    pub fn results(&self, slot: u32, rank: u32) -> (&Memory, usize) {
-        (self.memories[rank as usize].memory(), self.regions[rank as usize].results(slot))
+    /// A rank's memory, if it is mapped here.
+    pub fn mapped(&self, rank: u32) -> Option<&Memory> {
+        match &self.reaches[rank as usize] {
+            Reach::Mapped(memory) => Some(memory.memory()),
+            Reach::Port => None,
+        }
     }
 
-    /// Where the weights that go back with a rank's results begin in its memory.
-    pub fn returned_weights(&self, slot: u32, rank: u32) -> (&Memory, usize) {
-        (self.memories[rank as usize].memory(), self.regions[rank as usize].returned_weights(slot))
+    /// The thread that carries calls to a rank, if a port reaches it.
+    pub fn port_of(&self, rank: u32) -> Option<&Outgoing> {
+        match &self.reaches[rank as usize] {
+            Reach::Mapped(_) => None,
+            Reach::Port => self.outgoing.as_deref(),
+        }
+    }
+
+    pub fn has_ports(&self) -> bool {
+        self.outgoing.is_some()
+    }
+
+    pub fn region(&self, rank: u32) -> &RegionLayout {
+        &self.regions[rank as usize]
+    }
+
+    pub fn own_region(&self) -> &RegionLayout {
+        self.region(self.rank)
+    }
+
+    /// Where a source tells this rank of its calls.
+    pub fn arena_of(&self, slot: u32, source: u32) -> Arena<'_> {
+        Arena::new(self.own_memory(), self.own_region().arena(slot, source))
+    }
+
+    /// Where this rank tells another of its calls: there, or where its port takes it from.
+    pub fn arena_at(&self, slot: u32, reader: u32) -> Arena<'_> {
+        match self.mapped(reader) {
+            Some(memory) => Arena::new(memory, self.region(reader).arena(slot, self.rank)),
+            None => Arena::new(self.own_memory(), self.own_region().outbox(slot, reader)),
+        }
     }
 
     /// The copier for rows of so many bytes from one of the ranks: past the cache where what comes from all of them does
@@ -253,6 +333,14 @@ impl Shared {
     pub fn copier_for(&self, bytes_of_a_rank: usize) -> Copier {
         let all = bytes_of_a_rank.saturating_mul(self.ranks() as usize);
         self.copier.force(if all < STREAM_FROM_BYTES { Strategy::Cached } else { Strategy::Streamed })
+    }
+
+    /// A place at which a simulation may let others run.
+    #[inline(always)]
+    pub fn pass(&self) {
+        if cfg!(feature = "planted-bugs") {
+            self.pace.pass();
+        }
     }
 
     pub fn is_masked(&self, rank: u32) -> bool {
@@ -271,32 +359,64 @@ impl Shared {
         self.mask[rank as usize / 32].fetch_or(1 << (rank % 32), Ordering::AcqRel);
     }
 
+    /// How many ranks are not masked.
+    pub fn alive(&self) -> u32 {
+        self.ranks() - self.mask.iter().map(|word| word.load(Ordering::Acquire).count_ones()).sum::<u32>()
+    }
+
     pub fn mask_words(&self) -> Vec<u32> {
         self.mask.iter().map(|word| word.load(Ordering::Relaxed)).collect()
     }
 
-    /// Says to a rank, in every slot, that it need not wait for this one any more.
+    /// Says a last word to a rank, in every slot. Whom a port reaches hears it by the end of the session.
     pub fn say_farewell(&self, rank: u32, farewell: Farewell) {
+        if self.mapped(rank).is_none() {
+            return;
+        }
         for slot in 0..self.config.slots {
-            let arena = self.arena(slot, self.rank, rank);
-            // Who was masked first stays so.
-            words::with(arena.farewell(), |word| {
-                let _ = word.compare_exchange(0, farewell as u32, Ordering::AcqRel, Ordering::Relaxed);
-            });
-            words::with(arena.word(), crate::arrivals::wake);
+            let arena = self.arena_at(slot, rank);
+            set_farewell(&arena, farewell);
+            words::with(arena.word(), |word| self.pace.wake(word));
         }
     }
 
     /// What a rank has said: 0, or a [`Farewell`].
     pub fn farewell_of(&self, slot: u32, rank: u32) -> u32 {
-        words::with(self.arena(slot, rank, self.rank).farewell(), |word| word.load(Ordering::Acquire))
+        words::with(self.arena_of(slot, rank).farewell(), |word| word.load(Ordering::Acquire))
+    }
+
+    /// Counts up how often this rank was seen to wait.
+    pub fn pulse(&self, slot: u32) {
+        words::with((self.own_memory(), self.own_region().pulse(slot)), |word| {
+            word.fetch_add(1, Ordering::Relaxed)
+        });
+        if let Some(outgoing) = &self.outgoing {
+            outgoing.pulse(slot);
+        }
+    }
+
+    /// How often a rank was seen to wait in a slot.
+    pub fn pulses_of(&self, slot: u32, rank: u32) -> u32 {
+        match self.mapped(rank) {
+            Some(memory) => {
+                words::with((memory, self.region(rank).pulse(slot)), |word| word.load(Ordering::Relaxed))
+            }
+            None => self.port_of(rank).map_or(0, |port| port.pulses_of(rank, slot)),
+        }
     }
 
     fn wake_waiters_for(&self, rank: u32) {
         for slot in 0..self.config.slots {
-            words::with(self.arena(slot, rank, self.rank).word(), crate::arrivals::wake);
+            words::with(self.arena_of(slot, rank).word(), |word| self.pace.wake(word));
         }
     }
+}
+
+/// Who was masked first stays so.
+pub(crate) fn set_farewell(arena: &Arena<'_>, farewell: Farewell) {
+    words::with(arena.farewell(), |word| {
+        let _ = word.compare_exchange(0, farewell as u32, Ordering::AcqRel, Ordering::Relaxed);
+    });
 }
 
 fn check_rank(config: &GroupConfig, rank: u32) -> Result<(), GroupError> {

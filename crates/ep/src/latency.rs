@@ -2,13 +2,17 @@
 
 use std::ops::Range;
 
-use crossdock_memory::Memory;
-
-use crate::arena::{Entries, Header, row_stride};
+use crate::arena::Header;
 use crate::bytes::Bytes;
 use crate::error::EpError;
-use crate::slot::{COMBINE_WEIGHTED, Dispatch, NOWHERE, Report, Slot};
-use crate::words::{self, ArenaRows, ResultRows};
+use crate::incoming::Incoming;
+use crate::outgoing::Span;
+use crate::region::rows_per_expert;
+use crate::report::Report;
+use crate::results::{Results, le_bytes};
+use crate::route::NOWHERE;
+use crate::slot::{COMBINE_WEIGHTED, Dispatch, Slot};
+use crate::words::{self, ResultRows};
 use crate::{Bf16, Group, Payload};
 
 /// In which order the scales of packed rows lie.
@@ -48,7 +52,7 @@ impl LatencyOutputs {
     pub fn new(group: &Group, payload: Payload, order: ScaleOrder) -> LatencyOutputs {
         let config = group.config();
         let experts = config.spread().of_rank(group.rank()).len();
-        let rows = crate::arena::rows_per_expert(config);
+        let rows = rows_per_expert(config);
         let ranks = config.ranks() as usize;
         let row_bytes = payload.row_bytes(config.hidden) as usize;
         let scale_bytes = payload.scale_bytes(config.hidden) as usize;
@@ -137,8 +141,6 @@ impl LatencyOutputs {
 pub struct LatencyStep<'slot> {
     slot: &'slot mut Slot,
     report: Report,
-    /// By source: where its rows begin at each local expert. `None` for one that is masked.
-    begins: Vec<Option<Vec<u32>>>,
     counts: Vec<u32>,
 }
 
@@ -147,6 +149,7 @@ impl<'slot> Dispatch<'slot> {
     pub fn latency(self, outputs: &mut LatencyOutputs) -> Result<LatencyStep<'slot>, EpError> {
         let Dispatch { slot, header, mut report } = self;
         let shared = slot.shared.clone();
+        let begun = shared.pace.now();
         let experts = shared.spread.of_rank(shared.rank).len();
         let shape = [
             ("outputs' row bytes", outputs.row_bytes, header.row_bytes as usize),
@@ -156,100 +159,105 @@ impl<'slot> Dispatch<'slot> {
             ("outputs' ranks", outputs.ranks, shared.ranks() as usize),
         ];
         EpError::check_lengths(shape)?;
-        outputs.counts.fill(0);
-        outputs.packing.scales.clear();
-        outputs.packing.order.clear();
-        let mut begins = Vec::with_capacity(shared.ranks() as usize);
         slot.begin_waiting();
-        for source in 0..shared.ranks() {
-            let before = outputs.counts.clone();
-            let came = slot.wait_for(source, &header, &mut report)?;
-            if let Some(theirs) = &came {
-                pack(slot, source, theirs, outputs)?;
-            }
-            for (expert, &begin) in before.iter().enumerate() {
-                outputs.ranges[expert * outputs.ranks + source as usize] = begin..outputs.counts[expert];
-            }
-            begins.push(came.map(|_| before));
-        }
+        while !take_all(slot, &header, outputs, &mut report)? {}
         scatter_columns(&mut outputs.packing, outputs.rows, outputs.scale_bytes / 4, &mut outputs.scales);
         for (total, &count) in outputs.totals.iter_mut().zip(&outputs.counts) {
             *total += u64::from(count);
         }
-        report.masked = shared.masked();
-        Ok(LatencyStep { counts: outputs.counts.clone(), slot, report, begins })
+        report.end_half(begun, &shared);
+        Ok(LatencyStep { counts: outputs.counts.clone(), slot, report })
     }
 }
 
-/// Packs the rows of one source.
-fn pack(slot: &mut Slot, source: u32, theirs: &Header, outputs: &mut LatencyOutputs) -> Result<(), EpError> {
+/// Packs the rows of all sources, in the order of their ranks. False if it is to be done once more.
+fn take_all(
+    slot: &mut Slot,
+    header: &Header,
+    outputs: &mut LatencyOutputs,
+    report: &mut Report,
+) -> Result<bool, EpError> {
     let shared = slot.shared.clone();
-    let arena = shared.arena(slot.slot, source, shared.rank);
+    outputs.counts.fill(0);
+    outputs.packing.scales.clear();
+    outputs.packing.order.clear();
+    slot.received.begin();
+    for source in 0..shared.ranks() {
+        slot.received.begins.extend_from_slice(&outputs.counts);
+        let came = slot.wait_for(source, header, report)?;
+        let packed = match &came {
+            Some(theirs) => pack(slot, source, theirs, outputs, report)?,
+            None => 0,
+        };
+        slot.received.note(source, came.as_ref(), packed, &shared)?;
+        let begins = &slot.received.begins[source as usize * outputs.experts..];
+        for (expert, (&begin, &end)) in begins.iter().zip(&outputs.counts).enumerate() {
+            outputs.ranges[expert * outputs.ranks + source as usize] = begin..end;
+        }
+    }
+    slot.received.begins.extend_from_slice(&outputs.counts);
+    slot.end_taking()
+}
+
+/// Packs the rows of one source. Gives how many results it gets.
+fn pack(
+    slot: &mut Slot,
+    source: u32,
+    theirs: &Header,
+    outputs: &mut LatencyOutputs,
+    report: &mut Report,
+) -> Result<u32, EpError> {
+    let shared = slot.shared.clone();
     let (row_bytes, scale_bytes) = (outputs.row_bytes, outputs.scale_bytes);
-    let stride = row_stride(row_bytes, scale_bytes);
-    let rows = theirs.rows as usize;
-    let nonsense = |what, value: u64, most: u64| EpError::Nonsense { rank: source, what, value, most };
-    let mut list = std::mem::take(&mut slot.entries);
-    arena
-        .read_entries(rows, stride, &mut list)
-        .map_err(|over| nonsense("rows of", over.bytes as u64, over.memory_bytes as u64))?;
-    let from = ArenaRows { memory: arena.memory(), at: arena.rows_at(rows), stride, count: rows };
+    let list = slot.take_list(source, theirs)?;
+    let incoming = Incoming::new(&shared, slot.slot, source, theirs);
     let packing = &mut outputs.packing;
     packing.rows.clear();
     packing.places.clear();
-    for (row, entry) in Entries::new(shared.config.top_k).iter(&list).enumerate() {
-        let token = entry.token();
-        if token >= theirs.tokens {
-            return Err(nonsense("a token", token.into(), theirs.tokens.into()));
-        }
-        if slot.is_verified() {
-            let at = from.at + row * stride;
-            check_row(arena.memory(), at, row_bytes + scale_bytes, entry.checksum(), source, token)?;
+    // Scales are written by column when all sources have come: an expert's rows of one of them are few.
+    let by_column = outputs.order == ScaleOrder::ByColumn && scale_bytes > 0;
+    for (at, entry) in slot.entry_form().iter(&list).enumerate() {
+        shared.pass();
+        let (row, token) = incoming.find(slot, at, entry)?;
+        let first_scales = packing.scales.len();
+        if by_column {
+            packing.scales.resize(first_scales + scale_bytes, 0);
+            incoming.read(row, row_bytes, &mut packing.scales[first_scales..]);
         }
         for choice in 0..shared.config.top_k as usize {
             let Ok(expert) = usize::try_from(entry.expert(choice)) else { continue };
             if expert >= outputs.experts {
-                return Err(nonsense("an expert", expert as u64, outputs.experts as u64));
+                return Err(incoming.nonsense("an expert", expert as u64, outputs.experts as u64));
             }
             let to = outputs.counts[expert] as usize;
             if to >= outputs.rows {
-                return Err(nonsense("rows for an expert", to as u64 + 1, outputs.rows as u64));
+                return Err(incoming.nonsense("rows for an expert", to as u64 + 1, outputs.rows as u64));
             }
             outputs.counts[expert] += 1;
             let place = expert * outputs.rows + to;
             outputs.sources[place] = token;
-            packing.rows.push(row as u32);
+            packing.rows.push(row);
             packing.places.push(place as u32);
+            if by_column {
+                packing.order.push((place as u32, (first_scales / scale_bytes) as u32));
+            }
         }
     }
-    slot.entries = list;
     // Row by row, so that each is still in the cache when it goes to its next expert.
     let copier = shared.copier_for(packing.rows.len() * row_bytes);
-    words::copy_rows(copier, from, &packing.rows, &mut outputs.values, &packing.places, row_bytes);
-    match outputs.order {
-        _ if scale_bytes == 0 => {}
-        ScaleOrder::ByRow => {
-            for (&row, &place) in packing.rows.iter().zip(&packing.places) {
-                let into = &mut outputs.scales[place as usize * scale_bytes..][..scale_bytes];
-                let at = from.at + row as usize * stride + row_bytes;
-                arena.memory().read(at, into).expect("a row lies inside its arena");
-            }
-        }
-        ScaleOrder::ByColumn => {
-            // Written when all sources have come: an expert's rows of one of them are few.
-            let before = packing.scales.len();
-            packing.scales.resize(before + rows * scale_bytes, 0);
-            for (row, into) in packing.scales[before..].chunks_exact_mut(scale_bytes).enumerate() {
-                let at = from.at + row * stride + row_bytes;
-                arena.memory().read(at, into).expect("a row lies inside its arena");
-            }
-            let first = (before / scale_bytes) as u32;
-            packing
-                .order
-                .extend(packing.places.iter().zip(&packing.rows).map(|(&place, &row)| (place, first + row)));
+    words::copy_rows(copier, incoming.rows, &packing.rows, &mut outputs.values, &packing.places, row_bytes);
+    if !by_column && scale_bytes > 0 {
+        for (&row, &place) in packing.rows.iter().zip(&packing.places) {
+            incoming.read(row, row_bytes, &mut outputs.scales[place as usize * scale_bytes..][..scale_bytes]);
         }
     }
-    Ok(())
+    if source != shared.rank && shared.mapped(source).is_some() {
+        report.wire_bytes += (theirs.rows as usize * (row_bytes + scale_bytes) + list.len()) as u64;
+    }
+    let packed = packing.rows.len();
+    report.copied_bytes += (packed * (row_bytes + scale_bytes)) as u64;
+    slot.return_list(list);
+    Ok(packed as u32)
 }
 
 /// Writes the scales of packed rows column by column: a column's neighbours are a line of the cache, and row by row each of
@@ -289,30 +297,15 @@ struct Packing {
 
 const RUN_ROWS: usize = 64;
 
-/// Compares a row with the checksum that its source computed.
-pub(crate) fn check_row(
-    memory: &Memory,
-    at: usize,
-    bytes: usize,
-    checksum: u32,
-    rank: u32,
-    token: u32,
-) -> Result<(), EpError> {
-    let mut row = vec![0; bytes];
-    memory.read(at, &mut row).expect("a row lies inside its arena");
-    if crc32c::crc32c(&row) == checksum { Ok(()) } else { Err(EpError::Corrupted { rank, token }) }
-}
-
 impl<'slot> LatencyStep<'slot> {
     /// Where this rank's results go: `[rows, hidden]` of one local expert, in the order of its packed rows, as many as
     /// came. The other ranks read them there.
     pub fn results_mut(&mut self, expert: usize) -> &mut [Bf16] {
         let shared = &*self.slot.shared;
         let hidden = shared.config.hidden as usize;
-        let (memory, at) = shared.results(self.slot.slot, shared.rank);
         let rows = self.counts[expert] as usize;
-        let at = at + expert * shared.rows_per_expert * hidden * 2;
-        words::results(memory, at, rows * hidden)
+        let at = shared.own_region().results(self.slot.slot) + expert * shared.rows_per_expert * hidden * 2;
+        words::results(shared.own_memory(), at, rows * hidden)
     }
 
     /// Copies results from `[local experts, rows, hidden]`, for whom they lie elsewhere.
@@ -331,17 +324,42 @@ impl<'slot> LatencyStep<'slot> {
         Ok(())
     }
 
-    /// The send half of the combine: says that the results are there. Nothing is copied; each rank reads what it needs.
+    /// The send half of the combine: says that the results are there. Nothing is copied: each rank reads what it needs, or a
+    /// port takes it from here.
     pub fn combine(self) -> LatencyCombine<'slot> {
-        let LatencyStep { slot, report, begins, .. } = self;
+        let LatencyStep { slot, counts, .. } = self;
         let shared = slot.shared.clone();
-        slot.call = slot.call.wrapping_add(1);
-        let header = combine_header(&shared.config, COMBINE_WEIGHTED);
-        for (rank, begins) in (0..shared.ranks()).zip(&begins) {
-            let Some(begins) = begins.as_ref().filter(|_| !shared.is_masked(rank)) else { continue };
-            shared.arena(slot.slot, shared.rank, rank).write_begins(begins);
-            slot.publish(rank, &header);
+        let begun = shared.pace.now();
+        let mut report = Report::new(shared.ranks());
+        slot.next_call(COMBINE_WEIGHTED);
+        let header = combine_header(slot, COMBINE_WEIGHTED);
+        let first = shared.spread.of_rank(shared.rank).start;
+        for rank in (0..shared.ranks()).filter(|&rank| !shared.is_masked(rank)) {
+            if !slot.received.came[rank as usize] {
+                continue;
+            }
+            let (begins, ends) = slot.received.of_source(rank, counts.len());
+            let results = Results::new(&shared, slot.slot);
+            let blocks = (first..).zip(begins.iter().zip(ends)).enumerate();
+            let blocks = blocks.map(|(local, (expert, (&begin, &end)))| {
+                (expert, (local * shared.rows_per_expert) as u32 + begin, end - begin)
+            });
+            if slot.is_verified() {
+                blocks.clone().for_each(|(expert, at, rows)| results.seal(slot, rank, expert, at, rows));
+            }
+            shared.arena_at(slot.slot, rank).write_begins(begins);
+            let list = if slot.is_verified() { le_bytes(begins) } else { Vec::new() };
+            slot.publish(rank, header, &list, |call| {
+                let mut to = slot.received.results_at[rank as usize];
+                for (_, at, rows) in blocks {
+                    results.spans_to(rank, slot.is_verified(), at, to, rows, &mut call.spans);
+                    to += rows;
+                }
+                call.spans.push(begins_span(&shared, slot.slot, rank, begins.len()));
+                report.wire_bytes += call.spans.iter().map(|span| span.bytes as u64).sum::<u64>();
+            });
         }
+        report.end_half(begun, &shared);
         LatencyCombine { slot, header, report }
     }
 
@@ -351,8 +369,25 @@ impl<'slot> LatencyStep<'slot> {
     }
 }
 
-pub(crate) fn combine_header(config: &crate::GroupConfig, kind: u32) -> Header {
-    Header { kind, top_k: config.top_k, placement_version: config.placement_version, ..Header::default() }
+/// What a port writes of where results begin.
+pub(crate) fn begins_span(shared: &crate::group::Shared, slot: u32, rank: u32, count: usize) -> Span {
+    let arena = shared.arena_at(slot, rank);
+    let (remote, _) = shared.region(rank).arena(slot, shared.rank);
+    let part = arena.begins_part(count);
+    Span { local: arena.at() + part.at, remote: remote + part.at, bytes: part.bytes }
+}
+
+pub(crate) fn combine_header(slot: &Slot, kind: u32) -> Header {
+    let config = &slot.shared.config;
+    let flags = if slot.is_verified() { crate::slot::VERIFIED } else { 0 };
+    Header {
+        kind,
+        call: slot.call,
+        top_k: config.top_k,
+        flags,
+        placement_version: config.placement_version,
+        ..Header::default()
+    }
 }
 
 /// A combine in the latency mode whose send half is done.
@@ -365,64 +400,92 @@ pub struct LatencyCombine<'slot> {
 }
 
 impl LatencyCombine<'_> {
-    /// The receive half: waits for every rank's results, and sums those of each token.
+    /// The receive half: waits for every rank's results, and sums those of each token. The report is of both halves of the combine.
     ///
     /// `weights` is `[tokens, top_k]`, `out` is `[tokens, hidden]`: of the tokens of the dispatch. Each token's row is the
     /// sum over its choices, in their order, of weight times result, in `f32` with fused multiply-adds, rounded once. A
     /// token that chose nothing becomes zeros.
     pub fn receive(self, weights: &[f32], out: &mut [Bf16]) -> Result<Report, EpError> {
-        let LatencyCombine { slot, header, report: sent } = self;
+        let LatencyCombine { slot, header, mut report } = self;
         let shared = slot.shared.clone();
+        let routes = slot.routes.clone();
+        let begun = shared.pace.now();
         let (top_k, hidden) = (shared.config.top_k as usize, shared.config.hidden as usize);
-        let tokens = slot.routes.tokens;
+        let tokens = routes.tokens;
         EpError::check_lengths([
             ("weights", weights.len(), tokens * top_k),
             ("the combined rows", out.len(), tokens * hidden),
         ])?;
-        let mut report = Report::new(shared.ranks());
-        let mut answered = vec![false; shared.ranks() as usize];
-        let mut begins = vec![Vec::new(); shared.ranks() as usize];
-        slot.begin_waiting();
-        for source in 0..shared.ranks() {
-            if slot.wait_for(source, &header, &mut report)?.is_none() {
-                continue;
+        let most_experts = shared.spread.most() as usize;
+        let mut begins = vec![0; shared.ranks() as usize * most_experts];
+        let mut answered = slot.hear_results(&header, &mut report, |slot, source, theirs| {
+            let experts = shared.spread.of_rank(source).len();
+            let begins = &mut begins[source as usize * most_experts..][..experts];
+            shared.arena_of(slot.slot, source).read_begins(begins);
+            if slot.is_verified() { slot.check_list(source, theirs, &le_bytes(begins)) } else { Ok(()) }
+        })?;
+        let before = report.clone();
+        loop {
+            let raise = routes.account(&shared, &answered, Some(weights), &mut report)?;
+            sum(slot, (&answered, &begins), (weights, &raise), out, &mut report)?;
+            if slot.check_membership(&mut answered)? {
+                break;
             }
-            answered[source as usize] = true;
-            let of_source = &mut begins[source as usize];
-            of_source.resize(shared.spread.of_rank(source).len(), 0);
-            shared.arena(slot.slot, source, shared.rank).read_begins(of_source);
+            report.clone_from(&before);
         }
-        let raise = slot.account(&answered, Some(weights), &mut report);
-        slot.finish();
-        let raise = raise?;
-        let mut rows = ResultRows::new(hidden);
-        let mut factors = Vec::with_capacity(top_k);
-        for token in 0..tokens {
-            rows.clear();
-            factors.clear();
-            for (choice, weight) in (token * top_k..).zip(&weights[token * top_k..][..top_k]) {
-                let rank = slot.routes.ranks[choice];
-                if rank == NOWHERE || !answered[rank as usize] {
-                    continue;
-                }
-                let expert = slot.routes.experts[choice] as usize;
-                let begin = begins[rank as usize][expert];
-                let row = begin as usize + slot.routes.places[choice] as usize;
-                if row >= shared.rows_per_expert {
-                    let (value, most) = (row as u64, shared.rows_per_expert as u64);
-                    return Err(EpError::Nonsense { rank, what: "a result's row", value, most });
-                }
-                let (memory, at) = shared.results(slot.slot, rank);
-                let at = at + (expert * shared.rows_per_expert + row) * hidden * 2;
-                rows.push(memory, at);
-                factors.push(weight * raise.get(token).copied().unwrap_or(1.0));
-                report.logical_bytes += 2 * hidden as u64;
-                report.wire_bytes += if rank == shared.rank { 0 } else { 2 * hidden as u64 };
-            }
-            rows.weighted(shared.summer, &factors, &mut out[token * hidden..][..hidden]);
-        }
-        slot.check_membership(&answered)?;
-        report.add(&sent);
+        report.copied_bytes += 2 * (tokens * hidden) as u64;
+        report.end_half(begun, &shared);
         Ok(report)
     }
+}
+
+/// Sums the results of each token, of the ranks that have answered.
+fn sum(
+    slot: &Slot,
+    (answered, begins): (&[bool], &[u32]),
+    (weights, raise): (&[f32], &[f32]),
+    out: &mut [Bf16],
+    report: &mut Report,
+) -> Result<(), EpError> {
+    let (shared, routes) = (&*slot.shared, &*slot.routes);
+    let (top_k, hidden) = (shared.config.top_k as usize, shared.config.hidden as usize);
+    let most_experts = shared.spread.most() as usize;
+    let results = Results::new(shared, slot.slot);
+    // Through ports results come expert by expert.
+    let before = if shared.has_ports() { routes.choices_before() } else { Vec::new() };
+    let mut rows = ResultRows::new(hidden);
+    let mut factors = Vec::with_capacity(top_k);
+    for token in 0..routes.tokens {
+        shared.pass();
+        rows.clear();
+        factors.clear();
+        for (choice, weight) in (token * top_k..).zip(&weights[token * top_k..][..top_k]) {
+            let rank = routes.ranks[choice];
+            if rank == NOWHERE || !answered[rank as usize] {
+                continue;
+            }
+            let (local, place) = (routes.experts[choice] as usize, routes.places[choice]);
+            let expert = shared.spread.of_rank(rank).start + local as u32;
+            let (memory, row) = match shared.mapped(rank) {
+                Some(memory) => {
+                    let row = begins[rank as usize * most_experts + local].saturating_add(place);
+                    if row as usize >= shared.rows_per_expert {
+                        let (value, most) = (row.into(), shared.rows_per_expert as u64);
+                        return Err(EpError::Nonsense { rank, what: "a result's row", value, most });
+                    }
+                    (memory, local * shared.rows_per_expert + row as usize)
+                }
+                None => (shared.own_memory(), (before[expert as usize] + place) as usize),
+            };
+            if slot.is_verified() {
+                results.check(slot, rank, row, (expert, place), token as u32)?;
+            }
+            rows.push(memory, results.row_at(rank, row));
+            factors.push(weight * raise.get(token).copied().unwrap_or(1.0));
+            report.logical_bytes += 2 * hidden as u64;
+            report.wire_bytes += if rank == shared.rank { 0 } else { 2 * hidden as u64 };
+        }
+        rows.weighted(shared.summer, &factors, &mut out[token * hidden..][..hidden]);
+    }
+    Ok(())
 }

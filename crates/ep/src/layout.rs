@@ -41,9 +41,7 @@ pub enum LayoutError {
 impl Layout {
     /// Counts `choices`, `[tokens, top_k]`: experts, or -1 for none.
     pub fn of(choices: &[i64], top_k: usize, experts: Experts) -> Result<Layout, LayoutError> {
-        if top_k == 0 || !choices.len().is_multiple_of(top_k) {
-            return Err(LayoutError::Ragged { len: choices.len(), top_k });
-        }
+        check_whole(choices.len(), top_k)?;
         let ranks = experts.ranks() as usize;
         let mut layout = Layout {
             tokens_per_rank: vec![0; ranks],
@@ -53,15 +51,10 @@ impl Layout {
         for (token, of_token) in choices.chunks_exact(top_k).enumerate() {
             let there = &mut layout.is_token_in_rank[token * ranks..][..ranks];
             for (choice, &expert) in of_token.iter().enumerate() {
-                if expert == -1 {
-                    continue;
-                }
-                let Some(known) = u32::try_from(expert).ok().filter(|&e| e < experts.count()) else {
-                    let experts = experts.count();
-                    return Err(LayoutError::NoSuchExpert { token, choice, expert, experts });
-                };
-                layout.tokens_per_expert[known as usize] += 1;
-                let rank = experts.place(known).0 as usize;
+                let at = token * top_k + choice;
+                let Some(expert) = check_choice(expert, at, top_k, experts.count())? else { continue };
+                layout.tokens_per_expert[expert as usize] += 1;
+                let rank = experts.place(expert).0 as usize;
                 layout.tokens_per_rank[rank] += u32::from(!there[rank]);
                 there[rank] = true;
             }
@@ -87,5 +80,24 @@ impl Layout {
             }
         }
         counts
+    }
+}
+
+/// Refuses a list that does not divide into whole tokens.
+pub(crate) fn check_whole(len: usize, top_k: usize) -> Result<(), LayoutError> {
+    if top_k == 0 || !len.is_multiple_of(top_k) { Err(LayoutError::Ragged { len, top_k }) } else { Ok(()) }
+}
+
+/// The expert that the choice at this place of a list names, or `None`.
+pub(crate) fn check_choice(
+    expert: i64,
+    at: usize,
+    top_k: usize,
+    experts: u32,
+) -> Result<Option<u32>, LayoutError> {
+    match u32::try_from(expert) {
+        Ok(known) if known < experts => Ok(Some(known)),
+        _ if expert == -1 => Ok(None),
+        _ => Err(LayoutError::NoSuchExpert { token: at / top_k, choice: at % top_k, expert, experts }),
     }
 }

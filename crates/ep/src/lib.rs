@@ -5,9 +5,9 @@
 //! semantics that DeepEP made usual: *throughput* (rows by source rank and token, for prefill) and *latency*
 //! (expert-major rows, quantised on the way, for decode).
 //!
-//! - What a group agrees on: [`GroupConfig`], checked whole by [`GroupConfig::validate`], compared by
-//!   [`GroupConfig::differences`], weighed by [`GroupConfig::sizes`].
-//! - Who holds which expert: [`Experts`]. Who gets how many tokens: [`Layout`].
+//! - What a group agrees on: [`GroupConfig`], checked whole by [`GroupConfig::validate`], compared by its
+//!   [`fingerprint`](GroupConfig::fingerprint), weighed by [`GroupConfig::sizes`].
+//! - Who holds which expert: [`Experts`]. Who gets how many tokens: [`Layout`]. Where they go: [`Route`].
 //! - Numbers: [`Bf16`], [`E4m3`], [`Ue8m0`]; [`Quantiser`] and [`Summer`] do whole rows.
 //!
 //! # Order
@@ -20,18 +20,31 @@ mod arena;
 mod arrivals;
 mod bytes;
 mod config;
+mod copy_rate;
 mod error;
 mod experts;
 #[cfg(test)]
 #[allow(unsafe_code)]
 mod fenced;
 mod group;
+mod hearing;
+mod incoming;
+mod keeper;
 mod latency;
 mod layout;
 mod meet;
+mod note;
 mod number;
+mod outgoing;
+mod pace;
+#[doc(hidden)]
+pub mod planted;
 #[allow(unsafe_code)]
 mod quantise;
+mod region;
+mod report;
+mod results;
+mod route;
 mod slot;
 #[allow(unsafe_code)]
 mod sum;
@@ -41,15 +54,19 @@ mod words;
 
 pub use arrivals::Patience;
 pub use config::{BLOCK_CHANNELS, Difference, GroupConfig, Payload, Sizes, Violation, Violations};
-pub use error::{EpError, GroupError};
+pub use error::{Advice, Corrupted, EpError, GroupError};
 pub use experts::Experts;
 pub use group::{Group, GroupOptions, LostWeight, Mourner};
 pub use latency::{LatencyCombine, LatencyOutputs, LatencyStep, ScaleOrder};
 pub use layout::{Layout, LayoutError};
 pub use meet::{MeetError, introduction};
 pub use number::{Bf16, E4m3, Ue8m0};
+#[cfg(feature = "planted-bugs")]
+pub use pace::Pace;
 pub use quantise::{Quantiser, ScaleRule};
-pub use slot::{Dispatch, Report, Rows, Scales, Slot, Tokens};
+pub use report::Report;
+pub use route::{Route, RouteError};
+pub use slot::{Dispatch, Rows, Scales, Slot, Tokens};
 pub use sum::Summer;
 pub use throughput::{Expanded, ThroughputCombine, ThroughputOutputs, ThroughputStep};
 pub use vectors::Vectors;

@@ -2,12 +2,17 @@
 
 use std::ops::Range;
 
-use crate::arena::{Entries, Header, row_stride};
+use crate::arena::Header;
 use crate::bytes::Bytes;
 use crate::error::EpError;
-use crate::latency::{check_row, combine_header};
-use crate::slot::{COMBINE_PLAIN, Dispatch, NOWHERE, Report, Slot, WEIGHTED};
-use crate::words::{self, ArenaRows, ResultRows};
+use crate::incoming::Incoming;
+use crate::latency::{begins_span, combine_header};
+use crate::region::rows_per_expert;
+use crate::report::Report;
+use crate::results::{Results, le_bytes};
+use crate::route::NOWHERE;
+use crate::slot::{ALL_EXPERTS, COMBINE_PLAIN, Dispatch, Slot, WEIGHTED};
+use crate::words::{self, ResultRows};
 use crate::{Bf16, Group, Payload};
 
 /// What a dispatch gives in the throughput mode: the rows of the tokens that chose any of this rank's experts, in the
@@ -32,13 +37,15 @@ pub struct ThroughputOutputs {
     tokens: Vec<u32>,
     ends: Vec<u32>,
     hits: Vec<u32>,
+    /// Rows of a source, and which of these they become. Kept for its memory.
+    places: Vec<(u32, u32)>,
 }
 
 impl ThroughputOutputs {
     /// Room for what a rank of this group may get in this form. The memory is touched only where rows arrive.
     pub fn new(group: &Group, payload: Payload) -> ThroughputOutputs {
         let config = group.config();
-        let rows = crate::arena::rows_per_expert(config);
+        let rows = rows_per_expert(config);
         let top_k = config.top_k as usize;
         let row_bytes = payload.row_bytes(config.hidden) as usize;
         let scale_bytes = payload.scale_bytes(config.hidden) as usize;
@@ -57,6 +64,7 @@ impl ThroughputOutputs {
             tokens: vec![0; rows],
             ends: vec![0; config.ranks() as usize],
             hits: vec![0; config.spread().of_rank(group.rank()).len()],
+            places: Vec::new(),
         }
     }
 
@@ -170,8 +178,6 @@ pub struct Expanded {
 pub struct ThroughputStep<'slot> {
     slot: &'slot mut Slot,
     report: Report,
-    /// By source: where its rows begin. `None` for one that is masked.
-    begins: Vec<Option<u32>>,
     len: usize,
 }
 
@@ -180,6 +186,7 @@ impl<'slot> Dispatch<'slot> {
     pub fn throughput(self, outputs: &mut ThroughputOutputs) -> Result<ThroughputStep<'slot>, EpError> {
         let Dispatch { slot, header, mut report } = self;
         let shared = slot.shared.clone();
+        let begun = shared.pace.now();
         let shape = [
             ("outputs' row bytes", outputs.row_bytes, header.row_bytes as usize),
             ("outputs' scale bytes", outputs.scale_bytes, header.scale_bytes as usize),
@@ -187,25 +194,39 @@ impl<'slot> Dispatch<'slot> {
             ("outputs' ranks", outputs.ends.len(), shared.ranks() as usize),
         ];
         EpError::check_lengths(shape)?;
-        outputs.len = 0;
-        outputs.hits.fill(0);
-        let mut begins = Vec::with_capacity(shared.ranks() as usize);
         slot.begin_waiting();
-        for source in 0..shared.ranks() {
-            let begin = outputs.len as u32;
-            let came = slot.wait_for(source, &header, &mut report)?;
-            if let Some(theirs) = &came {
-                take(slot, source, theirs, outputs)?;
-            }
-            outputs.ends[source as usize] = outputs.len as u32;
-            begins.push(came.map(|_| begin));
-        }
+        while !take_all(slot, &header, outputs, &mut report)? {}
         // Of earlier steps, those that failed too.
         outputs.experts[outputs.len * outputs.top_k..outputs.filled * outputs.top_k].fill(-1);
         outputs.filled = outputs.len;
-        report.masked = shared.masked();
-        Ok(ThroughputStep { len: outputs.len, slot, report, begins })
+        report.end_half(begun, &shared);
+        Ok(ThroughputStep { len: outputs.len, slot, report })
     }
+}
+
+/// Takes the rows of all sources, in the order of their ranks. False if it is to be done once more.
+fn take_all(
+    slot: &mut Slot,
+    header: &Header,
+    outputs: &mut ThroughputOutputs,
+    report: &mut Report,
+) -> Result<bool, EpError> {
+    let shared = slot.shared.clone();
+    outputs.len = 0;
+    outputs.hits.fill(0);
+    slot.received.begin();
+    for source in 0..shared.ranks() {
+        let begin = outputs.len as u32;
+        slot.received.begins.push(begin);
+        let came = slot.wait_for(source, header, report)?;
+        if let Some(theirs) = &came {
+            take(slot, source, theirs, outputs, report)?;
+        }
+        slot.received.note(source, came.as_ref(), outputs.len as u32 - begin, &shared)?;
+        outputs.ends[source as usize] = outputs.len as u32;
+    }
+    slot.received.begins.push(outputs.len as u32);
+    slot.end_taking()
 }
 
 /// Takes the rows of one source.
@@ -214,65 +235,60 @@ fn take(
     source: u32,
     theirs: &Header,
     outputs: &mut ThroughputOutputs,
+    report: &mut Report,
 ) -> Result<(), EpError> {
     let shared = slot.shared.clone();
-    let arena = shared.arena(slot.slot, source, shared.rank);
     let (row_bytes, scale_bytes, top_k) = (outputs.row_bytes, outputs.scale_bytes, outputs.top_k);
-    let stride = row_stride(row_bytes, scale_bytes);
-    let rows = theirs.rows as usize;
-    let nonsense = |what, value: u64, most: u64| EpError::Nonsense { rank: source, what, value, most };
-    let mut list = std::mem::take(&mut slot.entries);
-    arena
-        .read_entries(rows, stride, &mut list)
-        .map_err(|over| nonsense("rows of", over.bytes as u64, over.memory_bytes as u64))?;
-    let rows_at = arena.rows_at(rows);
-    for (row, entry) in Entries::new(shared.config.top_k).iter(&list).enumerate() {
-        let (token, at) = (entry.token(), rows_at + row * stride);
-        if token >= theirs.tokens {
-            return Err(nonsense("a token", token.into(), theirs.tokens.into()));
-        }
-        if slot.is_verified() {
-            check_row(arena.memory(), at, row_bytes + scale_bytes, entry.checksum(), source, token)?;
-        }
+    let list = slot.take_list(source, theirs)?;
+    let incoming = Incoming::new(&shared, slot.slot, source, theirs);
+    let mut places = std::mem::take(&mut outputs.places);
+    places.clear();
+    for (at, entry) in slot.entry_form().iter(&list).enumerate() {
+        shared.pass();
+        let (row, token) = incoming.find(slot, at, entry)?;
         let to = outputs.len;
-        let scales = &mut outputs.scales[to * scale_bytes..][..scale_bytes];
-        arena.memory().read(at + row_bytes, scales).expect("a row lies inside its arena");
+        if scale_bytes > 0 {
+            incoming.read(row, row_bytes, &mut outputs.scales[to * scale_bytes..][..scale_bytes]);
+        }
         outputs.tokens[to] = token;
+        let experts = &mut outputs.experts[to * top_k..][..top_k];
+        let weights = &mut outputs.weights[to * top_k..][..top_k];
         let mut goes_here = false;
-        for choice in 0..top_k {
-            let place = to * top_k + choice;
-            (outputs.experts[place], outputs.weights[place]) = (-1, 0.0);
+        for (choice, (into, weight)) in experts.iter_mut().zip(weights).enumerate() {
+            (*into, *weight) = (-1, 0.0);
             let Ok(expert) = usize::try_from(entry.expert(choice)) else { continue };
-            let experts = outputs.hits.len() as u64;
-            let hits =
-                outputs.hits.get_mut(expert).ok_or_else(|| nonsense("an expert", expert as u64, experts))?;
+            let held = outputs.hits.len() as u64;
+            let Some(hits) = outputs.hits.get_mut(expert) else {
+                return Err(incoming.nonsense("an expert", expert as u64, held));
+            };
             *hits += 1;
             goes_here = true;
-            outputs.experts[place] = expert as i64;
+            *into = expert as i64;
             if theirs.flags & WEIGHTED != 0 {
-                outputs.weights[place] = entry.weight(choice);
+                *weight = entry.weight(choice);
             }
         }
         if !goes_here {
             // There need not be room for its result.
-            return Err(nonsense("a row for none of this rank's experts, of token", token.into(), 0));
+            return Err(incoming.nonsense(
+                "a row for none of this rank's experts, of token",
+                token.into(),
+                0,
+            ));
         }
+        places.push((row, to as u32));
         outputs.len += 1;
         outputs.filled = outputs.filled.max(outputs.len);
     }
-    slot.entries = list;
-    let first = (outputs.len - rows) as u32;
-    let from = ArenaRows { memory: arena.memory(), at: rows_at, stride, count: rows };
-    let in_order: Vec<u32> = (0..rows as u32).collect();
-    let places: Vec<u32> = (first..first + rows as u32).collect();
-    words::copy_rows(
-        shared.copier_for(rows * row_bytes),
-        from,
-        &in_order,
-        &mut outputs.values,
-        &places,
-        row_bytes,
-    );
+    let (from, to): (Vec<u32>, Vec<u32>) = places.iter().copied().unzip();
+    let copier = shared.copier_for(places.len() * row_bytes);
+    words::copy_rows(copier, incoming.rows, &from, &mut outputs.values, &to, row_bytes);
+    if source != shared.rank && shared.mapped(source).is_some() {
+        report.wire_bytes += (places.len() * (row_bytes + scale_bytes) + list.len()) as u64;
+    }
+    report.copied_bytes += (places.len() * (row_bytes + scale_bytes)) as u64;
+    outputs.places = places;
+    slot.return_list(list);
     Ok(())
 }
 
@@ -280,37 +296,51 @@ impl<'slot> ThroughputStep<'slot> {
     /// Where this rank's results go: `[rows, hidden]`, one for each row that came. The other ranks read them there.
     pub fn results_mut(&mut self) -> &mut [Bf16] {
         let shared = &*self.slot.shared;
-        let (memory, at) = shared.results(self.slot.slot, shared.rank);
-        words::results(memory, at, self.len * shared.config.hidden as usize)
+        let at = shared.own_region().results(self.slot.slot);
+        words::results(shared.own_memory(), at, self.len * shared.config.hidden as usize)
     }
 
     /// The send half of the combine: says that the results are there.
     ///
     /// `weights`, `[rows, top_k]`, go back as they are; each rank gets the sums of what all ranks gave for its tokens.
     pub fn combine(self, weights: Option<&[f32]>) -> Result<ThroughputCombine<'slot>, EpError> {
-        let ThroughputStep { slot, report, begins, len } = self;
+        let ThroughputStep { slot, len, .. } = self;
         let shared = slot.shared.clone();
-        let top_k = shared.config.top_k as usize;
+        let begun = shared.pace.now();
+        let mut report = Report::new(shared.ranks());
         if let Some(weights) = weights {
-            if weights.len() != len * top_k {
-                return Err(EpError::WrongLength {
-                    what: "weights",
-                    len: weights.len(),
-                    expected: len * top_k,
-                });
-            }
+            EpError::check_lengths([("weights", weights.len(), len * shared.config.top_k as usize)])?;
             let bytes: Vec<u8> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
-            let (memory, at) = shared.returned_weights(slot.slot, shared.rank);
-            memory.write(at, &bytes).expect("weights lie inside their region");
+            let at = shared.own_region().result_weights(slot.slot);
+            shared.own_memory().write(at, &bytes).expect("weights lie inside their region");
         }
-        slot.call = slot.call.wrapping_add(1);
-        let flags = if weights.is_some() { WEIGHTED } else { 0 };
-        let header = Header { flags, ..combine_header(&shared.config, COMBINE_PLAIN) };
-        for (rank, begin) in (0..shared.ranks()).zip(&begins) {
-            let Some(begin) = begin.filter(|_| !shared.is_masked(rank)) else { continue };
-            shared.arena(slot.slot, shared.rank, rank).write_begins(&[begin]);
-            slot.publish(rank, &header);
+        slot.next_call(COMBINE_PLAIN);
+        let header = combine_header(slot, COMBINE_PLAIN);
+        let weighted = if weights.is_some() { WEIGHTED } else { 0 };
+        let header = Header { flags: header.flags | weighted, ..header };
+        let results = Results::new(&shared, slot.slot);
+        for rank in (0..shared.ranks()).filter(|&rank| !shared.is_masked(rank)) {
+            if !slot.received.came[rank as usize] {
+                continue;
+            }
+            let (begins, ends) = slot.received.of_source(rank, 1);
+            let (at, rows) = (begins[0], ends[0] - begins[0]);
+            if slot.is_verified() {
+                results.seal(slot, rank, ALL_EXPERTS - shared.rank, at, rows);
+            }
+            shared.arena_at(slot.slot, rank).write_begins(begins);
+            let list = if slot.is_verified() { le_bytes(begins) } else { Vec::new() };
+            slot.publish(rank, header, &list, |call| {
+                let to = slot.received.results_at[rank as usize];
+                results.spans_to(rank, slot.is_verified(), at, to, rows, &mut call.spans);
+                if weights.is_some() {
+                    call.spans.push(results.weights_span(rank, at, to, rows));
+                }
+                call.spans.push(begins_span(&shared, slot.slot, rank, 1));
+                report.wire_bytes += call.spans.iter().map(|span| span.bytes as u64).sum::<u64>();
+            });
         }
+        report.end_half(begun, &shared);
         Ok(ThroughputCombine { slot, header, report })
     }
 
@@ -341,71 +371,131 @@ impl ThroughputCombine<'_> {
         weights: Option<&mut [f32]>,
         out: &mut [Bf16],
     ) -> Result<Report, EpError> {
-        let ThroughputCombine { slot, header, report: sent } = self;
+        let ThroughputCombine { slot, header, mut report } = self;
         let shared = slot.shared.clone();
+        let routes = slot.routes.clone();
+        let begun = shared.pace.now();
         let (top_k, hidden) = (shared.config.top_k as usize, shared.config.hidden as usize);
-        let tokens = slot.routes.tokens;
+        let tokens = routes.tokens;
         let mut shapes = vec![("the combined rows", out.len(), tokens * hidden)];
         shapes.extend(biases.iter().map(|bias| ("a bias", bias.len(), tokens * hidden)));
         shapes
             .extend(weights.as_ref().map(|weights| ("the combined weights", weights.len(), tokens * top_k)));
         shapes.push(("the list of biases", biases.len().max(2), 2));
         EpError::check_lengths(shapes)?;
-        let mut report = Report::new(shared.ranks());
-        let mut answered = vec![false; shared.ranks() as usize];
-        let mut has_weights = answered.clone();
-        let mut begins = vec![[0; 1]; shared.ranks() as usize];
-        slot.begin_waiting();
-        for source in 0..shared.ranks() {
-            let Some(theirs) = slot.wait_for(source, &header, &mut report)? else { continue };
-            answered[source as usize] = true;
-            has_weights[source as usize] = theirs.flags & WEIGHTED != 0;
-            shared.arena(slot.slot, source, shared.rank).read_begins(&mut begins[source as usize]);
-        }
-        let accounted = slot.account(&answered, None, &mut report);
-        slot.finish();
-        accounted?;
-        let mut rows = ResultRows::new(hidden);
-        let mut ranks: Vec<(u32, usize)> = Vec::with_capacity(top_k);
-        let mut weights = weights;
-        for token in 0..tokens {
-            rows.clear();
-            ranks.clear();
-            for choice in token * top_k..(token + 1) * top_k {
-                let rank = slot.routes.ranks[choice];
-                if rank != NOWHERE && answered[rank as usize] {
-                    ranks.push((rank, begins[rank as usize][0] as usize + slot.routes.rows[choice] as usize));
-                }
+        let mut has_weights = vec![false; shared.ranks() as usize];
+        let mut begins = vec![0; shared.ranks() as usize];
+        let mut answered = slot.hear_results(&header, &mut report, |slot, source, theirs| {
+            let at = source as usize;
+            has_weights[at] = theirs.flags & WEIGHTED != 0;
+            let begin = &mut begins[at..=at];
+            shared.arena_of(slot.slot, source).read_begins(begin);
+            if slot.is_verified() {
+                slot.check_list(source, theirs, &le_bytes(begin))?;
             }
-            ranks.sort_unstable();
-            ranks.dedup();
-            for &(rank, row) in &ranks {
-                if row >= shared.rows_per_expert {
-                    let (value, most) = (row as u64, shared.rows_per_expert as u64);
+            if shared.mapped(source).is_none() {
+                begin[0] = routes.results_at[at];
+            }
+            Ok(())
+        })?;
+        let mut weights = weights;
+        let before = report.clone();
+        loop {
+            routes.account(&shared, &answered, slot.weights.as_deref(), &mut report)?;
+            sum(slot, (&answered, &begins), biases, out, &mut report)?;
+            if let Some(weights) = weights.as_deref_mut() {
+                let gave = |rank: u32| answered[rank as usize] && has_weights[rank as usize];
+                sum_weights(slot, gave, &begins, weights);
+            }
+            if slot.check_membership(&mut answered)? {
+                break;
+            }
+            report.clone_from(&before);
+        }
+        report.copied_bytes += 2 * (tokens * hidden) as u64;
+        report.end_half(begun, &shared);
+        Ok(report)
+    }
+}
+
+/// The ranks that a token went to, ascending, each with where its result lies there: where those of this rank begin, and
+/// which of them it is.
+fn results_of(
+    slot: &Slot,
+    token: usize,
+    counts: impl Fn(u32) -> bool,
+    begins: &[u32],
+    into: &mut Vec<(u32, u32, u32)>,
+) {
+    let routes = &*slot.routes;
+    let top_k = slot.shared.config.top_k as usize;
+    into.clear();
+    for choice in token * top_k..(token + 1) * top_k {
+        let rank = routes.ranks[choice];
+        if rank != NOWHERE && counts(rank) {
+            into.push((rank, begins[rank as usize], routes.rows[choice]));
+        }
+    }
+    into.sort_unstable();
+    into.dedup();
+}
+
+/// Sums the results of each token, of the ranks that have answered.
+fn sum(
+    slot: &Slot,
+    (answered, begins): (&[bool], &[u32]),
+    biases: &[&[Bf16]],
+    out: &mut [Bf16],
+    report: &mut Report,
+) -> Result<(), EpError> {
+    let shared = &*slot.shared;
+    let hidden = shared.config.hidden as usize;
+    let results = Results::new(shared, slot.slot);
+    let mut rows = ResultRows::new(hidden);
+    let mut of_token = Vec::with_capacity(shared.config.top_k as usize);
+    let mut of_biases: Vec<&[Bf16]> = Vec::with_capacity(biases.len());
+    for token in 0..slot.routes.tokens {
+        shared.pass();
+        rows.clear();
+        results_of(slot, token, |rank| answered[rank as usize], begins, &mut of_token);
+        for &(rank, begin, place) in &of_token {
+            let row = begin.saturating_add(place);
+            let memory = match shared.mapped(rank) {
+                Some(_) if row as usize >= shared.rows_per_expert => {
+                    let (value, most) = (row.into(), shared.rows_per_expert as u64);
                     return Err(EpError::Nonsense { rank, what: "a result's row", value, most });
                 }
-                let (memory, at) = shared.results(slot.slot, rank);
-                rows.push(memory, at + row * hidden * 2);
-                report.logical_bytes += 2 * hidden as u64;
-                report.wire_bytes += if rank == shared.rank { 0 } else { 2 * hidden as u64 };
+                Some(memory) => memory,
+                None => shared.own_memory(),
+            };
+            if slot.is_verified() {
+                results.check(slot, rank, row as usize, (ALL_EXPERTS - rank, place), token as u32)?;
             }
-            let channels = token * hidden..(token + 1) * hidden;
-            let of_token: Vec<&[Bf16]> = biases.iter().map(|bias| &bias[channels.clone()]).collect();
-            rows.plain(shared.summer, &of_token, &mut out[channels]);
-            let Some(weights) = weights.as_deref_mut() else { continue };
-            let sums = &mut weights[token * top_k..][..top_k];
-            sums.fill(0.0);
-            for &(rank, row) in ranks.iter().filter(|(rank, _)| has_weights[*rank as usize]) {
-                let (memory, at) = shared.returned_weights(slot.slot, rank);
-                let mut bytes = vec![0; 4 * top_k];
-                memory.read(at + row * 4 * top_k, &mut bytes).expect("weights lie inside their region");
-                for (sum, bytes) in sums.iter_mut().zip(bytes.chunks_exact(4)) {
-                    *sum += f32::from_le_bytes(bytes.try_into().expect("four bytes"));
-                }
+            rows.push(memory, results.row_at(rank, row as usize));
+            report.logical_bytes += 2 * hidden as u64;
+            report.wire_bytes += if rank == shared.rank { 0 } else { 2 * hidden as u64 };
+        }
+        let channels = token * hidden..(token + 1) * hidden;
+        of_biases.clear();
+        of_biases.extend(biases.iter().map(|bias| &bias[channels.clone()]));
+        rows.plain(shared.summer, &of_biases, &mut out[channels]);
+    }
+    Ok(())
+}
+
+/// Sums the weights that the ranks gave back for each token.
+fn sum_weights(slot: &Slot, gave: impl Fn(u32) -> bool, begins: &[u32], into: &mut [f32]) {
+    let top_k = slot.shared.config.top_k as usize;
+    let results = Results::new(&slot.shared, slot.slot);
+    let (mut of_token, mut bytes) = (Vec::with_capacity(top_k), vec![0; 4 * top_k]);
+    for (token, sums) in into.chunks_exact_mut(top_k).enumerate() {
+        sums.fill(0.0);
+        results_of(slot, token, &gave, begins, &mut of_token);
+        for &(rank, begin, place) in &of_token {
+            results.weights(rank, (begin.saturating_add(place)) as usize, &mut bytes);
+            for (sum, bytes) in sums.iter_mut().zip(bytes.chunks_exact(4)) {
+                *sum += f32::from_le_bytes(bytes.try_into().expect("four bytes"));
             }
         }
-        slot.check_membership(&answered)?;
-        report.add(&sent);
-        Ok(report)
     }
 }

@@ -8,7 +8,8 @@ use crossdock_memory::copy::{Copier, Pieces};
 use crossdock_memory::{Memory, MemoryError};
 use crossdock_transport::Mapping;
 
-use crate::{Bf16, Summer};
+use crate::error::GroupError;
+use crate::{Bf16, Group, GroupConfig, GroupOptions, Summer};
 
 /// A rank's region, as this process has it: its own, or a peer's that a port has mapped.
 #[derive(Clone, Debug)]
@@ -32,6 +33,23 @@ impl RankMemory {
     }
 }
 
+impl Group {
+    /// One rank of a group, all regions of which this process has mapped, by rank.
+    ///
+    /// # Safety
+    /// Each of the memories is the [region](Group::allocate_region) of its rank, of a group with this configuration. They
+    /// are given to the ranks of one group and to nothing else, each rank's group is made once, and nobody writes to
+    /// them but these groups.
+    pub unsafe fn over(
+        config: &GroupConfig,
+        rank: u32,
+        memories: Vec<Memory>,
+        options: &GroupOptions,
+    ) -> Result<Group, GroupError> {
+        Group::over_regions(config, rank, memories, options)
+    }
+}
+
 impl From<Memory> for RankMemory {
     fn from(memory: Memory) -> RankMemory {
         RankMemory { memory, _mapping: None }
@@ -51,9 +69,9 @@ pub(crate) fn with<T>((memory, offset): (&Memory, usize), then: impl FnOnce(&Ato
     then(unsafe { AtomicU32::from_ptr(place) })
 }
 
-/// Rows in an arena: so many of them, from this place on, so far apart.
+/// Rows as a source left them: so many, from this place on, so far apart.
 #[derive(Clone, Copy)]
-pub(crate) struct ArenaRows<'a> {
+pub(crate) struct SourceRows<'a> {
     pub memory: &'a Memory,
     pub at: usize,
     pub stride: usize,
@@ -66,19 +84,19 @@ pub(crate) struct ArenaRows<'a> {
 /// If a row or a place does not exist.
 pub(crate) fn copy_rows(
     copier: Copier,
-    from: ArenaRows<'_>,
+    from: SourceRows<'_>,
     rows: &[u32],
     into: &mut [u8],
     places: &[u32],
     row_bytes: usize,
 ) {
     let most = |list: &[u32]| list.iter().max().map_or(0, |&most| most as usize + 1);
-    assert!(most(rows) <= from.count && row_bytes <= from.stride, "rows of the arena");
+    assert!(most(rows) <= from.count && row_bytes <= from.stride, "rows of the source");
     assert!(
         most(places).checked_mul(row_bytes).is_some_and(|end| end <= into.len()),
         "places of the outputs"
     );
-    let source = from.memory.at(from.at, from.count * from.stride).expect("rows lie inside their arena");
+    let source = from.memory.at(from.at, from.count * from.stride).expect("rows lie inside their region");
     let pieces = Pieces {
         dst_base: into.as_mut_ptr(),
         dst_stride: row_bytes,
@@ -90,19 +108,21 @@ pub(crate) fn copy_rows(
     };
     // SAFETY: every row named is inside the range that was just found in the memory, which is mapped while its handle is
     // borrowed, and every place inside `into`, which is ours and no part of any shared memory; the caller vouches that no
-    // place is named twice, so no two pieces overlap. A source that is masked may still write to its arena: then the bytes
-    // are some mixture, and the step says so.
+    // place is named twice, so no two pieces overlap. Their source published the rows, and writes there again only when it
+    // has heard this rank's next call, or has masked this rank, which then throws away what it has read. A source that is
+    // masked here may write at any time: its rows are not read any more.
     unsafe { copier.copy_pieces(pieces) }
 }
 
-/// Stores a row at a place in an arena.
+/// Stores a row at a place of this rank's staging, where it is not published yet.
 ///
 /// # Panics
 /// If the place is not inside the memory.
 pub(crate) fn store_row(copier: Copier, memory: &Memory, at: usize, row: &[u8]) {
-    let place = memory.at(at, row.len()).expect("a row lies inside its arena");
+    let place = memory.at(at, row.len()).expect("a row lies inside its region");
     // SAFETY: the place is inside the memory, which is mapped while its handle is borrowed and is no part of `row`. Its
-    // reader looks there when the call has been published, and this rank is its only writer.
+    // readers look there when the call has been published, and this rank is its only writer. Readers of the call before the
+    // last have made their next call, or are masked, and throw away what they read.
     unsafe { copier.copy(place, row.as_ptr(), row.len()) }
 }
 

@@ -57,23 +57,6 @@ fn every_violated_limit_is_listed_at_once() {
     assert_eq!(huge.validate().unwrap_err().0, [Violation::TooLarge]);
 }
 
-#[test]
-fn differences_are_named_in_words() {
-    assert_eq!(config().differences(&config()), []);
-    let mut other = GroupConfig { hidden: 4096, payload: Payload::Bf16, ..config() };
-    other.max_tokens[3] = 64;
-    let words: Vec<String> =
-        config().differences(&other).iter().map(|difference| difference.to_string()).collect();
-    assert_eq!(
-        words,
-        [
-            "hidden 7168 here, 4096 there",
-            "payload fp8_e4m3 with f32 scales here, bf16 there",
-            "max_tokens of rank 3 128 here, 64 there",
-        ]
-    );
-}
-
 /// What DeepEP's low-latency mode allocates for the dispatch: both halves of send and receive buffers, whatever the
 /// number of ranks.
 fn deep_ep_dispatch_bytes(tokens: u64, hidden: u64, experts: u64) -> u64 {
@@ -83,27 +66,34 @@ fn deep_ep_dispatch_bytes(tokens: u64, hidden: u64, experts: u64) -> u64 {
 
 #[test]
 fn arenas_are_a_fraction_of_what_others_take_and_hold_the_worst_case() {
-    println!("| ranks | dispatch arenas, MB | of DeepEP's | combine over ports, MB | packed outputs, MB |");
-    println!("|--|--|--|--|--|");
+    println!(
+        "| ranks | dispatch, MB | of DeepEP's | besides, all ranks on other hosts, MB | of DeepEP's | combine over ports, MB | outputs, MB |"
+    );
+    println!("|--|--|--|--|--|--|--|");
     for ranks in [8, 32, 72] {
         // 256 experts spread over 72 ranks as well.
         let config = GroupConfig { max_tokens: vec![128; ranks], ..config() };
         let sizes = config.sizes().unwrap();
         let theirs = deep_ep_dispatch_bytes(128, 7168, 256);
-        let part = sizes.dispatch_arenas as f64 / theirs as f64;
+        let part = |bytes: u64| bytes as f64 / theirs as f64;
         let mb = |bytes: u64| bytes as f64 / 1e6;
+        let over_ports = sizes.dispatch_arenas + sizes.port_dispatch_arenas;
         println!(
-            "| {ranks} | {:.1} | {part:.3} | {:.1} | {:.1} |",
+            "| {ranks} | {:.1} | {:.3} | {:.1} | {:.3} | {:.1} | {:.1} |",
             mb(sizes.dispatch_arenas),
-            mb(sizes.combine_arenas),
+            part(sizes.dispatch_arenas),
+            mb(sizes.port_dispatch_arenas),
+            part(over_ports),
+            mb(sizes.port_combine_arenas),
             mb(sizes.outputs)
         );
-        assert!(part <= 0.25, "{ranks} ranks: {part}");
-        // At most a row for each choice of each token, in each slot.
-        assert!(sizes.combine_arenas <= 2 * 128 * 8 * 2 * 7168);
-        // What is allocated is what was said, but for whole pages: the arenas, and the results of the experts here.
+        assert!(part(over_ports) <= 0.25, "{ranks} ranks: {}", part(over_ports));
+        assert_eq!(sizes.combine_arenas, 0);
+        // At most a row for each choice of each token, in each slot, with its checksum and weights.
+        assert!(sizes.port_combine_arenas <= 2 * 128 * 8 * (2 * 7168 + 4 + 4 * 8));
+        // What is allocated is what was said, but for whole pages and what the outputs have for themselves.
         let region = Group::region_bytes(&config, 0).unwrap() as u64;
-        assert!(region < sizes.dispatch_arenas + sizes.outputs);
+        assert!(region <= over_ports + sizes.port_combine_arenas + sizes.outputs);
     }
 }
 

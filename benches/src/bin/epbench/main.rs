@@ -1,6 +1,6 @@
 //! Sends tokens to experts of several processes and back through the library, and compares with the same work where
 //! nobody waits.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod control;
 mod error;

@@ -46,7 +46,10 @@ impl Ours {
         // The library would count the processors of this thread, which has only one.
         let patience = if setup.crowded { Patience::SHARED_PROCESSOR } else { Patience::OWN_PROCESSOR };
         let options = GroupOptions { patience: Some(patience), ..GroupOptions::default() };
-        let group = Group::over(&setup.config, rank, regions.to_vec(), &options)?;
+        // SAFETY: the regions were allocated for this group and are mapped in all of its processes, each of which makes its
+        // own rank of it, once.
+        #[expect(unsafe_code, reason = "the regions are inherited, and not met")]
+        let group = unsafe { Group::over(&setup.config, rank, regions.to_vec(), &options)? };
         let outputs = match setup.options.mode {
             Mode::Latency => Outputs::Latency(LatencyOutputs::new(&group, setup.payload, setup.order())),
             Mode::Throughput => Outputs::Throughput(ThroughputOutputs::new(&group, setup.payload)),
@@ -79,30 +82,30 @@ impl Ours {
         let sent_weights = (setup.options.mode == Mode::Throughput).then_some(weights);
         let tokens = Tokens { rows, choices: problem.choices(rank), weights: sent_weights };
         let slot = group.slot(slot as usize);
-        let mut waited_before = 0;
-        let report: Report = match outputs {
+        let mut bytes = (0, 0);
+        let mut tell = |report: &Report| {
+            bytes = (bytes.0 + report.wire_bytes, bytes.1 + report.logical_bytes);
+            waited_ns(report)
+        };
+        match outputs {
             Outputs::Latency(outputs) => {
                 let mut arrived = None;
                 control.time(Op::Dispatch, || {
                     let dispatch = slot.dispatch(&tokens).map_err(Error::ep("the dispatch"))?;
                     let sent = now_ns();
                     let step = dispatch.latency(outputs).map_err(Error::ep("the dispatch's receive half"))?;
-                    waited_before = waited_ns(step.report())?;
+                    let waited = tell(step.report())?;
                     arrived = Some(step);
-                    Ok((sent, waited_before))
+                    Ok((sent, waited))
                 })?;
                 let mut step = arrived.expect("the dispatch has run");
                 compute(Arrived::Latency(&mut step, outputs), control)?;
-                let mut report = None;
                 control.time(Op::Combine, || {
                     let combine = step.combine();
                     let sent = now_ns();
                     let all = combine.receive(weights, combined).map_err(Error::ep("the combine"))?;
-                    let waited = waited_ns(&all)? - waited_before;
-                    report = Some(all);
-                    Ok((sent, waited))
+                    Ok((sent, tell(&all)?))
                 })?;
-                report.expect("the combine has run")
             }
             Outputs::Throughput(outputs) => {
                 let mut arrived = None;
@@ -111,25 +114,21 @@ impl Ours {
                     let sent = now_ns();
                     let step =
                         dispatch.throughput(outputs).map_err(Error::ep("the dispatch's receive half"))?;
-                    waited_before = waited_ns(step.report())?;
+                    let waited = tell(step.report())?;
                     arrived = Some(step);
-                    Ok((sent, waited_before))
+                    Ok((sent, waited))
                 })?;
                 let mut step = arrived.expect("the dispatch has run");
                 compute(Arrived::Throughput(&mut step, outputs), control)?;
-                let mut report = None;
                 control.time(Op::Combine, || {
                     let combine = step.combine(None).map_err(Error::ep("the combine"))?;
                     let sent = now_ns();
                     let all = combine.receive(&[], None, combined).map_err(Error::ep("the combine"))?;
-                    let waited = waited_ns(&all)? - waited_before;
-                    report = Some(all);
-                    Ok((sent, waited))
+                    Ok((sent, tell(&all)?))
                 })?;
-                report.expect("the combine has run")
             }
-        };
-        control.tell_bytes(report.wire_bytes, report.logical_bytes);
+        }
+        control.tell_bytes(bytes.0, bytes.1);
         Ok(())
     }
 }

@@ -1,0 +1,564 @@
+//! The thread that keeps in touch with the other ranks: it meets them, hears of their ends, and carries calls to and from
+//! those whose memory is not mapped here.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender};
+
+use crossdock_engine::{Engine, OsError, now_ns};
+use crossdock_memory::Memory;
+use crossdock_proto::{Notice, SessionEnd, SessionId, TargetId};
+use crossdock_transport::{Direction, Error, GrantId, Mapping, Op, Shape};
+
+use crate::arena::Arena;
+use crate::error::GroupError;
+use crate::group::{Farewell, Mourner, Reach, set_farewell};
+use crate::meet::MeetError;
+use crate::note::Note;
+use crate::outgoing::{Outgoing, OutgoingCall};
+use crate::pace::{Machine, Pace};
+use crate::region::RegionLayout;
+use crate::words::{self, RankMemory};
+use crate::{GroupConfig, arrivals};
+
+/// What the thread and its owner share besides the calls.
+#[derive(Debug, Default)]
+pub(crate) struct Control {
+    /// Whoever waits for the meeting does not wait any longer.
+    pub give_up: AtomicBool,
+    /// The group is gone.
+    pub stop: AtomicBool,
+}
+
+/// How each rank is reached, by rank; `None` for this one.
+pub(crate) type Met = Vec<Option<Reach>>;
+
+pub(crate) struct Keeper {
+    engine: Engine,
+    control: Arc<Control>,
+    outgoing: Arc<Outgoing>,
+    rank: u32,
+    own: Memory,
+    regions: Vec<RegionLayout>,
+    slots: u32,
+    dialed: BTreeMap<TargetId, u32>,
+    sessions: BTreeMap<SessionId, u32>,
+    mappings: BTreeMap<SessionId, Mapping>,
+    peers: BTreeMap<u32, Peer>,
+    /// Sessions of ranks that ports reached, and that are over, until nothing can land any more.
+    closing: Vec<(u32, SessionId)>,
+    last: Option<SessionEnd>,
+    /// Until all have met.
+    told: Option<SyncSender<Result<Met, MeetError>>>,
+    mourner: Option<Mourner>,
+    /// 0, 1, 2, and so on: where rows go that a port writes one behind the other.
+    in_order: Vec<u32>,
+    pace: Machine,
+}
+
+/// A rank with a session.
+struct Peer {
+    session: SessionId,
+    reach: PeerReach,
+}
+
+enum PeerReach {
+    Mapped(RankMemory),
+    Port(PortPeer),
+}
+
+/// A rank that a port reaches. All of its calls take one lane, which keeps their order.
+struct PortPeer {
+    /// It has said that it may be written to.
+    is_ready: bool,
+    /// It has answered this rank's goodbye.
+    has_parted: bool,
+    queue: VecDeque<Outbound>,
+    /// By slot: calls that are posted and have not left.
+    posted: Vec<u32>,
+    /// By slot: the last call that came.
+    calls: Vec<u32>,
+}
+
+enum Outbound {
+    Note(Note),
+    Call { call: OutgoingCall, ops_done: usize, within: u64 },
+}
+
+impl Keeper {
+    pub fn new(
+        mut engine: Engine,
+        config: &GroupConfig,
+        rank: u32,
+        own: Memory,
+        addresses: &[String],
+        (control, outgoing): (Arc<Control>, Arc<Outgoing>),
+        told: SyncSender<Result<Met, MeetError>>,
+    ) -> Keeper {
+        // The higher rank dials, so that two never do at once.
+        let now = now_ns();
+        let dialed =
+            (0..rank).map(|peer| (engine.proto().connect(now, &addresses[peer as usize]), peer)).collect();
+        Keeper {
+            engine,
+            control,
+            outgoing,
+            rank,
+            own,
+            regions: RegionLayout::of_group(config, 0..config.ranks()).expect("the configuration is valid"),
+            slots: config.slots,
+            dialed,
+            sessions: BTreeMap::new(),
+            mappings: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            closing: Vec::new(),
+            last: None,
+            told: Some(told),
+            mourner: None,
+            in_order: Vec::new(),
+            pace: Machine::new(),
+        }
+    }
+
+    pub fn run(mut self, mourners: &Receiver<Mourner>) {
+        // Ranks that died between the meeting and the group's beginning.
+        let mut died = Vec::new();
+        self.tell_if_complete();
+        while !self.is_over() {
+            let active = self.turn(&mut died);
+            if self.mourner.is_none() {
+                self.mourner = mourners.try_recv().ok();
+            }
+            if let Some(mourner) = &self.mourner {
+                died.drain(..).for_each(|rank| mourner.mark_dead(rank));
+            }
+            let longest_ns = if self.closing.is_empty() { LONGEST_SLEEP_NS } else { SHORT_SLEEP_NS };
+            if !active && let Err(error) = self.park(longest_ns) {
+                // Without a sleep, deaths are not heard of any more; deadlines still end every wait.
+                self.tell(Err(error.into()));
+                break;
+            }
+        }
+        let missing = (0..self.ranks()).filter(|rank| *rank != self.rank && !self.is_met(*rank)).collect();
+        let last = self.last.take();
+        self.tell(Err(MeetError::Late { missing, time_ms: 0, last }));
+        self.part();
+        self.engine.shut_down(now_ns());
+    }
+
+    fn ranks(&self) -> u32 {
+        self.regions.len() as u32
+    }
+
+    fn is_over(&self) -> bool {
+        let gave_up = self.told.is_some() && self.control.give_up.load(Ordering::Acquire);
+        gave_up || self.control.stop.load(Ordering::Acquire)
+    }
+
+    fn park(&mut self, longest_ns: u64) -> Result<(), OsError> {
+        let (control, outgoing, told) = (&self.control, &self.outgoing, self.told.is_some());
+        let idle = || {
+            let gave_up = told && control.give_up.load(Ordering::Acquire);
+            !gave_up && !control.stop.load(Ordering::Acquire) && outgoing.is_idle()
+        };
+        self.engine.park(now_ns(), self.outgoing.doorbell(), longest_ns, idle)
+    }
+
+    /// Takes what came, and sends what waits. True if anything happened.
+    fn turn(&mut self, died: &mut Vec<u32>) -> bool {
+        let now = now_ns();
+        let mut active = self.engine.turn(now);
+        while let Some(mapped) = self.engine.next_mapping() {
+            // A rank has one region; the same one on a second lane is the same memory.
+            self.mappings.entry(mapped.session).or_insert(mapped.mapping);
+        }
+        while let Some(notice) = self.engine.next_notice() {
+            active = true;
+            died.extend(self.hear(now, notice));
+        }
+        while let Some(arrival) = self.engine.next_side_arrival() {
+            active = true;
+            self.arrived(now, arrival.session, Note::from_bits(arrival.bits));
+        }
+        while let Some(done) = self.engine.next_side_done() {
+            active = true;
+            self.left(done.session, done.token);
+        }
+        while let Some(call) = self.outgoing.next_call() {
+            active = true;
+            self.queue_call(call);
+        }
+        self.close_severed(now);
+        self.queue_pulses();
+        active | self.post()
+    }
+
+    /// What the engine says. Gives the rank that is dead now, if any.
+    fn hear(&mut self, now: u64, notice: Notice) -> Option<u32> {
+        match notice {
+            Notice::SessionUp { session, target, app, .. } => {
+                let ranks = self.ranks();
+                let rank =
+                    <[u8; 4]>::try_from(&*app).map(u32::from_le_bytes).ok().filter(|&rank| rank < ranks);
+                let expected = target.and_then(|target| self.dialed.get(&target).copied());
+                match (rank, expected) {
+                    (Some(found), Some(expected)) if found != expected => {
+                        self.tell(Err(MeetError::WrongRank { expected, found }));
+                    }
+                    (Some(rank), _) if rank != self.rank => self.welcome(now, session, rank),
+                    // Nobody of this group.
+                    _ => self.engine.close_session(now, session),
+                }
+                None
+            }
+            Notice::SessionDown { session, target, cause, .. } => {
+                let rank = session.and_then(|session| self.forget(session));
+                if let Some(rank) = rank {
+                    self.last = Some(cause);
+                    if self.told.is_some() {
+                        // It may come back as long as the group is not complete.
+                        return None;
+                    }
+                    target.into_iter().for_each(|target| self.engine.proto().disconnect(now, target));
+                    return Some(rank);
+                }
+                if let Some(&rank) = target.and_then(|target| self.dialed.get(&target))
+                    && !cause.is_retryable()
+                {
+                    self.tell(Err(MeetError::Refused { rank, cause }));
+                    return None;
+                }
+                self.last = Some(cause);
+                None
+            }
+            // There are no rooms.
+            _ => None,
+        }
+    }
+
+    /// A session is over. Gives the rank whose it was.
+    fn forget(&mut self, session: SessionId) -> Option<u32> {
+        self.mappings.remove(&session);
+        let rank = self.sessions.remove(&session)?;
+        if self.peers.get(&rank).is_some_and(|peer| peer.session == session)
+            && let Some(Peer { reach: PeerReach::Port(port), .. }) = self.peers.remove(&rank)
+        {
+            self.closing.push((rank, session));
+            let waiting = port.queue.iter().filter_map(|outbound| match outbound {
+                Outbound::Call { call, .. } => Some(call.slot),
+                Outbound::Note(_) => None,
+            });
+            waiting.chain(port.posted.iter().copied()).for_each(|slot| self.outgoing.left(rank, slot));
+        }
+        Some(rank)
+    }
+
+    fn welcome(&mut self, now: u64, session: SessionId, rank: u32) {
+        if self.told.is_none() {
+            // Another start of a rank that the group has met: it is not in the group.
+            return self.engine.close_session(now, session);
+        }
+        if let Some(before) = self.peers.get(&rank).map(|peer| peer.session) {
+            // It has started again while the group still meets: the earlier one is not met any more.
+            self.forget(before);
+            self.engine.close_session(now, before);
+        }
+        let reach = match self.mappings.remove(&session).map(RankMemory::mapped) {
+            Some(Ok(memory)) => PeerReach::Mapped(memory),
+            Some(Err(error)) => return self.tell(Err(GroupError::Memory { rank, error }.into())),
+            None => {
+                let parts = self.regions[self.rank as usize].written_by(rank);
+                if let Err(error) = self.engine.allow(session, rank, REGION, &parts) {
+                    return self.tell(Err(error.into()));
+                }
+                let queue = VecDeque::from([Outbound::Note(Note::Ready)]);
+                let calls = vec![0; self.slots as usize];
+                let (is_ready, has_parted) = (false, false);
+                PeerReach::Port(PortPeer { is_ready, has_parted, queue, posted: Vec::new(), calls })
+            }
+        };
+        self.sessions.insert(session, rank);
+        self.peers.insert(rank, Peer { session, reach });
+        self.tell_if_complete();
+    }
+
+    fn port(&mut self, rank: u32) -> Option<(SessionId, &mut PortPeer)> {
+        match self.peers.get_mut(&rank)? {
+            Peer { session, reach: PeerReach::Port(port) } => Some((*session, port)),
+            Peer { reach: PeerReach::Mapped(_), .. } => None,
+        }
+    }
+
+    /// What a rank says through its port.
+    fn arrived(&mut self, now: u64, session: SessionId, note: Option<Note>) {
+        let Some(&rank) = self.sessions.get(&session) else { return };
+        let own = self.own.clone();
+        let region = self.regions[self.rank as usize].clone();
+        let Some((_, port)) = self.port(rank) else { return };
+        match note {
+            Some(Note::Ready) => {
+                port.is_ready = true;
+                self.tell_if_complete();
+            }
+            Some(Note::Call { slot, call }) if port.calls.get(slot as usize).is_some() => {
+                let last = &mut port.calls[slot as usize];
+                let next = last.wrapping_add(1);
+                if Note::lower_bits(next) != call {
+                    return self.engine.close_session(now, session);
+                }
+                *last = next;
+                let arena = Arena::new(&own, region.arena(slot, rank));
+                words::with(arena.word(), |word| {
+                    if arrivals::publish(word, next) {
+                        self.pace.wake(word);
+                    }
+                });
+            }
+            Some(Note::Pulse { slot }) => self.outgoing.heard_pulse(rank, slot),
+            Some(Note::Left) => {
+                port.queue.push_back(Outbound::Note(Note::Parted));
+                for slot in 0..self.slots {
+                    let arena = Arena::new(&own, region.arena(slot, rank));
+                    set_farewell(&arena, Farewell::Left);
+                    words::with(arena.word(), |word| self.pace.wake(word));
+                }
+            }
+            Some(Note::Parted) => port.has_parted = true,
+            // It speaks another language, or of slots that there are not.
+            _ => self.engine.close_session(now, session),
+        }
+    }
+
+    /// A call has left for a rank.
+    fn left(&mut self, session: SessionId, slot: u32) {
+        let Some(&rank) = self.sessions.get(&session) else { return };
+        let Some((_, port)) = self.port(rank) else { return };
+        if let Some(at) = port.posted.iter().position(|&posted| posted == slot) {
+            port.posted.swap_remove(at);
+            self.outgoing.left(rank, slot);
+        }
+    }
+
+    fn queue_call(&mut self, call: OutgoingCall) {
+        let (rank, slot) = (call.rank, call.slot);
+        match self.port(rank) {
+            Some((_, port)) => port.queue.push_back(Outbound::Call { call, ops_done: 0, within: 0 }),
+            // It has gone meanwhile.
+            None => self.outgoing.left(rank, slot),
+        }
+    }
+
+    /// Ends the sessions of ranks that are masked, and says of which nothing can come any more.
+    fn close_severed(&mut self, now: u64) {
+        for rank in 0..self.ranks() {
+            if self.outgoing.take_severed(rank)
+                && let Some((session, _)) = self.port(rank)
+            {
+                self.forget(session);
+                self.engine.close_session(now, session);
+            }
+        }
+        let (engine, outgoing) = (&self.engine, &self.outgoing);
+        self.closing.retain(|&(rank, session)| {
+            let quiet = engine.is_quiet(session);
+            if quiet {
+                outgoing.set_quiet(rank);
+            }
+            !quiet
+        });
+    }
+
+    fn queue_pulses(&mut self) {
+        for (&rank, peer) in &mut self.peers {
+            let PeerReach::Port(port) = &mut peer.reach else { continue };
+            for slot in self.outgoing.take_waiting(rank) {
+                // Behind much that waits, its sign of life is that it sends.
+                if port.queue.len() < MOST_WAITING_PULSES {
+                    port.queue.push_back(Outbound::Note(Note::Pulse { slot }));
+                }
+            }
+        }
+    }
+
+    /// Posts what the ports take. True if anything was taken.
+    fn post(&mut self) -> bool {
+        let mut active = false;
+        let mut failed = Vec::new();
+        for (&rank, peer) in &mut self.peers {
+            let PeerReach::Port(port) = &mut peer.reach else { continue };
+            let lane = port_lane(self.rank, rank);
+            let mut poster = Poster {
+                engine: &mut self.engine,
+                session: peer.session,
+                own_rank: self.rank,
+                in_order: &mut self.in_order,
+            };
+            while let Some(outbound) = port.queue.front_mut() {
+                match poster.post(lane, outbound) {
+                    Ok(Progress::Whole) => {
+                        if let Some(Outbound::Call { call, .. }) = port.queue.pop_front() {
+                            port.posted.push(call.slot);
+                        }
+                        active = true;
+                    }
+                    Ok(Progress::Part) => active = true,
+                    Ok(Progress::None) => break,
+                    Err(_) => {
+                        failed.push(peer.session);
+                        break;
+                    }
+                }
+            }
+        }
+        // What cannot be posted will never be.
+        failed.into_iter().for_each(|session| self.engine.close_session(now_ns(), session));
+        active
+    }
+
+    /// Says goodbye to ranks that ports reach, and waits for their answers: then what was sent to them is there.
+    fn part(&mut self) {
+        if self.told.is_some() || self.peers.values().all(|peer| matches!(peer.reach, PeerReach::Mapped(_))) {
+            return;
+        }
+        for peer in self.peers.values_mut() {
+            if let PeerReach::Port(port) = &mut peer.reach {
+                port.queue.push_back(Outbound::Note(Note::Left));
+            }
+        }
+        let until = now_ns() + LONGEST_PARTING_NS;
+        let has_parted = |peer: &Peer| match &peer.reach {
+            PeerReach::Port(port) => port.has_parted && port.queue.is_empty(),
+            PeerReach::Mapped(_) => true,
+        };
+        while !self.peers.values().all(has_parted) && now_ns() < until {
+            let active = self.turn(&mut Vec::new());
+            let mut sleep = || self.engine.park(now_ns(), self.outgoing.doorbell(), SHORT_SLEEP_NS, || true);
+            if !active && sleep().is_err() {
+                return;
+            }
+        }
+    }
+
+    fn is_met(&self, rank: u32) -> bool {
+        self.peers.get(&rank).is_some_and(|peer| match &peer.reach {
+            PeerReach::Mapped(_) => true,
+            PeerReach::Port(port) => port.is_ready,
+        })
+    }
+
+    fn tell_if_complete(&mut self) {
+        if !(0..self.ranks()).all(|rank| rank == self.rank || self.is_met(rank)) {
+            return;
+        }
+        let reach = |peer: &Peer| match &peer.reach {
+            PeerReach::Mapped(memory) => Reach::Mapped(memory.clone()),
+            PeerReach::Port(_) => Reach::Port,
+        };
+        let met = (0..self.ranks()).map(|rank| self.peers.get(&rank).map(reach)).collect();
+        self.tell(Ok(met));
+    }
+
+    fn tell(&mut self, end: Result<Met, MeetError>) {
+        if let Some(told) = self.told.take() {
+            // Whoever does not wait any more has said so.
+            let _ = told.send(end);
+        }
+    }
+}
+
+/// Which of a session's lanes two ranks use: those of many peers are spread over the ports.
+fn port_lane(one: u32, other: u32) -> usize {
+    one as usize + other as usize
+}
+
+/// Hands ops to the engine for one session.
+struct Poster<'a> {
+    engine: &'a mut Engine,
+    session: SessionId,
+    own_rank: u32,
+    in_order: &'a mut Vec<u32>,
+}
+
+enum Progress {
+    None,
+    Part,
+    Whole,
+}
+
+impl Poster<'_> {
+    fn post(&mut self, nth_lane: usize, outbound: &mut Outbound) -> Result<Progress, Error> {
+        let Some(lane) = self.engine.side_lane(self.session, nth_lane) else { return Ok(Progress::None) };
+        let (call, ops_done, within) = match outbound {
+            Outbound::Call { call, ops_done, within } => (call, ops_done, within),
+            Outbound::Note(note) => {
+                let mut op = [Op::notify(0)];
+                let posted = self.engine.post_side(self.session, lane, &mut op, Some(note.bits()), None)?;
+                return Ok(if posted.ops == 1 { Progress::Whole } else { Progress::None });
+            }
+        };
+        let Some(regions) = self.engine.side_regions(self.session, lane) else { return Ok(Progress::None) };
+        let (Some(&local), Some(&remote)) =
+            (regions.local.get(REGION as usize), regions.remote.get(REGION as usize))
+        else {
+            return Ok(Progress::None);
+        };
+        let rows = call.rows.as_ref().filter(|rows| !rows.tokens.is_empty());
+        if let Some(rows) = rows {
+            let known = self.in_order.len() as u32;
+            self.in_order.extend(known..(rows.tokens.len() as u32).max(known));
+        }
+        let in_order = &*self.in_order;
+        let op = |shape| Op {
+            direction: Direction::Write,
+            grant: GrantId::standing(self.own_rank),
+            shape,
+            imm: None,
+            token: None,
+        };
+        let of_rows = rows.map(|rows| {
+            op(Shape::Pages {
+                local,
+                local_offset: rows.local as u64,
+                local_stride_bytes: rows.stride as u64,
+                local_pages: &rows.tokens,
+                remote,
+                remote_offset: rows.remote as u64,
+                remote_stride_bytes: rows.stride as u64,
+                remote_pages: &in_order[..rows.tokens.len()],
+                piece_bytes: rows.bytes as u64,
+            })
+        });
+        let of_spans = call.spans.iter().filter(|span| span.bytes > 0).map(|span| {
+            op(Shape::Span {
+                local,
+                local_offset: span.local as u64,
+                remote,
+                remote_offset: span.remote as u64,
+                bytes: span.bytes as u64,
+            })
+        });
+        let mut ops: Vec<Op<'_>> = of_rows.into_iter().chain(of_spans).skip(*ops_done).collect();
+        if let Some(first) = ops.first_mut() {
+            *first = first.advance(*within);
+        }
+        let note = Note::Call { slot: call.slot, call: Note::lower_bits(call.call) };
+        let posted =
+            self.engine.post_side(self.session, lane, &mut ops, Some(note.bits()), Some(call.slot))?;
+        if posted.ops == ops.len() {
+            return Ok(Progress::Whole);
+        }
+        *within = if posted.ops == 0 { *within + posted.within } else { posted.within };
+        *ops_done += posted.ops;
+        Ok(if posted.ops > 0 || posted.within > 0 { Progress::Part } else { Progress::None })
+    }
+}
+
+/// A rank registers one region.
+const REGION: u32 = 0;
+/// The doorbell wakes the thread earlier.
+const LONGEST_SLEEP_NS: u64 = 1_000_000_000;
+const SHORT_SLEEP_NS: u64 = 5_000_000;
+/// How long a rank that leaves waits for the others to say that they have heard it.
+const LONGEST_PARTING_NS: u64 = 2_000_000_000;
+const MOST_WAITING_PULSES: usize = 64;
