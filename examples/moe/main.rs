@@ -24,7 +24,6 @@ mod one_process;
 mod ranks;
 mod table;
 
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::{Parser, ValueEnum};
@@ -251,13 +250,8 @@ fn run(job: &Job, group: Group, mut tell: impl FnMut(Told) -> Result<(), Problem
     Ok(of_model.group)
 }
 
-fn main() -> Result<ExitCode, Problem> {
-    if ranks::is_rank() {
-        ranks::work()?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    show(&Job::parse())?;
-    Ok(ExitCode::SUCCESS)
+fn main() -> Result<(), Problem> {
+    if ranks::is_rank() { ranks::work() } else { show(&Job::parse()) }
 }
 
 fn show(job: &Job) -> Result<(), Problem> {

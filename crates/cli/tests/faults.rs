@@ -147,6 +147,36 @@ fn nothing_outlives_a_killed_demo() {
 }
 
 #[test]
+fn no_rank_outlives_a_killed_demo() {
+    let mut demo = Demo::start(&["--scenes", "experts"]);
+    assert!(demo.reads("scene experts, latency", Duration::from_secs(30)), "{}", demo.text);
+    let ids = ranks(&demo.text);
+    send(ids[2], Signal::STOP);
+    send(demo.parent.id(), Signal::KILL);
+    gone(ids.into_iter().chain(children(&demo.text).into_values()), Duration::from_secs(5), &demo.text);
+}
+
+/// Before the ranks have met, or while they step.
+#[test]
+fn a_rank_that_dies_is_named() {
+    for after_ms in [0, 1_200] {
+        let mut demo = Demo::start(&["--scenes", "experts"]);
+        assert!(demo.reads("scene experts, latency", Duration::from_secs(30)), "{}", demo.text);
+        demo.reads("\u{0}", Duration::from_millis(after_ms));
+        let id = ranks(&demo.text)[1];
+        send(id, Signal::KILL);
+        let ended = demo.end(Duration::from_secs(120));
+        assert!(!ended.status.success(), "{}", ended.text);
+        let told =
+            format!("! experts, latency: the latency rank 1 process ({id}) ended early: killed by signal 9");
+        assert!(ended.text.contains(&told), "{}", ended.text);
+        // That is nothing to the other scene.
+        assert!(ended.text.contains("\nthroughput: rank 3 was killed; the others went on"), "{}", ended.text);
+        assert!(!ended.text.contains("! experts, throughput"), "{}", ended.text);
+    }
+}
+
+#[test]
 fn demos_beside_each_other_end_well() {
     // Each has four processes.
     let demos: Vec<Demo> = ["shm", "tcp", "shm"]
@@ -615,6 +645,13 @@ fn children(text: &str) -> BTreeMap<&'static str, u32> {
     .into_iter()
     .filter_map(|(name, id)| Some((name, id?)))
     .collect()
+}
+
+/// The processes of the last scene with experts.
+fn ranks(text: &str) -> Vec<u32> {
+    let line = text.lines().rev().find_map(|line| line.split_once("the ranks are processes "));
+    let ids = line.expect("a scene with experts").1.split(", ");
+    ids.map(|id| id.parse().expect("a number")).collect()
 }
 
 /// Sends a signal; a process that has ended does not get it.

@@ -220,10 +220,15 @@ impl Stage {
         let until = Instant::now() + self.patience;
         while self.serving().any(|rank| rank.done.is_none()) {
             if !self.hear(scene, until) && Instant::now() >= until {
-                let silent: Vec<String> =
-                    self.serving().filter(|rank| rank.done.is_none()).map(|rank| rank.name()).collect();
-                let (names, waited) = (silent.join(", "), self.patience.as_secs());
-                scene.trouble(&format!("not a word about {count} steps in {waited} s: {names} (stopped?)"));
+                let waited = self.patience.as_secs();
+                for rank in self.serving().filter(|rank| rank.done.is_none()) {
+                    scene.trouble(&format!(
+                        "{} does not answer (stopped?): not a word about {count} steps in {waited} s",
+                        rank.name()
+                    ));
+                    // It would not leave either, and is killed with the scene.
+                    rank.standing = Standing::Gone;
+                }
             }
             if !scene.troubles.is_empty() {
                 return None;
