@@ -159,7 +159,7 @@ fn no_rank_outlives_a_killed_demo() {
 /// Before the ranks have met, or while they step.
 #[test]
 fn a_rank_that_dies_is_named() {
-    for after_ms in [0, 1_200] {
+    for after_ms in [0, 700] {
         let mut demo = Demo::start(&["--scenes", "experts"]);
         assert!(demo.reads("scene experts, latency", Duration::from_secs(30)), "{}", demo.text);
         demo.reads("\u{0}", Duration::from_millis(after_ms));
