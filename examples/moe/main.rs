@@ -16,7 +16,7 @@
 //! order, whatever arrives first. With `--kill` a rank dies between two steps. The others go on without its experts, and know
 //! for each token how much of its weight is lost.
 //!
-//! This file has all calls to crossdock; begin with [`Rank`]. `ranks.rs` starts the processes and lets them meet,
+//! Begin with [`Rank`], which has a layer's calls in both modes. `ranks.rs` starts the processes and lets them meet,
 //! `model.rs` knows nothing of ranks, `one_process.rs` is what all is compared with, and `table.rs` what is printed.
 
 mod model;
