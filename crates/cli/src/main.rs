@@ -14,7 +14,11 @@ use clap::{Parser, Subcommand};
 use output::complain;
 
 #[derive(Parser)]
-#[command(name = "crossdock", version, about = "Moves KV-cache pages from prefill to decode workers")]
+#[command(
+    name = "crossdock",
+    version,
+    about = "Moves KV-cache pages from prefill to decode workers, and tokens to their experts"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -22,7 +26,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Hands requests from a prefill process to a decode process, checks every byte, and shows a table
+    /// Hands requests from a prefill process to a decode process and tokens to their experts, checks every byte, and shows
+    /// tables
     Demo(demo::Options),
     /// Runs the registry that tells where the workers are
     Bootstrap(bootstrap::Options),
@@ -31,6 +36,9 @@ enum Command {
     /// One of the demo's processes; started by `demo`
     #[command(hide = true)]
     DemoWorker(demo::WorkerOptions),
+    /// One of the ranks of the demo's experts; started by `demo`
+    #[command(hide = true)]
+    DemoRank(demo::RankOptions),
 }
 
 fn main() -> ExitCode {
@@ -47,6 +55,7 @@ fn main() -> ExitCode {
         Command::Bootstrap(options) => bootstrap::run(&options),
         Command::Timeline(options) => timeline::run(&options),
         Command::DemoWorker(options) => demo::work(&options),
+        Command::DemoRank(options) => demo::work_as_rank(&options),
     };
     let code = match done {
         Ok(code) => code,

@@ -133,7 +133,7 @@ fn every_fault_ends_well() {
 #[test]
 fn nothing_outlives_a_killed_demo() {
     for stopped in [None, Some("prefill"), Some("decode"), Some("bootstrap")] {
-        let mut demo = Demo::start(&["--requests", "1000", "--ports", "shm", "--pool-mib", "64"]);
+        let mut demo = Demo::of_kv(&["--requests", "1000", "--ports", "shm", "--pool-mib", "64"]);
         assert!(demo.reads("scene", Duration::from_secs(30)), "{}", demo.text);
         let ids = children(&demo.text);
         assert_eq!(ids.len(), 3, "{}", demo.text);
@@ -147,10 +147,40 @@ fn nothing_outlives_a_killed_demo() {
 }
 
 #[test]
+fn no_rank_outlives_a_killed_demo() {
+    let mut demo = Demo::start(&["--scenes", "experts"]);
+    assert!(demo.reads("scene experts, latency", Duration::from_secs(30)), "{}", demo.text);
+    let ids = ranks(&demo.text);
+    send(ids[2], Signal::STOP);
+    send(demo.parent.id(), Signal::KILL);
+    gone(ids.into_iter().chain(children(&demo.text).into_values()), Duration::from_secs(5), &demo.text);
+}
+
+/// Before the ranks have met, or while they step.
+#[test]
+fn a_rank_that_dies_is_named() {
+    for after_ms in [0, 700] {
+        let mut demo = Demo::start(&["--scenes", "experts"]);
+        assert!(demo.reads("scene experts, latency", Duration::from_secs(30)), "{}", demo.text);
+        demo.reads("\u{0}", Duration::from_millis(after_ms));
+        let id = ranks(&demo.text)[1];
+        send(id, Signal::KILL);
+        let ended = demo.end(Duration::from_secs(120));
+        assert!(!ended.status.success(), "{}", ended.text);
+        let told =
+            format!("! experts, latency: the latency rank 1 process ({id}) ended early: killed by signal 9");
+        assert!(ended.text.contains(&told), "{}", ended.text);
+        // That is nothing to the other scene.
+        assert!(ended.text.contains("\nthroughput: rank 3 was killed; the others went on"), "{}", ended.text);
+        assert!(!ended.text.contains("! experts, throughput"), "{}", ended.text);
+    }
+}
+
+#[test]
 fn demos_beside_each_other_end_well() {
     // Each has four processes.
     let demos: Vec<Demo> = ["shm", "tcp", "shm"]
-        .map(|port| Demo::start(&["--requests", "8", "--ports", port, "--pool-mib", "64"]))
+        .map(|port| Demo::of_kv(&["--requests", "8", "--ports", port, "--pool-mib", "64"]))
         .into();
     for demo in demos {
         let ended = demo.end(Duration::from_secs(90));
@@ -162,7 +192,7 @@ fn demos_beside_each_other_end_well() {
 
 #[test]
 fn a_dead_registry_is_named_first() {
-    let mut demo = Demo::start(&["--requests", "1000", "--ports", "shm,tcp", "--pool-mib", "64"]);
+    let mut demo = Demo::of_kv(&["--requests", "1000", "--ports", "shm,tcp", "--pool-mib", "64"]);
     assert!(demo.reads("registry at", Duration::from_secs(30)), "{}", demo.text);
     let id = children(&demo.text)["bootstrap"];
     send(id, Signal::KILL);
@@ -181,7 +211,7 @@ fn a_dead_registry_is_named_first() {
 #[test]
 fn the_time_that_was_given_is_not_blamed_on_a_process() {
     let arguments = ["--requests", "1000", "--ports", "tcp", "--pool-mib", "64", "--within-s", "3"];
-    let mut demo = Demo::start(&arguments);
+    let mut demo = Demo::of_kv(&arguments);
     assert!(demo.reads("registry at", Duration::from_secs(30)), "{}", demo.text);
     send(children(&demo.text)["bootstrap"], Signal::STOP);
     let ended = demo.end(Duration::from_secs(60));
@@ -194,7 +224,7 @@ fn the_time_that_was_given_is_not_blamed_on_a_process() {
 fn the_numbers_of_a_table_add_up_when_a_worker_dies() {
     let arguments =
         ["--requests", "1000", "--ports", "shm", "--deadline-s", "3", "--pool-mib", "64", "--each-room"];
-    let mut demo = Demo::start(&arguments);
+    let mut demo = Demo::of_kv(&arguments);
     assert!(demo.reads("room 5 begins", Duration::from_secs(40)), "{}", demo.text);
     send(children(&demo.text)["decode"], Signal::KILL);
     let ended = demo.end(Duration::from_secs(90));
@@ -212,7 +242,7 @@ fn the_numbers_of_a_table_add_up_when_a_worker_dies() {
 fn a_timeline_names_what_happened_to_a_worker() {
     for (port, dies) in [("shm", true), ("tcp", true), ("tcp", false)] {
         let folder = Scratch::new(&format!("{port}-{dies}"));
-        let mut demo = Demo::start(&[
+        let mut demo = Demo::of_kv(&[
             "--requests",
             &REQUESTS.to_string(),
             "--ports",
@@ -357,7 +387,7 @@ impl Case {
 
     fn run(&self, trace: &TraceFile) {
         let begin = Instant::now();
-        let mut demo = Demo::start(&[
+        let mut demo = Demo::of_kv(&[
             "--requests",
             &REQUESTS.to_string(),
             "--trace",
@@ -615,6 +645,13 @@ fn children(text: &str) -> BTreeMap<&'static str, u32> {
     .into_iter()
     .filter_map(|(name, id)| Some((name, id?)))
     .collect()
+}
+
+/// The processes of the last scene with experts.
+fn ranks(text: &str) -> Vec<u32> {
+    let line = text.lines().rev().find_map(|line| line.split_once("the ranks are processes "));
+    let ids = line.expect("a scene with experts").1.split(", ");
+    ids.map(|id| id.parse().expect("a number")).collect()
 }
 
 /// Sends a signal; a process that has ended does not get it.

@@ -9,16 +9,46 @@ use std::time::Duration;
 use demo::{CROSSDOCK, Demo, Scratch, TraceFile};
 
 #[test]
-fn a_demo_over_both_ports_shows_a_table() {
-    let ended = Demo::start(&["--requests", "3", "--pool-mib", "64"]).end(Duration::from_secs(90));
+fn a_demo_of_everything_shows_both_tables() {
+    let ended = Demo::start(&["--requests", "3", "--pool-mib", "64"]).end(Duration::from_secs(150));
     assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
     for port in ["shm", "tcp"] {
         let row = ended.text.lines().find(|line| line.starts_with(&format!("{port}  ")));
         let cells: Vec<&str> = row.expect("a row for each port").split_whitespace().collect();
         assert_eq!(cells[1..4], ["3", "3", "3"], "{}", ended.text);
     }
+    for mode in ["latency", "throughput"] {
+        let row = ended.text.lines().find(|line| line.starts_with(&format!("{mode}  ")));
+        let cells: Vec<&str> = row.expect("a row for each mode").split_whitespace().collect();
+        assert_eq!((cells[1], cells[cells.len() - 1]), ("4", "all"), "{}", ended.text);
+        let death = format!("{mode}: rank 3 was killed; the others went on after ");
+        assert!(ended.text.contains(&death), "{}", ended.text);
+    }
     assert!(ended.text.contains("leaks: 0 "), "{}", ended.text);
     assert!(!ended.text.contains("! "), "{}", ended.text);
+}
+
+#[test]
+fn experts_alone_are_told_to_programs() {
+    let ended = Demo::start(&["--scenes", "experts", "--json"]).end(Duration::from_secs(120));
+    assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
+    let lines: Vec<serde_json::Value> =
+        ended.text.lines().map(|line| serde_json::from_str(line).expect("only JSON")).collect();
+    assert_eq!(lines.len(), 2, "{}", ended.text);
+    for (line, (mode, tokens)) in lines.iter().zip([("latency", 32), ("throughput", 256)]) {
+        assert_eq!((&line["bench"], &line["mode"]), (&"demo-experts".into(), &mode.into()), "{line}");
+        assert_eq!((&line["tokens"], &line["verified"]), (&tokens.into(), &true.into()), "{line}");
+        assert_eq!((&line["wrong_rows"], &line["leaks"]), (&0.into(), &0.into()), "{line}");
+        let figure = |key: &str| line[key].as_f64().unwrap_or_else(|| panic!("no {key}: {line}"));
+        assert!(figure("rows") > 0.0 && figure("steps") > 0.0, "{line}");
+        assert!(figure("dispatch_us_p99") >= figure("dispatch_us_p50"), "{line}");
+        // Of four choices three are at other ranks, and those of one rank share a row.
+        assert!((0.4..0.8).contains(&figure("wire_share")), "{line}");
+        // A quarter of the experts was the dead rank's.
+        let lost = line["killed"]["lost_share"].as_f64().expect("a share");
+        assert!((0.2..0.3).contains(&lost), "{line}");
+        assert!(line["killed"]["steps"].as_u64().expect("a number") > 0, "{line}");
+    }
 }
 
 #[test]
@@ -30,7 +60,7 @@ fn a_trace_is_replayed() {
 "#,
     );
     let ended =
-        Demo::start(&["--trace", trace.path(), "--ports", "tcp", "--pool-mib", "64", "--scale", "0.5"])
+        Demo::of_kv(&["--trace", trace.path(), "--ports", "tcp", "--pool-mib", "64", "--scale", "0.5"])
             .end(Duration::from_secs(60));
     assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
     let row = ended.text.lines().find(|line| line.starts_with("tcp  ")).expect("a row");
@@ -50,7 +80,7 @@ fn requests_of_a_trace_share_their_prefixes() {
     let picture = std::env::temp_dir().join(format!("crossdock-{}-turns.svg", std::process::id()));
     let picture = picture.to_str().expect("a plain path");
     for op in ["write", "read"] {
-        let ended = Demo::start(&[
+        let ended = Demo::of_kv(&[
             "--trace",
             trace.path(),
             "--scale",
@@ -91,7 +121,7 @@ fn requests_of_a_trace_share_their_prefixes() {
 fn a_trace_that_comes_too_fast_is_refused_in_part() {
     let line = "{\"timestamp\": 0, \"input_length\": 300, \"output_length\": 2}\n";
     let trace = TraceFile::new("burst", &line.repeat(40));
-    let ended = Demo::start(&[
+    let ended = Demo::of_kv(&[
         "--trace",
         trace.path(),
         "--scale",
@@ -126,6 +156,7 @@ fn wrong_calls_are_explained() {
         (vec!["demo", "--time-scale", "2"], vec!["--time-scale 2.0", "0.0001 to 1"]),
         (vec!["demo", "--pool-mib", "1"], vec!["--pool-mib 1", "two pages take 9 MiB"]),
         (vec!["demo", "--pool-mib", "0"], vec!["--pool-mib", "1..=1048576"]),
+        (vec!["demo", "--scenes", "none"], vec!["--scenes", "kv, experts"]),
         (vec!["demo", "--ports", "verbs"], vec!["--ports", "shm, tcp"]),
         (vec!["demo", "--trace", "/nowhere"], vec!["cannot open /nowhere", "No such file"]),
         (vec!["demo", "--trace", bad.path()], vec![bad.path(), "line 2"]),
@@ -174,6 +205,19 @@ fn a_worker_of_the_demo_does_not_begin_without_a_key() {
     assert!(!success && text.contains("did not begin with the key"), "{text}");
 }
 
+#[test]
+fn a_rank_of_the_demo_does_not_begin_without_a_key() {
+    let (success, text) = call(&[
+        "demo-rank",
+        "--mode=latency",
+        "--rank=0",
+        "--group=nobody",
+        "--registry=127.0.0.1:9",
+        "--deadline-s=1",
+    ]);
+    assert!(!success && text.contains("did not begin with the key"), "{text}");
+}
+
 /// What a call that ends by itself says.
 fn call(arguments: &[&str]) -> (bool, String) {
     let output =
@@ -186,7 +230,7 @@ fn a_demo_that_goes_well_has_a_timeline() {
     let folder = Scratch::new("flight");
     let arguments =
         ["--requests", "3", "--pool-mib", "64", "--ports", "shm,tcp", "--flight-dir", folder.path()];
-    let ended = Demo::start(&arguments).end(Duration::from_secs(90));
+    let ended = Demo::of_kv(&arguments).end(Duration::from_secs(90));
     assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
     let (told, errors, succeeds) = timeline(&[folder.path(), "--all"]);
     assert!(succeeds && errors.is_empty(), "{errors}");

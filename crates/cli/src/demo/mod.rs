@@ -1,10 +1,12 @@
-//! `crossdock demo`: a bootstrap server, a prefill process and a decode process hand requests over.
+//! `crossdock demo`: a bootstrap server, a prefill process and a decode process hand requests over; then four ranks send
+//! tokens to their experts and back.
 //!
 //! The parent plays the router: it gives each request's room to both workers over their standard input and hears from
 //! them over their standard output, one JSON object a line. Everything else goes as in a deployment: the workers find
 //! each other through the registry, and the pages go from process to process.
 
 mod content;
+mod experts;
 mod limit;
 mod process;
 mod queue;
@@ -32,11 +34,15 @@ use router::Router;
 
 use crate::output::say;
 
+pub use experts::{RankOptions, work as work_as_rank};
 pub use process::end_with_parent;
 pub use worker::{WorkerOptions, work};
 
 #[derive(Args, Clone)]
 pub struct Options {
+    /// What is shown: the hand-over of KV caches, tokens on their way to experts
+    #[arg(long, value_delimiter = ',', default_value = "kv,experts")]
+    scenes: Vec<SceneName>,
     /// Requests to hand over on each port
     #[arg(long, default_value_t = 120)]
     requests: usize,
@@ -66,13 +72,13 @@ pub struct Options {
     /// Requests of a trace that may be under way or wait for pages; one that comes when there are as many is refused
     #[arg(long, default_value_t = 1_024, value_parser = value_parser!(u64).range(1..=4_096))]
     queue: u64,
-    /// Prints one JSON object a port instead of the tables; all else that is told goes to the standard error
+    /// Prints one JSON object a scene instead of the tables; all else that is told goes to the standard error
     #[arg(long)]
     json: bool,
     /// Draws the hand-over times and the rates over time into this file
     #[arg(long)]
     svg: Option<PathBuf>,
-    /// The ports, one scene each
+    /// The ports of the hand-over, one scene each
     #[arg(long, value_delimiter = ',', default_value = "shm,tcp")]
     ports: Vec<PortName>,
     /// Memory of each worker's pool, in MiB
@@ -111,6 +117,13 @@ impl Options {
     fn print(&self) -> Print {
         if self.json { Print::Errors } else { Print::Output }
     }
+}
+
+/// What the demo shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SceneName {
+    Kv,
+    Experts,
 }
 
 /// The ports that the demo shows.
@@ -152,76 +165,144 @@ const PAGE_TOKENS: u32 = 64;
 const LEAST_SCALE: f64 = 0.0001;
 
 pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
-    if options.requests == 0 {
-        return Err("--requests 0: there is nothing to hand over; ask for one request or more".into());
-    }
-    let page_bytes = CacheLayout::deepseek_r1(PAGE_TOKENS, 1)?.bytes_needed(0);
-    let pages = u32::try_from((options.pool_mib << 20) / page_bytes)?;
-    if pages < 2 {
-        let least_mib = (2 * page_bytes).div_ceil(1 << 20);
-        return Err(format!("--pool-mib {}: two pages take {least_mib} MiB", options.pool_mib).into());
-    }
-    let (arrivals, pace) = arrivals(options, pages)?;
+    let shows = |scene| options.scenes.contains(&scene);
+    let plan = if shows(SceneName::Kv) { Some(Plan::of(options)?) } else { None };
     let print = options.print();
-    let (lengths, times) = (pace.lengths.factor(), pace.times.factor());
-    let and_times = if options.is_closed_loop() { String::new() } else { format!(", times × {times:.4}") };
-    print.line(&format!(
-        "DeepSeek-R1's MLA cache: 61 layers, 1,152 bytes a token and layer, {PAGE_TOKENS} tokens a page; lengths × {lengths:.4}{and_times}",
-    ));
+    if let Some(plan) = &plan {
+        print.line(&plan.described(options));
+    }
     let begin = Instant::now();
     let mut registry = match &options.registry {
         Some(address) => Registry::at(address),
         None => Registry::start()?,
     };
     print.line(&registry.described());
-    let mut scenes = Vec::new();
-    for (at, &port) in options.ports.iter().enumerate() {
-        // What is left of the time is shared by the scenes that are left.
-        let left = Duration::from_secs(options.within_s).saturating_sub(begin.elapsed());
-        let share = left / (options.ports.len() - at) as u32;
-        scenes.push(match registry.ended(Duration::ZERO) {
-            // Nobody can meet any more.
-            Some(how) => Scene::without(port.name(), arrivals.len(), how),
-            None => Router::start(options, port, pages, registry.address(), Instant::now() + share)?
-                .play(&arrivals, &mut registry),
-        });
+    let scenes = match &plan {
+        Some(plan) => plan.play(options, begin, &mut registry)?,
+        None => Vec::new(),
+    };
+    let expert_scenes =
+        if shows(SceneName::Experts) { experts::play(options, &mut registry)? } else { Vec::new() };
+    if let Some(plan) = &plan {
+        plan.show(options, &scenes)?;
     }
-    let token_bytes = page_bytes / u64::from(PAGE_TOKENS);
-    let target_ms = options.target_ms as f64;
-    let summaries: Vec<Summary> =
-        scenes.iter().map(|scene| scene.summary(&arrivals, token_bytes, target_ms)).collect();
-    if options.json {
-        for (scene, summary) in scenes.iter().zip(&summaries) {
-            say!("{}", scene.json(lengths, times, summary.clone())?);
-        }
-    } else {
-        say!("\n{}", report::table(&scenes, &summaries).trim_end());
-        if options.trace.is_some() {
-            say!("\n{}", report::replay_table(&scenes, &summaries).trim_end());
-        }
+    for scene in expert_scenes.iter().filter(|_| options.json) {
+        say!("{}", scene.json()?);
     }
-    if let Some(path) = &options.svg {
-        let trails = scenes.iter().map(|scene| scene.trail(token_bytes)).collect();
-        let title = format!("crossdock demo: {} requests, lengths × {lengths:.4}{and_times}", arrivals.len());
-        let sheet = Sheet { title, trails, roofs: Vec::new() };
-        std::fs::write(path, sheet.svg()?)
-            .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    if !options.json && shows(SceneName::Experts) {
+        say!("\n{}", experts::table(&expert_scenes).trim_end());
     }
-    let leaks: u64 = scenes.iter().map(|scene| scene.leaks).sum();
+    let leaks: u64 = scenes.iter().map(|scene| scene.leaks).sum::<u64>()
+        + expert_scenes.iter().map(|scene| scene.leaks).sum::<u64>();
     print.line(&format!(
-        "\nleaks: {leaks}   (pages, rooms and grants of a surviving worker that nobody accounts for)"
+        "\nleaks: {leaks}   (pages, rooms and grants of a surviving worker that nobody accounts for; regions that a rank still maps)"
     ));
+    let troubles: Vec<&String> = scenes
+        .iter()
+        .flat_map(Scene::troubles)
+        .chain(expert_scenes.iter().flat_map(|scene| &scene.troubles))
+        .collect();
     if let Some(how) = registry.ended(Duration::ZERO)
-        && scenes.iter().all(|scene| !scene.troubles().iter().any(|trouble| trouble.contains(&how)))
+        && !troubles.iter().any(|trouble| trouble.contains(&how))
     {
         print.line(&format!("{how}; those who had met went on without it"));
     }
     registry.finish();
-    let whole = scenes.iter().all(|scene| scene.is_whole());
-    for trouble in scenes.iter().flat_map(Scene::troubles) {
+    for trouble in troubles {
         print.line(&format!("! {trouble}"));
     }
+    let whole = scenes.iter().all(Scene::is_whole) && expert_scenes.iter().all(experts::Scene::is_whole);
     Ok(if whole && leaks == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What is handed over.
+struct Plan {
+    arrivals: Vec<Arrival>,
+    pace: Pace,
+    /// Of each worker's pool.
+    pages: u32,
+    page_bytes: u64,
+}
+
+impl Plan {
+    fn of(options: &Options) -> Result<Self, Box<dyn Error>> {
+        if options.requests == 0 {
+            return Err("--requests 0: there is nothing to hand over; ask for one request or more".into());
+        }
+        let page_bytes = CacheLayout::deepseek_r1(PAGE_TOKENS, 1)?.bytes_needed(0);
+        let pages = u32::try_from((options.pool_mib << 20) / page_bytes)?;
+        if pages < 2 {
+            let least_mib = (2 * page_bytes).div_ceil(1 << 20);
+            return Err(format!("--pool-mib {}: two pages take {least_mib} MiB", options.pool_mib).into());
+        }
+        let (arrivals, pace) = arrivals(options, pages)?;
+        Ok(Self { arrivals, pace, pages, page_bytes })
+    }
+
+    fn described(&self, options: &Options) -> String {
+        format!(
+            "DeepSeek-R1's MLA cache: 61 layers, 1,152 bytes a token and layer, {PAGE_TOKENS} tokens a page; {}",
+            self.factors(options)
+        )
+    }
+
+    /// By what the requests shrank.
+    fn factors(&self, options: &Options) -> String {
+        let (lengths, times) = (self.pace.lengths.factor(), self.pace.times.factor());
+        let and_times =
+            if options.is_closed_loop() { String::new() } else { format!(", times × {times:.4}") };
+        format!("lengths × {lengths:.4}{and_times}")
+    }
+
+    /// A scene for each port.
+    fn play(
+        &self,
+        options: &Options,
+        begin: Instant,
+        registry: &mut Registry,
+    ) -> Result<Vec<Scene>, Box<dyn Error>> {
+        let mut scenes = Vec::new();
+        for (at, &port) in options.ports.iter().enumerate() {
+            // What is left of the time is shared by the scenes that are left.
+            let left = Duration::from_secs(options.within_s).saturating_sub(begin.elapsed());
+            let share = left / (options.ports.len() - at) as u32;
+            scenes.push(match registry.ended(Duration::ZERO) {
+                // Nobody can meet any more.
+                Some(how) => Scene::without(port.name(), self.arrivals.len(), how),
+                None => Router::start(options, port, self.pages, registry.address(), Instant::now() + share)?
+                    .play(&self.arrivals, registry),
+            });
+        }
+        Ok(scenes)
+    }
+
+    /// Tables, or lines for programs; and the picture.
+    fn show(&self, options: &Options, scenes: &[Scene]) -> Result<(), Box<dyn Error>> {
+        let (lengths, times) = (self.pace.lengths.factor(), self.pace.times.factor());
+        let token_bytes = self.page_bytes / u64::from(PAGE_TOKENS);
+        let target_ms = options.target_ms as f64;
+        let summaries: Vec<Summary> =
+            scenes.iter().map(|scene| scene.summary(&self.arrivals, token_bytes, target_ms)).collect();
+        if options.json {
+            for (scene, summary) in scenes.iter().zip(&summaries) {
+                say!("{}", scene.json(lengths, times, summary.clone())?);
+            }
+        } else {
+            say!("\n{}", report::table(scenes, &summaries).trim_end());
+            if options.trace.is_some() {
+                say!("\n{}", report::replay_table(scenes, &summaries).trim_end());
+            }
+        }
+        if let Some(path) = &options.svg {
+            let trails = scenes.iter().map(|scene| scene.trail(token_bytes)).collect();
+            let count = self.arrivals.len();
+            let title = format!("crossdock demo: {count} requests, {}", self.factors(options));
+            let sheet = Sheet { title, trails, roofs: Vec::new() };
+            std::fs::write(path, sheet.svg()?)
+                .map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+        }
+        Ok(())
+    }
 }
 
 /// The requests, shrunk so that the longest one fits.

@@ -6,7 +6,10 @@ use std::process::{self, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use super::talk::{Said, Tell};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::talk::Said;
 
 /// One process of the demo. Dropping it ends it.
 pub struct Child {
@@ -17,8 +20,8 @@ pub struct Child {
 }
 
 /// What the parent hears from a worker.
-pub enum Heard {
-    Said(Said),
+pub enum Heard<S = Said> {
+    Said(S),
     /// The worker's output has ended.
     Gone {
         how: String,
@@ -66,7 +69,10 @@ impl Child {
     }
 
     /// Sends everything that the process says, and its end, to `events`.
-    pub fn listen(&mut self, at: usize, events: Sender<(usize, Heard)>) -> std::io::Result<()> {
+    pub fn listen<S>(&mut self, at: usize, events: Sender<(usize, Heard<S>)>) -> std::io::Result<()>
+    where
+        S: DeserializeOwned + Send + 'static,
+    {
         let Some(output) = self.output.take() else { return Ok(()) };
         let id = self.process.id();
         std::thread::Builder::new().name(format!("hear-{}", self.name)).spawn(move || {
@@ -88,10 +94,15 @@ impl Child {
     }
 
     /// Tells the process something; one that has ended does not hear it.
-    pub fn tell(&mut self, what: &Tell) {
+    pub fn tell(&mut self, what: &impl Serialize) {
         if let (Some(input), Ok(line)) = (&mut self.input, serde_json::to_string(what)) {
             let _ = writeln!(input, "{line}");
         }
+    }
+
+    /// Ends the process at once.
+    pub fn kill(&mut self) -> std::io::Result<()> {
+        self.process.kill()
     }
 
     /// Ends the process by ending its input, and waits.

@@ -27,6 +27,11 @@ pub struct Ended {
 }
 
 impl Demo {
+    /// One of the hand-over alone.
+    pub fn of_kv(arguments: &[&str]) -> Self {
+        Self::start(&[&["--scenes", "kv"], arguments].concat())
+    }
+
     pub fn start(arguments: &[&str]) -> Self {
         let mut parent = Command::new(CROSSDOCK)
             .arg("demo")

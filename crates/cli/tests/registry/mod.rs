@@ -98,7 +98,7 @@ fn workers_outlive_a_registry_that_talks_nonsense() {
 #[test]
 fn a_demo_goes_on_with_a_registry_that_was_started_again() {
     let mut demo =
-        Demo::start(&["--requests", "40", "--ports", "shm,tcp", "--pool-mib", "64", "--each-room"]);
+        Demo::of_kv(&["--requests", "40", "--ports", "shm,tcp", "--pool-mib", "64", "--each-room"]);
     assert!(demo.reads("room 1 begins", SOON), "{}", demo.text);
     let ids = children(&demo.text);
     let line = demo.text.lines().find_map(|line| line.strip_prefix("registry at http://"));
@@ -123,14 +123,14 @@ fn a_demo_meets_at_a_registry_that_is_there() {
     let registry = Registry::start("127.0.0.1:0");
     let address = registry.address.clone();
     let requests = ["--requests", "3", "--ports", "tcp", "--pool-mib", "64", "--registry", &address];
-    let demo = Demo::start(&requests);
+    let demo = Demo::of_kv(&requests);
     let ended = demo.end(Duration::from_secs(120));
     let shown = format!("{}\n{}", ended.text, ended.errors);
     assert!(ended.status.success() && shown.contains(&format!("registry at {address}\n")), "{shown}");
     assert_eq!(registry.lists(0), BTreeMap::new(), "who met there has left");
     // Where nobody is, it says so and ends.
     registry.kill();
-    let demo = Demo::start(&requests);
+    let demo = Demo::of_kv(&requests);
     let ended = demo.end(Duration::from_secs(120));
     assert!(!ended.status.success(), "{}", ended.text);
     assert!(ended.text.contains("! tcp: ") || !ended.errors.is_empty(), "{}\n{}", ended.text, ended.errors);
