@@ -86,7 +86,7 @@ impl<'a, C: FnMut() -> Result<(), Error>> Control<'a, C> {
             self.words.get(GO).store(go() as u64, Ordering::Relaxed);
         }
         self.meet()?;
-        Ok(self.decided())
+        self.decided()
     }
 
     /// The same where the first rank may take long to know; the others sleep meanwhile.
@@ -95,16 +95,19 @@ impl<'a, C: FnMut() -> Result<(), Error>> Control<'a, C> {
             self.words.get(GO).store(go()? as u64, Ordering::Relaxed);
         }
         self.resting.wait(&mut self.check)?;
-        Ok(self.decided())
+        self.decided()
     }
 
-    fn decided(&self) -> Go {
-        match self.words.get(GO).load(Ordering::Relaxed) {
+    fn decided(&mut self) -> Result<Go, Error> {
+        let go = match self.words.get(GO).load(Ordering::Relaxed) {
             0 => Go::Stop,
             1 => Go::Cached,
             2 => Go::Streamed,
             _ => Go::Ours,
-        }
+        };
+        // The first rank may decide something else at once.
+        self.meet()?;
+        Ok(go)
     }
 
     /// A word there and back between the first two ranks; the others have nothing to do.
