@@ -13,6 +13,6 @@ mod words;
 pub use aligned::Aligned;
 pub use content::{Content, Wrong};
 pub use memory::anonymous;
-pub use numbers::{Sample, cpu_seconds, sleeps};
+pub use numbers::{Sample, cpu_seconds, sleeps, sleeps_here};
 pub use random::scattered;
-pub use words::{LINE_WORDS, Meeting, Words};
+pub use words::{LINE_WORDS, Meeting, RoundTrips, Words};

@@ -69,12 +69,21 @@ pub fn sleeps(thread: &str) -> std::io::Result<u64> {
     for task in std::fs::read_dir("/proc/self/task")? {
         let path = task?.path();
         if std::fs::read_to_string(path.join("comm")).is_ok_and(|name| name.trim() == thread) {
-            let status = std::fs::read_to_string(path.join("status"))?;
-            let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
-            sleeps += line.and_then(|count| count.trim().parse::<u64>().ok()).unwrap_or(0);
+            sleeps += sleeps_of(&path)?;
         }
     }
     Ok(sleeps)
+}
+
+/// How often the calling thread has gone to sleep by itself, so far.
+pub fn sleeps_here() -> std::io::Result<u64> {
+    sleeps_of("/proc/thread-self".as_ref())
+}
+
+fn sleeps_of(task: &std::path::Path) -> std::io::Result<u64> {
+    let status = std::fs::read_to_string(task.join("status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+    Ok(line.and_then(|count| count.trim().parse::<u64>().ok()).unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -96,11 +105,12 @@ mod tests {
     #[test]
     fn sleeps_of_a_thread_are_counted() {
         let counted = std::thread::Builder::new().name("sleeper".into()).spawn(|| {
-            let before = sleeps("sleeper").unwrap();
+            let (before, before_here) = (sleeps("sleeper").unwrap(), sleeps_here().unwrap());
             (0..3).for_each(|_| std::thread::sleep(std::time::Duration::from_millis(2)));
-            sleeps("sleeper").unwrap() - before
+            (sleeps("sleeper").unwrap() - before, sleeps_here().unwrap() - before_here)
         });
-        let counted = counted.unwrap().join().unwrap();
+        let (counted, here) = counted.unwrap().join().unwrap();
         assert!((3..30).contains(&counted), "{counted} sleeps");
+        assert!((3..30).contains(&here), "{here} sleeps");
     }
 }

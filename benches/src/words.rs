@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use crossdock::{AllocateOptions, Memory};
 use rustix::thread::futex;
@@ -57,6 +58,8 @@ pub struct Meeting<'a> {
     members: u32,
     /// There are more members than processors.
     crowded: bool,
+    /// How long a sleeper lies at most before it looks around.
+    nap: futex::Timespec,
 }
 
 impl<'a> Meeting<'a> {
@@ -66,7 +69,12 @@ impl<'a> Meeting<'a> {
     /// Of so many members, with [`Meeting::WORDS`] words from the first one on. In a crowd whoever waits sleeps; else
     /// it spins.
     pub fn new(words: &'a Words, first: usize, members: u32, crowded: bool) -> Self {
-        Self { words, first, members, crowded }
+        Self { words, first, members, crowded, nap: NAP }
+    }
+
+    /// For waits of seconds: whoever waits sleeps, and hardly looks around.
+    pub fn of_sleepers(words: &'a Words, first: usize, members: u32) -> Self {
+        Self { nap: LONG_NAP, ..Self::new(words, first, members, true) }
     }
 
     /// Waits for all. Now and then `check` says whether there is still hope.
@@ -90,7 +98,7 @@ impl<'a> Meeting<'a> {
                 true if turn.is_multiple_of(4) => std::thread::yield_now(),
                 true => {
                     // A word that has changed, a signal and the end of the time are the same: look again.
-                    let _ = futex::wait(generation, futex::Flags::empty(), seen, Some(&NAP));
+                    let _ = futex::wait(generation, futex::Flags::empty(), seen, Some(&self.nap));
                 }
                 false => std::hint::spin_loop(),
             }
@@ -109,6 +117,79 @@ impl<'a> Meeting<'a> {
     }
 }
 
+/// A word there and back between two processes, each time with the next number.
+#[derive(Clone, Copy, Debug)]
+pub struct RoundTrips<'a> {
+    words: &'a Words,
+    first: usize,
+    asleep: bool,
+}
+
+impl<'a> RoundTrips<'a> {
+    /// How many words they need.
+    pub const WORDS: usize = 2 * LINE_WORDS;
+    /// What a trip among sleepers takes longer at each side than it need.
+    pub const PAUSE: Duration = Duration::from_micros(30);
+
+    /// With [`RoundTrips::WORDS`] words from the first one on. Whoever waits spins, or sleeps at once.
+    pub fn new(words: &'a Words, first: usize, asleep: bool) -> Self {
+        Self { words, first, asleep }
+    }
+
+    /// So many trips, at the side that begins (or, if not `leads`, at the other). Among sleepers each side lets the other
+    /// fall asleep for [`RoundTrips::PAUSE`] before it goes on. Now and then `check` says whether there
+    /// is still hope.
+    pub fn run<E>(&self, trips: u32, leads: bool, mut check: impl FnMut() -> Result<(), E>) -> Result<(), E> {
+        let (there, back) = (self.words.half(self.first), self.words.half(self.first + LINE_WORDS));
+        let (own, other) = if leads { (there, back) } else { (back, there) };
+        for _ in 0..trips {
+            let next = own.load(Ordering::Relaxed).wrapping_add(1);
+            if !leads {
+                self.wait(other, next, &mut check)?;
+            }
+            let paused = Instant::now();
+            while self.asleep && paused.elapsed() < Self::PAUSE {
+                std::hint::spin_loop();
+            }
+            own.store(next, Ordering::Release);
+            if self.asleep {
+                // Waking on a valid word cannot fail.
+                let _ = futex::wake(own, futex::Flags::empty(), 1);
+            }
+            if leads {
+                self.wait(other, next, &mut check)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn wait<E>(
+        &self,
+        word: &AtomicU32,
+        number: u32,
+        check: &mut impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        for turn in 1_u32.. {
+            let seen = word.load(Ordering::Acquire);
+            if seen == number {
+                break;
+            }
+            let patient = if self.asleep { CHECK_SLEEPS } else { CHECK_SPINS };
+            match self.asleep {
+                true => {
+                    // A word that has changed, a signal and the end of the time are the same: look again.
+                    let _ = futex::wait(word, futex::Flags::empty(), seen, Some(&NAP));
+                }
+                false => std::hint::spin_loop(),
+            }
+            if turn.is_multiple_of(patient) {
+                check()?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// How many words lie between two that different processes write, so that no line and no pair of lines holds both.
 pub const LINE_WORDS: usize = 16;
 
@@ -116,6 +197,7 @@ const WORD_BYTES: usize = 8;
 const CHECK_SPINS: u32 = 1 << 16;
 const CHECK_SLEEPS: u32 = 1 << 4;
 const NAP: futex::Timespec = futex::Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
+const LONG_NAP: futex::Timespec = futex::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 #[cfg(test)]
 mod tests {
@@ -139,6 +221,23 @@ mod tests {
                     });
                 }
             });
+        }
+    }
+
+    #[test]
+    fn a_word_goes_there_and_back() {
+        for asleep in [false, true] {
+            let words = Words::new(RoundTrips::WORDS).unwrap();
+            let trips = RoundTrips::new(&words, 0, asleep);
+            for _ in 0..3 {
+                std::thread::scope(|scope| {
+                    scope.spawn(|| trips.run(50, false, || Ok::<_, ()>(())).unwrap());
+                    trips.run(50, true, || Ok::<_, ()>(())).unwrap();
+                });
+            }
+            let counts = [0, LINE_WORDS].map(|at| words.half(at).load(Ordering::Relaxed));
+            assert_eq!(counts, [150, 150]);
+            assert_eq!(trips.run(1, true, || Err("gone")), Err("gone"));
         }
     }
 

@@ -1,5 +1,6 @@
 //! epbench as it is called: every mode with few and small tokens, what is refused, and what a killed one leaves behind.
 
+use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -59,6 +60,61 @@ fn a_table_says_what_the_flags_say() {
 }
 
 #[test]
+fn turns_are_taken_when_told() {
+    let mut bench = Command::new(env!("CARGO_BIN_EXE_epbench"))
+        .args(["--hidden", "256", "--tokens", "3", "--turns", "--verify"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it was built");
+    let turns = "ours 1\nfloor 1\nours 3\n";
+    // Its end is the end of the turns.
+    bench.stdin.take().expect("a pipe").write_all(turns.as_bytes()).expect("it reads");
+    let output = bench.wait_with_output().expect("it was started");
+    assert!(output.status.success());
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("an object")).collect();
+    let [ready, turns @ .., last] = &lines[..] else { panic!("{text}") };
+    assert_eq!((&ready["ready"], turns.len(), &last["verified"]), (&true.into(), 3, &true.into()), "{text}");
+    for turn in turns {
+        let [dispatch, combine] =
+            ["dispatch_us", "combine_us"].map(|key| turn[key].as_array().map_or(0, Vec::len));
+        assert!(dispatch > 0 && dispatch == combine, "{turn}");
+    }
+}
+
+#[test]
+fn round_trips_are_timed_and_sleeps_counted() {
+    let small =
+        ["--hidden", "256", "--experts", "16", "--tokens", "1", "--iterations", "12", "--verify", "--json"];
+    let (success, text, errors) = call(&[&small[..], &["--round-trips"]].concat());
+    if !success && errors.contains("a processor for each") {
+        println!("SKIPPED: {errors}");
+        return;
+    }
+    assert!(success, "{errors}");
+    let line: serde_json::Value = serde_json::from_str(&text).expect("one object");
+    for key in ["step_us_p50", "alone_us_p50", "trip_us_p50", "parked_step_us_p50", "parked_sleeps_mean"] {
+        assert!(line[key].as_f64().is_some_and(|value| value > 0.0), "{key}: {text}");
+    }
+    assert_eq!(line["verified"], true, "{text}");
+}
+
+#[test]
+fn sizes_are_told_beside_deepeps() {
+    let (success, text, errors) = call(&["--sizes", "--slots", "2", "--json"]);
+    assert!(success, "{errors}");
+    let lines: Vec<serde_json::Value> =
+        text.lines().map(|line| serde_json::from_str(line).expect("an object")).collect();
+    assert_eq!(lines.iter().map(|line| line["ranks"].as_u64()).collect::<Vec<_>>(), [8, 32, 72].map(Some));
+    for line in lines {
+        let ratio = line["ratio"].as_f64().expect("a number");
+        assert!(ratio > 0.0 && ratio < 0.25, "{line}");
+    }
+}
+
+#[test]
 fn what_is_not_possible_is_refused_by_name() {
     for (arguments, words) in [
         (vec!["--port", "tcp"], vec!["--port tcp is not built yet", "--port shm"]),
@@ -68,6 +124,8 @@ fn what_is_not_possible_is_refused_by_name() {
         (vec!["--topk", "65"], vec!["top_k 65", "64"]),
         (vec!["--slots", "0"], vec!["slots 0"]),
         (vec!["--seconds", "0"], vec!["--seconds"]),
+        (vec!["--round-trips", "--ranks", "1"], vec!["--round-trips", "two ranks"]),
+        (vec!["--round-trips", "--mode", "throughput"], vec!["--round-trips", "latency"]),
         (vec!["--tokens", "65536", "--ranks", "64", "--experts", "64"], vec!["MB are needed", "--tokens"]),
     ] {
         let (success, _, errors) = call(&arguments);

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use crossdock_benches::{LINE_WORDS, Meeting, Words};
+use crossdock_benches::{LINE_WORDS, Meeting, RoundTrips, Words};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::error::Error;
@@ -16,6 +16,12 @@ pub enum Op {
     FloorDispatch,
     FloorCombine,
     Quantise,
+    /// Dispatch and combine in one go.
+    Step,
+    /// The same of a rank that is alone.
+    Alone,
+    /// A step of ranks that sleep as soon as they wait.
+    ParkedStep,
 }
 
 /// When an operation began and ended at a rank, in ns of a clock that all of them share.
@@ -37,12 +43,15 @@ pub enum Go {
     Cached,
     /// The floor stores past it.
     Streamed,
+    /// Only ours, without the floor.
+    Ours,
 }
 
 /// One rank's end of the words that all ranks share.
 pub struct Control<'a, C> {
     words: &'a Words,
     meeting: Meeting<'a>,
+    resting: Meeting<'a>,
     ranks: u32,
     groups: usize,
     pub rank: u32,
@@ -62,7 +71,8 @@ impl<'a, C: FnMut() -> Result<(), Error>> Control<'a, C> {
     pub fn new(setup: &Setup, words: &'a Words, rank: u32, check: C) -> Self {
         let ranks = setup.config.ranks();
         let meeting = Meeting::new(words, 0, ranks, setup.crowded);
-        Self { words, meeting, ranks, groups: setup.problem.groups(), rank, check }
+        let resting = Meeting::of_sleepers(words, RESTING, ranks);
+        Self { words, meeting, resting, ranks, groups: setup.problem.groups(), rank, check }
     }
 
     /// Goes on when all ranks are here.
@@ -76,11 +86,48 @@ impl<'a, C: FnMut() -> Result<(), Error>> Control<'a, C> {
             self.words.get(GO).store(go() as u64, Ordering::Relaxed);
         }
         self.meet()?;
-        Ok(match self.words.get(GO).load(Ordering::Relaxed) {
+        self.decided()
+    }
+
+    /// The same where the first rank may take long to know; the others sleep meanwhile.
+    pub fn rest(&mut self, go: impl FnOnce() -> Result<Go, Error>) -> Result<Go, Error> {
+        if self.rank == 0 {
+            self.words.get(GO).store(go()? as u64, Ordering::Relaxed);
+        }
+        self.resting.wait(&mut self.check)?;
+        self.decided()
+    }
+
+    fn decided(&mut self) -> Result<Go, Error> {
+        let go = match self.words.get(GO).load(Ordering::Relaxed) {
             0 => Go::Stop,
             1 => Go::Cached,
-            _ => Go::Streamed,
-        })
+            2 => Go::Streamed,
+            _ => Go::Ours,
+        };
+        // The first rank may decide something else at once.
+        self.meet()?;
+        Ok(go)
+    }
+
+    /// A word there and back between the first two ranks; the others have nothing to do.
+    pub fn trips(&mut self, trips: u32, asleep: bool) -> Result<(), Error> {
+        let first = if asleep { TRIPS + RoundTrips::WORDS } else { TRIPS };
+        match self.rank {
+            0 | 1 => RoundTrips::new(self.words, first, asleep).run(trips, self.rank == 0, &mut self.check),
+            _ => Ok(()),
+        }
+    }
+
+    /// Says how often this rank slept.
+    pub fn tell_sleeps(&self, sleeps: u64) {
+        self.words.get(TOLD + self.rank as usize * RANK_WORDS + SLEEPS).store(sleeps, Ordering::Relaxed);
+    }
+
+    /// How often each rank slept.
+    pub fn sleeps(&self) -> Vec<u64> {
+        let word = |rank: u32| self.words.get(TOLD + rank as usize * RANK_WORDS + SLEEPS);
+        (0..self.ranks).map(|rank| word(rank).load(Ordering::Relaxed)).collect()
     }
 
     /// Runs an operation when all ranks are here, and notes its times. It gives the time at which its send half was
@@ -161,9 +208,12 @@ pub fn now_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-const GO: usize = Meeting::WORDS;
+const RESTING: usize = Meeting::WORDS;
+const TRIPS: usize = RESTING + Meeting::WORDS;
+const GO: usize = TRIPS + 2 * RoundTrips::WORDS;
 const WRONG: usize = GO + LINE_WORDS;
 const TOLD: usize = WRONG + LINE_WORDS;
 const NOTE_WORDS: usize = 4;
-const BYTES: usize = 5 * NOTE_WORDS;
-const RANK_WORDS: usize = (BYTES + 2).next_multiple_of(LINE_WORDS);
+const BYTES: usize = (Op::ParkedStep as usize + 1) * NOTE_WORDS;
+const SLEEPS: usize = BYTES + 2;
+const RANK_WORDS: usize = (SLEEPS + 1).next_multiple_of(LINE_WORDS);

@@ -13,6 +13,12 @@ pub enum Error {
     Group(#[from] Violations),
     #[error("a token of {experts} experts cannot choose {top_k} different ones: use a smaller --topk")]
     TooManyChoices { experts: u32, top_k: u32 },
+    #[error("--round-trips is for --mode latency and two ranks or more, with a processor for each")]
+    NoRoundTrips,
+    #[error(
+        "standard input says '{line}': it has to be 'ours' or 'floor' and up to a minute in milliseconds"
+    )]
+    Turn { line: String },
     #[error("--seconds must be a time of up to an hour")]
     Seconds,
     #[error(

@@ -13,6 +13,9 @@ mod process;
 mod reference;
 mod report;
 mod setup;
+mod sizes;
+mod trips;
+mod turns;
 
 use std::process::ExitCode;
 
@@ -41,6 +44,9 @@ fn run(options: &Options) -> Result<(), Error> {
     if let Some(parent) = options.parent {
         process::end_with(parent)?;
     }
+    if options.sizes {
+        return sizes::print(options);
+    }
     let setup = Setup::new(options)?;
     if let (Some(parent), Some(rank)) = (options.parent, options.child) {
         let shared = Shared::open(&setup, parent, &options.descriptors)?;
@@ -53,7 +59,7 @@ fn run(options: &Options) -> Result<(), Error> {
     let measured = measured.map_err(|error| ranks.check().err().unwrap_or(error))?;
     ranks.wait()?;
     let report = report::Report::new(&setup, measured);
-    match options.json {
+    match options.json || options.turns {
         true => println!("{}", report.json()),
         false => print!("{}", report.table()),
     }

@@ -15,6 +15,7 @@ use crate::problem::Problem;
 use crate::process;
 use crate::reference;
 use crate::setup::{Setup, Shared};
+use crate::trips::{self, Trips};
 
 /// What a run came to; only the first rank has it.
 #[derive(Default)]
@@ -32,6 +33,7 @@ pub struct Measured {
     pub wire_bytes: f64,
     pub logical_bytes: f64,
     pub wrong_rows: u64,
+    pub trips: Option<Trips>,
 }
 
 /// Times of an operation: a value an iteration.
@@ -65,7 +67,13 @@ pub fn run(
     };
     bench.tell_if_long("preparing", &control);
     bench.prepare(0, &mut control)?;
-    bench.time(&mut control)?;
+    match setup.options.turns {
+        true => bench.take_turns(&mut control)?,
+        false => bench.time(&mut control)?,
+    }
+    if setup.options.round_trips {
+        bench.measured.trips = Some(trips::run(setup, shared, &mut bench.ours, &bench.inputs, &mut control)?);
+    }
     if setup.options.verify {
         bench.tell_if_long("comparing", &control);
         // With other values: what an earlier step has left would be wrong.
@@ -76,13 +84,13 @@ pub fn run(
     Ok(bench.measured)
 }
 
-struct Bench<'a> {
-    setup: &'a Setup,
+pub struct Bench<'a> {
+    pub setup: &'a Setup,
     shared: &'a Shared,
-    ours: Ours,
+    pub ours: Ours,
     floor: Floor<'a>,
-    inputs: Inputs,
-    measured: Measured,
+    pub inputs: Inputs,
+    pub measured: Measured,
     /// When it last said something.
     told: Instant,
 }
@@ -145,7 +153,7 @@ impl Bench<'_> {
                 }
             })?;
             let strategy = match go {
-                Go::Stop => break,
+                Go::Stop | Go::Ours => break,
                 Go::Cached => Strategy::Cached,
                 Go::Streamed => Strategy::Streamed,
             };
@@ -177,16 +185,31 @@ impl Bench<'_> {
         control: &mut Control<'_, C>,
     ) -> Result<(), Error> {
         self.ours.step(self.setup, control, &self.inputs, slot, |_, _| Ok(()))?;
-        let alone = |run: &mut dyn FnMut()| {
-            run();
-            Ok((0, 0))
-        };
-        control.time(Op::FloorDispatch, || alone(&mut || self.floor.dispatch(&self.inputs, strategy)))?;
-        control.time(Op::FloorCombine, || alone(&mut || self.floor.combine(slot)))?;
+        self.time_floor(strategy, slot, control)?;
         if quantises(self.setup) {
-            control.time(Op::Quantise, || alone(&mut || self.floor.quantise(&self.inputs)))?;
+            control.time(Op::Quantise, || {
+                self.floor.quantise(&self.inputs);
+                Ok((0, 0))
+            })?;
         }
         Ok(())
+    }
+
+    /// The floor's dispatch and combine, once.
+    pub fn time_floor<C: FnMut() -> Result<(), Error>>(
+        &mut self,
+        strategy: Strategy,
+        slot: u32,
+        control: &mut Control<'_, C>,
+    ) -> Result<(), Error> {
+        control.time(Op::FloorDispatch, || {
+            self.floor.dispatch(&self.inputs, strategy);
+            Ok((0, 0))
+        })?;
+        control.time(Op::FloorCombine, || {
+            self.floor.combine(slot);
+            Ok((0, 0))
+        })
     }
 
     /// Takes what all ranks have noted of an iteration.
@@ -215,18 +238,23 @@ impl Bench<'_> {
 }
 
 impl Halves {
-    fn take(&mut self, notes: &[Note]) {
+    pub fn take(&mut self, notes: &[Note]) {
         let us = |of: fn(&Note) -> u64| notes.iter().map(move |note| of(note) as f64 / 1e3);
         let mean = |of: fn(&Note) -> u64| us(of).sum::<f64>() / notes.len() as f64;
-        self.us.push(us(|note| note.end - note.begin).fold(0.0, f64::max));
+        self.us.push(longest_us(notes));
         self.send_us.push(mean(|note| note.sent - note.begin));
         self.receive_us.push(mean(|note| (note.end - note.sent).saturating_sub(note.waited)));
         self.wait_us.push(mean(|note| note.waited));
     }
 }
 
+/// The longest of any rank.
+pub fn longest_us(notes: &[Note]) -> f64 {
+    notes.iter().map(|note| (note.end - note.begin) as f64 / 1e3).fold(0.0, f64::max)
+}
+
 /// From the first start to the last end.
-fn span_us(notes: &[Note]) -> f64 {
+pub fn span_us(notes: &[Note]) -> f64 {
     let begin = notes.iter().map(|note| note.begin).min().unwrap_or(0);
     let end = notes.iter().map(|note| note.end).max().unwrap_or(0);
     (end - begin) as f64 / 1e3
@@ -277,7 +305,7 @@ fn write_results<C: FnMut() -> Result<(), Error>>(
 ) {
     let region = shared.regions[control.rank as usize].base().addr();
     for (local, group) in setup.problem.groups_of(control.rank).enumerate() {
-        let (results, tokens) = arrived.results_mut(setup, local);
+        let (results, tokens) = arrived.results_mut(setup.config.ranks(), local);
         if !results.is_empty() {
             control.tell_results(slot, group, results.as_ptr().addr() - region);
         }

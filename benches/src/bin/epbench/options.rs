@@ -58,6 +58,17 @@ pub struct Options {
     /// Compare what arrives with a serial reference, bit for bit, before and after the timed part
     #[arg(long)]
     pub verify: bool,
+    /// Measure only when told to on standard input, so that another program can be measured in between: "ours MS" or
+    /// "floor MS", for so many milliseconds, is answered by a line of JSON with the times of each iteration
+    #[arg(long, conflicts_with = "round_trips")]
+    pub turns: bool,
+    /// Also time whole steps of the latency mode, the same with each rank alone in a group, and round trips of a word
+    /// between two ranks; and again where whoever waits sleeps at once, with the times that it slept
+    #[arg(long)]
+    pub round_trips: bool,
+    /// Only print what memory a rank of 8, 32 and 72 takes, beside what DeepEP's low-latency mode does
+    #[arg(long)]
+    pub sizes: bool,
     /// Print one JSON object instead of a table
     #[arg(long)]
     pub json: bool,

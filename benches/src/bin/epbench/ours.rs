@@ -3,8 +3,8 @@
 use crossdock::Memory;
 use crossdock_benches::Aligned;
 use crossdock_ep::{
-    Bf16, Group, GroupOptions, LatencyOutputs, LatencyStep, Patience, Payload, Report, Rows, ScaleRule,
-    Scales, ThroughputOutputs, ThroughputStep, Tokens,
+    Bf16, Group, GroupConfig, GroupOptions, LatencyOutputs, LatencyStep, Patience, Payload, Report, Rows,
+    ScaleRule, Scales, ThroughputOutputs, ThroughputStep, Tokens,
 };
 
 use crate::control::{Control, Op, now_ns};
@@ -45,17 +45,58 @@ impl Ours {
     pub fn new(setup: &Setup, regions: &[Memory], rank: u32) -> Result<Self, Error> {
         // The library would count the processors of this thread, which has only one.
         let patience = if setup.crowded { Patience::SHARED_PROCESSOR } else { Patience::OWN_PROCESSOR };
-        let options = GroupOptions { patience: Some(patience), ..GroupOptions::default() };
+        Self::over(setup, regions, rank, patience)
+    }
+
+    /// One that sleeps as soon as it has to wait.
+    pub fn parked(setup: &Setup, regions: &[Memory], rank: u32) -> Result<Self, Error> {
+        Self::over(setup, regions, rank, Patience { spins: 0, yields: 0 })
+    }
+
+    fn over(setup: &Setup, regions: &[Memory], rank: u32, patience: Patience) -> Result<Self, Error> {
         // SAFETY: the regions were allocated for this group and are mapped in all of its processes, each of which makes its
         // own rank of it, once.
         #[expect(unsafe_code, reason = "the regions are inherited, and not met")]
-        let group = unsafe { Group::over(&setup.config, rank, regions.to_vec(), &options)? };
+        let group = unsafe { Group::over(&setup.config, rank, regions.to_vec(), &patient(patience))? };
+        Ok(Self::of(setup, group))
+    }
+
+    /// A group of its own for this rank, which has all experts: the same work with nobody to wait for.
+    pub fn alone(setup: &Setup) -> Result<Self, Error> {
+        let config = GroupConfig { max_tokens: vec![setup.options.tokens], ..setup.config.clone() };
+        let mut groups = Group::in_process(&config, &patient(Patience::OWN_PROCESSOR))?;
+        Ok(Self::of(setup, groups.remove(0)))
+    }
+
+    fn of(setup: &Setup, group: Group) -> Self {
         let outputs = match setup.options.mode {
             Mode::Latency => Outputs::Latency(LatencyOutputs::new(&group, setup.payload, setup.order())),
             Mode::Throughput => Outputs::Throughput(ThroughputOutputs::new(&group, setup.payload)),
         };
         let combined = Aligned::new(setup.problem.tokens * setup.problem.hidden);
-        Ok(Self { group, outputs, combined })
+        Self { group, outputs, combined }
+    }
+
+    /// A dispatch and a combine of the latency mode in one go, without anybody to meet. Between them `compute` sees what
+    /// has arrived.
+    pub fn whole(
+        &mut self,
+        setup: &Setup,
+        rank: u32,
+        inputs: &Inputs,
+        compute: impl FnOnce(Arrived<'_, '_>),
+    ) -> Result<(), Error> {
+        let Self { group, outputs: Outputs::Latency(outputs), combined } = self else {
+            return Err(Error::NoRoundTrips);
+        };
+        let dispatch =
+            group.slot(0).dispatch(&tokens(setup, rank, inputs)).map_err(Error::ep("the dispatch"))?;
+        let mut step = dispatch.latency(outputs).map_err(Error::ep("the dispatch's receive half"))?;
+        compute(Arrived::Latency(&mut step, outputs));
+        let combine = step.combine();
+        let report =
+            combine.receive(setup.problem.weights(rank), combined).map_err(Error::ep("the combine"))?;
+        waited_ns(&report).map(drop)
     }
 
     /// A dispatch and a combine, each when all ranks have met. Between them `compute` sees what has arrived.
@@ -68,19 +109,8 @@ impl Ours {
         compute: impl FnOnce(Arrived<'_, '_>, &Control<'_, C>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let Self { group, outputs, combined } = self;
-        let (problem, rank) = (&setup.problem, control.rank);
-        let rows = match (setup.options.mode, setup.payload) {
-            (_, Payload::Bf16) => Rows::Bf16(&inputs.rows),
-            (Mode::Latency, _) => Rows::Fp8(&inputs.rows, ScaleRule::Plain),
-            (Mode::Throughput, payload) => {
-                let scales = Scales::by_token(&inputs.scales, setup.scale_bytes());
-                Rows::Made { payload, values: &inputs.values, scales }
-            }
-        };
-        let weights = problem.weights(rank);
-        // The latency mode takes weights back in the combine.
-        let sent_weights = (setup.options.mode == Mode::Throughput).then_some(weights);
-        let tokens = Tokens { rows, choices: problem.choices(rank), weights: sent_weights };
+        let weights = setup.problem.weights(control.rank);
+        let tokens = tokens(setup, control.rank, inputs);
         let slot = group.slot(slot as usize);
         let mut bytes = (0, 0);
         let mut tell = |report: &Report| {
@@ -134,10 +164,10 @@ impl Ours {
 }
 
 impl Arrived<'_, '_> {
-    /// Where the results of one of this rank's groups go, and of whose tokens they are: source rank and token, row by
+    /// Where the results of one of this rank's groups go, in a group of so many ranks, and of whose tokens they are: source rank and token, row by
     /// row.
-    pub fn results_mut(&mut self, setup: &Setup, group: usize) -> (&mut [Bf16], Vec<(u32, usize)>) {
-        let ranks = 0..setup.config.ranks();
+    pub fn results_mut(&mut self, ranks: u32, group: usize) -> (&mut [Bf16], Vec<(u32, usize)>) {
+        let ranks = 0..ranks;
         match self {
             Self::Latency(step, outputs) => {
                 let outputs = &**outputs;
@@ -158,6 +188,25 @@ impl Arrived<'_, '_> {
             }
         }
     }
+}
+
+fn tokens<'a>(setup: &'a Setup, rank: u32, inputs: &'a Inputs) -> Tokens<'a> {
+    let problem = &setup.problem;
+    let rows = match (setup.options.mode, setup.payload) {
+        (_, Payload::Bf16) => Rows::Bf16(&inputs.rows),
+        (Mode::Latency, _) => Rows::Fp8(&inputs.rows, ScaleRule::Plain),
+        (Mode::Throughput, payload) => {
+            let scales = Scales::by_token(&inputs.scales, setup.scale_bytes());
+            Rows::Made { payload, values: &inputs.values, scales }
+        }
+    };
+    // The latency mode takes weights back in the combine.
+    let weights = (setup.options.mode == Mode::Throughput).then_some(problem.weights(rank));
+    Tokens { rows, choices: problem.choices(rank), weights }
+}
+
+fn patient(patience: Patience) -> GroupOptions {
+    GroupOptions { patience: Some(patience), ..GroupOptions::default() }
 }
 
 fn waited_ns(report: &Report) -> Result<u64, Error> {

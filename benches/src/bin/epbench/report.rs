@@ -7,6 +7,7 @@ use crate::error::Error;
 use crate::measure::{Halves, Measured};
 use crate::options::{BackendName, Dtype, Mode, PortName, Routing, ScaleName, name};
 use crate::setup::Setup;
+use crate::trips::Trips;
 
 /// The whole of a run.
 pub struct Report {
@@ -66,6 +67,56 @@ struct Line {
     iterations: usize,
     /// There are more ranks than processors.
     crowded: bool,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    trips: Option<TripsLine>,
+}
+
+/// A step in one go, beside the same with nobody to wait for and a word there and back.
+#[derive(Clone, Copy, Serialize)]
+struct TripsLine {
+    step_us_p50: f64,
+    step_us_p99: f64,
+    alone_us_p50: f64,
+    alone_us_p99: f64,
+    trip_us_p50: f64,
+    trip_us_p99: f64,
+    /// The median of the iterations' own ratios of a step less two trips to the step alone.
+    step_ratio: f64,
+    parked_step_us_p50: f64,
+    parked_step_us_p99: f64,
+    parked_trip_us_p50: f64,
+    parked_trip_us_p99: f64,
+    /// Of a parked step, at the rank that slept most.
+    parked_sleeps_mean: f64,
+    parked_sleeps_most: f64,
+}
+
+impl TripsLine {
+    fn new(trips: &Trips) -> Self {
+        let without_trips: Sample = trips
+            .step_us
+            .values()
+            .iter()
+            .zip(trips.trip_us.values())
+            .map(|(step, trip)| step - 2.0 * trip)
+            .collect();
+        let [p50, p99] = [0.5, 0.99].map(|share| move |sample: &Sample| short(sample.quantile(share)));
+        Self {
+            step_us_p50: p50(&trips.step_us),
+            step_us_p99: p99(&trips.step_us),
+            alone_us_p50: p50(&trips.alone_us),
+            alone_us_p99: p99(&trips.alone_us),
+            trip_us_p50: p50(&trips.trip_us),
+            trip_us_p99: p99(&trips.trip_us),
+            step_ratio: short(without_trips.median_ratio(&trips.alone_us)),
+            parked_step_us_p50: p50(&trips.parked_step_us),
+            parked_step_us_p99: p99(&trips.parked_step_us),
+            parked_trip_us_p50: p50(&trips.parked_trip_us),
+            parked_trip_us_p99: p99(&trips.parked_trip_us),
+            parked_sleeps_mean: short(trips.mean_sleeps()),
+            parked_sleeps_most: trips.most_sleeps(),
+        }
+    }
 }
 
 impl Report {
@@ -119,6 +170,7 @@ impl Report {
             seed: options.seed,
             iterations: Halves::count(dispatch),
             crowded: setup.crowded,
+            trips: measured.trips.as_ref().map(TripsLine::new),
         };
         Self { line, verify: options.verify, wrong_rows: measured.wrong_rows }
     }
@@ -177,6 +229,19 @@ impl Report {
         }
         if let Some(us) = line.quantise_us_p50 {
             out += &format!("the quantiser alone: {us:.1} us\n");
+        }
+        if let Some(trips) = line.trips {
+            out += &format!(
+                "a step in one go: {:.2} us, alone {:.2}, a word there and back {:.2}: without two of those {:.2} of alone; \
+                 parked {:.1}, a word {:.1}, {:.2} sleeps a step\n",
+                trips.step_us_p50,
+                trips.alone_us_p50,
+                trips.trip_us_p50,
+                trips.step_ratio,
+                trips.parked_step_us_p50,
+                trips.parked_trip_us_p50,
+                trips.parked_sleeps_mean,
+            );
         }
         out += &format!(
             "of a rank: {:.2} GB/s by DeepEP's formula, {:.2} GB/s between ranks; efficiency {:.3} (in pairs {:.3}), {} iterations, the floor's stores {}",

@@ -56,6 +56,9 @@ impl Setup {
         }
         let problem = Problem::new(options, config.spread());
         let crowded = options.ranks > process::processors()?;
+        if options.round_trips && (options.mode != Mode::Latency || options.ranks < 2 || crowded) {
+            return Err(Error::NoRoundTrips);
+        }
         Ok(Self { options: options.clone(), config, problem, payload, crowded })
     }
 
@@ -121,6 +124,8 @@ pub struct Shared {
     pub made: Option<Memory>,
     /// The ranks' regions.
     pub regions: Vec<Memory>,
+    /// Those of the group whose ranks sleep at once.
+    pub parked: Vec<Memory>,
 }
 
 impl Shared {
@@ -136,7 +141,7 @@ impl Shared {
             Memory::allocate(bytes.max(1), &options).map_err(std::io::Error::other)
         };
         let failed = "allocating memory";
-        let regions = (0..setup.config.ranks()).map(|rank| Group::allocate_region(&setup.config, rank));
+        let regions = || (0..setup.config.ranks()).map(|rank| Group::allocate_region(&setup.config, rank));
         Ok(Self {
             words: Words::new(Control::words(setup)).map_err(Error::io(failed))?,
             floor: memory(setup.floor_bytes(), "epbench-floor").map_err(Error::io(failed))?,
@@ -144,7 +149,11 @@ impl Shared {
                 true => Some(memory(setup.made_bytes(), "epbench-made").map_err(Error::io(failed))?),
                 false => None,
             },
-            regions: regions.collect::<Result<_, _>>()?,
+            regions: regions().collect::<Result<_, _>>()?,
+            parked: match setup.options.round_trips {
+                true => regions().collect::<Result<_, _>>()?,
+                false => Vec::new(),
+            },
         })
     }
 
@@ -155,6 +164,7 @@ impl Shared {
         let failed = "opening the first rank's memory";
         let words = Words::theirs(parent, next(), Control::words(setup)).map_err(Error::io(failed))?;
         let mut memory = |bytes: usize| map_theirs(parent, next(), bytes.max(1)).map_err(Error::io(failed));
+        let parked = if setup.options.round_trips { setup.config.ranks() } else { 0 };
         Ok(Self {
             words,
             floor: memory(setup.floor_bytes())?,
@@ -162,12 +172,15 @@ impl Shared {
             regions: (0..setup.config.ranks())
                 .map(|rank| memory(Group::region_bytes(&setup.config, rank)?))
                 .collect::<Result<_, _>>()?,
+            parked: (0..parked)
+                .map(|rank| memory(Group::region_bytes(&setup.config, rank)?))
+                .collect::<Result<_, _>>()?,
         })
     }
 
     /// In the order in which [`Shared::open`] takes them.
     pub fn descriptors(&self) -> Vec<i32> {
-        let memories = [&self.floor].into_iter().chain(&self.made).chain(&self.regions);
+        let memories = [&self.floor].into_iter().chain(&self.made).chain(&self.regions).chain(&self.parked);
         let of_memories = memories.filter_map(|memory| memory.fd().map(|fd| fd.as_fd().as_raw_fd()));
         self.words.descriptor().into_iter().chain(of_memories).collect()
     }
