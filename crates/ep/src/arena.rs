@@ -117,10 +117,10 @@ impl<'a> Arena<'a> {
         self.at
     }
 
-    pub fn write_header(&self, header: &Header, mask: &[u32]) {
+    pub fn write_header(&self, header: &Header, mask: impl Iterator<Item = u32>) {
         let at = self.at + self.header_part(header.call).at;
         self.memory.write(at, &header.bytes()).expect(INSIDE);
-        for (word, mask) in mask.iter().enumerate() {
+        for (word, mask) in mask.enumerate() {
             self.memory.write(at + HEADER_BYTES + 4 * word, &mask.to_le_bytes()).expect(INSIDE);
         }
     }
@@ -139,17 +139,12 @@ impl<'a> Arena<'a> {
 
     /// Where the source's results begin among those of each of its experts.
     pub fn write_begins(&self, begins: &[u32]) {
-        for (at, begin) in begins.iter().enumerate() {
-            self.memory.write(self.at + self.layout.begins + 4 * at, &begin.to_le_bytes()).expect(INSIDE);
-        }
+        self.memory.write(self.at + self.layout.begins, as_bytes(begins)).expect(INSIDE);
     }
 
     pub fn read_begins(&self, begins: &mut [u32]) {
-        for (at, begin) in begins.iter_mut().enumerate() {
-            let mut bytes = [0; 4];
-            self.memory.read(self.at + self.layout.begins + 4 * at, &mut bytes).expect(INSIDE);
-            *begin = u32::from_le_bytes(bytes);
-        }
+        let into = bytemuck::cast_slice_mut(begins);
+        self.memory.read(self.at + self.layout.begins, into).expect(INSIDE);
     }
 
     /// The list, as [`Entries`] made it.
@@ -288,6 +283,12 @@ impl EntryRef<'_> {
     pub fn expert(&self, choice: usize) -> i16 {
         i16::from_le_bytes(self.bytes[8 + 4 * self.top_k + 2 * choice..][..2].try_into().expect("two bytes"))
     }
+}
+
+/// Numbers as they lie in memory and travel: the least byte first, as all processors do that this is built for.
+pub(crate) fn as_bytes(words: &[u32]) -> &[u8] {
+    const { assert!(cfg!(target_endian = "little"), "numbers travel as they lie in memory") };
+    bytemuck::cast_slice(words)
 }
 
 /// A payload as a header names it.

@@ -328,11 +328,10 @@ impl Shared {
         }
     }
 
-    /// The copier for rows of so many bytes from one of the ranks: past the cache where what comes from all of them does
-    /// not fit there.
-    pub fn copier_for(&self, bytes_of_a_rank: usize) -> Copier {
-        let all = bytes_of_a_rank.saturating_mul(self.ranks() as usize);
-        self.copier.force(if all < STREAM_FROM_BYTES { Strategy::Cached } else { Strategy::Streamed })
+    /// The copier for so many bytes of rows: past the cache where they do not stay there until they are read, and stores
+    /// past it save the reads of what they overwrite.
+    pub fn copier_for(&self, bytes: usize, stays_bytes: usize) -> Copier {
+        self.copier.force(if bytes < stays_bytes { Strategy::Cached } else { Strategy::Streamed })
     }
 
     /// A place at which a simulation may let others run.
@@ -364,8 +363,8 @@ impl Shared {
         self.ranks() - self.mask.iter().map(|word| word.load(Ordering::Acquire).count_ones()).sum::<u32>()
     }
 
-    pub fn mask_words(&self) -> Vec<u32> {
-        self.mask.iter().map(|word| word.load(Ordering::Relaxed)).collect()
+    pub fn mask_words(&self) -> impl Iterator<Item = u32> {
+        self.mask.iter().map(|word| word.load(Ordering::Relaxed))
     }
 
     /// Says a last word to a rank, in every slot. Whom a port reaches hears it by the end of the session.
@@ -425,6 +424,7 @@ fn check_rank(config: &GroupConfig, rank: u32) -> Result<(), GroupError> {
     if rank < ranks { Ok(()) } else { Err(GroupError::NoSuchRank { rank, ranks }) }
 }
 
-/// From here on outputs do not stay in a second-level cache until they are read, and stores past it save the reads of
-/// what they overwrite; below, those who read next find the rows there.
-const STREAM_FROM_BYTES: usize = 4 << 20;
+/// Rows of the staging that stay in a second-level cache until the others read them.
+pub(crate) const STAGED_BYTES: usize = 2 << 20;
+/// Outputs that stay there beside the staging of all ranks that they come from.
+pub(crate) const TAKEN_BYTES: usize = 1 << 20;

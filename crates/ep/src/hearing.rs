@@ -120,6 +120,9 @@ impl Slot {
             return Ok(false);
         }
         let (memory, at) = shared.arena_of(self.slot, source).word();
+        if words::with((memory, at), |word| arrivals::has_come(word, self.call)) {
+            return Ok(true);
+        }
         let begun = shared.pace.now();
         let waited = words::with((memory, at), |word| {
             arrivals::wait(word, self.call, shared.patience, &*shared.pace, || self.look_after(source))

@@ -2,14 +2,15 @@
 
 use std::ops::Range;
 
-use crate::arena::Header;
+use crate::arena::{Header, as_bytes};
 use crate::bytes::Bytes;
 use crate::error::EpError;
+use crate::group::TAKEN_BYTES;
 use crate::incoming::Incoming;
 use crate::outgoing::Span;
 use crate::region::rows_per_expert;
 use crate::report::Report;
-use crate::results::{Results, le_bytes};
+use crate::results::Results;
 use crate::route::NOWHERE;
 use crate::slot::{COMBINE_WEIGHTED, Dispatch, Slot};
 use crate::words::{self, ResultRows};
@@ -244,7 +245,8 @@ fn pack(
         }
     }
     // Row by row, so that each is still in the cache when it goes to its next expert.
-    let copier = shared.copier_for(packing.rows.len() * row_bytes);
+    let all_bytes = packing.rows.len() * row_bytes * outputs.ranks;
+    let copier = shared.copier_for(all_bytes, TAKEN_BYTES);
     words::copy_rows(copier, incoming.rows, &packing.rows, &mut outputs.values, &packing.places, row_bytes);
     if !by_column && scale_bytes > 0 {
         for (&row, &place) in packing.rows.iter().zip(&packing.places) {
@@ -268,6 +270,16 @@ fn scatter_columns(packing: &mut Packing, rows_per_expert: usize, words: usize, 
     let same =
         |a: &(u32, u32), b: &(u32, u32)| a.0 as usize / rows_per_expert == b.0 as usize / rows_per_expert;
     for run in packing.order.chunk_by(same) {
+        if run.len() < SHORT_RUN_ROWS {
+            for &(place, row) in run {
+                let (expert, at) = (place as usize / rows_per_expert, place as usize % rows_per_expert);
+                let (of_row, _) = packing.scales[4 * row as usize * words..][..4 * words].as_chunks::<4>();
+                for (word, four) in of_row.iter().enumerate() {
+                    into[4 * ((expert * words + word) * rows_per_expert + at)..][..4].copy_from_slice(four);
+                }
+            }
+            continue;
+        }
         // A few lines of the source at a time, so that they stay in the cache over all words.
         for run in run.chunks(RUN_ROWS) {
             let (expert, first) = (run[0].0 as usize / rows_per_expert, run[0].0 as usize % rows_per_expert);
@@ -296,6 +308,8 @@ struct Packing {
 }
 
 const RUN_ROWS: usize = 64;
+/// Fewer rows share too little of a line to be worth it.
+const SHORT_RUN_ROWS: usize = 4;
 
 impl<'slot> LatencyStep<'slot> {
     /// Where this rank's results go: `[rows, hidden]` of one local expert, in the order of its packed rows, as many as
@@ -348,8 +362,7 @@ impl<'slot> LatencyStep<'slot> {
                 blocks.clone().for_each(|(expert, at, rows)| results.seal(slot, rank, expert, at, rows));
             }
             shared.arena_at(slot.slot, rank).write_begins(begins);
-            let list = if slot.is_verified() { le_bytes(begins) } else { Vec::new() };
-            slot.publish(rank, header, &list, |call| {
+            slot.publish(rank, header, as_bytes(begins), |call| {
                 let mut to = slot.received.results_at[rank as usize];
                 for (_, at, rows) in blocks {
                     results.spans_to(rank, slot.is_verified(), at, to, rows, &mut call.spans);
@@ -416,22 +429,22 @@ impl LatencyCombine<'_> {
             ("weights", weights.len(), tokens * top_k),
             ("the combined rows", out.len(), tokens * hidden),
         ])?;
+        let sent = (report.wire_bytes, report.logical_bytes);
         let most_experts = shared.spread.most() as usize;
         let mut begins = vec![0; shared.ranks() as usize * most_experts];
         let mut answered = slot.hear_results(&header, &mut report, |slot, source, theirs| {
             let experts = shared.spread.of_rank(source).len();
             let begins = &mut begins[source as usize * most_experts..][..experts];
             shared.arena_of(slot.slot, source).read_begins(begins);
-            if slot.is_verified() { slot.check_list(source, theirs, &le_bytes(begins)) } else { Ok(()) }
+            slot.check_list(source, theirs, as_bytes(begins))
         })?;
-        let before = report.clone();
         loop {
             let raise = routes.account(&shared, &answered, Some(weights), &mut report)?;
+            (report.wire_bytes, report.logical_bytes) = sent;
             sum(slot, (&answered, &begins), (weights, &raise), out, &mut report)?;
             if slot.check_membership(&mut answered)? {
                 break;
             }
-            report.clone_from(&before);
         }
         report.copied_bytes += 2 * (tokens * hidden) as u64;
         report.end_half(begun, &shared);

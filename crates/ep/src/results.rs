@@ -135,9 +135,4 @@ impl Routes {
     }
 }
 
-/// Numbers as the bytes that checksums are of.
-pub(crate) fn le_bytes(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_le_bytes()).collect()
-}
-
 const INSIDE: &str = "a place of the layout lies inside the region";

@@ -8,7 +8,7 @@ use crate::arena::{Entries, Header, payload_number};
 use crate::arrivals;
 use crate::config::BLOCK_CHANNELS;
 use crate::error::EpError;
-use crate::group::Shared;
+use crate::group::{STAGED_BYTES, Shared};
 use crate::hearing::Listening;
 use crate::outgoing::{OutgoingCall, OutgoingRows, Span};
 use crate::planted::{Planted, is_planted};
@@ -407,7 +407,7 @@ impl Slot {
         self.weights = weights.map(<[f32]>::to_vec);
         self.lists.iter_mut().for_each(Vec::clear);
         self.row.resize(row_bytes + scale_bytes, 0);
-        let copier = shared.copier_for(routes.tokens * stride);
+        let copier = shared.copier_for(routes.tokens * stride, STAGED_BYTES);
         for token in 0..routes.tokens {
             let choices = token * top_k..(token + 1) * top_k;
             let goes = |&rank: &u32| rank != NOWHERE && !shared.is_masked(rank);
@@ -503,7 +503,7 @@ impl Slot {
         let shared = &*self.shared;
         let arena = shared.arena_at(self.slot, rank);
         let checksum = if self.is_verified() { header.sum(list) } else { 0 };
-        arena.write_header(&Header { checksum, ..header }, &shared.mask_words());
+        arena.write_header(&Header { checksum, ..header }, shared.mask_words());
         shared.pass();
         let Some(port) = shared.port_of(rank) else {
             return words::with(arena.word(), |word| {

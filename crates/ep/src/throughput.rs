@@ -2,14 +2,15 @@
 
 use std::ops::Range;
 
-use crate::arena::Header;
+use crate::arena::{Header, as_bytes};
 use crate::bytes::Bytes;
 use crate::error::EpError;
+use crate::group::TAKEN_BYTES;
 use crate::incoming::Incoming;
 use crate::latency::{begins_span, combine_header};
 use crate::region::rows_per_expert;
 use crate::report::Report;
-use crate::results::{Results, le_bytes};
+use crate::results::Results;
 use crate::route::NOWHERE;
 use crate::slot::{ALL_EXPERTS, COMBINE_PLAIN, Dispatch, Slot, WEIGHTED};
 use crate::words::{self, ResultRows};
@@ -281,7 +282,7 @@ fn take(
         outputs.filled = outputs.filled.max(outputs.len);
     }
     let (from, to): (Vec<u32>, Vec<u32>) = places.iter().copied().unzip();
-    let copier = shared.copier_for(places.len() * row_bytes);
+    let copier = shared.copier_for(places.len() * row_bytes * outputs.ends.len(), TAKEN_BYTES);
     words::copy_rows(copier, incoming.rows, &from, &mut outputs.values, &to, row_bytes);
     if source != shared.rank && shared.mapped(source).is_some() {
         report.wire_bytes += (places.len() * (row_bytes + scale_bytes) + list.len()) as u64;
@@ -329,8 +330,7 @@ impl<'slot> ThroughputStep<'slot> {
                 results.seal(slot, rank, ALL_EXPERTS - shared.rank, at, rows);
             }
             shared.arena_at(slot.slot, rank).write_begins(begins);
-            let list = if slot.is_verified() { le_bytes(begins) } else { Vec::new() };
-            slot.publish(rank, header, &list, |call| {
+            slot.publish(rank, header, as_bytes(begins), |call| {
                 let to = slot.received.results_at[rank as usize];
                 results.spans_to(rank, slot.is_verified(), at, to, rows, &mut call.spans);
                 if weights.is_some() {
@@ -390,17 +390,16 @@ impl ThroughputCombine<'_> {
             has_weights[at] = theirs.flags & WEIGHTED != 0;
             let begin = &mut begins[at..=at];
             shared.arena_of(slot.slot, source).read_begins(begin);
-            if slot.is_verified() {
-                slot.check_list(source, theirs, &le_bytes(begin))?;
-            }
+            slot.check_list(source, theirs, as_bytes(begin))?;
             if shared.mapped(source).is_none() {
                 begin[0] = routes.results_at[at];
             }
             Ok(())
         })?;
         let mut weights = weights;
-        let before = report.clone();
+        let sent = (report.wire_bytes, report.logical_bytes);
         loop {
+            (report.wire_bytes, report.logical_bytes) = sent;
             routes.account(&shared, &answered, slot.weights.as_deref(), &mut report)?;
             sum(slot, (&answered, &begins), biases, out, &mut report)?;
             if let Some(weights) = weights.as_deref_mut() {
@@ -410,7 +409,6 @@ impl ThroughputCombine<'_> {
             if slot.check_membership(&mut answered)? {
                 break;
             }
-            report.clone_from(&before);
         }
         report.copied_bytes += 2 * (tokens * hidden) as u64;
         report.end_half(begun, &shared);
