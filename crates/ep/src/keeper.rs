@@ -1,7 +1,7 @@
 //! The thread that keeps in touch with the other ranks: it meets them, hears of their ends, and carries calls to and from
 //! those whose memory is not mapped here.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
@@ -46,6 +46,8 @@ pub(crate) struct Keeper {
     sessions: BTreeMap<SessionId, u32>,
     mappings: BTreeMap<SessionId, Mapping>,
     peers: BTreeMap<u32, Peer>,
+    /// Sessions whose rank has said that it may be written to, before this end of them was up.
+    ready_early: BTreeSet<SessionId>,
     /// Sessions of ranks that ports reached, and that are over, until nothing can land any more.
     closing: Vec<(u32, SessionId)>,
     last: Option<SessionEnd>,
@@ -112,6 +114,7 @@ impl Keeper {
             sessions: BTreeMap::new(),
             mappings: BTreeMap::new(),
             peers: BTreeMap::new(),
+            ready_early: BTreeSet::new(),
             closing: Vec::new(),
             last: None,
             told: Some(told),
@@ -240,6 +243,7 @@ impl Keeper {
     /// A session is over. Gives the rank whose it was.
     fn forget(&mut self, session: SessionId) -> Option<u32> {
         self.mappings.remove(&session);
+        self.ready_early.remove(&session);
         let rank = self.sessions.remove(&session)?;
         if self.peers.get(&rank).is_some_and(|peer| peer.session == session)
             && let Some(Peer { reach: PeerReach::Port(port), .. }) = self.peers.remove(&rank)
@@ -274,7 +278,7 @@ impl Keeper {
                 }
                 let queue = VecDeque::from([Outbound::Note(Note::Ready)]);
                 let calls = vec![0; self.slots as usize];
-                let (is_ready, has_parted) = (false, false);
+                let (is_ready, has_parted) = (self.ready_early.remove(&session), false);
                 PeerReach::Port(PortPeer { is_ready, has_parted, queue, posted: Vec::new(), calls })
             }
         };
@@ -292,7 +296,12 @@ impl Keeper {
 
     /// What a rank says through its port.
     fn arrived(&mut self, now: u64, session: SessionId, note: Option<Note>) {
-        let Some(&rank) = self.sessions.get(&session) else { return };
+        let Some(&rank) = self.sessions.get(&session) else {
+            if note == Some(Note::Ready) {
+                self.ready_early.insert(session);
+            }
+            return;
+        };
         let own = self.own.clone();
         let region = self.regions[self.rank as usize].clone();
         let Some((_, port)) = self.port(rank) else { return };
