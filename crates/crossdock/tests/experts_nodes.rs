@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crossdock::experts::{
     Bf16, EpError, Group, GroupConfig, GroupOptions, LatencyOutputs, Meeting, MeetingConfig, Payload, Rows,
-    ScaleOrder, ScaleRule, ThroughputOutputs, Tokens,
+    ScaleOrder, ScaleRule, Slot, ThroughputOutputs, Tokens,
 };
 use crossdock::{Authentication, PortConfig, ShmOptions};
 
@@ -109,13 +109,27 @@ fn steps(mut group: Group, inputs: &[Vec<Input>]) -> Result<Seen, EpError> {
     Ok(seen)
 }
 
-fn latency(group: &mut Group, at: usize, input: &Input, seen: &mut Seen) -> Result<(), EpError> {
-    let (payload, rows) = rows(at, &input.rows);
+fn latency_outputs(group: &Group, at: usize) -> LatencyOutputs {
     let order = if at.is_multiple_of(2) { ScaleOrder::ByColumn } else { ScaleOrder::ByRow };
-    let mut outputs = LatencyOutputs::new(group, payload, order);
-    let (hidden, ranks, slot) = (group.config().hidden as usize, group.config().ranks(), at % 2);
-    let tokens = Tokens { rows, choices: &input.choices, weights: None };
-    let mut step = group.slot(slot).dispatch(&tokens)?.latency(&mut outputs)?;
+    LatencyOutputs::new(group, rows(at, &[]).0, order)
+}
+
+fn latency(group: &mut Group, at: usize, input: &Input, seen: &mut Seen) -> Result<(), EpError> {
+    let (outputs, config) = (latency_outputs(group, at), group.config().clone());
+    latency_on(group.slot(at % 2), &config, outputs, at, input, seen)
+}
+
+fn latency_on(
+    slot: &mut Slot,
+    config: &GroupConfig,
+    mut outputs: LatencyOutputs,
+    at: usize,
+    input: &Input,
+    seen: &mut Seen,
+) -> Result<(), EpError> {
+    let (hidden, ranks) = (config.hidden as usize, config.ranks());
+    let tokens = Tokens { rows: rows(at, &input.rows).1, choices: &input.choices, weights: None };
+    let mut step = slot.dispatch(&tokens)?.latency(&mut outputs)?;
     seen.note(format!("values {at}"), outputs.values().iter().copied());
     seen.note(format!("scales {at}"), outputs.scales().iter().copied());
     seen.words(format!("counts {at}"), outputs.counts().iter().copied());
@@ -187,7 +201,34 @@ fn options() -> GroupOptions {
     GroupOptions { deadline: long, warm_up: long, verify: true, ..GroupOptions::default() }
 }
 
-fn all(groups: Vec<Group>, inputs: &[Vec<Input>]) -> Vec<Seen> {
+/// Each slot has a thread of its own, and its own tokens at each step.
+fn steps_by_slot(mut group: Group, inputs: &[Vec<Input>]) -> Result<Seen, EpError> {
+    let (config, rank) = (group.config().clone(), group.rank() as usize);
+    let slots = config.slots as usize;
+    let mut outputs: Vec<Vec<LatencyOutputs>> =
+        (0..slots).map(|_| (0..inputs.len()).map(|at| latency_outputs(&group, at)).collect()).collect();
+    let all = thread::scope(|scope| {
+        let threads: Vec<_> = (group.slots().iter_mut().zip(outputs.drain(..)).enumerate())
+            .map(|(which, (slot, outputs))| {
+                let config = &config;
+                scope.spawn(move || {
+                    let mut seen = Seen(Vec::new());
+                    for (at, outputs) in outputs.into_iter().enumerate() {
+                        let input = &inputs[(at + which) % inputs.len()][rank];
+                        latency_on(slot, config, outputs, at, input, &mut seen)?;
+                    }
+                    Ok(seen)
+                })
+            })
+            .collect();
+        threads.into_iter().map(|slot| slot.join().expect("a slot")).collect::<Result<Vec<Seen>, EpError>>()
+    })?;
+    Ok(Seen(all.into_iter().flat_map(|seen| seen.0).collect()))
+}
+
+type Steps = fn(Group, &[Vec<Input>]) -> Result<Seen, EpError>;
+
+fn all(groups: Vec<Group>, inputs: &[Vec<Input>], steps: Steps) -> Vec<Seen> {
     thread::scope(|scope| {
         let ranks: Vec<_> = groups
             .into_iter()
@@ -224,14 +265,14 @@ fn meet(config: &GroupConfig, ranks_per_node: u32) -> Vec<Group> {
     })
 }
 
-fn compare(config: &GroupConfig, nodes_of: &[u32], seed: u64) {
+fn compare(config: &GroupConfig, nodes_of: &[u32], seed: u64, steps: Steps) {
     let mut random = Random(seed);
     let ranks = config.max_tokens.len();
     let inputs: Vec<Vec<Input>> =
         (0..5).map(|_| (0..ranks).map(|rank| input(config, rank, &mut random)).collect()).collect();
-    let expected = all(Group::in_process(config, &options()).expect("a group"), &inputs);
+    let expected = all(Group::in_process(config, &options()).expect("a group"), &inputs, steps);
     for &ranks_per_node in nodes_of {
-        let seen = all(meet(config, ranks_per_node), &inputs);
+        let seen = all(meet(config, ranks_per_node), &inputs, steps);
         for (rank, (seen, expected)) in seen.iter().zip(&expected).enumerate() {
             for (seen, expected) in seen.0.iter().zip(&expected.0) {
                 assert!(
@@ -257,7 +298,21 @@ fn two_nodes_with_four_ranks_each_give_what_one_node_gives() {
         placement_version: 4,
     };
     // One node, two with four ranks each, four with two, and each rank on its own.
-    compare(&config, &[8, 4, 2, 1], 1);
+    compare(&config, &[8, 4, 2, 1], 1, steps);
+}
+
+#[test]
+fn slots_do_not_wait_for_each_other_between_nodes() {
+    let config = GroupConfig {
+        max_tokens: vec![10, 20, 5],
+        experts: 8,
+        top_k: 3,
+        hidden: 384,
+        payload: Payload::Bf16,
+        slots: 4,
+        placement_version: 5,
+    };
+    compare(&config, &[2, 1], 2, steps_by_slot);
 }
 
 #[test]
@@ -277,6 +332,6 @@ fn random_groups_on_random_nodes() {
             placement_version: seed,
         };
         eprintln!("seed {seed}: {config:?}");
-        compare(&config, &[1 + random.below(ranks) as u32], seed);
+        compare(&config, &[1 + random.below(ranks) as u32], seed, steps);
     }
 }

@@ -143,10 +143,13 @@ impl Keeper {
                 break;
             }
         }
+        let was_complete = self.told.is_none();
         let missing = (0..self.ranks()).filter(|rank| *rank != self.rank && !self.is_met(*rank)).collect();
         let last = self.last.take();
         self.tell(Err(MeetError::Late { missing, time_ms: 0, last }));
-        self.part();
+        if was_complete {
+            self.part();
+        }
         self.engine.shut_down(now_ns());
     }
 
@@ -287,13 +290,6 @@ impl Keeper {
         self.tell_if_complete();
     }
 
-    fn port(&mut self, rank: u32) -> Option<(SessionId, &mut PortPeer)> {
-        match self.peers.get_mut(&rank)? {
-            Peer { session, reach: PeerReach::Port(port) } => Some((*session, port)),
-            Peer { reach: PeerReach::Mapped(_), .. } => None,
-        }
-    }
-
     /// What a rank says through its port.
     fn arrived(&mut self, now: u64, session: SessionId, note: Option<Note>) {
         let Some(&rank) = self.sessions.get(&session) else {
@@ -302,9 +298,8 @@ impl Keeper {
             }
             return;
         };
-        let own = self.own.clone();
-        let region = self.regions[self.rank as usize].clone();
-        let Some((_, port)) = self.port(rank) else { return };
+        let (own, region) = (&self.own, &self.regions[self.rank as usize]);
+        let Some((_, port)) = port_of(&mut self.peers, rank) else { return };
         match note {
             Some(Note::Ready) => {
                 port.is_ready = true;
@@ -317,7 +312,7 @@ impl Keeper {
                     return self.engine.close_session(now, session);
                 }
                 *last = next;
-                let arena = Arena::new(&own, region.arena(slot, rank));
+                let arena = Arena::new(own, region.arena(slot, rank));
                 words::with(arena.word(), |word| {
                     if arrivals::publish(word, next) {
                         self.pace.wake(word);
@@ -328,7 +323,7 @@ impl Keeper {
             Some(Note::Left) => {
                 port.queue.push_back(Outbound::Note(Note::Parted));
                 for slot in 0..self.slots {
-                    let arena = Arena::new(&own, region.arena(slot, rank));
+                    let arena = Arena::new(own, region.arena(slot, rank));
                     set_farewell(&arena, Farewell::Left);
                     words::with(arena.word(), |word| self.pace.wake(word));
                 }
@@ -342,7 +337,7 @@ impl Keeper {
     /// A call has left for a rank.
     fn left(&mut self, session: SessionId, slot: u32) {
         let Some(&rank) = self.sessions.get(&session) else { return };
-        let Some((_, port)) = self.port(rank) else { return };
+        let Some((_, port)) = port_of(&mut self.peers, rank) else { return };
         if let Some(at) = port.posted.iter().position(|&posted| posted == slot) {
             port.posted.swap_remove(at);
             self.outgoing.left(rank, slot);
@@ -351,7 +346,7 @@ impl Keeper {
 
     fn queue_call(&mut self, call: OutgoingCall) {
         let (rank, slot) = (call.rank, call.slot);
-        match self.port(rank) {
+        match port_of(&mut self.peers, rank) {
             Some((_, port)) => port.queue.push_back(Outbound::Call { call, ops_done: 0, within: 0 }),
             // It has gone meanwhile.
             None => self.outgoing.left(rank, slot),
@@ -362,7 +357,7 @@ impl Keeper {
     fn close_severed(&mut self, now: u64) {
         for rank in 0..self.ranks() {
             if self.outgoing.take_severed(rank)
-                && let Some((session, _)) = self.port(rank)
+                && let Some((session, _)) = port_of(&mut self.peers, rank)
             {
                 self.forget(session);
                 self.engine.close_session(now, session);
@@ -427,9 +422,6 @@ impl Keeper {
 
     /// Says goodbye to ranks that ports reach, and waits for their answers: then what was sent to them is there.
     fn part(&mut self) {
-        if self.told.is_some() || self.peers.values().all(|peer| matches!(peer.reach, PeerReach::Mapped(_))) {
-            return;
-        }
         for peer in self.peers.values_mut() {
             if let PeerReach::Port(port) = &mut peer.reach {
                 port.queue.push_back(Outbound::Note(Note::Left));
@@ -473,6 +465,14 @@ impl Keeper {
             // Whoever does not wait any more has said so.
             let _ = told.send(end);
         }
+    }
+}
+
+/// A rank, if a port reaches it.
+fn port_of(peers: &mut BTreeMap<u32, Peer>, rank: u32) -> Option<(SessionId, &mut PortPeer)> {
+    match peers.get_mut(&rank)? {
+        Peer { session, reach: PeerReach::Port(port) } => Some((*session, port)),
+        Peer { reach: PeerReach::Mapped(_), .. } => None,
     }
 }
 

@@ -15,6 +15,7 @@ use crate::group::{Group, GroupOptions, Reach};
 use crate::keeper::{Control, Keeper, Met};
 use crate::outgoing::Outgoing;
 use crate::pace::Machine;
+use crate::region::LAYOUT_VERSION;
 use crate::{BLOCK_CHANNELS, GroupConfig};
 
 /// Why the ranks of a group did not meet.
@@ -93,6 +94,7 @@ impl GroupConfig {
             ("placement_version", self.placement_version.to_string()),
             ("scale_channels", BLOCK_CHANNELS.to_string()),
             ("verify", options.verify.to_string()),
+            ("layout", LAYOUT_VERSION.to_string()),
         ];
         Fingerprint::new(values.map(|(key, value)| (format!("experts.{key}"), value)))
     }
