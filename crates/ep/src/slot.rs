@@ -399,15 +399,18 @@ impl Slot {
     fn write_rows(&mut self, tokens: Rows<'_>, weights: Option<&[f32]>, header: &Header) {
         let shared = self.shared.clone();
         let routes = self.routes.clone();
-        let (top_k, hidden) = (shared.config.top_k as usize, shared.config.hidden as usize);
+        let top_k = shared.config.top_k as usize;
         let (row_bytes, scale_bytes) = (header.row_bytes as usize, header.scale_bytes as usize);
         let stride = row_stride(row_bytes, scale_bytes);
         let entries = Entries::new(shared.config.top_k);
         let (memory, staging) = (shared.own_memory(), shared.own_region().staging(self.slot));
         self.weights = weights.map(<[f32]>::to_vec);
         self.lists.iter_mut().for_each(Vec::clear);
-        self.row.resize(row_bytes + scale_bytes, 0);
-        let copier = shared.copier_for(routes.tokens * stride, STAGED_BYTES);
+        // Where the staging stays in the cache, rows are made there; else beside it, to be stored past the cache.
+        let staged_bytes = routes.tokens * stride;
+        let past = (staged_bytes >= STAGED_BYTES).then(|| shared.copier_for(staged_bytes, STAGED_BYTES));
+        let mut beside = std::mem::take(&mut self.row);
+        beside.resize(row_bytes + scale_bytes, 0);
         for token in 0..routes.tokens {
             let choices = token * top_k..(token + 1) * top_k;
             let goes = |&rank: &u32| rank != NOWHERE && !shared.is_masked(rank);
@@ -415,38 +418,18 @@ impl Slot {
                 continue;
             }
             shared.pass();
-            let channels = token * hidden..(token + 1) * hidden;
-            let (values, scales) = self.row.split_at_mut(row_bytes);
-            match tokens {
-                Rows::Bf16(rows) => {
-                    for (bytes, value) in values.chunks_exact_mut(2).zip(&rows[channels]) {
-                        bytes.copy_from_slice(&value.to_bits().to_le_bytes());
-                    }
-                }
-                Rows::Fp8(rows, rule) => {
-                    self.scales.resize(scale_bytes / 4, 0.0);
-                    shared.quantiser.quantise(&rows[channels], rule, values, &mut self.scales);
-                    for (bytes, scale) in scales.chunks_exact_mut(4).zip(&self.scales) {
-                        bytes.copy_from_slice(&scale.to_le_bytes());
-                    }
-                }
-                Rows::Fp8Ue8m0(rows) => {
-                    let blocks = hidden / BLOCK_CHANNELS as usize;
-                    shared.quantiser.quantise_ue8m0(&rows[channels], values, &mut scales[..blocks]);
-                    scales[blocks..].fill(0);
-                }
-                Rows::Made { values: made, scales: given, .. } => {
-                    values.copy_from_slice(&made[token * row_bytes..][..row_bytes]);
-                    for (element, bytes) in scales.chunks_exact_mut(given.element_bytes.max(1)).enumerate() {
-                        let at = token * given.token_stride + element * given.element_stride;
-                        bytes.copy_from_slice(&given.bytes[at..][..given.element_bytes]);
-                    }
-                }
+            let at = staging + token * stride;
+            let row = match past {
+                Some(_) => &mut beside[..],
+                None => words::staged_row(memory, at, row_bytes + scale_bytes),
+            };
+            self.make_row(tokens, token, row, row_bytes);
+            if let Some(copier) = past {
+                words::store_row(copier, memory, at, row);
             }
-            words::store_row(copier, memory, staging + token * stride, &self.row);
             let checksum = match header.flags & VERIFIED {
                 0 => 0,
-                _ => crc32c::crc32c_append(self.tag(shared.rank, ROW, token as u32), &self.row),
+                _ => crc32c::crc32c_append(self.tag(shared.rank, ROW, token as u32), row),
             };
             for choice in choices {
                 let rank = routes.ranks[choice];
@@ -461,6 +444,41 @@ impl Slot {
                 }
                 let weight = weights.map_or(0.0, |weights| weights[choice]);
                 entries.choose(list, at, choice - token * top_k, routes.experts[choice] as i16, weight);
+            }
+        }
+        self.row = beside;
+    }
+
+    /// Makes the row of a token: its values, then its scales.
+    fn make_row(&mut self, tokens: Rows<'_>, token: usize, row: &mut [u8], row_bytes: usize) {
+        let shared = &*self.shared;
+        let hidden = shared.config.hidden as usize;
+        let channels = token * hidden..(token + 1) * hidden;
+        let (values, scales) = row.split_at_mut(row_bytes);
+        match tokens {
+            Rows::Bf16(rows) => {
+                for (bytes, value) in values.chunks_exact_mut(2).zip(&rows[channels]) {
+                    bytes.copy_from_slice(&value.to_bits().to_le_bytes());
+                }
+            }
+            Rows::Fp8(rows, rule) => {
+                self.scales.resize(scales.len() / 4, 0.0);
+                shared.quantiser.quantise(&rows[channels], rule, values, &mut self.scales);
+                for (bytes, scale) in scales.chunks_exact_mut(4).zip(&self.scales) {
+                    bytes.copy_from_slice(&scale.to_le_bytes());
+                }
+            }
+            Rows::Fp8Ue8m0(rows) => {
+                let blocks = hidden / BLOCK_CHANNELS as usize;
+                shared.quantiser.quantise_ue8m0(&rows[channels], values, &mut scales[..blocks]);
+                scales[blocks..].fill(0);
+            }
+            Rows::Made { values: made, scales: given, .. } => {
+                values.copy_from_slice(&made[token * row_bytes..][..row_bytes]);
+                for (element, bytes) in scales.chunks_exact_mut(given.element_bytes.max(1)).enumerate() {
+                    let at = token * given.token_stride + element * given.element_stride;
+                    bytes.copy_from_slice(&given.bytes[at..][..given.element_bytes]);
+                }
             }
         }
     }

@@ -126,6 +126,22 @@ pub(crate) fn store_row(copier: Copier, memory: &Memory, at: usize, row: &[u8]) 
     unsafe { copier.copy(place, row.as_ptr(), row.len()) }
 }
 
+/// A row of this rank's staging, to be written before it is published. It may hold anything.
+///
+/// # Panics
+/// If the place is not inside the memory.
+#[expect(
+    clippy::mut_from_ref,
+    reason = "the memory is a handle; who may write there now is in the safety comment"
+)]
+pub(crate) fn staged_row(memory: &Memory, at: usize, bytes: usize) -> &mut [u8] {
+    let place = memory.at(at, bytes).expect("a row lies inside its region");
+    // SAFETY: the place is inside the memory, which stays mapped as long as the handle that is borrowed here. A slot's
+    // dispatch, which has the slot for itself, hands out one row at a time, before its call is published; who reads and who
+    // writes there is as in `store_row`, and reads by raw pointers.
+    unsafe { std::slice::from_raw_parts_mut(place, bytes) }
+}
+
 /// Rows of results in the memory of some ranks, all of one length: what one sum is made of.
 #[derive(Debug)]
 pub(crate) struct ResultRows<'a> {
