@@ -9,7 +9,7 @@ use serde_json::Value;
 /// Both programs: they answer a turn with times, and cannot do 7 tokens.
 const EPBENCH: &str = r#"case "$*" in
 *"--tokens 7 "*) echo "cannot" >&2; exit 1;;
-*--sizes*) echo '{"bench": "ep-sizes", "ranks": 8, "dispatch_arenas_bytes": 1e6, "combine_arenas_bytes": 2e6, "outputs_bytes": 9e6, "deepep_bytes": 6e6, "ratio": 0.5}'; exit;;
+*--sizes*) echo '{"bench": "ep-sizes", "ranks": 8, "mapped_arenas_bytes": 5e5, "dispatch_arenas_bytes": 1e6, "combine_arenas_bytes": 2e6, "outputs_bytes": 9e6, "deepep_bytes": 6e6, "ratio": 0.5}'; exit;;
 *--round-trips*) echo '{"step_us_p50": 9, "step_us_p99": 10, "alone_us_p50": 6, "alone_us_p99": 7, "trip_us_p50": 1, "trip_us_p99": 1,
   "step_ratio": 1.2, "parked_step_us_p50": 50, "parked_step_us_p99": 60, "parked_trip_us_p50": 9, "parked_trip_us_p99": 9,
   "parked_sleeps_mean": 1.6, "bench": "ep", "verified": true}' | tr -d '\n'; exit;;

@@ -286,7 +286,7 @@ def bars_of_buffers(options):
     text = run([options.epbench, "--sizes", "--json", "--tokens", 128, "--slots", 2] + problem(options))
     lines = [json.loads(line) for line in text.splitlines()]
     mb = lambda bytes: f"{bytes / 1e6:,.1f}"  # noqa: E731
-    return [Bar(f"buffers of a rank of {line['ranks']}, MB: arenas / DeepEP's; outputs {mb(line['outputs_bytes'])} more",
+    return [Bar(f"buffers of a rank of {line['ranks']}, MB: arenas over ports / DeepEP's; on one host {mb(line['mapped_arenas_bytes'])}; outputs {mb(line['outputs_bytes'])} more",
                 f"{mb(line['dispatch_arenas_bytes'])} + {mb(line['combine_arenas_bytes'])}", mb(line["deepep_bytes"]),
                 line["ratio"], most=0.25) for line in lines], lines
 

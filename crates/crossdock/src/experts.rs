@@ -47,7 +47,8 @@ pub struct MeetingConfig {
 }
 
 impl MeetingConfig {
-    /// A rank on this host, with the usual limits.
+    /// A rank that others on this host reach, with the usual limits. For ranks on other hosts, set
+    /// [`bind`](Self::bind) to an address that they reach.
     pub fn new(group: GroupConfig, rank: u32, authentication: Authentication) -> MeetingConfig {
         MeetingConfig {
             name: format!("experts-{rank}"),

@@ -229,7 +229,7 @@ fn the_others_go_on_when_a_rank_is_killed() {
     for round in 0..4 {
         // On one node, then on two.
         let mut ranks = Ranks::on(4, 1 + round as usize % 2);
-        ranks.ask(if round % 2 == 0 { "2000 2" } else { "300 2" });
+        ranks.ask(if round % 2 == 0 { "800 2" } else { "200 2" });
         std::thread::sleep(Duration::from_millis(5 + 15 * round));
         let begun = Instant::now();
         ranks.0[2].signal(rustix::process::Signal::KILL);
@@ -248,7 +248,7 @@ fn a_rank_that_is_stopped_is_masked_and_told_so_when_it_goes_on() {
         let mut ranks = Ranks::on(3, nodes);
         ranks.ask("3");
         ranks.0.iter_mut().for_each(|rank| drop(rank.hear("done []")));
-        ranks.ask(if nodes == 1 { "2000 1" } else { "300 1" });
+        ranks.ask(if nodes == 1 { "800 1" } else { "200 1" });
         std::thread::sleep(Duration::from_millis(15));
         ranks.0[1].signal(rustix::process::Signal::STOP);
         for at in [0, 2] {

@@ -15,13 +15,16 @@ struct Line {
     experts: u32,
     topk: u32,
     slots: u32,
+    /// All that is touched where ranks map each other's memory.
+    mapped_arenas_bytes: u64,
+    /// Where every other rank is on another host.
     dispatch_arenas_bytes: u64,
-    /// Only where ranks cannot map each other's memory.
+    /// There, too.
     combine_arenas_bytes: u64,
     /// What experts read and write, which DeepEP's formula does not count.
     outputs_bytes: u64,
     deepep_bytes: u64,
-    /// Of both kinds of arenas to DeepEP's buffers.
+    /// Of both kinds of arenas, with every other rank on another host, to DeepEP's buffers.
     ratio: f64,
 }
 
@@ -29,7 +32,7 @@ struct Line {
 pub fn print(options: &Options) -> Result<(), Error> {
     if !options.json {
         println!(
-            "MB of a rank  dispatch arenas  combine arenas  outputs  DeepEP's buffers  arenas / DeepEP's"
+            "MB of a rank  arenas on one host  over ports: dispatch  combine  outputs  DeepEP's buffers  over ports / DeepEP's"
         );
     }
     for ranks in [8, 32, 72] {
@@ -38,11 +41,18 @@ pub fn print(options: &Options) -> Result<(), Error> {
             println!("{}", serde_json::to_string(&line).expect("numbers and names"));
             continue;
         }
-        let [dispatch, combine, outputs, deepep] =
-            [line.dispatch_arenas_bytes, line.combine_arenas_bytes, line.outputs_bytes, line.deepep_bytes]
-                .map(|bytes| bytes as f64 / 1e6);
+        let [mapped, dispatch, combine, outputs, deepep] = [
+            line.mapped_arenas_bytes,
+            line.dispatch_arenas_bytes,
+            line.combine_arenas_bytes,
+            line.outputs_bytes,
+            line.deepep_bytes,
+        ]
+        .map(|bytes| bytes as f64 / 1e6);
         let ratio = line.ratio;
-        println!("{ranks:>6} ranks {dispatch:>16.1}{combine:>16.1}{outputs:>9.1}{deepep:>18.1}{ratio:>19.3}");
+        println!(
+            "{ranks:>6} ranks {mapped:>18.1}{dispatch:>22.1}{combine:>9.1}{outputs:>9.1}{deepep:>18.1}{ratio:>23.3}"
+        );
     }
     Ok(())
 }
@@ -62,6 +72,7 @@ fn line(options: &Options, ranks: usize) -> Result<Line, Error> {
     };
     let sizes = config.sizes()?;
     let deepep_bytes = deepep_bytes(options.tokens.into(), options.hidden.into(), options.experts.into());
+    let over_ports = sizes.dispatch_arenas + sizes.port_dispatch_arenas;
     Ok(Line {
         bench: "ep-sizes",
         ranks,
@@ -70,11 +81,12 @@ fn line(options: &Options, ranks: usize) -> Result<Line, Error> {
         experts: options.experts,
         topk: options.topk,
         slots: options.slots,
-        dispatch_arenas_bytes: sizes.dispatch_arenas,
-        combine_arenas_bytes: sizes.combine_arenas,
+        mapped_arenas_bytes: sizes.dispatch_arenas + sizes.combine_arenas,
+        dispatch_arenas_bytes: over_ports,
+        combine_arenas_bytes: sizes.port_combine_arenas,
         outputs_bytes: sizes.outputs,
         deepep_bytes,
-        ratio: (sizes.dispatch_arenas + sizes.combine_arenas) as f64 / deepep_bytes as f64,
+        ratio: (over_ports + sizes.port_combine_arenas) as f64 / deepep_bytes as f64,
     })
 }
 
