@@ -234,7 +234,7 @@ impl Slot {
         self.next_call(DISPATCH);
         self.await_ports(&mut report)?;
         let header = Header { call: self.call, ..header };
-        self.write_rows(rows, weights, &header);
+        let written = self.write_rows(rows, weights, &header);
         let row_bytes = u64::from(header.row_bytes + header.scale_bytes);
         for rank in (0..shared.ranks()).filter(|&rank| !shared.is_masked(rank)) {
             let rows = self.routes.rank_counts[rank as usize];
@@ -245,7 +245,7 @@ impl Slot {
             self.publish_rows(rank, header);
         }
         report.logical_bytes = self.routes.chosen as u64 * row_bytes;
-        report.copied_bytes = self.routes.tokens as u64 * row_bytes;
+        report.copied_bytes = written as u64 * row_bytes;
         report.end_half(begun, &shared);
         Ok(Dispatch { slot: self, header, report })
     }
@@ -368,6 +368,9 @@ impl Slot {
     /// and then after a call's end, and never for long.
     fn await_ports(&mut self, report: &mut Report) -> Result<(), EpError> {
         let shared = self.shared.clone();
+        if !shared.has_ports() {
+            return Ok(());
+        }
         let begun = shared.pace.now();
         for rank in 0..shared.ranks() {
             let Some(port) = shared.port_of(rank) else { continue };
@@ -395,8 +398,8 @@ impl Slot {
         true
     }
 
-    /// Makes each token's row once, in the staging; makes the lists.
-    fn write_rows(&mut self, tokens: Rows<'_>, weights: Option<&[f32]>, header: &Header) {
+    /// Makes each token's row once, in the staging, where it goes anywhere; makes the lists. Gives how many rows there are.
+    fn write_rows(&mut self, tokens: Rows<'_>, weights: Option<&[f32]>, header: &Header) -> usize {
         let shared = self.shared.clone();
         let routes = self.routes.clone();
         let (top_k, hidden) = (shared.config.top_k as usize, shared.config.hidden as usize);
@@ -408,6 +411,7 @@ impl Slot {
         self.lists.iter_mut().for_each(Vec::clear);
         self.row.resize(row_bytes + scale_bytes, 0);
         let copier = shared.copier_for(routes.tokens * stride, STAGED_BYTES);
+        let mut written = 0;
         for token in 0..routes.tokens {
             let choices = token * top_k..(token + 1) * top_k;
             let goes = |&rank: &u32| rank != NOWHERE && !shared.is_masked(rank);
@@ -415,6 +419,7 @@ impl Slot {
                 continue;
             }
             shared.pass();
+            written += 1;
             let channels = token * hidden..(token + 1) * hidden;
             let (values, scales) = self.row.split_at_mut(row_bytes);
             match tokens {
@@ -463,6 +468,7 @@ impl Slot {
                 entries.choose(list, at, choice - token * top_k, routes.experts[choice] as i16, weight);
             }
         }
+        written
     }
 
     /// Tells a rank which rows are its own.

@@ -259,3 +259,32 @@ fn a_list_that_changes_is_found_by_whom_it_is_for() {
         });
     }
 }
+
+/// A weight that rank 0 gives back for the writer's token.
+#[test]
+fn a_weight_that_changes_on_its_way_back_is_found_by_whom_it_is_for() {
+    let rare = f32::from_bits(0x3f12_3456);
+    for verify in [true, false] {
+        each(verify, |group, stage| {
+            let (rows, choices) = (rows(stage.rank), choices());
+            let tokens = Tokens { rows: Rows::Bf16(&rows), choices: &choices, weights: None };
+            let mut outputs = ThroughputOutputs::new(group, Payload::Bf16);
+            let step = group.slot(0).dispatch(&tokens).unwrap().throughput(&mut outputs).unwrap();
+            let mut back = vec![0.0; 2 * outputs.len()];
+            if stage.rank == 0 {
+                back[2 * (outputs.range(WRITER).start + TOKEN)] = rare;
+            }
+            let combine = step.combine(Some(&back)).unwrap();
+            stage.flip(0, &rare.to_le_bytes());
+            let (mut out, mut weights) = (rows.clone(), vec![0.0; choices.len()]);
+            let received = combine.receive(&[], Some(&mut weights), &mut out).map(drop);
+            if verify && stage.rank == WRITER {
+                return assert_eq!(received, corrupted(0, Corrupted::Result { token: TOKEN as u32 }));
+            }
+            received.unwrap();
+            if stage.rank == WRITER {
+                assert_eq!(weights[2 * TOKEN].to_bits(), rare.to_bits() ^ 1);
+            }
+        });
+    }
+}
