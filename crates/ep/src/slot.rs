@@ -231,8 +231,9 @@ impl Slot {
         }
         self.check_quorum()?;
         self.settle()?;
-        self.next_call(DISPATCH);
+        // What fails here is no call yet, so that nobody waits for it, not even this rank.
         self.await_ports(&mut report)?;
+        self.next_call(DISPATCH);
         let header = Header { call: self.call, ..header };
         let written = self.write_rows(rows, weights, &header);
         let row_bytes = u64::from(header.row_bytes + header.scale_bytes);
