@@ -359,7 +359,9 @@ impl<'slot> LatencyStep<'slot> {
                 (expert, (local * shared.rows_per_expert) as u32 + begin, end - begin)
             });
             if slot.is_verified() {
-                blocks.clone().for_each(|(expert, at, rows)| results.seal(slot, rank, expert, at, rows));
+                blocks
+                    .clone()
+                    .for_each(|(expert, at, rows)| results.seal(slot, rank, expert, at, rows, false));
             }
             shared.arena_at(slot.slot, rank).write_begins(begins);
             slot.publish(rank, header, as_bytes(begins), |call| {
@@ -491,7 +493,7 @@ fn sum(
                 None => (shared.own_memory(), (before[expert as usize] + place) as usize),
             };
             if slot.is_verified() {
-                results.check(slot, rank, row, (expert, place), token as u32)?;
+                results.check(slot, rank, row, (expert, place), token as u32, false)?;
             }
             rows.push(memory, results.row_at(rank, row));
             factors.push(weight * raise.get(token).copied().unwrap_or(1.0));

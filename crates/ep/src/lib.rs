@@ -28,6 +28,9 @@ mod experts;
 mod fenced;
 mod group;
 mod hearing;
+#[cfg(all(test, not(loom)))]
+#[allow(unsafe_code)]
+mod hostile_tests;
 mod incoming;
 mod keeper;
 mod latency;

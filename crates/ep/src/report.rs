@@ -12,7 +12,8 @@ use crate::route::{NOWHERE, Routes};
 pub struct Report {
     /// Bytes of rows, results and lists that this rank reads from other ranks, or writes there through ports.
     pub wire_bytes: u64,
-    /// Bytes that DeepEP's formula counts: each choice's row once, wherever its expert is.
+    /// Bytes that DeepEP's formula counts: each choice's row once, wherever its expert is; in the combine of the throughput
+    /// mode the result of each rank that a token went to.
     pub logical_bytes: u64,
     /// Bytes of rows and sums that this rank wrote into memory: into its staging, its outputs, its combined rows.
     pub copied_bytes: u64,
@@ -20,7 +21,7 @@ pub struct Report {
     pub time: Duration,
     /// How long it takes this machine to copy `copied_bytes` once, in one thread, from memory to memory.
     pub floor: Duration,
-    /// How long this rank waited for each other, by rank.
+    /// How long this rank waited for each other, by rank; and in its own place, until its ports had sent earlier calls.
     pub waits: Vec<Duration>,
     /// The ranks that are masked now, ascending.
     pub masked: Vec<u32>,

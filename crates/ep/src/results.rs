@@ -31,14 +31,16 @@ impl<'a> Results<'a> {
         begin + row * self.row_bytes
     }
 
-    /// Gives this rank's rows from `at` on, which are those of one expert for one source, their checksums.
-    pub fn seal(&self, slot: &Slot, source: u32, expert: u32, at: u32, rows: u32) {
+    /// Gives this rank's rows from `at` on, which are those of one expert for one source, their checksums, which are of the
+    /// weights that go back, too.
+    pub fn seal(&self, slot: &Slot, source: u32, expert: u32, at: u32, rows: u32, weighted: bool) {
         let (memory, region) = (self.shared.own_memory(), self.shared.own_region());
         let mut row = vec![0; self.row_bytes];
         for place in 0..rows {
             let which = (at + place) as usize;
             memory.read(region.results(self.slot) + which * self.row_bytes, &mut row).expect(INSIDE);
             let sum = crc32c::crc32c_append(slot.tag(source, expert, place), &row);
+            let sum = self.sum_weights(sum, self.shared.rank, which, weighted);
             memory.write(region.result_checksums(self.slot) + 4 * which, &sum.to_le_bytes()).expect(INSIDE);
         }
     }
@@ -51,6 +53,7 @@ impl<'a> Results<'a> {
         row: usize,
         (expert, place): (u32, u32),
         token: u32,
+        weighted: bool,
     ) -> Result<(), EpError> {
         let (memory, checksums) = match self.shared.mapped(rank) {
             Some(memory) => (memory, self.shared.region(rank).result_checksums(self.slot)),
@@ -60,10 +63,21 @@ impl<'a> Results<'a> {
         memory.read(self.row_at(rank, row), &mut bytes).expect(INSIDE);
         memory.read(checksums + 4 * row, &mut sum).expect(INSIDE);
         let expected = crc32c::crc32c_append(slot.tag(self.shared.rank, expert, place), &bytes);
+        let expected = self.sum_weights(expected, rank, row, weighted);
         if u32::from_le_bytes(sum) == expected || is_planted(Planted::ChecksumUnchecked) {
             return Ok(());
         }
         Err(EpError::Corrupted { rank, what: Corrupted::Result { token } })
+    }
+
+    /// A row's checksum, with the weights that its rank gave back with it, if it did.
+    fn sum_weights(&self, sum: u32, rank: u32, row: usize, weighted: bool) -> u32 {
+        if !weighted {
+            return sum;
+        }
+        let mut bytes = vec![0; 4 * self.shared.config.top_k as usize];
+        self.weights(rank, row, &mut bytes);
+        crc32c::crc32c_append(sum, &bytes)
     }
 
     /// What a port writes to the rank of some tokens: this rank's rows from `at` on, to the rows from `to` on there.

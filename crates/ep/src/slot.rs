@@ -231,10 +231,11 @@ impl Slot {
         }
         self.check_quorum()?;
         self.settle()?;
-        self.next_call(DISPATCH);
+        // What fails here is no call yet, so that nobody waits for it, not even this rank.
         self.await_ports(&mut report)?;
+        self.next_call(DISPATCH);
         let header = Header { call: self.call, ..header };
-        self.write_rows(rows, weights, &header);
+        let written = self.write_rows(rows, weights, &header);
         let row_bytes = u64::from(header.row_bytes + header.scale_bytes);
         for rank in (0..shared.ranks()).filter(|&rank| !shared.is_masked(rank)) {
             let rows = self.routes.rank_counts[rank as usize];
@@ -245,7 +246,7 @@ impl Slot {
             self.publish_rows(rank, header);
         }
         report.logical_bytes = self.routes.chosen as u64 * row_bytes;
-        report.copied_bytes = self.routes.tokens as u64 * row_bytes;
+        report.copied_bytes = written as u64 * row_bytes;
         report.end_half(begun, &shared);
         Ok(Dispatch { slot: self, header, report })
     }
@@ -368,6 +369,9 @@ impl Slot {
     /// and then after a call's end, and never for long.
     fn await_ports(&mut self, report: &mut Report) -> Result<(), EpError> {
         let shared = self.shared.clone();
+        if !shared.has_ports() {
+            return Ok(());
+        }
         let begun = shared.pace.now();
         for rank in 0..shared.ranks() {
             let Some(port) = shared.port_of(rank) else { continue };
@@ -395,8 +399,8 @@ impl Slot {
         true
     }
 
-    /// Makes each token's row once, in the staging; makes the lists.
-    fn write_rows(&mut self, tokens: Rows<'_>, weights: Option<&[f32]>, header: &Header) {
+    /// Makes each token's row once, in the staging, where it goes anywhere; makes the lists. Gives how many rows there are.
+    fn write_rows(&mut self, tokens: Rows<'_>, weights: Option<&[f32]>, header: &Header) -> usize {
         let shared = self.shared.clone();
         let routes = self.routes.clone();
         let top_k = shared.config.top_k as usize;
@@ -411,6 +415,7 @@ impl Slot {
         let past = (staged_bytes >= STAGED_BYTES).then(|| shared.copier_for(staged_bytes, STAGED_BYTES));
         let mut beside = std::mem::take(&mut self.row);
         beside.resize(row_bytes + scale_bytes, 0);
+        let mut written = 0;
         for token in 0..routes.tokens {
             let choices = token * top_k..(token + 1) * top_k;
             let goes = |&rank: &u32| rank != NOWHERE && !shared.is_masked(rank);
@@ -418,6 +423,7 @@ impl Slot {
                 continue;
             }
             shared.pass();
+            written += 1;
             let at = staging + token * stride;
             let row = match past {
                 Some(_) => &mut beside[..],
@@ -447,6 +453,7 @@ impl Slot {
             }
         }
         self.row = beside;
+        written
     }
 
     /// Makes the row of a token: its values, then its scales.

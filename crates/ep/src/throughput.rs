@@ -327,7 +327,7 @@ impl<'slot> ThroughputStep<'slot> {
             let (begins, ends) = slot.received.of_source(rank, 1);
             let (at, rows) = (begins[0], ends[0] - begins[0]);
             if slot.is_verified() {
-                results.seal(slot, rank, ALL_EXPERTS - shared.rank, at, rows);
+                results.seal(slot, rank, ALL_EXPERTS - shared.rank, at, rows, weights.is_some());
             }
             shared.arena_at(slot.slot, rank).write_begins(begins);
             slot.publish(rank, header, as_bytes(begins), |call| {
@@ -401,7 +401,7 @@ impl ThroughputCombine<'_> {
         loop {
             (report.wire_bytes, report.logical_bytes) = sent;
             routes.account(&shared, &answered, slot.weights.as_deref(), &mut report)?;
-            sum(slot, (&answered, &begins), biases, out, &mut report)?;
+            sum(slot, (&answered, &begins, &has_weights), biases, out, &mut report)?;
             if let Some(weights) = weights.as_deref_mut() {
                 let gave = |rank: u32| answered[rank as usize] && has_weights[rank as usize];
                 sum_weights(slot, gave, &begins, weights);
@@ -441,7 +441,7 @@ fn results_of(
 /// Sums the results of each token, of the ranks that have answered.
 fn sum(
     slot: &Slot,
-    (answered, begins): (&[bool], &[u32]),
+    (answered, begins, has_weights): (&[bool], &[u32], &[bool]),
     biases: &[&[Bf16]],
     out: &mut [Bf16],
     report: &mut Report,
@@ -467,7 +467,14 @@ fn sum(
                 None => shared.own_memory(),
             };
             if slot.is_verified() {
-                results.check(slot, rank, row as usize, (ALL_EXPERTS - rank, place), token as u32)?;
+                results.check(
+                    slot,
+                    rank,
+                    row as usize,
+                    (ALL_EXPERTS - rank, place),
+                    token as u32,
+                    has_weights[rank as usize],
+                )?;
             }
             rows.push(memory, results.row_at(rank, row as usize));
             report.logical_bytes += 2 * hidden as u64;

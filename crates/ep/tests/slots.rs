@@ -78,13 +78,27 @@ fn steps_of_a_slot(slot: &mut Slot, mut outputs: LatencyOutputs, ranks: usize, a
         if (step + at + rank).is_multiple_of(5) {
             thread::sleep(Duration::from_micros(200));
         }
-        let value = Bf16::from_f32((1 + at + 4 * step) as f32);
-        let rows = vec![value; TOKENS * HIDDEN];
+        // Nobody else has this row, in this slot or another, in this step or another.
+        let row = |rank: usize, token: usize| {
+            (0..HIDDEN).map(move |channel| {
+                Bf16::from_f32([1 + rank, 8 + at, 16 + step, 64 + token][channel % 4] as f32)
+            })
+        };
+        let rows: Vec<Bf16> = (0..TOKENS).flat_map(|token| row(rank, token)).collect();
         let choices = choices(ranks, at + step);
         let tokens = Tokens { rows: Rows::Bf16(&rows), choices: &choices, weights: None };
         let mut received = slot.dispatch(&tokens).unwrap().latency(&mut outputs).unwrap();
+        for expert in 0..outputs.counts().len() {
+            for source in 0..ranks as u32 {
+                for place in outputs.range(expert, source) {
+                    let token = outputs.sources()[expert * outputs.rows() + place as usize] as usize;
+                    let sent = row(source as usize, token).flat_map(|value| value.to_bits().to_le_bytes());
+                    assert!(sent.eq(outputs.row(expert, place as usize).iter().copied()));
+                }
+            }
+        }
         double(&outputs, &mut received);
-        let mut out = rows.clone();
+        let mut out = vec![Bf16::from_f32(0.0); rows.len()];
         received.combine().receive(&[0.25; 2 * TOKENS], &mut out).unwrap();
         assert_eq!(out, rows, "two halves of twice as much, slot {at} step {step}");
     }

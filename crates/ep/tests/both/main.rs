@@ -1,6 +1,7 @@
 //! Both modes against a reference that is written from the semantics, bit for bit.
 
 mod inputs;
+mod processes;
 mod reference;
 mod steps;
 

@@ -42,8 +42,7 @@ pub fn rows(form: Form, rows: &[Bf16]) -> Rows<'_> {
 pub fn run(config: &GroupConfig, options: &GroupOptions, case: &Case) {
     let options = GroupOptions { verify: case.verify, ..options.clone() };
     let mut random = Random::new(case.seed);
-    let steps: Vec<Vec<Input>> =
-        (0..case.steps).map(|_| inputs(config, case.routing, case.full, &mut random)).collect();
+    let steps = inputs_of(config, case, &mut random);
     let groups = Group::in_process(config, &options).expect("a group");
     thread::scope(|scope| {
         let ranks: Vec<_> =
@@ -57,7 +56,13 @@ pub fn run(config: &GroupConfig, options: &GroupOptions, case: &Case) {
     });
 }
 
-fn rank(mut group: Group, case: &Case, steps: &[Vec<Input>]) {
+/// The inputs of all ranks, by step.
+pub fn inputs_of(config: &GroupConfig, case: &Case, random: &mut Random) -> Vec<Vec<Input>> {
+    (0..case.steps).map(|_| inputs(config, case.routing, case.full, random)).collect()
+}
+
+/// One rank's steps, each compared.
+pub fn rank(mut group: Group, case: &Case, steps: &[Vec<Input>]) {
     let mut latency = LatencyOutputs::new(&group, payload(case.form), case.order);
     let mut throughput = ThroughputOutputs::new(&group, payload(case.form));
     for (step, inputs) in steps.iter().enumerate() {
