@@ -213,6 +213,14 @@ impl Group {
             .collect()
     }
 
+    /// This rank's memory, and where in it is what checksums cover where calls are verified: for simulations that spoil it.
+    #[cfg(feature = "planted-bugs")]
+    pub fn sealed(&self) -> (Memory, Vec<std::ops::Range<usize>>) {
+        let slots = 0..self.shared.config.slots;
+        let parts = slots.flat_map(|slot| self.shared.own_region().sealed(slot)).collect();
+        (self.shared.own_memory().clone(), parts)
+    }
+
     fn allocate_regions(config: &GroupConfig) -> Result<Vec<Memory>, GroupError> {
         config.validate()?;
         (0..config.ranks()).map(|rank| Group::allocate_region(config, rank)).collect()

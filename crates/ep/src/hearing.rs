@@ -85,6 +85,9 @@ impl Slot {
         let arena = shared.arena_of(self.slot, source);
         self.mask_words.resize(shared.ranks().div_ceil(32) as usize, 0);
         let header = arena.read_header(self.call, &mut self.mask_words);
+        if self.is_verified() && !header.is_whole(&self.mask_words) {
+            return Err(EpError::Corrupted { rank: source, what: Corrupted::List });
+        }
         let says = |rank: u32| self.mask_words[rank as usize / 32] >> (rank % 32) & 1 != 0;
         if says(shared.rank) {
             return Err(EpError::Masked { by: source });
@@ -142,7 +145,9 @@ impl Slot {
     /// Between two sleeps of a wait: whether it goes on.
     fn look_after(&mut self, source: u32) -> ControlFlow<Waited> {
         let shared = self.shared.clone();
-        let is_hopeless = (shared.is_gone(source) && !is_planted(Planted::DeathIgnored))
+        // Another slot may have masked it meanwhile.
+        let is_hopeless = shared.is_masked(source)
+            || (shared.is_gone(source) && !is_planted(Planted::DeathIgnored))
             || self.has_left(source)
             || self.expelled_by().is_some()
             || self.is_masked_elsewhere(source);
@@ -219,8 +224,9 @@ impl Slot {
         let mut says = |other: u32, call: u32| {
             let arena = shared.arena_of(self.slot, other);
             words::with(arena.word(), |word| arrivals::has_come(word, call)) && {
-                arena.read_header(call, &mut mask);
-                mask[rank as usize / 32] >> (rank % 32) & 1 != 0
+                let header = arena.read_header(call, &mut mask);
+                let is_whole = !self.is_verified() || header.is_whole(&mask);
+                is_whole && mask[rank as usize / 32] >> (rank % 32) & 1 != 0
             }
         };
         (0..shared.ranks())
@@ -260,10 +266,18 @@ impl Slot {
         Ok(counts)
     }
 
-    /// Compares what a call's header says of itself and of a list with its checksum.
+    /// Why rows of a source cannot be taken: it may be that it has masked this rank and written over them. If that counts, that
+    /// is the error; if it is dead to this rank, all is to be taken once more without it.
+    pub(crate) fn excuse(&self, source: u32, error: EpError) -> Result<(), EpError> {
+        let mut read = vec![false; self.shared.ranks() as usize];
+        read[source as usize] = true;
+        if self.check_membership(&mut read)? { Err(error) } else { Ok(()) }
+    }
+
+    /// Compares what a call's header says of a list with its checksum.
     pub(crate) fn check_list(&self, rank: u32, header: &Header, list: &[u8]) -> Result<(), EpError> {
         if !self.is_verified()
-            || header.sum(list) == header.checksum
+            || crc32c::crc32c(list) == header.list_checksum
             || is_planted(Planted::ChecksumUnchecked)
         {
             return Ok(());

@@ -199,6 +199,19 @@ impl RegionLayout {
         self.place(slot, self.combined_weights)
     }
 
+    /// What checksums cover: what the others say of their calls, and this rank's rows and results.
+    #[cfg(feature = "planted-bugs")]
+    pub fn sealed(&self, slot: u32) -> Vec<Range<usize>> {
+        let said = self.sources.arenas.iter().map(|arena| Part {
+            at: arena.at + ArenaLayout::FRONT_BYTES,
+            bytes: arena.bytes - ArenaLayout::FRONT_BYTES,
+        });
+        said.chain([self.staging, self.results, self.result_checksums])
+            .filter(|part| part.bytes > 0)
+            .map(|part| self.place(slot, part)..self.place(slot, part) + part.bytes)
+            .collect()
+    }
+
     /// What the port of a rank writes here: a page for each slot.
     pub fn written_by(&self, source: u32) -> Vec<PageLayout> {
         let source = source as usize;

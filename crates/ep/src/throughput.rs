@@ -221,7 +221,9 @@ fn take_all(
         slot.received.begins.push(begin);
         let came = slot.wait_for(source, header, report)?;
         if let Some(theirs) = &came {
-            take(slot, source, theirs, outputs, report)?;
+            if let Err(error) = take(slot, source, theirs, outputs, report) {
+                return slot.excuse(source, error).map(|()| false);
+            }
         }
         slot.received.note(source, came.as_ref(), outputs.len as u32 - begin, &shared)?;
         outputs.ends[source as usize] = outputs.len as u32;
@@ -401,12 +403,14 @@ impl ThroughputCombine<'_> {
         loop {
             (report.wire_bytes, report.logical_bytes) = sent;
             routes.account(&shared, &answered, slot.weights.as_deref(), &mut report)?;
-            sum(slot, (&answered, &begins), biases, out, &mut report)?;
+            let summed = sum(slot, (&answered, &begins), biases, out, &mut report);
             if let Some(weights) = weights.as_deref_mut() {
                 let gave = |rank: u32| answered[rank as usize] && has_weights[rank as usize];
                 sum_weights(slot, gave, &begins, weights);
             }
+            // What is found wrong may be what a rank that has masked this one has written since.
             if slot.check_membership(&mut answered)? {
+                summed?;
                 break;
             }
         }
