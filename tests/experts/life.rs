@@ -21,6 +21,7 @@ pub fn play(plan: &Plan, bug: Option<Planted>) -> Outcome {
     stage.give(Hands {
         mourners: groups.iter().map(Group::mourner).collect(),
         sealed: groups.iter().map(Group::sealed).collect(),
+        ..Hands::default()
     });
     listen();
     let scene = Scene { plan, stage: &stage, bug, ends: Mutex::default(), left: Mutex::default() };
@@ -91,6 +92,7 @@ impl Scene<'_> {
         } else {
             self.acts(|| {
                 drop(group);
+                self.stage.left(rank);
                 Ok(())
             });
         }

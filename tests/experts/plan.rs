@@ -121,12 +121,14 @@ pub enum Fault {
     FalselyDead {
         told: Vec<(u32, Duration)>,
     },
-    /// A byte of shared memory changes.
+    /// A bit of shared memory changes.
     Flip,
+    /// Some of it becomes what it was: the first time it is only looked at.
+    Stale,
 }
 
 impl Fault {
-    pub const KINDS: [&'static str; 8] = [
+    pub const KINDS: [&'static str; 9] = [
         "death, untold",
         "death, told",
         "stall, short",
@@ -134,9 +136,10 @@ impl Fault {
         "whole job stopped",
         "falsely dead",
         "flipped bit",
+        "stale bytes",
         "leaves",
     ];
-    pub const LEAVES: usize = 7;
+    pub const LEAVES: usize = 8;
 
     pub fn kind(&self) -> usize {
         match self {
@@ -147,6 +150,7 @@ impl Fault {
             Fault::JobStopped(_) => 4,
             Fault::FalselyDead { .. } => 5,
             Fault::Flip => 6,
+            Fault::Stale => 7,
         }
     }
 }
@@ -200,10 +204,31 @@ impl Plan {
             let rank = random.below(ranks);
             faults.push(Armed::new(rank, (ranks, config.slots, steps), &options, random));
         }
+        if ranks > 1 && random.below(8) == 0 {
+            // Two that are dead to each other, and to some of the rest.
+            let one = random.below(ranks);
+            let other = (one + 1 + random.below(ranks - 1)) % ranks;
+            for (rank, at) in [(one, other), (other, one)] {
+                let armed = Armed::new(rank, (ranks, config.slots, steps), &options, random);
+                let mut told = vec![(at, Duration::from_micros(random.below(3000).into()))];
+                let besides = random.below(ranks);
+                if besides != one && besides != other {
+                    told.push((besides, Duration::from_micros(random.below(3000).into())));
+                }
+                faults.push(Armed { fault: Fault::FalselyDead { told }, ..armed });
+            }
+        }
         if options.verify && random.below(2) == 0 {
+            let stale = random.below(3) == 0;
             for _ in 0..1 + random.below(6) {
-                let armed = Armed::new(random.below(ranks), (ranks, config.slots, steps), &options, random);
-                faults.push(Armed { fault: Fault::Flip, ..armed });
+                let mut armed =
+                    Armed::new(random.below(ranks), (ranks, config.slots, steps), &options, random);
+                armed.fault = if stale { Fault::Stale } else { Fault::Flip };
+                if stale && random.below(2) == 0 {
+                    // Where results are read.
+                    armed.phase = Phase::Results;
+                }
+                faults.push(armed);
             }
         }
         let habits = |_| Habits {
@@ -223,7 +248,7 @@ impl Plan {
     /// wrote.
     pub fn may_misalign(&self) -> bool {
         self.slots.iter().flatten().any(|step| step.odd.is_some())
-            || self.faults.iter().any(|armed| matches!(armed.fault, Fault::Flip))
+            || self.faults.iter().any(|armed| matches!(armed.fault, Fault::Flip | Fault::Stale))
     }
 
     /// Everything but the inputs.

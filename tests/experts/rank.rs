@@ -1,6 +1,7 @@
 //! What a rank's threads do in a life, and the rules that hold for what they get.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use crossdock_ep::{
     Advice, Bf16, Dispatch, EpError, Group, LatencyOutputs, LatencyStep, Payload, Report, Rows, ScaleOrder,
@@ -186,6 +187,7 @@ impl Actor<'_> {
             }
         };
         self.see(at, &dispatched.report().masked.clone())?;
+        self.say();
         let odd = self.odd(step);
         if self.is_cut(step, Cut::AfterDispatch) {
             return Ok(Went::Well);
@@ -219,13 +221,14 @@ impl Actor<'_> {
         let form = self.expects(step);
         self.stage.call();
         let came = dispatched.latency(self.outputs.latency(form, step.order));
-        self.stage.call_ends();
+        let gone = self.stage.call_ends();
         let mut came = match came {
             Ok(came) => came,
             Err(error) => return self.judge(at, &error, Place::Rows),
         };
         let masked = came.report().masked.clone();
         self.see(at, &masked)?;
+        self.check_waits(at, &gone, came.report())?;
         self.check_odd_rows(step, at)?;
         self.stage.phase(at, Phase::Compute);
         let is_usual = self.odd(step).is_none_or(|odd| odd != Odd::OtherForm);
@@ -239,6 +242,7 @@ impl Actor<'_> {
         self.stage.call();
         let combined = came.combine();
         self.stage.call_ends();
+        self.say();
         if self.is_cut(step, Cut::AfterCombine) {
             return Ok(Went::Well);
         }
@@ -247,7 +251,8 @@ impl Actor<'_> {
         let mut out = vec![NOTHING; self.out_len(step)];
         self.stage.call();
         let report = combined.receive(&input.weights, &mut out);
-        self.stage.call_ends();
+        let gone = self.stage.call_ends();
+        report.iter().try_for_each(|report| self.check_waits(at, &gone, report))?;
         self.check_combined(step, at, &masked, report, (out, &[], None))
     }
 
@@ -255,13 +260,14 @@ impl Actor<'_> {
         let form = self.expects(step);
         self.stage.call();
         let came = dispatched.throughput(self.outputs.throughput(form));
-        self.stage.call_ends();
+        let gone = self.stage.call_ends();
         let mut came = match came {
             Ok(came) => came,
             Err(error) => return self.judge(at, &error, Place::Rows),
         };
         let masked = came.report().masked.clone();
         self.see(at, &masked)?;
+        self.check_waits(at, &gone, came.report())?;
         self.check_odd_rows(step, at)?;
         self.stage.phase(at, Phase::Compute);
         let is_usual = self.odd(step).is_none_or(|odd| odd != Odd::OtherForm);
@@ -281,6 +287,7 @@ impl Actor<'_> {
             Ok(combined) => combined,
             Err(error) => return self.judge(at, &error, Place::Results),
         };
+        self.say();
         if self.is_cut(step, Cut::AfterCombine) {
             return Ok(Went::Well);
         }
@@ -293,7 +300,8 @@ impl Actor<'_> {
         let (mut out, mut weights) = (vec![NOTHING; len], vec![-1.0; input.weights.len()]);
         self.stage.call();
         let report = combined.receive(&biases, Some(&mut weights), &mut out);
-        self.stage.call_ends();
+        let gone = self.stage.call_ends();
+        report.iter().try_for_each(|report| self.check_waits(at, &gone, report))?;
         self.check_combined(step, at, &masked, report, (out, &biases, Some(weights)))
     }
 
@@ -467,6 +475,7 @@ impl Actor<'_> {
             Err(error) => return self.judge(at, &error, Place::Results),
         };
         self.see(at, &report.masked)?;
+        self.check_number(at)?;
         let differs = |odd: Odd| !matches!(odd, Odd::WrongCombined | Odd::Cut(Cut::AfterCombine));
         if !self.is_alike(step, differs) {
             return Err(self.broken(at, format!("different calls were combined: {:?}", step.odd)));
@@ -528,6 +537,34 @@ impl Actor<'_> {
         Ok(())
     }
 
+    /// A call has been made with the masks of before. Of several slots each has calls of its own.
+    fn say(&self) {
+        if self.plan.config.slots == 1 {
+            self.stage.says(self.rank, &self.masked);
+        }
+    }
+
+    /// Too few ranks do not go on.
+    fn check_number(&self, at: u32) -> Result<(), Broken> {
+        let alive = self.plan.config.ranks() - self.masked.len() as u32;
+        if alive >= self.plan.options.least_ranks || self.plan.config.slots > 1 {
+            return Ok(());
+        }
+        Err(self.broken(at, format!("{alive} ranks go on")))
+    }
+
+    /// Nobody waits for whom it knows to be gone.
+    fn check_waits(&self, at: u32, gone: &[(u32, Duration)], report: &Report) -> Result<(), Broken> {
+        for (rank, learnt) in gone {
+            let waited = report.waits[*rank as usize].saturating_sub(*learnt);
+            if waited > A_LOOK {
+                let what = format!("it has waited {waited:?} for rank {rank}, which it knew to be gone");
+                return Err(self.broken(at, what));
+            }
+        }
+        Ok(())
+    }
+
     fn judge(&mut self, at: u32, error: &EpError, place: Place) -> Result<Went, Broken> {
         let steps = &self.plan.slots[self.slot as usize];
         let step = &steps[at as usize];
@@ -584,4 +621,6 @@ fn rows(form: Form, rows: &[Bf16]) -> Rows<'_> {
 
 /// A form that no step has but an odd one.
 const OTHER: Payload = Payload::Opaque { row_bytes: 16, scale_bytes: 0 };
+/// Who sleeps looks again after this, and once more.
+const A_LOOK: Duration = Duration::from_millis(45);
 const NOTHING: Bf16 = Bf16::from_bits(0x7fff);

@@ -2,6 +2,7 @@
 //! happens to the ranks meanwhile. One seed is one run.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -32,7 +33,10 @@ pub struct Stage {
 #[derive(Default)]
 pub struct Hands {
     pub mourners: Vec<Mourner>,
-    pub sealed: Vec<(Memory, Vec<Range<usize>>)>,
+    /// By rank: its memory, and what checksums cover there, by kind.
+    pub sealed: Vec<(Memory, Vec<Vec<Range<usize>>>)>,
+    /// By rank: what some of it was.
+    pub kept: BTreeMap<usize, Vec<(usize, Vec<u8>)>>,
 }
 
 struct State {
@@ -56,6 +60,8 @@ struct State {
     /// How often something has happened that masks may follow from.
     disturbances: u32,
     flips: u32,
+    /// Whose memory has been kept, to become what it was.
+    kept: Option<usize>,
     may_misalign: bool,
     turns: u64,
     hash: u64,
@@ -100,6 +106,8 @@ struct Process {
     stopped: Duration,
     /// Others may mask it.
     guilty: bool,
+    /// The ranks that this one knows to be gone, and since when.
+    gone: BTreeMap<u32, Duration>,
     finished: bool,
     faults: Vec<Armed>,
 }
@@ -115,6 +123,7 @@ enum Notice {
 
 enum Action {
     MarkDead { at: u32, rank: u32 },
+    Stale { rank: usize, kind: u64 },
     Flip { rank: usize, place: u64, bit: u8 },
 }
 
@@ -169,6 +178,7 @@ impl Stage {
             actions: Vec::new(),
             disturbances: 0,
             flips: 0,
+            kept: None,
             may_misalign: plan.may_misalign(),
             turns: 0,
             hash: 0xcbf2_9ce4_8422_2325,
@@ -246,12 +256,30 @@ impl Stage {
         state.threads[me].call = Some(Call { begun: state.now, excused });
     }
 
-    /// It has ended.
-    pub fn call_ends(&self) {
-        let Some(me) = ME.get() else { return };
+    /// It has ended. Gives the ranks that this one knows to be gone, and how long after the call began it learnt it.
+    pub fn call_ends(&self) -> Vec<(u32, Duration)> {
+        let Some(me) = ME.get() else { return Vec::new() };
         let mut state = self.state.lock();
         state.judge_call(me);
-        state.threads[me].call = None;
+        let call = state.threads[me].call.take();
+        let excused = state.excused(me);
+        // Of what has been stopped meanwhile nothing is said.
+        let Some(call) = call.filter(|call| call.excused == excused) else { return Vec::new() };
+        let gone = &state.ranks[state.threads[me].rank].gone;
+        gone.iter().map(|(&rank, since)| (rank, since.saturating_sub(call.begun))).collect()
+    }
+
+    /// A rank has made a call that says whom it has masked. What a rank says to which nothing happened counts for all.
+    pub fn says(&self, rank: u32, masked: &[u32]) {
+        let mut state = self.state.lock();
+        if !state.ranks[rank as usize].guilty && !state.may_misalign {
+            masked.iter().for_each(|&rank| state.know_gone(rank));
+        }
+    }
+
+    /// A rank has dropped its group: all know it.
+    pub fn left(&self, rank: u32) {
+        self.state.lock().know_gone(rank);
     }
 
     /// Whether others may mask a rank: something was done to it, or it has stopped calling.
@@ -365,19 +393,45 @@ impl Stage {
 
     fn act(&self, actions: Vec<Action>) {
         ACTING.set(true);
-        let hands = self.hands.lock();
+        let mut hands = self.hands.lock();
+        let hands = &mut *hands;
         for action in actions {
             match action {
                 Action::MarkDead { at, rank } => hands.mourners[at as usize].mark_dead(rank),
+                Action::Stale { rank, kind } => {
+                    let (memory, kinds) = &hands.sealed[rank];
+                    match hands.kept.remove(&rank) {
+                        Some(kept) => {
+                            kept.iter().for_each(|(at, bytes)| memory.write(*at, bytes).expect(INSIDE));
+                        }
+                        None => {
+                            let keep = |part: &Range<usize>| {
+                                let mut bytes = vec![0; part.len()];
+                                memory.read(part.start, &mut bytes).expect(INSIDE);
+                                (part.start, bytes)
+                            };
+                            // Results with their checksums are the last.
+                            let which = if kind & 1 == 0 {
+                                kinds.len() - 1
+                            } else {
+                                (kind >> 1) as usize % kinds.len()
+                            };
+                            let parts = &kinds[which];
+                            hands.kept.insert(rank, parts.iter().map(keep).collect());
+                        }
+                    }
+                }
                 Action::Flip { rank, place, bit } => {
-                    let (memory, parts) = &hands.sealed[rank];
-                    let part = &parts[(place % parts.len() as u64) as usize];
-                    // Most rows are few, and at the front.
-                    let most = if place >> 32 & 1 == 0 { part.len().min(160) } else { part.len() };
-                    let at = part.start + (place >> 33) as usize % most;
+                    let (memory, kinds) = &hands.sealed[rank];
+                    let parts = &kinds[(place % kinds.len() as u64) as usize];
+                    let part = &parts[(place >> 16) as usize % parts.len()];
+                    // Most rows are few, and at the front; headers and masks begin lines.
+                    let most = if place >> 32 & 1 == 0 { part.len().min(256) } else { part.len() };
+                    let step = if place >> 33 & 1 == 0 { 1 } else { LINE_BYTES };
+                    let at = part.start + (place >> 34) as usize % most / step * step;
                     let mut byte = [0];
-                    memory.read(at, &mut byte).expect("a place of the region");
-                    memory.write(at, &[byte[0] ^ 1 << bit]).expect("a place of the region");
+                    memory.read(at, &mut byte).expect(INSIDE);
+                    memory.write(at, &[byte[0] ^ 1 << bit]).expect(INSIDE);
                 }
             }
         }
@@ -432,6 +486,11 @@ impl State {
         self.hash = (self.hash ^ value).wrapping_mul(0x0100_0000_01b3).rotate_left(23);
     }
 
+    fn know_gone(&mut self, rank: u32) {
+        let now = self.now;
+        self.ranks.iter_mut().for_each(|process| _ = process.gone.entry(rank).or_insert(now));
+    }
+
     /// Time that does not count against a thread's calls.
     fn excused(&self, me: usize) -> Duration {
         self.jumped + self.ranks[self.threads[me].rank].stopped
@@ -463,7 +522,13 @@ impl State {
         };
         let Some(at) = self.ranks[rank].faults.iter().position(is_due) else { return };
         let fault = self.ranks[rank].faults[at].fault.clone();
-        if matches!(fault, Fault::Flip) && (self.is_anyone_copying() || self.sealed_ranks().is_empty()) {
+        if matches!(fault, Fault::Flip | Fault::Stale)
+            && (self.is_anyone_copying() || self.sealed_ranks().is_empty())
+        {
+            return;
+        }
+        if matches!(fault, Fault::Stale) && self.kept.is_some_and(|kept| !self.sealed_ranks().contains(&kept))
+        {
             return;
         }
         self.ranks[rank].faults.remove(at);
@@ -513,6 +578,13 @@ impl State {
                     self.notices.push((now + after, Notice::Dead { at, rank: rank as u32 }));
                 }
             }
+            Fault::Stale => {
+                self.flips += 1;
+                let ranks = self.sealed_ranks();
+                let any = ranks[self.random.below(ranks.len() as u32) as usize];
+                let rank = self.kept.take().unwrap_or_else(|| *self.kept.insert(any));
+                self.actions.push(Action::Stale { rank, kind: self.random.next() });
+            }
             Fault::Flip => {
                 self.flips += 1;
                 let ranks = self.sealed_ranks();
@@ -556,6 +628,9 @@ impl State {
         while let Some(at) = self.notices.iter().position(|(when, _)| *when <= now) {
             self.disturbances += 1;
             if let Notice::Dead { at, rank } = self.notices.remove(at).1 {
+                if self.ranks[rank as usize].dead {
+                    self.ranks[at as usize].gone.entry(rank).or_insert(now);
+                }
                 self.actions.push(Action::MarkDead { at, rank });
             }
         }
@@ -618,8 +693,10 @@ impl State {
     }
 }
 
-/// The longest that a call may take, in the limits of one wait.
-pub const CALL_LIMITS: u32 = 12;
+/// The longest that a call may take, in the limits of one wait: a dispatch waits twice at most, and one count serves all ranks.
+pub const CALL_LIMITS: u32 = 4;
 /// What a turn takes, at most.
 const MOST_TICK_US: u32 = 30;
+const LINE_BYTES: usize = 64;
 const MOST_TURNS: u64 = 1_000_000;
+const INSIDE: &str = "a place of the region";

@@ -226,9 +226,8 @@ impl Header {
 
     /// Whether this and the mask are what their source wrote, as far as that can be known.
     pub fn is_whole(&self, mask: &[u32]) -> bool {
-        self.flags & VERIFIED == 0
-            || self.sum(mask) == self.checksum
-            || is_planted(Planted::ChecksumUnchecked)
+        let is_unchecked = is_planted(Planted::ChecksumUnchecked) || is_planted(Planted::HeaderUnchecked);
+        self.flags & VERIFIED == 0 || self.sum(mask) == self.checksum || is_unchecked
     }
 }
 

@@ -213,12 +213,13 @@ impl Group {
             .collect()
     }
 
-    /// This rank's memory, and where in it is what checksums cover where calls are verified: for simulations that spoil it.
+    /// This rank's memory, and where in it is what checksums cover where calls are verified, by kind: for simulations that
+    /// spoil it.
     #[cfg(feature = "planted-bugs")]
-    pub fn sealed(&self) -> (Memory, Vec<std::ops::Range<usize>>) {
+    pub fn sealed(&self) -> (Memory, Vec<Vec<std::ops::Range<usize>>>) {
         let slots = 0..self.shared.config.slots;
-        let parts = slots.flat_map(|slot| self.shared.own_region().sealed(slot)).collect();
-        (self.shared.own_memory().clone(), parts)
+        let kinds = slots.flat_map(|slot| self.shared.own_region().sealed(slot));
+        (self.shared.own_memory().clone(), kinds.filter(|parts| !parts.is_empty()).collect())
     }
 
     fn allocate_regions(config: &GroupConfig) -> Result<Vec<Memory>, GroupError> {

@@ -199,17 +199,18 @@ impl RegionLayout {
         self.place(slot, self.combined_weights)
     }
 
-    /// What checksums cover: what the others say of their calls, and this rank's rows and results.
+    /// What checksums cover: what the others say of their calls, this rank's rows, and its results with their checksums.
     #[cfg(feature = "planted-bugs")]
-    pub fn sealed(&self, slot: u32) -> Vec<Range<usize>> {
+    pub fn sealed(&self, slot: u32) -> [Vec<Range<usize>>; 3] {
         let said = self.sources.arenas.iter().map(|arena| Part {
             at: arena.at + ArenaLayout::FRONT_BYTES,
             bytes: arena.bytes - ArenaLayout::FRONT_BYTES,
         });
-        said.chain([self.staging, self.results, self.result_checksums])
-            .filter(|part| part.bytes > 0)
-            .map(|part| self.place(slot, part)..self.place(slot, part) + part.bytes)
-            .collect()
+        let places = |parts: Vec<Part>| {
+            let parts = parts.into_iter().filter(|part| part.bytes > 0);
+            parts.map(|part| self.place(slot, part)..self.place(slot, part) + part.bytes).collect()
+        };
+        [said.collect(), vec![self.staging], vec![self.results, self.result_checksums]].map(places)
     }
 
     /// What the port of a rank writes here: a page for each slot.

@@ -8,6 +8,7 @@ use crate::error::EpError;
 use crate::group::TAKEN_BYTES;
 use crate::incoming::Incoming;
 use crate::latency::{begins_span, combine_header};
+use crate::planted::{Planted, is_planted};
 use crate::region::rows_per_expert;
 use crate::report::Report;
 use crate::results::Results;
@@ -331,7 +332,10 @@ impl<'slot> ThroughputStep<'slot> {
             if slot.is_verified() {
                 results.seal(slot, rank, ALL_EXPERTS - shared.rank, at, rows);
             }
-            shared.arena_at(slot.slot, rank).write_begins(begins);
+            let arena = shared.arena_at(slot.slot, rank);
+            if !is_planted(Planted::BeginsLate) {
+                arena.write_begins(begins);
+            }
             slot.publish(rank, header, as_bytes(begins), |call| {
                 let to = slot.received.results_at[rank as usize];
                 results.spans_to(rank, slot.is_verified(), at, to, rows, &mut call.spans);
@@ -341,6 +345,9 @@ impl<'slot> ThroughputStep<'slot> {
                 call.spans.push(begins_span(&shared, slot.slot, rank, 1));
                 report.wire_bytes += call.spans.iter().map(|span| span.bytes as u64).sum::<u64>();
             });
+            if is_planted(Planted::BeginsLate) {
+                arena.write_begins(begins);
+            }
         }
         report.end_half(begun, &shared);
         Ok(ThroughputCombine { slot, header, report })
