@@ -92,7 +92,7 @@ impl Slot {
         }
         let says = |rank: u32| self.mask_words[rank as usize / 32] >> (rank % 32) & 1 != 0;
         if says(shared.rank) {
-            return Err(EpError::Masked { by: source });
+            return Err(self.out(source));
         }
         if !is_planted(Planted::MasksIgnored) && self.mask_words.iter().any(|&word| word != 0) {
             for rank in (0..shared.ranks()).filter(|&rank| says(rank) && !shared.is_masked(rank)) {
@@ -137,7 +137,7 @@ impl Slot {
             return Ok(true);
         }
         if let Some(by) = self.expelled_by() {
-            return Err(EpError::Masked { by });
+            return Err(self.out(by));
         }
         self.mask(source);
         self.check_quorum()?;
@@ -189,6 +189,7 @@ impl Slot {
         if !is_planted(Planted::MaskUntold) {
             shared.say_farewell(rank, Farewell::Masked);
         }
+        shared.pass();
         // What the rank may still be reading is overwritten, by any slot, only after it can know that it should not.
         fence(Ordering::SeqCst);
         shared.mask(rank);
@@ -205,10 +206,19 @@ impl Slot {
         Err(EpError::TooFewRanks { alive, least, masked: self.shared.masked() })
     }
 
+    /// This rank is out, for good, and every slot of it.
+    pub(crate) fn out(&self, by: u32) -> EpError {
+        self.shared.set_out(by);
+        EpError::Masked { by }
+    }
+
     /// A rank that has masked this one. What those say that are masked or dead to this one counts only if they are most of
     /// the others: then it is this one that is out.
     pub(crate) fn expelled_by(&self) -> Option<u32> {
         let shared = &*self.shared;
+        if let Some(by) = shared.out_by() {
+            return Some(by);
+        }
         let all = || (0..shared.ranks()).filter(|&by| by != shared.rank && self.is_expelled_by(by));
         let counts = |by: &u32| !shared.is_masked(*by) && !shared.is_gone(*by);
         let others = shared.ranks() as usize - 1;
@@ -250,6 +260,7 @@ impl Slot {
     /// it is false, and what was read is to be read again without it.
     pub(crate) fn check_membership(&self, read: &mut [bool]) -> Result<bool, EpError> {
         let shared = &*self.shared;
+        shared.pass();
         fence(Ordering::SeqCst);
         if is_planted(Planted::MembershipUnchecked) {
             return Ok(true);
@@ -260,7 +271,7 @@ impl Slot {
                 continue;
             }
             if let Some(by) = self.expelled_by() {
-                return Err(EpError::Masked { by });
+                return Err(self.out(by));
             }
             self.mask(by);
             (*read, counts) = (false, false);

@@ -227,7 +227,7 @@ impl Slot {
         let mut report = Report::new(shared.ranks());
         // Who is masked by some has to stop for all: the others take its next call for another one than theirs.
         if let Some(by) = self.expelled_by() {
-            return Err(EpError::Masked { by });
+            return Err(self.out(by));
         }
         self.check_quorum()?;
         self.settle()?;
