@@ -219,7 +219,7 @@ impl Plan {
             }
         }
         if options.verify && random.below(2) == 0 {
-            let stale = random.below(3) == 0;
+            let stale = random.below(2) == 0;
             for _ in 0..1 + random.below(6) {
                 let mut armed =
                     Armed::new(random.below(ranks), (ranks, config.slots, steps), &options, random);

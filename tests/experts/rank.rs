@@ -598,6 +598,8 @@ impl Actor<'_> {
             return Err(self.broken(at, format!("{place:?} fails without a reason: {error}")));
         }
         self.stage.count(what);
+        let told = error.to_string();
+        self.stage.note(told.bytes().fold(0, |hash: u64, byte| hash.rotate_left(7) ^ u64::from(byte)));
         Ok(went)
     }
 }
