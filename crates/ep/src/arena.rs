@@ -11,6 +11,7 @@ use crossdock_memory::Memory;
 
 use crate::planted::{Planted, is_planted};
 use crate::region::LINE_BYTES;
+use crate::slot::VERIFIED;
 use crate::{GroupConfig, Payload};
 
 /// The places in one arena, in bytes from where it begins.
@@ -40,9 +41,11 @@ pub(crate) struct Header {
     pub flags: u32,
     /// Where among the source's combined rows the results of the reader go, if its port writes them.
     pub results_at: u32,
-    /// Of the header and what else the call has written, where calls are verified.
-    pub checksum: u32,
     pub placement_version: u64,
+    /// Of what else the call has written for the reader, where calls are verified.
+    pub list_checksum: u32,
+    /// Of all of this and the mask, where calls are verified.
+    pub checksum: u32,
 }
 
 impl ArenaLayout {
@@ -117,12 +120,16 @@ impl<'a> Arena<'a> {
         self.at
     }
 
+    /// The mask, and the header, which gets its checksum where calls are verified.
     pub fn write_header(&self, header: &Header, mask: impl Iterator<Item = u32>) {
         let at = self.at + self.header_part(header.call).at;
-        self.memory.write(at, &header.bytes()).expect(INSIDE);
+        let mut checksum = header.sum(&[]);
         for (word, mask) in mask.enumerate() {
+            checksum = crc32c::crc32c_append(checksum, &mask.to_le_bytes());
             self.memory.write(at + HEADER_BYTES + 4 * word, &mask.to_le_bytes()).expect(INSIDE);
         }
+        let checksum = if header.flags & VERIFIED == 0 { 0 } else { checksum };
+        self.memory.write(at, &Header { checksum, ..*header }.bytes()).expect(INSIDE);
     }
 
     pub fn read_header(&self, call: u32, mask: &mut [u32]) -> Header {
@@ -179,9 +186,10 @@ impl Header {
             self.scale_bytes,
             self.flags,
             self.results_at,
-            self.checksum,
             self.placement_version as u32,
             (self.placement_version >> 32) as u32,
+            self.list_checksum,
+            self.checksum,
         ];
         let mut bytes = [0; HEADER_BYTES];
         for (place, field) in bytes.chunks_exact_mut(4).zip(fields) {
@@ -203,15 +211,23 @@ impl Header {
             scale_bytes: field(7),
             flags: field(8),
             results_at: field(9),
-            checksum: field(10),
-            placement_version: u64::from(field(11)) | u64::from(field(12)) << 32,
+            placement_version: u64::from(field(10)) | u64::from(field(11)) << 32,
+            list_checksum: field(12),
+            checksum: field(13),
         }
     }
 
-    /// The checksum over this header and a list that goes with it.
-    pub fn sum(&self, list: &[u8]) -> u32 {
+    /// The checksum over this header and the mask that goes with it.
+    pub fn sum(&self, mask: &[u32]) -> u32 {
         let header = Header { checksum: 0, ..*self };
-        crc32c::crc32c_append(crc32c::crc32c(&header.bytes()), list)
+        let sum = crc32c::crc32c(&header.bytes());
+        mask.iter().fold(sum, |sum, word| crc32c::crc32c_append(sum, &word.to_le_bytes()))
+    }
+
+    /// Whether this and the mask are what their source wrote, as far as that can be known.
+    pub fn is_whole(&self, mask: &[u32]) -> bool {
+        let is_unchecked = is_planted(Planted::ChecksumUnchecked) || is_planted(Planted::HeaderUnchecked);
+        self.flags & VERIFIED == 0 || self.sum(mask) == self.checksum || is_unchecked
     }
 }
 

@@ -105,6 +105,8 @@ pub(crate) struct Shared {
     outgoing: Option<Arc<Outgoing>>,
     mask: Box<[AtomicU32]>,
     gone: Box<[AtomicBool]>,
+    /// The rank by which a call here has failed as masked, and one more.
+    out: AtomicU32,
 }
 
 /// How this rank reaches another.
@@ -186,6 +188,7 @@ impl Group {
             outgoing,
             mask: (0..ranks.div_ceil(32)).map(|_| AtomicU32::new(0)).collect(),
             gone: (0..ranks).map(|_| AtomicBool::new(false)).collect(),
+            out: AtomicU32::new(0),
             config: config.clone(),
             options: options.clone(),
         });
@@ -211,6 +214,15 @@ impl Group {
         (0..config.ranks())
             .map(|rank| Group::assemble(config, rank, reaches(), None, options, pace.clone()))
             .collect()
+    }
+
+    /// This rank's memory, and where in it is what checksums cover where calls are verified, by kind: for simulations that
+    /// spoil it.
+    #[cfg(feature = "planted-bugs")]
+    pub fn sealed(&self) -> (Memory, Vec<Vec<std::ops::Range<usize>>>) {
+        let slots = 0..self.shared.config.slots;
+        let kinds = slots.flat_map(|slot| self.shared.own_region().sealed(slot));
+        (self.shared.own_memory().clone(), kinds.filter(|parts| !parts.is_empty()).collect())
     }
 
     fn allocate_regions(config: &GroupConfig) -> Result<Vec<Memory>, GroupError> {
@@ -348,6 +360,16 @@ impl Shared {
 
     pub fn is_gone(&self, rank: u32) -> bool {
         self.gone[rank as usize].load(Ordering::Acquire)
+    }
+
+    /// By whom a call of this rank has failed as masked.
+    pub fn out_by(&self) -> Option<u32> {
+        self.out.load(Ordering::Acquire).checked_sub(1)
+    }
+
+    /// No further call of this rank succeeds.
+    pub fn set_out(&self, by: u32) {
+        self.out.store(by + 1, Ordering::Release);
     }
 
     pub fn masked(&self) -> Vec<u32> {

@@ -187,7 +187,10 @@ fn take_all(
         slot.received.begins.extend_from_slice(&outputs.counts);
         let came = slot.wait_for(source, header, report)?;
         let packed = match &came {
-            Some(theirs) => pack(slot, source, theirs, outputs, report)?,
+            Some(theirs) => match pack(slot, source, theirs, outputs, report) {
+                Ok(packed) => packed,
+                Err(error) => return slot.excuse(source, error).map(|()| false),
+            },
             None => 0,
         };
         slot.received.note(source, came.as_ref(), packed, &shared)?;
@@ -443,8 +446,10 @@ impl LatencyCombine<'_> {
         loop {
             let raise = routes.account(&shared, &answered, Some(weights), &mut report)?;
             (report.wire_bytes, report.logical_bytes) = sent;
-            sum(slot, (&answered, &begins), (weights, &raise), out, &mut report)?;
+            let summed = sum(slot, (&answered, &begins), (weights, &raise), out, &mut report);
+            // What is found wrong may be what a rank that has masked this one has written since.
             if slot.check_membership(&mut answered)? {
+                summed?;
                 break;
             }
         }

@@ -34,11 +34,25 @@ pub enum Planted {
     ChecksumUnchecked,
     /// Checksums do not depend on the step.
     StepUntagged,
+    /// What a header says is heeded before it is compared with its checksum.
+    HeaderUnchecked,
+    /// What is found wrong is not read again when it turns out that its rank has masked this one.
+    OverwrittenBlamed,
+    /// Where results begin is written after the call is published.
+    BeginsLate,
+    /// A combine reads results without waiting for them.
+    ResultsUnheard,
+    /// Too few ranks go on.
+    QuorumUnchecked,
+    /// Who has left is waited for.
+    LeavingIgnored,
+    /// A rank is given up only when all together have been waited for very long.
+    ChainOnly,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 15] = [
+    pub const ALL: [Planted; 22] = [
         Self::PublishedEarly,
         Self::HeaderNotAlternating,
         Self::ReleaseSkipped,
@@ -54,6 +68,13 @@ impl Planted {
         Self::LostUnreported,
         Self::ChecksumUnchecked,
         Self::StepUntagged,
+        Self::HeaderUnchecked,
+        Self::OverwrittenBlamed,
+        Self::BeginsLate,
+        Self::ResultsUnheard,
+        Self::QuorumUnchecked,
+        Self::LeavingIgnored,
+        Self::ChainOnly,
     ];
 }
 

@@ -199,6 +199,20 @@ impl RegionLayout {
         self.place(slot, self.combined_weights)
     }
 
+    /// What checksums cover: what the others say of their calls, this rank's rows, and its results with their checksums.
+    #[cfg(feature = "planted-bugs")]
+    pub fn sealed(&self, slot: u32) -> [Vec<Range<usize>>; 3] {
+        let said = self.sources.arenas.iter().map(|arena| Part {
+            at: arena.at + ArenaLayout::FRONT_BYTES,
+            bytes: arena.bytes - ArenaLayout::FRONT_BYTES,
+        });
+        let places = |parts: Vec<Part>| {
+            let parts = parts.into_iter().filter(|part| part.bytes > 0);
+            parts.map(|part| self.place(slot, part)..self.place(slot, part) + part.bytes).collect()
+        };
+        [said.collect(), vec![self.staging], vec![self.results, self.result_checksums]].map(places)
+    }
+
     /// What the port of a rank writes here: a page for each slot.
     pub fn written_by(&self, source: u32) -> Vec<PageLayout> {
         let source = source as usize;

@@ -227,7 +227,7 @@ impl Slot {
         let mut report = Report::new(shared.ranks());
         // Who is masked by some has to stop for all: the others take its next call for another one than theirs.
         if let Some(by) = self.expelled_by() {
-            return Err(EpError::Masked { by });
+            return Err(self.out(by));
         }
         self.check_quorum()?;
         self.settle()?;
@@ -259,7 +259,8 @@ impl Slot {
             return Ok(());
         }
         self.next_call(RELEASE);
-        let header = Header { kind: RELEASE, call: self.call, ..Header::default() };
+        let flags = if self.is_verified() { VERIFIED } else { 0 };
+        let header = Header { kind: RELEASE, call: self.call, flags, ..Header::default() };
         let shared = self.shared.clone();
         for rank in (0..shared.ranks()).filter(|&rank| !shared.is_masked(rank)) {
             self.publish(rank, header, &[], |_| {});
@@ -527,8 +528,8 @@ impl Slot {
     ) {
         let shared = &*self.shared;
         let arena = shared.arena_at(self.slot, rank);
-        let checksum = if self.is_verified() { header.sum(list) } else { 0 };
-        arena.write_header(&Header { checksum, ..header }, shared.mask_words());
+        let list_checksum = if self.is_verified() { crc32c::crc32c(list) } else { 0 };
+        arena.write_header(&Header { list_checksum, ..header }, shared.mask_words());
         shared.pass();
         let Some(port) = shared.port_of(rank) else {
             return words::with(arena.word(), |word| {

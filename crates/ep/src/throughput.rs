@@ -8,6 +8,7 @@ use crate::error::EpError;
 use crate::group::TAKEN_BYTES;
 use crate::incoming::Incoming;
 use crate::latency::{begins_span, combine_header};
+use crate::planted::{Planted, is_planted};
 use crate::region::rows_per_expert;
 use crate::report::Report;
 use crate::results::Results;
@@ -221,7 +222,9 @@ fn take_all(
         slot.received.begins.push(begin);
         let came = slot.wait_for(source, header, report)?;
         if let Some(theirs) = &came {
-            take(slot, source, theirs, outputs, report)?;
+            if let Err(error) = take(slot, source, theirs, outputs, report) {
+                return slot.excuse(source, error).map(|()| false);
+            }
         }
         slot.received.note(source, came.as_ref(), outputs.len as u32 - begin, &shared)?;
         outputs.ends[source as usize] = outputs.len as u32;
@@ -329,7 +332,10 @@ impl<'slot> ThroughputStep<'slot> {
             if slot.is_verified() {
                 results.seal(slot, rank, ALL_EXPERTS - shared.rank, at, rows, weights.is_some());
             }
-            shared.arena_at(slot.slot, rank).write_begins(begins);
+            let arena = shared.arena_at(slot.slot, rank);
+            if !is_planted(Planted::BeginsLate) {
+                arena.write_begins(begins);
+            }
             slot.publish(rank, header, as_bytes(begins), |call| {
                 let to = slot.received.results_at[rank as usize];
                 results.spans_to(rank, slot.is_verified(), at, to, rows, &mut call.spans);
@@ -339,6 +345,9 @@ impl<'slot> ThroughputStep<'slot> {
                 call.spans.push(begins_span(&shared, slot.slot, rank, 1));
                 report.wire_bytes += call.spans.iter().map(|span| span.bytes as u64).sum::<u64>();
             });
+            if is_planted(Planted::BeginsLate) {
+                arena.write_begins(begins);
+            }
         }
         report.end_half(begun, &shared);
         Ok(ThroughputCombine { slot, header, report })
@@ -401,12 +410,14 @@ impl ThroughputCombine<'_> {
         loop {
             (report.wire_bytes, report.logical_bytes) = sent;
             routes.account(&shared, &answered, slot.weights.as_deref(), &mut report)?;
-            sum(slot, (&answered, &begins, &has_weights), biases, out, &mut report)?;
-            if let Some(weights) = weights.as_deref_mut() {
+            let summed = sum(slot, (&answered, &begins, &has_weights), biases, out, &mut report);
+            if let (Some(weights), Ok(())) = (weights.as_deref_mut(), &summed) {
                 let gave = |rank: u32| answered[rank as usize] && has_weights[rank as usize];
                 sum_weights(slot, gave, &begins, weights);
             }
+            // What is found wrong may be what a rank that has masked this one has written since.
             if slot.check_membership(&mut answered)? {
+                summed?;
                 break;
             }
         }

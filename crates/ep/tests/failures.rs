@@ -242,6 +242,22 @@ fn a_rank_that_is_dead_to_the_others_expels_nobody() {
     });
 }
 
+/// Two ranks lose touch with each other: the one that was told that it is out stays out, whatever it learns then.
+#[test]
+fn a_rank_that_was_told_that_it_is_masked_is_out_for_good() {
+    let mut groups = Group::in_process(&config(), &options()).unwrap();
+    // Rank 1 goes on alone.
+    [0, 2, 3].iter().for_each(|&rank| groups[1].mourner().mark_dead(rank));
+    assert_eq!(latency(&mut groups[1], 1.0, || {}).unwrap().out, expected(1.0, &[0, 2, 3], false));
+    let one = &mut groups[0];
+    assert!(matches!(latency(one, 1.0, || {}), Err(EpError::Masked { by: 1 })));
+    one.mourner().mark_dead(1);
+    for _ in 0..3 {
+        assert!(matches!(latency(one, 1.0, || {}), Err(EpError::Masked { by: 1 })));
+        assert!(matches!(throughput(one, 1.0), Err(EpError::Masked { by: 1 })));
+    }
+}
+
 /// The others have not masked it yet when it hears of it, and must not take what it tries next for their next call.
 #[test]
 fn a_rank_that_is_masked_by_one_is_masked_by_all_soon_and_confuses_nobody() {

@@ -1,7 +1,7 @@
 //! Several micro-batches under way at once, forms that the library does not know, and scales in any order.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossdock_ep::{
     Bf16, Group, GroupConfig, GroupOptions, LatencyOutputs, Payload, Rows, ScaleOrder, Scales, Slot,
@@ -102,6 +102,38 @@ fn steps_of_a_slot(slot: &mut Slot, mut outputs: LatencyOutputs, ranks: usize, a
         received.combine().receive(&[0.25; 2 * TOKENS], &mut out).unwrap();
         assert_eq!(out, rows, "two halves of twice as much, slot {at} step {step}");
     }
+}
+
+/// The first step of a slot may take long, but nobody waits in it for whom another slot has masked.
+#[test]
+fn a_rank_that_one_slot_masks_is_waited_for_in_none() {
+    let options = GroupOptions { deadline: Duration::from_millis(500), ..options() };
+    let mut groups = Group::in_process(&config(2, 2, Payload::Bf16), &options).unwrap();
+    let mut silent = groups.pop().unwrap();
+    let mut group = groups.pop().unwrap();
+    let outputs = |group: &Group| LatencyOutputs::new(group, Payload::Bf16, ScaleOrder::ByRow);
+    let mut of_silent = outputs(&silent);
+    let mut of_group = [0, 1].map(|_| outputs(&group));
+    let rows = vec![Bf16::from_f32(1.0); TOKENS * HIDDEN];
+    let choices = choices(2, 0);
+    let tokens = Tokens { rows: Rows::Bf16(&rows), choices: &choices, weights: None };
+    let step = |slot: &mut Slot, outputs: &mut LatencyOutputs| {
+        let received = slot.dispatch(&tokens).unwrap().latency(outputs).unwrap();
+        received.combine().receive(&[0.5; 2 * TOKENS], &mut rows.clone()).unwrap().masked
+    };
+    thread::scope(|scope| {
+        // One step in the first slot, and then nothing.
+        let one = scope.spawn(|| step(silent.slot(0), &mut of_silent));
+        let [in_first, in_second] = &mut of_group;
+        assert!(step(group.slot(0), in_first).is_empty());
+        assert!(one.join().unwrap().is_empty());
+        let [first, second] = group.slots() else { unreachable!("two slots") };
+        let begun = Instant::now();
+        let waits = scope.spawn(|| step(second, in_second));
+        assert_eq!(step(first, in_first), [1]);
+        assert_eq!(waits.join().unwrap(), [1]);
+        assert!(begun.elapsed() < Duration::from_secs(20), "the first step's limit is longer");
+    });
 }
 
 /// The dispatch of one micro-batch and the combine of another, in one thread.
