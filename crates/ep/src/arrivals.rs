@@ -98,9 +98,14 @@ pub(crate) fn wait(
     pace: &dyn Pace,
     mut look: impl FnMut() -> ControlFlow<Waited>,
 ) -> Waited {
-    for spin in 0..patience.spins + patience.yields {
+    for spin in 0..patience.spins.saturating_add(patience.yields) {
         if has_come(word, call) {
             return Waited::Arrived;
+        }
+        if spin % LOOK_AFTER_SPINS == LOOK_AFTER_SPINS - 1
+            && let ControlFlow::Break(end) = look()
+        {
+            return if has_come(word, call) { Waited::Arrived } else { end };
         }
         if spin < patience.spins { std::hint::spin_loop() } else { std::thread::yield_now() }
     }
@@ -119,6 +124,8 @@ pub(crate) fn wait(
 }
 
 const ASLEEP: u32 = 1;
+/// Whoever spins for long looks after so many, which is a millisecond or two.
+const LOOK_AFTER_SPINS: u32 = 1 << 16;
 /// How long a sleeper lies at most before it asks whether the other is still there.
 pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 

@@ -248,6 +248,14 @@ impl GroupConfig {
         if found.is_empty() { Ok(()) } else { Err(Violations(found)) }
     }
 
+    /// # Panics
+    /// If a dispatch of this group cannot carry rows of this form.
+    pub(crate) fn assert_takes(&self, payload: Payload) {
+        let bytes = |payload: Payload| payload.row_bytes(self.hidden) + payload.scale_bytes(self.hidden);
+        let fits = self.check_payload(payload).is_ok() && bytes(payload) <= bytes(self.payload);
+        assert!(fits, "{payload} in a group of {}", self.payload);
+    }
+
     /// What memory each rank needs.
     pub fn sizes(&self) -> Result<Sizes, Violations> {
         self.validate()?;

@@ -43,10 +43,20 @@ pub enum GroupError {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum EpError {
-    /// This call's arguments do not fit each other or the group. Nothing was sent by it; a receive half that is refused ends its
-    /// step, and the slot's next dispatch sees to it that the ranks agree on the next.
+    /// This call's arguments do not fit each other or the group. Nothing was sent.
     #[error("{what} has {len} elements and not {expected}")]
     WrongLength {
+        /// Which argument.
+        what: &'static str,
+        /// How long it is.
+        len: usize,
+        /// How long it has to be.
+        expected: usize,
+    },
+    /// What a half of a call is to fill, or to send back, does not fit the step. The step is lost for this rank, and the others
+    /// learn that it made another call than they, if they make one.
+    #[error("{what} has {len} elements and not {expected}; this rank's step is lost")]
+    Unfit {
         /// Which argument.
         what: &'static str,
         /// How long it is.
@@ -119,6 +129,14 @@ pub enum EpError {
         value: u64,
         /// The most that it can be.
         most: u64,
+    },
+    /// A rank sent the row of a token that chose none of this rank's experts.
+    #[error("rank {rank} sent the row of its token {token}, which chose no expert here")]
+    Stray {
+        /// Who sent it.
+        rank: u32,
+        /// Which of its tokens.
+        token: u32,
     },
     /// Something is not what its rank wrote.
     #[error("{what} of rank {rank} does not have the checksum that it was given there in this step")]
@@ -212,9 +230,11 @@ impl EpError {
             | EpError::Choices(_)
             | EpError::ForeignRoute => Advice::CorrectArguments,
             EpError::Mismatch { .. } => Advice::AlignCalls,
-            EpError::Nonsense { .. } | EpError::Corrupted { .. } | EpError::WeightLost { .. } => {
-                Advice::NextStep
-            }
+            EpError::Unfit { .. }
+            | EpError::Stray { .. }
+            | EpError::Nonsense { .. }
+            | EpError::Corrupted { .. }
+            | EpError::WeightLost { .. } => Advice::NextStep,
             EpError::Masked { .. } | EpError::TooFewRanks { .. } | EpError::StillWriting { .. } => {
                 Advice::NewGroup
             }
@@ -234,6 +254,16 @@ impl EpError {
             Some((what, len, expected)) => Err(EpError::WrongLength { what, len, expected }),
             None => Ok(()),
         }
+    }
+
+    /// The same for what a half of a call takes, whose step ends with the error.
+    pub(crate) fn check_outputs(
+        lists: impl IntoIterator<Item = (&'static str, usize, usize)>,
+    ) -> Result<(), EpError> {
+        EpError::check_lengths(lists).map_err(|error| match error {
+            EpError::WrongLength { what, len, expected } => EpError::Unfit { what, len, expected },
+            other => other,
+        })
     }
 }
 

@@ -24,7 +24,8 @@ use crate::{Experts, GroupConfig, Quantiser, Summer};
 #[derive(Clone, Debug, PartialEq)]
 pub struct GroupOptions {
     /// How long a rank may neither make its call nor wait itself before those who wait for it mask it. It counts while
-    /// whoever waits runs itself, so a job that is stopped as a whole goes on where it was.
+    /// whoever waits runs itself, so a job that is stopped as a whole goes on where it was. Where ranks are processes that
+    /// have met, silent heartbeats end a wait sooner, after their grace.
     pub deadline: Duration,
     /// How long the waits of a slot's first step last: others may still compile their kernels.
     pub warm_up: Duration,
@@ -57,8 +58,8 @@ impl Default for GroupOptions {
 pub enum LostWeight {
     /// The sum lacks what they would have added.
     Drop,
-    /// The weights of the others are raised, so that they add up to what all of the token's weights did. In the latency
-    /// mode, whose combine has weights.
+    /// The weights of the others are raised, so that they add up to what all of the token's weights did, where both sums are
+    /// positive. In the latency mode, whose combine has weights.
     Renormalise,
     /// The call fails, after it is over for the other ranks too.
     Fail,

@@ -331,6 +331,6 @@ fn differences(ours: &Header, theirs: &Header) -> Vec<Difference> {
 }
 
 /// A look at the others that comes later than this was held up here, and not by them.
-const LONGEST_STEP: Duration = Duration::from_millis(100);
+pub(crate) const LONGEST_STEP: Duration = Duration::from_millis(100);
 /// Of ranks that wait for each other one after the other, before whoever waits for the last gives up anyway.
 const LONGEST_CHAIN: u32 = 8;

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use crossdock_engine::{Engine, OsError, now_ns};
 use crossdock_memory::Memory;
 use crossdock_proto::{Notice, SessionEnd, SessionId, TargetId};
-use crossdock_transport::{Direction, Error, GrantId, Mapping, Op, Shape};
+use crossdock_transport::Mapping;
 
 use crate::arena::Arena;
 use crate::error::GroupError;
@@ -18,6 +18,7 @@ use crate::meet::MeetError;
 use crate::note::Note;
 use crate::outgoing::{Outgoing, OutgoingCall};
 use crate::pace::{Machine, Pace};
+use crate::poster::{Outbound, Poster, Progress, REGION};
 use crate::region::RegionLayout;
 use crate::words::{self, RankMemory};
 use crate::{GroupConfig, arrivals};
@@ -51,8 +52,12 @@ pub(crate) struct Keeper {
     /// Sessions of ranks that ports reached, and that are over, until nothing can land any more.
     closing: Vec<(u32, SessionId)>,
     last: Option<SessionEnd>,
-    /// Until all have met.
+    /// Until all have met, or cannot.
     told: Option<SyncSender<Result<Met, MeetError>>>,
+    /// All have met.
+    is_complete: bool,
+    /// How long a rank that leaves waits for the others to say that they have heard it.
+    parting_ns: u64,
     mourner: Option<Mourner>,
     /// 0, 1, 2, and so on: where rows go that a port writes one behind the other.
     in_order: Vec<u32>,
@@ -74,18 +79,21 @@ enum PeerReach {
 struct PortPeer {
     /// It has said that it may be written to.
     is_ready: bool,
+    /// It has said that it leaves.
+    has_left: bool,
     /// It has answered this rank's goodbye.
     has_parted: bool,
+    /// It goes on without this rank.
+    has_masked: bool,
+    /// This rank goes on without it, and tells it so until then.
+    severed_until_ns: Option<u64>,
+    /// The session's lane that the first call took.
+    lane: Option<u8>,
     queue: VecDeque<Outbound>,
     /// By slot: calls that are posted and have not left.
     posted: Vec<u32>,
     /// By slot: the last call that came.
     calls: Vec<u32>,
-}
-
-enum Outbound {
-    Note(Note),
-    Call { call: OutgoingCall, ops_done: usize, within: u64 },
 }
 
 impl Keeper {
@@ -96,7 +104,7 @@ impl Keeper {
         own: Memory,
         addresses: &[String],
         (control, outgoing): (Arc<Control>, Arc<Outgoing>),
-        told: SyncSender<Result<Met, MeetError>>,
+        (told, parting_ns): (SyncSender<Result<Met, MeetError>>, u64),
     ) -> Keeper {
         // The higher rank dials, so that two never do at once.
         let now = now_ns();
@@ -118,6 +126,8 @@ impl Keeper {
             closing: Vec::new(),
             last: None,
             told: Some(told),
+            is_complete: false,
+            parting_ns,
             mourner: None,
             in_order: Vec::new(),
             pace: Machine::new(),
@@ -136,18 +146,24 @@ impl Keeper {
             if let Some(mourner) = &self.mourner {
                 died.drain(..).for_each(|rank| mourner.mark_dead(rank));
             }
-            let longest_ns = if self.closing.is_empty() { LONGEST_SLEEP_NS } else { SHORT_SLEEP_NS };
+            let is_ending =
+                |peer: &Peer| matches!(&peer.reach, PeerReach::Port(port) if port.severed_until_ns.is_some());
+            let may_rest = self.closing.is_empty() && !self.peers.values().any(is_ending);
+            let longest_ns = if may_rest { LONGEST_SLEEP_NS } else { SHORT_SLEEP_NS };
             if !active && let Err(error) = self.park(longest_ns) {
-                // Without a sleep, deaths are not heard of any more; deadlines still end every wait.
+                // Nobody keeps in touch any more: the others will take this rank for dead, and it them.
                 self.tell(Err(error.into()));
+                let others = (0..self.ranks()).filter(|&rank| rank != self.rank);
+                self.mourner
+                    .iter()
+                    .for_each(|mourner| others.clone().for_each(|rank| mourner.mark_dead(rank)));
                 break;
             }
         }
-        let was_complete = self.told.is_none();
         let missing = (0..self.ranks()).filter(|rank| *rank != self.rank && !self.is_met(*rank)).collect();
         let last = self.last.take();
         self.tell(Err(MeetError::Late { missing, time_ms: 0, last }));
-        if was_complete {
+        if self.is_complete {
             self.part();
         }
         self.engine.shut_down(now_ns());
@@ -219,9 +235,14 @@ impl Keeper {
                 None
             }
             Notice::SessionDown { session, target, cause, .. } => {
+                let has_masked = session.is_some_and(|session| self.has_masked(session));
                 let rank = session.and_then(|session| self.forget(session));
                 if let Some(rank) = rank {
                     self.last = Some(cause);
+                    if has_masked {
+                        // What it said last counts: it goes on, and not this rank.
+                        return None;
+                    }
                     if self.told.is_some() {
                         // It may come back as long as the group is not complete.
                         return None;
@@ -271,6 +292,7 @@ impl Keeper {
             self.forget(before);
             self.engine.close_session(now, before);
         }
+        self.outgoing.set_quiet(rank, false);
         let reach = match self.mappings.remove(&session).map(RankMemory::mapped) {
             Some(Ok(memory)) => PeerReach::Mapped(memory),
             Some(Err(error)) => return self.tell(Err(GroupError::Memory { rank, error }.into())),
@@ -281,8 +303,18 @@ impl Keeper {
                 }
                 let queue = VecDeque::from([Outbound::Note(Note::Ready)]);
                 let calls = vec![0; self.slots as usize];
-                let (is_ready, has_parted) = (self.ready_early.remove(&session), false);
-                PeerReach::Port(PortPeer { is_ready, has_parted, queue, posted: Vec::new(), calls })
+                let is_ready = self.ready_early.remove(&session);
+                PeerReach::Port(PortPeer {
+                    is_ready,
+                    has_left: false,
+                    has_parted: false,
+                    has_masked: false,
+                    severed_until_ns: None,
+                    lane: None,
+                    queue,
+                    posted: Vec::new(),
+                    calls,
+                })
             }
         };
         self.sessions.insert(session, rank);
@@ -320,11 +352,21 @@ impl Keeper {
                 });
             }
             Some(Note::Pulse { slot }) => self.outgoing.heard_pulse(rank, slot),
-            Some(Note::Left) => {
-                port.queue.push_back(Outbound::Note(Note::Parted));
+            Some(note @ (Note::Left | Note::Masked)) if !port.has_left && !port.has_masked => {
+                let farewell = match note {
+                    Note::Left => {
+                        port.has_left = true;
+                        port.queue.push_back(Outbound::Note(Note::Parted));
+                        Farewell::Left
+                    }
+                    _ => {
+                        port.has_masked = true;
+                        Farewell::Masked
+                    }
+                };
                 for slot in 0..self.slots {
                     let arena = Arena::new(own, region.arena(slot, rank));
-                    set_farewell(&arena, Farewell::Left);
+                    set_farewell(&arena, farewell);
                     words::with(arena.word(), |word| self.pace.wake(word));
                 }
             }
@@ -356,27 +398,44 @@ impl Keeper {
     /// Ends the sessions of ranks that are masked, and says of which nothing can come any more.
     fn close_severed(&mut self, now: u64) {
         for rank in 0..self.ranks() {
-            if self.outgoing.take_severed(rank)
-                && let Some((session, _)) = port_of(&mut self.peers, rank)
-            {
+            let is_new = self.outgoing.take_severed(rank);
+            let Some((session, port)) = port_of(&mut self.peers, rank) else { continue };
+            if is_new {
+                // Nothing more is sent but the word that it is masked.
+                for outbound in port.queue.drain(..) {
+                    if let Outbound::Call { call, .. } = outbound {
+                        self.outgoing.left(rank, call.slot);
+                    }
+                }
+                port.queue.push_back(Outbound::Note(Note::Masked));
+                port.severed_until_ns = Some(now + LONGEST_SEVERING_NS);
+            }
+            // The word has left, or does not leave.
+            if port.severed_until_ns.is_some_and(|until| now >= until || port.queue.is_empty()) {
                 self.forget(session);
                 self.engine.close_session(now, session);
             }
         }
-        let (engine, outgoing) = (&self.engine, &self.outgoing);
-        self.closing.retain(|&(rank, session)| {
-            let quiet = engine.is_quiet(session);
-            if quiet {
-                outgoing.set_quiet(rank);
+        let over: Vec<(u32, SessionId)> =
+            self.closing.extract_if(.., |(_, session)| self.engine.is_quiet(*session)).collect();
+        for (rank, _) in over {
+            if !self.peers.contains_key(&rank) && self.closing.iter().all(|(other, _)| *other != rank) {
+                self.outgoing.set_quiet(rank, true);
             }
-            !quiet
-        });
+        }
+    }
+
+    fn has_masked(&mut self, session: SessionId) -> bool {
+        let Some(&rank) = self.sessions.get(&session) else { return false };
+        port_of(&mut self.peers, rank).is_some_and(|(_, port)| port.has_masked)
     }
 
     fn queue_pulses(&mut self) {
-        for (&rank, peer) in &mut self.peers {
-            let PeerReach::Port(port) = &mut peer.reach else { continue };
-            for slot in self.outgoing.take_waiting(rank) {
+        for rank in 0..self.ranks() {
+            // Of those that no port reaches, too: the thread does not sleep while something is asked of it.
+            let waiting = self.outgoing.take_waiting(rank);
+            let Some((_, port)) = port_of(&mut self.peers, rank) else { continue };
+            for slot in waiting {
                 // Behind much that waits, its sign of life is that it sends.
                 if port.queue.len() < MOST_WAITING_PULSES {
                     port.queue.push_back(Outbound::Note(Note::Pulse { slot }));
@@ -391,15 +450,20 @@ impl Keeper {
         let mut failed = Vec::new();
         for (&rank, peer) in &mut self.peers {
             let PeerReach::Port(port) = &mut peer.reach else { continue };
-            let lane = port_lane(self.rank, rank);
+            if port.lane.is_none() {
+                // Those of many peers are spread over the lanes.
+                port.lane = self.engine.side_lane(peer.session, (self.rank + rank) as usize);
+            }
+            let Some(lane) = port.lane else { continue };
             let mut poster = Poster {
                 engine: &mut self.engine,
                 session: peer.session,
+                lane,
                 own_rank: self.rank,
                 in_order: &mut self.in_order,
             };
             while let Some(outbound) = port.queue.front_mut() {
-                match poster.post(lane, outbound) {
+                match poster.post(outbound) {
                     Ok(Progress::Whole) => {
                         if let Some(Outbound::Call { call, .. }) = port.queue.pop_front() {
                             port.posted.push(call.slot);
@@ -422,12 +486,15 @@ impl Keeper {
 
     /// Says goodbye to ranks that ports reach, and waits for their answers: then what was sent to them is there.
     fn part(&mut self) {
+        while let Some(call) = self.outgoing.next_call() {
+            self.queue_call(call);
+        }
         for peer in self.peers.values_mut() {
             if let PeerReach::Port(port) = &mut peer.reach {
                 port.queue.push_back(Outbound::Note(Note::Left));
             }
         }
-        let until = now_ns() + LONGEST_PARTING_NS;
+        let until = now_ns().saturating_add(self.parting_ns);
         let has_parted = |peer: &Peer| match &peer.reach {
             PeerReach::Port(port) => port.has_parted && port.queue.is_empty(),
             PeerReach::Mapped(_) => true,
@@ -457,6 +524,7 @@ impl Keeper {
             PeerReach::Port(_) => Reach::Port,
         };
         let met = (0..self.ranks()).map(|rank| self.peers.get(&rank).map(reach)).collect();
+        self.is_complete |= self.told.is_some();
         self.tell(Ok(met));
     }
 
@@ -476,98 +544,9 @@ fn port_of(peers: &mut BTreeMap<u32, Peer>, rank: u32) -> Option<(SessionId, &mu
     }
 }
 
-/// Which of a session's lanes two ranks use: those of many peers are spread over the ports.
-fn port_lane(one: u32, other: u32) -> usize {
-    one as usize + other as usize
-}
-
-/// Hands ops to the engine for one session.
-struct Poster<'a> {
-    engine: &'a mut Engine,
-    session: SessionId,
-    own_rank: u32,
-    in_order: &'a mut Vec<u32>,
-}
-
-enum Progress {
-    None,
-    Part,
-    Whole,
-}
-
-impl Poster<'_> {
-    fn post(&mut self, nth_lane: usize, outbound: &mut Outbound) -> Result<Progress, Error> {
-        let Some(lane) = self.engine.side_lane(self.session, nth_lane) else { return Ok(Progress::None) };
-        let (call, ops_done, within) = match outbound {
-            Outbound::Call { call, ops_done, within } => (call, ops_done, within),
-            Outbound::Note(note) => {
-                let mut op = [Op::notify(0)];
-                let posted = self.engine.post_side(self.session, lane, &mut op, Some(note.bits()), None)?;
-                return Ok(if posted.ops == 1 { Progress::Whole } else { Progress::None });
-            }
-        };
-        let Some(regions) = self.engine.side_regions(self.session, lane) else { return Ok(Progress::None) };
-        let (Some(&local), Some(&remote)) =
-            (regions.local.get(REGION as usize), regions.remote.get(REGION as usize))
-        else {
-            return Ok(Progress::None);
-        };
-        let rows = call.rows.as_ref().filter(|rows| !rows.tokens.is_empty());
-        if let Some(rows) = rows {
-            let known = self.in_order.len() as u32;
-            self.in_order.extend(known..(rows.tokens.len() as u32).max(known));
-        }
-        let in_order = &*self.in_order;
-        let op = |shape| Op {
-            direction: Direction::Write,
-            grant: GrantId::standing(self.own_rank),
-            shape,
-            imm: None,
-            token: None,
-        };
-        let of_rows = rows.map(|rows| {
-            op(Shape::Pages {
-                local,
-                local_offset: rows.local as u64,
-                local_stride_bytes: rows.stride as u64,
-                local_pages: &rows.tokens,
-                remote,
-                remote_offset: rows.remote as u64,
-                remote_stride_bytes: rows.stride as u64,
-                remote_pages: &in_order[..rows.tokens.len()],
-                piece_bytes: rows.bytes as u64,
-            })
-        });
-        let of_spans = call.spans.iter().filter(|span| span.bytes > 0).map(|span| {
-            op(Shape::Span {
-                local,
-                local_offset: span.local as u64,
-                remote,
-                remote_offset: span.remote as u64,
-                bytes: span.bytes as u64,
-            })
-        });
-        let mut ops: Vec<Op<'_>> = of_rows.into_iter().chain(of_spans).skip(*ops_done).collect();
-        if let Some(first) = ops.first_mut() {
-            *first = first.advance(*within);
-        }
-        let note = Note::Call { slot: call.slot, call: Note::lower_bits(call.call) };
-        let posted =
-            self.engine.post_side(self.session, lane, &mut ops, Some(note.bits()), Some(call.slot))?;
-        if posted.ops == ops.len() {
-            return Ok(Progress::Whole);
-        }
-        *within = if posted.ops == 0 { *within + posted.within } else { posted.within };
-        *ops_done += posted.ops;
-        Ok(if posted.ops > 0 || posted.within > 0 { Progress::Part } else { Progress::None })
-    }
-}
-
-/// A rank registers one region.
-const REGION: u32 = 0;
 /// The doorbell wakes the thread earlier.
 const LONGEST_SLEEP_NS: u64 = 1_000_000_000;
 const SHORT_SLEEP_NS: u64 = 5_000_000;
-/// How long a rank that leaves waits for the others to say that they have heard it.
-const LONGEST_PARTING_NS: u64 = 2_000_000_000;
+/// How long a rank that is masked is told so before its session is ended.
+const LONGEST_SEVERING_NS: u64 = 100_000_000;
 const MOST_WAITING_PULSES: usize = 64;

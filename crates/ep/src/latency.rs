@@ -7,10 +7,9 @@ use crate::bytes::Bytes;
 use crate::error::EpError;
 use crate::group::TAKEN_BYTES;
 use crate::incoming::Incoming;
-use crate::outgoing::Span;
 use crate::region::rows_per_expert;
 use crate::report::Report;
-use crate::results::Results;
+use crate::results::{Results, begins_span, combine_header};
 use crate::route::NOWHERE;
 use crate::slot::{COMBINE_WEIGHTED, Dispatch, Slot};
 use crate::words::{self, ResultRows};
@@ -49,9 +48,13 @@ pub struct LatencyOutputs {
 }
 
 impl LatencyOutputs {
-    /// Room for what a rank of this group may get in this form. The memory is touched only where rows arrive.
+    /// Room for what a rank of this group may get in this form. That of rows is touched only where they arrive.
+    ///
+    /// # Panics
+    /// If the group has no rows of this form: its configuration's is the largest.
     pub fn new(group: &Group, payload: Payload, order: ScaleOrder) -> LatencyOutputs {
         let config = group.config();
+        config.assert_takes(payload);
         let experts = config.spread().of_rank(group.rank()).len();
         let rows = rows_per_expert(config);
         let ranks = config.ranks() as usize;
@@ -96,11 +99,17 @@ impl LatencyOutputs {
     }
 
     /// The bytes of one row.
+    ///
+    /// # Panics
+    /// If there is no such expert here, or no room for such a row.
     pub fn row(&self, expert: usize, row: usize) -> &[u8] {
         &self.values[(expert * self.rows + row) * self.row_bytes..][..self.row_bytes]
     }
 
     /// The bytes of one row's scales, in the row's order whatever the order here is.
+    ///
+    /// # Panics
+    /// As [`row`](LatencyOutputs::row).
     pub fn scales_of(&self, expert: usize, row: usize) -> Vec<u8> {
         match self.order {
             ScaleOrder::ByRow => {
@@ -125,6 +134,9 @@ impl LatencyOutputs {
     }
 
     /// Where the rows of a source lie among those of a local expert.
+    ///
+    /// # Panics
+    /// If there is no such expert here, or no such source.
     pub fn range(&self, expert: usize, source: u32) -> Range<u32> {
         self.ranges[expert * self.ranks + source as usize].clone()
     }
@@ -159,7 +171,7 @@ impl<'slot> Dispatch<'slot> {
             ("outputs' rows", outputs.rows, shared.rows_per_expert),
             ("outputs' ranks", outputs.ranks, shared.ranks() as usize),
         ];
-        EpError::check_lengths(shape)?;
+        EpError::check_outputs(shape)?;
         slot.begin_waiting();
         while !take_all(slot, &header, outputs, &mut report)? {}
         scatter_columns(&mut outputs.packing, outputs.rows, outputs.scale_bytes / 4, &mut outputs.scales);
@@ -317,6 +329,9 @@ const SHORT_RUN_ROWS: usize = 4;
 impl<'slot> LatencyStep<'slot> {
     /// Where this rank's results go: `[rows, hidden]` of one local expert, in the order of its packed rows, as many as
     /// came. The other ranks read them there.
+    ///
+    /// # Panics
+    /// If there is no such expert here.
     pub fn results_mut(&mut self, expert: usize) -> &mut [Bf16] {
         let shared = &*self.slot.shared;
         let hidden = shared.config.hidden as usize;
@@ -330,9 +345,7 @@ impl<'slot> LatencyStep<'slot> {
         let shared = self.slot.shared.clone();
         let hidden = shared.config.hidden as usize;
         let expected = self.counts.len() * shared.rows_per_expert * hidden;
-        if from.len() != expected {
-            return Err(EpError::WrongLength { what: "results", len: from.len(), expected });
-        }
+        EpError::check_lengths([("results", from.len(), expected)])?;
         for expert in 0..self.counts.len() {
             let of_expert = &from[expert * shared.rows_per_expert * hidden..];
             let into = self.results_mut(expert);
@@ -387,27 +400,6 @@ impl<'slot> LatencyStep<'slot> {
     }
 }
 
-/// What a port writes of where results begin.
-pub(crate) fn begins_span(shared: &crate::group::Shared, slot: u32, rank: u32, count: usize) -> Span {
-    let arena = shared.arena_at(slot, rank);
-    let (remote, _) = shared.region(rank).arena(slot, shared.rank);
-    let part = arena.begins_part(count);
-    Span { local: arena.at() + part.at, remote: remote + part.at, bytes: part.bytes }
-}
-
-pub(crate) fn combine_header(slot: &Slot, kind: u32) -> Header {
-    let config = &slot.shared.config;
-    let flags = if slot.is_verified() { crate::slot::VERIFIED } else { 0 };
-    Header {
-        kind,
-        call: slot.call,
-        top_k: config.top_k,
-        flags,
-        placement_version: config.placement_version,
-        ..Header::default()
-    }
-}
-
 /// A combine in the latency mode whose send half is done.
 #[must_use = "the tokens are still at their experts"]
 #[derive(Debug)]
@@ -430,7 +422,7 @@ impl LatencyCombine<'_> {
         let begun = shared.pace.now();
         let (top_k, hidden) = (shared.config.top_k as usize, shared.config.hidden as usize);
         let tokens = routes.tokens;
-        EpError::check_lengths([
+        EpError::check_outputs([
             ("weights", weights.len(), tokens * top_k),
             ("the combined rows", out.len(), tokens * hidden),
         ])?;

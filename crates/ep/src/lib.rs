@@ -42,6 +42,7 @@ mod outgoing;
 mod pace;
 #[doc(hidden)]
 pub mod planted;
+mod poster;
 #[allow(unsafe_code)]
 mod quantise;
 mod region;

@@ -131,13 +131,15 @@ impl Group {
         let outgoing = Arc::new(Outgoing::new(ranks, config.slots, Doorbell::new()?));
         let (told, tells) = sync_channel(1);
         let shared = (control.clone(), outgoing.clone());
-        let keeper = Keeper::new(engine, config, rank, own.clone(), addresses, shared, told);
+        let parting_ns = duration_ns(options.deadline);
+        let keeper = Keeper::new(engine, config, rank, own.clone(), addresses, shared, (told, parting_ns));
         let (mourners, mourner) = sync_channel(1);
         let thread = std::thread::Builder::new()
             .name("crossdock-ep".into())
             .spawn(move || keeper.run(&mourner))
             .map_err(MeetError::Thread)?;
         let link = Link { control, outgoing, thread: Some(thread) };
+        let others = || (0..ranks).filter(|&other| other != rank).collect();
         let mut met: Met = match tells.recv_timeout(time) {
             Ok(met) => met?,
             Err(RecvTimeoutError::Timeout) => {
@@ -150,11 +152,11 @@ impl Group {
                         return Err(MeetError::Late { missing, time_ms, last });
                     }
                     Ok(met) => met?,
-                    Err(_) => return Err(MeetError::Late { missing: Vec::new(), time_ms, last: None }),
+                    Err(_) => return Err(MeetError::Late { missing: others(), time_ms, last: None }),
                 }
             }
             Err(RecvTimeoutError::Disconnected) => {
-                return Err(MeetError::Late { missing: Vec::new(), time_ms: 0, last: None });
+                return Err(MeetError::Late { missing: others(), time_ms: 0, last: None });
             }
         };
         met[rank as usize] = Some(Reach::Mapped(own.into()));

@@ -17,6 +17,8 @@ pub(crate) enum Note {
     Left,
     /// The answer to that.
     Parted,
+    /// The other is masked: this rank goes on without it.
+    Masked,
 }
 
 impl Note {
@@ -28,6 +30,7 @@ impl Note {
             Note::Pulse { slot } => form(2, slot, 0),
             Note::Left => form(3, 0, 0),
             Note::Parted => form(3, 0, 1),
+            Note::Masked => form(3, 0, 2),
         }
     }
 
@@ -39,7 +42,8 @@ impl Note {
             1 => Note::Ready,
             2 => Note::Pulse { slot },
             3 if call == 0 => Note::Left,
-            3 => Note::Parted,
+            3 if call == 1 => Note::Parted,
+            3 => Note::Masked,
             _ => return None,
         };
         (note.bits() == bits).then_some(note)
@@ -66,12 +70,13 @@ mod tests {
             Note::Pulse { slot: 63 },
             Note::Left,
             Note::Parted,
+            Note::Masked,
         ];
         for note in notes {
             assert!(note.bits() < 1 << 30);
             assert_eq!(Note::from_bits(note.bits()), Some(note));
         }
-        for bits in [1 << 28 | 1, 2 << 28 | 1, 3 << 28 | 2, 1 << 30] {
+        for bits in [1 << 28 | 1, 2 << 28 | 1, 3 << 28 | 3, 1 << 30] {
             assert_eq!(Note::from_bits(bits), None, "{bits:x}");
         }
     }

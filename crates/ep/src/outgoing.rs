@@ -154,8 +154,8 @@ impl Outgoing {
         self.of(rank).severed.swap(false, Ordering::AcqRel)
     }
 
-    /// Nothing that the rank writes can land any more, and nothing is sent to it.
-    pub fn set_quiet(&self, rank: u32) {
-        self.of(rank).quiet.store(true, Ordering::Release);
+    /// Whether nothing that the rank writes can land any more: so when its last session is over, and not when another begins.
+    pub fn set_quiet(&self, rank: u32, is_quiet: bool) {
+        self.of(rank).quiet.store(is_quiet, Ordering::Release);
     }
 }

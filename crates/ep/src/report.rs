@@ -90,7 +90,7 @@ impl Routes {
                     _ => kept += weight(choice),
                 }
             }
-            if shared.options.lost == LostWeight::Renormalise && lost[token] != 0.0 && kept != 0.0 {
+            if shared.options.lost == LostWeight::Renormalise && lost[token] > 0.0 && kept > 0.0 {
                 *raise = (kept + lost[token]) / kept;
             }
         }

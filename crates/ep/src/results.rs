@@ -7,7 +7,7 @@ use crate::outgoing::Span;
 use crate::planted::{Planted, is_planted};
 use crate::report::Report;
 use crate::route::Routes;
-use crate::slot::Slot;
+use crate::slot::{Slot, VERIFIED};
 
 /// The results in one slot, as this rank sees them.
 #[derive(Clone, Copy)]
@@ -113,6 +113,27 @@ impl<'a> Results<'a> {
             None => (self.shared.own_memory(), self.shared.own_region().combined_weights(self.slot)),
         };
         memory.read(at + row * into.len(), into).expect(INSIDE);
+    }
+}
+
+/// What a port writes of where results begin.
+pub(crate) fn begins_span(shared: &Shared, slot: u32, rank: u32, count: usize) -> Span {
+    let arena = shared.arena_at(slot, rank);
+    let (remote, _) = shared.region(rank).arena(slot, shared.rank);
+    let part = arena.begins_part(count);
+    Span { local: arena.at() + part.at, remote: remote + part.at, bytes: part.bytes }
+}
+
+pub(crate) fn combine_header(slot: &Slot, kind: u32) -> Header {
+    let config = &slot.shared.config;
+    let flags = if slot.is_verified() { VERIFIED } else { 0 };
+    Header {
+        kind,
+        call: slot.call,
+        top_k: config.top_k,
+        flags,
+        placement_version: config.placement_version,
+        ..Header::default()
     }
 }
 

@@ -3,13 +3,14 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::arena::{Entries, Header, payload_number};
 use crate::arrivals;
 use crate::config::BLOCK_CHANNELS;
 use crate::error::EpError;
 use crate::group::{STAGED_BYTES, Shared};
-use crate::hearing::Listening;
+use crate::hearing::{LONGEST_STEP, Listening};
 use crate::outgoing::{OutgoingCall, OutgoingRows, Span};
 use crate::planted::{Planted, is_planted};
 use crate::region::row_stride;
@@ -220,7 +221,7 @@ impl Slot {
         &mut self,
         rows: Rows<'_>,
         weights: Option<&[f32]>,
-        begun: std::time::Duration,
+        begun: Duration,
     ) -> Result<Dispatch<'_>, EpError> {
         let header = self.check(rows, weights)?;
         let shared = self.shared.clone();
@@ -270,7 +271,7 @@ impl Slot {
         for source in 0..shared.ranks() {
             self.wait_for(source, &header, &mut report)?;
         }
-        self.heard = true;
+        self.finish();
         Ok(())
     }
 
@@ -388,12 +389,22 @@ impl Slot {
         self.check_quorum()
     }
 
-    /// Looks now and then whether something is so, until the deadline is over.
+    /// Looks now and then whether something is so, until the deadline is over. Who waits for this rank should know that it
+    /// waits itself.
     fn await_port(&self, is_so: impl Fn() -> bool) -> bool {
-        let begun = self.shared.pace.now();
+        let shared = &*self.shared;
+        let (mut listened, mut at) = (Duration::ZERO, shared.pace.now());
+        let mut pulsed = Duration::ZERO;
         while !is_so() {
-            if self.shared.pace.now().saturating_sub(begun) > self.shared.options.deadline {
+            let now = shared.pace.now();
+            listened += now.saturating_sub(at).min(LONGEST_STEP);
+            at = now;
+            if listened > shared.options.deadline {
                 return false;
+            }
+            if listened.saturating_sub(pulsed) >= arrivals::LOOK_AGAIN {
+                pulsed = listened;
+                shared.pulse(self.slot);
             }
             std::thread::sleep(PORT_PAUSE);
         }
@@ -552,7 +563,7 @@ pub(crate) const ROW: u32 = u32::MAX;
 pub(crate) const ALL_EXPERTS: u32 = u32::MAX - 1;
 
 /// Between two looks whether a port is through.
-const PORT_PAUSE: std::time::Duration = std::time::Duration::from_micros(50);
+const PORT_PAUSE: Duration = Duration::from_micros(50);
 
 impl fmt::Debug for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

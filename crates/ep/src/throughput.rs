@@ -7,11 +7,10 @@ use crate::bytes::Bytes;
 use crate::error::EpError;
 use crate::group::TAKEN_BYTES;
 use crate::incoming::Incoming;
-use crate::latency::{begins_span, combine_header};
 use crate::planted::{Planted, is_planted};
 use crate::region::rows_per_expert;
 use crate::report::Report;
-use crate::results::Results;
+use crate::results::{Results, begins_span, combine_header};
 use crate::route::NOWHERE;
 use crate::slot::{ALL_EXPERTS, COMBINE_PLAIN, Dispatch, Slot, WEIGHTED};
 use crate::words::{self, ResultRows};
@@ -44,9 +43,13 @@ pub struct ThroughputOutputs {
 }
 
 impl ThroughputOutputs {
-    /// Room for what a rank of this group may get in this form. The memory is touched only where rows arrive.
+    /// Room for what a rank of this group may get in this form. That of rows is touched only where they arrive.
+    ///
+    /// # Panics
+    /// If the group has no rows of this form: its configuration's is the largest.
     pub fn new(group: &Group, payload: Payload) -> ThroughputOutputs {
         let config = group.config();
+        config.assert_takes(payload);
         let rows = rows_per_expert(config);
         let top_k = config.top_k as usize;
         let row_bytes = payload.row_bytes(config.hidden) as usize;
@@ -111,6 +114,9 @@ impl ThroughputOutputs {
     }
 
     /// The rows of a source.
+    ///
+    /// # Panics
+    /// If there is no such source.
     pub fn range(&self, source: u32) -> Range<usize> {
         let begin = source.checked_sub(1).map_or(0, |before| self.ends[before as usize]);
         begin as usize..self.ends[source as usize] as usize
@@ -194,8 +200,10 @@ impl<'slot> Dispatch<'slot> {
             ("outputs' scale bytes", outputs.scale_bytes, header.scale_bytes as usize),
             ("outputs' rows", outputs.rows, shared.rows_per_expert),
             ("outputs' ranks", outputs.ends.len(), shared.ranks() as usize),
+            ("outputs' experts", outputs.hits.len(), shared.spread.of_rank(shared.rank).len()),
+            ("outputs' choices of a row", outputs.top_k, shared.config.top_k as usize),
         ];
-        EpError::check_lengths(shape)?;
+        EpError::check_outputs(shape)?;
         slot.begin_waiting();
         while !take_all(slot, &header, outputs, &mut report)? {}
         // Of earlier steps, those that failed too.
@@ -221,10 +229,10 @@ fn take_all(
         let begin = outputs.len as u32;
         slot.received.begins.push(begin);
         let came = slot.wait_for(source, header, report)?;
-        if let Some(theirs) = &came {
-            if let Err(error) = take(slot, source, theirs, outputs, report) {
-                return slot.excuse(source, error).map(|()| false);
-            }
+        if let Some(theirs) = &came
+            && let Err(error) = take(slot, source, theirs, outputs, report)
+        {
+            return slot.excuse(source, error).map(|()| false);
         }
         slot.received.note(source, came.as_ref(), outputs.len as u32 - begin, &shared)?;
         outputs.ends[source as usize] = outputs.len as u32;
@@ -274,11 +282,7 @@ fn take(
         }
         if !goes_here {
             // There need not be room for its result.
-            return Err(incoming.nonsense(
-                "a row for none of this rank's experts, of token",
-                token.into(),
-                0,
-            ));
+            return Err(EpError::Stray { rank: source, token });
         }
         places.push((row, to as u32));
         outputs.len += 1;
@@ -313,7 +317,7 @@ impl<'slot> ThroughputStep<'slot> {
         let begun = shared.pace.now();
         let mut report = Report::new(shared.ranks());
         if let Some(weights) = weights {
-            EpError::check_lengths([("weights", weights.len(), len * shared.config.top_k as usize)])?;
+            EpError::check_outputs([("weights", weights.len(), len * shared.config.top_k as usize)])?;
             let bytes: Vec<u8> = weights.iter().flat_map(|weight| weight.to_le_bytes()).collect();
             let at = shared.own_region().result_weights(slot.slot);
             shared.own_memory().write(at, &bytes).expect("weights lie inside their region");
@@ -391,7 +395,7 @@ impl ThroughputCombine<'_> {
         shapes
             .extend(weights.as_ref().map(|weights| ("the combined weights", weights.len(), tokens * top_k)));
         shapes.push(("the list of biases", biases.len().max(2), 2));
-        EpError::check_lengths(shapes)?;
+        EpError::check_outputs(shapes)?;
         let mut has_weights = vec![false; shared.ranks() as usize];
         let mut begins = vec![0; shared.ranks() as usize];
         let mut answered = slot.hear_results(&header, &mut report, |slot, source, theirs| {
