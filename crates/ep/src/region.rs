@@ -276,7 +276,7 @@ fn largest_stride(config: &GroupConfig) -> Option<usize> {
 
 /// Each rank finds its places in the others' regions by itself, so ranks that lay them out otherwise, or fill them with
 /// something else, refuse each other.
-pub(crate) const LAYOUT_VERSION: u32 = 2;
+pub(crate) const LAYOUT_VERSION: u32 = 3;
 /// Two lines, as processors fetch lines in pairs.
 const PULSE_BYTES: usize = 128;
 pub(crate) const LINE_BYTES: usize = 64;
