@@ -132,7 +132,7 @@ const COUNTED: [&str; 10] = [
     "error: TooFewRanks",
     "error: Mismatch",
     "error: Corrupted",
-    "error: WrongLength",
+    "error: Unfit",
     "tried again when out",
 ];
 

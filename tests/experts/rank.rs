@@ -584,13 +584,13 @@ impl Actor<'_> {
             }
             EpError::Corrupted { .. } => (flips, Went::Lost, "error: Corrupted"),
             EpError::Nonsense { .. } => (flips, Went::Lost, "error: Nonsense"),
-            EpError::WrongLength { .. } => {
+            EpError::Unfit { .. } => {
                 let is_so = match self.odd(step) {
                     Some(Odd::WrongOutputs) => place == Place::Rows,
                     Some(Odd::WrongCombined) => place == Place::Results,
                     _ => false,
                 };
-                (is_so, Went::Lost, "error: WrongLength")
+                (is_so, Went::Lost, "error: Unfit")
             }
             _ => (false, Went::Out, "error: another"),
         };

@@ -440,6 +440,7 @@ fn kind(ended: &Result<(), EpError>) -> &'static str {
         Ok(()) => "ok",
         Err(EpError::Mismatch { rank: HOSTILE, .. }) => "mismatch",
         Err(EpError::Nonsense { rank: HOSTILE, .. }) => "nonsense",
+        Err(EpError::Stray { rank: HOSTILE, .. }) => "stray",
         Err(EpError::Corrupted { rank: HOSTILE, .. }) => "corrupted",
         Err(EpError::Masked { by: HOSTILE }) => "masked",
         Err(EpError::StillWriting { rank: HOSTILE }) => "still writing",

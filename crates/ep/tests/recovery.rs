@@ -135,7 +135,7 @@ impl Until {
     fn is_end(self, ended: &Result<(), EpError>) -> bool {
         match self {
             Until::OtherOutputs | Until::ShortOut | Until::FewWeights => {
-                matches!(ended, Err(EpError::WrongLength { .. }))
+                matches!(ended, Err(EpError::Unfit { .. }))
             }
             _ => *ended == Ok(()),
         }
@@ -374,7 +374,7 @@ fn a_combine_whose_send_half_is_refused_is_none() {
             let tokens = Tokens { rows: Rows::Bf16(&input.rows), choices: &input.choices, weights: None };
             let step = group.slot(0).dispatch(&tokens).unwrap().throughput(&mut outputs).unwrap();
             let error = step.combine(Some(&vec![1.0; outputs.len() * TOP_K + 1])).unwrap_err();
-            assert!(matches!(error, EpError::WrongLength { what: "weights", .. }), "{error:?}");
+            assert!(matches!(error, EpError::Unfit { what: "weights", .. }), "{error:?}");
             let error = throughput(&mut group, 2, Until::Whole).unwrap_err();
             assert!(matches!(error, EpError::Mismatch { rank: 0, .. }), "{error:?}");
         } else {
@@ -617,6 +617,7 @@ fn every_error_says_what_may_be_done() {
     let wrong = LayoutError::Ragged { len: 3, top_k: 2 };
     let cases = [
         (EpError::WrongLength { what: "rows", len: 1, expected: 2 }, Advice::CorrectArguments),
+        (EpError::Unfit { what: "rows", len: 1, expected: 2 }, Advice::NextStep),
         (EpError::TooManyTokens { tokens: 2, limit: 1 }, Advice::CorrectArguments),
         (EpError::TooManyChoices { expert: 0, limit: 1 }, Advice::CorrectArguments),
         (EpError::Payload(Violations(Vec::new())), Advice::CorrectArguments),
