@@ -257,7 +257,7 @@ fn throughput_with(group: &mut Group, input: &Input, until: Until) -> Result<(),
     }
     let combine = step.combine(None)?;
     let mut out = vec![Bf16::from_bits(0x7fff); TOKENS * HIDDEN];
-    let mut back = vec![0.0; TOKENS * TOP_K];
+    let mut back = [0.0; TOKENS * TOP_K];
     match until {
         Until::Combining => return Ok(()),
         Until::ShortOut => combine.receive(&[], None, &mut out[1..])?,
