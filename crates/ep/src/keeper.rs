@@ -62,6 +62,10 @@ pub(crate) struct Keeper {
 /// A rank with a session.
 struct Peer {
     session: SessionId,
+    /// It has said that it has met this rank, and may be written to. A rank of a complete group does not say so to one that
+    /// starts again.
+    is_ready: bool,
+    queue: VecDeque<Outbound>,
     reach: PeerReach,
 }
 
@@ -72,11 +76,8 @@ enum PeerReach {
 
 /// A rank that a port reaches. All of its calls take one lane, which keeps their order.
 struct PortPeer {
-    /// It has said that it may be written to.
-    is_ready: bool,
     /// It has answered this rank's goodbye.
     has_parted: bool,
-    queue: VecDeque<Outbound>,
     /// By slot: calls that are posted and have not left.
     posted: Vec<u32>,
     /// By slot: the last call that came.
@@ -249,10 +250,10 @@ impl Keeper {
         self.ready_early.remove(&session);
         let rank = self.sessions.remove(&session)?;
         if self.peers.get(&rank).is_some_and(|peer| peer.session == session)
-            && let Some(Peer { reach: PeerReach::Port(port), .. }) = self.peers.remove(&rank)
+            && let Some(Peer { reach: PeerReach::Port(port), queue, .. }) = self.peers.remove(&rank)
         {
             self.closing.push((rank, session));
-            let waiting = port.queue.iter().filter_map(|outbound| match outbound {
+            let waiting = queue.iter().filter_map(|outbound| match outbound {
                 Outbound::Call { call, .. } => Some(call.slot),
                 Outbound::Note(_) => None,
             });
@@ -279,18 +280,18 @@ impl Keeper {
                 if let Err(error) = self.engine.allow(session, rank, REGION, &parts) {
                     return self.tell(Err(error.into()));
                 }
-                let queue = VecDeque::from([Outbound::Note(Note::Ready)]);
                 let calls = vec![0; self.slots as usize];
-                let (is_ready, has_parted) = (self.ready_early.remove(&session), false);
-                PeerReach::Port(PortPeer { is_ready, has_parted, queue, posted: Vec::new(), calls })
+                PeerReach::Port(PortPeer { has_parted: false, posted: Vec::new(), calls })
             }
         };
         self.sessions.insert(session, rank);
-        self.peers.insert(rank, Peer { session, reach });
+        let queue = VecDeque::from([Outbound::Note(Note::Ready)]);
+        let is_ready = self.ready_early.remove(&session);
+        self.peers.insert(rank, Peer { session, is_ready, queue, reach });
         self.tell_if_complete();
     }
 
-    /// What a rank says through its port.
+    /// What a rank says through a port.
     fn arrived(&mut self, now: u64, session: SessionId, note: Option<Note>) {
         let Some(&rank) = self.sessions.get(&session) else {
             if note == Some(Note::Ready) {
@@ -298,13 +299,13 @@ impl Keeper {
             }
             return;
         };
+        if note == Some(Note::Ready) {
+            self.peers.get_mut(&rank).into_iter().for_each(|peer| peer.is_ready = true);
+            return self.tell_if_complete();
+        }
         let (own, region) = (&self.own, &self.regions[self.rank as usize]);
-        let Some((_, port)) = port_of(&mut self.peers, rank) else { return };
+        let Some((_, queue, port)) = port_of(&mut self.peers, rank) else { return };
         match note {
-            Some(Note::Ready) => {
-                port.is_ready = true;
-                self.tell_if_complete();
-            }
             Some(Note::Call { slot, call }) if port.calls.get(slot as usize).is_some() => {
                 let last = &mut port.calls[slot as usize];
                 let next = last.wrapping_add(1);
@@ -321,7 +322,7 @@ impl Keeper {
             }
             Some(Note::Pulse { slot }) => self.outgoing.heard_pulse(rank, slot),
             Some(Note::Left) => {
-                port.queue.push_back(Outbound::Note(Note::Parted));
+                queue.push_back(Outbound::Note(Note::Parted));
                 for slot in 0..self.slots {
                     let arena = Arena::new(own, region.arena(slot, rank));
                     set_farewell(&arena, Farewell::Left);
@@ -337,7 +338,7 @@ impl Keeper {
     /// A call has left for a rank.
     fn left(&mut self, session: SessionId, slot: u32) {
         let Some(&rank) = self.sessions.get(&session) else { return };
-        let Some((_, port)) = port_of(&mut self.peers, rank) else { return };
+        let Some((_, _, port)) = port_of(&mut self.peers, rank) else { return };
         if let Some(at) = port.posted.iter().position(|&posted| posted == slot) {
             port.posted.swap_remove(at);
             self.outgoing.left(rank, slot);
@@ -347,7 +348,7 @@ impl Keeper {
     fn queue_call(&mut self, call: OutgoingCall) {
         let (rank, slot) = (call.rank, call.slot);
         match port_of(&mut self.peers, rank) {
-            Some((_, port)) => port.queue.push_back(Outbound::Call { call, ops_done: 0, within: 0 }),
+            Some((_, queue, _)) => queue.push_back(Outbound::Call { call, ops_done: 0, within: 0 }),
             // It has gone meanwhile.
             None => self.outgoing.left(rank, slot),
         }
@@ -357,7 +358,7 @@ impl Keeper {
     fn close_severed(&mut self, now: u64) {
         for rank in 0..self.ranks() {
             if self.outgoing.take_severed(rank)
-                && let Some((session, _)) = port_of(&mut self.peers, rank)
+                && let Some((session, ..)) = port_of(&mut self.peers, rank)
             {
                 self.forget(session);
                 self.engine.close_session(now, session);
@@ -375,11 +376,13 @@ impl Keeper {
 
     fn queue_pulses(&mut self) {
         for (&rank, peer) in &mut self.peers {
-            let PeerReach::Port(port) = &mut peer.reach else { continue };
+            if matches!(peer.reach, PeerReach::Mapped(_)) {
+                continue;
+            }
             for slot in self.outgoing.take_waiting(rank) {
                 // Behind much that waits, its sign of life is that it sends.
-                if port.queue.len() < MOST_WAITING_PULSES {
-                    port.queue.push_back(Outbound::Note(Note::Pulse { slot }));
+                if peer.queue.len() < MOST_WAITING_PULSES {
+                    peer.queue.push_back(Outbound::Note(Note::Pulse { slot }));
                 }
             }
         }
@@ -390,18 +393,24 @@ impl Keeper {
         let mut active = false;
         let mut failed = Vec::new();
         for (&rank, peer) in &mut self.peers {
-            let PeerReach::Port(port) = &mut peer.reach else { continue };
-            let lane = port_lane(self.rank, rank);
+            let lane = match peer.reach {
+                // The most preferred, which is the one that maps memory.
+                PeerReach::Mapped(_) => 0,
+                PeerReach::Port(_) => port_lane(self.rank, rank),
+            };
             let mut poster = Poster {
                 engine: &mut self.engine,
                 session: peer.session,
                 own_rank: self.rank,
                 in_order: &mut self.in_order,
             };
-            while let Some(outbound) = port.queue.front_mut() {
+            while let Some(outbound) = peer.queue.front_mut() {
                 match poster.post(lane, outbound) {
                     Ok(Progress::Whole) => {
-                        if let Some(Outbound::Call { call, .. }) = port.queue.pop_front() {
+                        let posted = peer.queue.pop_front();
+                        if let (Some(Outbound::Call { call, .. }), PeerReach::Port(port)) =
+                            (posted, &mut peer.reach)
+                        {
                             port.posted.push(call.slot);
                         }
                         active = true;
@@ -423,14 +432,14 @@ impl Keeper {
     /// Says goodbye to ranks that ports reach, and waits for their answers: then what was sent to them is there.
     fn part(&mut self) {
         for peer in self.peers.values_mut() {
-            if let PeerReach::Port(port) = &mut peer.reach {
-                port.queue.push_back(Outbound::Note(Note::Left));
+            if matches!(peer.reach, PeerReach::Port(_)) {
+                peer.queue.push_back(Outbound::Note(Note::Left));
             }
         }
         let until = now_ns() + LONGEST_PARTING_NS;
         let has_parted = |peer: &Peer| match &peer.reach {
-            PeerReach::Port(port) => port.has_parted && port.queue.is_empty(),
-            PeerReach::Mapped(_) => true,
+            PeerReach::Port(port) => port.has_parted && peer.queue.is_empty(),
+            PeerReach::Mapped(_) => peer.queue.is_empty(),
         };
         while !self.peers.values().all(has_parted) && now_ns() < until {
             let active = self.turn(&mut Vec::new());
@@ -442,10 +451,7 @@ impl Keeper {
     }
 
     fn is_met(&self, rank: u32) -> bool {
-        self.peers.get(&rank).is_some_and(|peer| match &peer.reach {
-            PeerReach::Mapped(_) => true,
-            PeerReach::Port(port) => port.is_ready,
-        })
+        self.peers.get(&rank).is_some_and(|peer| peer.is_ready)
     }
 
     fn tell_if_complete(&mut self) {
@@ -468,10 +474,13 @@ impl Keeper {
     }
 }
 
-/// A rank, if a port reaches it.
-fn port_of(peers: &mut BTreeMap<u32, Peer>, rank: u32) -> Option<(SessionId, &mut PortPeer)> {
+/// A rank, if a port reaches it: its session, what waits to be posted, and the rest.
+fn port_of(
+    peers: &mut BTreeMap<u32, Peer>,
+    rank: u32,
+) -> Option<(SessionId, &mut VecDeque<Outbound>, &mut PortPeer)> {
     match peers.get_mut(&rank)? {
-        Peer { session, reach: PeerReach::Port(port) } => Some((*session, port)),
+        Peer { session, queue, reach: PeerReach::Port(port), .. } => Some((*session, queue, port)),
         Peer { reach: PeerReach::Mapped(_), .. } => None,
     }
 }
