@@ -221,10 +221,10 @@ fn take_all(
         let begin = outputs.len as u32;
         slot.received.begins.push(begin);
         let came = slot.wait_for(source, header, report)?;
-        if let Some(theirs) = &came {
-            if let Err(error) = take(slot, source, theirs, outputs, report) {
-                return slot.excuse(source, error).map(|()| false);
-            }
+        if let Some(theirs) = &came
+            && let Err(error) = take(slot, source, theirs, outputs, report)
+        {
+            return slot.excuse(source, error).map(|()| false);
         }
         slot.received.note(source, came.as_ref(), outputs.len as u32 - begin, &shared)?;
         outputs.ends[source as usize] = outputs.len as u32;
