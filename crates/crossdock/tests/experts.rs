@@ -87,7 +87,8 @@ fn child() {
     let mut args = args.split('/');
     let mut next = || args.next().unwrap();
     let (rank, ranks, nodes) = (next().parse().unwrap(), next().parse().unwrap(), next().parse().unwrap());
-    let meeting = Meeting::open(config_on(ranks, rank, nodes)).unwrap();
+    let bind = next().parse().unwrap();
+    let meeting = Meeting::open(MeetingConfig { bind, ..config_on(ranks, rank, nodes) }).unwrap();
     let mut lines = std::io::stdin().lock().lines().map(Result::unwrap);
     let mut said = std::io::stderr().lock();
     writeln!(said, "address {}", meeting.address()).unwrap();
@@ -134,11 +135,7 @@ impl Ranks {
 
     fn on(ranks: usize, nodes: usize) -> Ranks {
         let mut all = Ranks((0..ranks).map(|rank| Rank::start(rank, ranks, nodes)).collect());
-        let addresses: Vec<String> = all
-            .0
-            .iter_mut()
-            .map(|rank| rank.hear("address ").split_once(' ').unwrap().1.to_owned())
-            .collect();
+        let addresses: Vec<String> = all.0.iter_mut().map(Rank::hear_address).collect();
         all.ask(&addresses.join(" "));
         all.0.iter_mut().for_each(|rank| drop(rank.hear("met")));
         all
@@ -151,6 +148,10 @@ impl Ranks {
 
 impl Rank {
     fn start(rank: usize, ranks: usize, nodes: usize) -> Rank {
+        Rank::start_at(rank, ranks, nodes, "127.0.0.1:0")
+    }
+
+    fn start_at(rank: usize, ranks: usize, nodes: usize, bind: &str) -> Rank {
         // Under emulation the emulator is started, with its options.
         let runner = std::env::var("CROSSDOCK_TEST_RUNNER").unwrap_or_default();
         let this = std::env::current_exe().unwrap();
@@ -164,7 +165,7 @@ impl Rank {
             }
         };
         command.args(["--exact", "child", "--nocapture", "--test-threads=1"]);
-        command.env("CROSSDOCK_EXPERTS_CHILD", format!("{rank}/{ranks}/{nodes}"));
+        command.env("CROSSDOCK_EXPERTS_CHILD", format!("{rank}/{ranks}/{nodes}/{bind}"));
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (asks, says) = (child.stdin.take().unwrap(), BufReader::new(child.stderr.take().unwrap()));
@@ -190,6 +191,10 @@ impl Rank {
             }
             all += &line;
         }
+    }
+
+    fn hear_address(&mut self) -> String {
+        self.hear("address ").split_once(' ').unwrap().1.to_owned()
     }
 
     fn signal(&self, signal: rustix::process::Signal) {
@@ -291,6 +296,106 @@ fn a_rank_that_nobody_joins_says_who_is_missing() {
     assert_eq!(step(&mut group, 3.0).unwrap(), expected(1, 3.0, &[]));
 }
 
+/// It is killed at any time of a meeting that lacks a rank, and starts again at its address, until all are there.
+#[test]
+fn a_rank_that_is_killed_while_the_group_meets_may_start_again() {
+    // On one node, then each on its own.
+    for nodes in [1, 3] {
+        let mut others = [Rank::start(0, 3, nodes), Rank::start(1, 3, nodes)];
+        let last = Meeting::open(config_on(3, 2, nodes as u32)).unwrap();
+        let [first, second] = others.each_mut().map(Rank::hear_address);
+        let addresses = [first, second.clone(), last.address().to_owned()];
+        others.iter_mut().for_each(|rank| rank.ask(&addresses.join(" ")));
+        for time in [10, 150, 600] {
+            std::thread::sleep(Duration::from_millis(time));
+            others[1].signal(rustix::process::Signal::KILL);
+            others[1].child.wait().unwrap();
+            others[1] = Rank::start_at(1, 3, nodes, &second);
+            assert_eq!(others[1].hear_address(), second);
+            others[1].ask(&addresses.join(" "));
+        }
+        let mut group = last.meet(&addresses, Duration::from_secs(60)).unwrap();
+        others.iter_mut().for_each(|rank| {
+            rank.hear("met");
+            rank.ask("20");
+        });
+        for at in 0..20 {
+            assert_eq!(step(&mut group, at as f32).unwrap(), expected(3, at as f32, &[]));
+        }
+        others.iter_mut().for_each(|rank| drop(rank.hear("done []")));
+    }
+}
+
+/// It gives up, having met some, and comes back.
+#[test]
+fn a_rank_that_gave_up_meeting_is_met_when_it_tries_again() {
+    let open = |rank, bind: &str| {
+        Meeting::open(MeetingConfig { bind: bind.parse().unwrap(), ..config(3, rank) }).unwrap()
+    };
+    let meetings = [0, 1, 2].map(|rank| open(rank, "127.0.0.1:0"));
+    let addresses = [0, 1, 2].map(|rank: usize| meetings[rank].address().to_owned());
+    let [first, mut again, last] = meetings;
+    let minute = Duration::from_secs(60);
+    let run = |meeting: Meeting| {
+        let mut group = meeting.meet(&addresses, minute).unwrap();
+        for at in 0..5 {
+            assert_eq!(step(&mut group, at as f32).unwrap(), expected(3, at as f32, &[]));
+        }
+    };
+    std::thread::scope(|scope| {
+        let run = &run;
+        scope.spawn(move || run(first));
+        let mut time = Duration::from_millis(200);
+        loop {
+            let late = again.meet(&addresses, time).unwrap_err();
+            again = open(1, &addresses[1]);
+            let MeetError::Late { missing, .. } = late else { panic!("{late:?}") };
+            // It has met the first, and the last does not want to meet anybody yet.
+            if missing == [2] {
+                break;
+            }
+            assert_eq!(missing, [0, 2]);
+            assert!(time < minute, "the first was not met");
+            time *= 2;
+        }
+        scope.spawn(move || run(again));
+        scope.spawn(move || run(last));
+    });
+}
+
+#[test]
+fn a_rank_that_starts_again_in_a_complete_group_is_refused_and_the_group_goes_on() {
+    let meetings = [0, 1].map(|rank| Meeting::open(config(2, rank)).unwrap());
+    let addresses = [0, 1].map(|rank: usize| meetings[rank].address().to_owned());
+    std::thread::scope(|scope| {
+        let (met, all_met) = std::sync::mpsc::channel();
+        let go_on = meetings.map(|meeting| {
+            let (addresses, met) = (&addresses, met.clone());
+            let (go_on, told) = std::sync::mpsc::channel();
+            scope.spawn(move || {
+                let mut group = meeting.meet(addresses, Duration::from_secs(60)).unwrap();
+                met.send(()).unwrap();
+                // While the other start tries, and after it.
+                for at in 0..200 {
+                    if at == 100 {
+                        told.recv().unwrap();
+                    }
+                    let value = (at % 50) as f32;
+                    assert_eq!(step(&mut group, value).unwrap(), expected(2, value, &[]));
+                }
+                assert!(group.masked().is_empty());
+            });
+            go_on
+        });
+        (0..2).for_each(|_| all_met.recv().unwrap());
+        let again = Meeting::open(config(2, 1)).unwrap();
+        let own = [addresses[0].clone(), again.address().to_owned()];
+        let late = again.meet(&own, Duration::from_secs(3)).map(drop).unwrap_err();
+        go_on.iter().for_each(|go_on| go_on.send(()).unwrap());
+        assert!(matches!(&late, MeetError::Late { missing, .. } if missing == &[0]), "{late:?}");
+    });
+}
+
 #[cfg(feature = "bootstrap")]
 #[test]
 fn ranks_meet_through_a_registry() {
@@ -311,4 +416,57 @@ fn ranks_meet_through_a_registry() {
         let all: Vec<_> = (0..3).map(rank).collect();
         all.into_iter().for_each(|rank| rank.join().unwrap());
     });
+}
+
+/// What a crashed rank leaves in the registry holds until its time is over, and its next start takes its place at once.
+#[cfg(feature = "bootstrap")]
+#[test]
+fn a_rank_that_starts_again_takes_the_place_that_it_had_in_the_registry() {
+    use crossdock::bootstrap::{
+        Address, Client, ClientConfig, Incarnation, Labels, NodeId, Query, Role, Server, ServerConfig, Worker,
+    };
+    let server = Server::start(ServerConfig::on("127.0.0.1:0".parse().unwrap())).unwrap();
+    let client = Client::new(ClientConfig::to(&server.address().to_string())).unwrap();
+    let nowhere = "127.0.0.1:9".parse().unwrap();
+    // One that others dial, and one that dials all others.
+    for (group, crashed) in [("first", 0), ("last", 2)] {
+        let role = Role::named("experts").unwrap();
+        let labels = Labels::none().with("experts-group", group).unwrap();
+        let left = Worker {
+            node: NodeId::new(&format!("{group}.experts.{crashed}")).unwrap(),
+            incarnation: Incarnation::new(7),
+            role: role.clone(),
+            address: Address::new(nowhere).unwrap(),
+            ttl_ms: 60_000,
+            warm_up_ms: 0,
+            member: None,
+            labels: labels.with("experts-rank", &crashed.to_string()).unwrap(),
+        };
+        client.register(&left).unwrap();
+        std::thread::scope(|scope| {
+            let start = |rank| {
+                let client = &client;
+                scope.spawn(move || {
+                    let meeting = Meeting::open(config(3, rank)).unwrap();
+                    let mut met = meeting.meet_at(client, group, Duration::from_secs(60)).unwrap();
+                    for at in 0..5 {
+                        assert_eq!(step(&mut met.group, at as f32).unwrap(), expected(3, at as f32, &[]));
+                    }
+                });
+            };
+            let is_listed = |rank: u32| {
+                let query = Query::all().role(role.clone()).label("experts-group", group).unwrap();
+                let listed = client.find(&query).unwrap();
+                listed.iter().any(|listed| {
+                    listed.worker.labels.value("experts-rank") == Some(&rank.to_string())
+                        && listed.worker.address.socket() != nowhere
+                })
+            };
+            start(crashed);
+            while !is_listed(crashed) {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            (0..3).filter(|rank| *rank != crashed).for_each(start);
+        });
+    }
 }

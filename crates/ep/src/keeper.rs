@@ -67,6 +67,12 @@ pub(crate) struct Keeper {
 /// A rank with a session.
 struct Peer {
     session: SessionId,
+    /// It has said that it has met this rank, and may be written to. A rank of a complete group does not say so to one that
+    /// starts again.
+    is_ready: bool,
+    /// The session's lane that the first of these took.
+    lane: Option<u8>,
+    queue: VecDeque<Outbound>,
     reach: PeerReach,
 }
 
@@ -77,8 +83,6 @@ enum PeerReach {
 
 /// A rank that a port reaches. All of its calls take one lane, which keeps their order.
 struct PortPeer {
-    /// It has said that it may be written to.
-    is_ready: bool,
     /// It has said that it leaves.
     has_left: bool,
     /// It has answered this rank's goodbye.
@@ -87,9 +91,6 @@ struct PortPeer {
     has_masked: bool,
     /// This rank goes on without it, and tells it so until then.
     severed_until_ns: Option<u64>,
-    /// The session's lane that the first call took.
-    lane: Option<u8>,
-    queue: VecDeque<Outbound>,
     /// By slot: calls that are posted and have not left.
     posted: Vec<u32>,
     /// By slot: the last call that came.
@@ -270,10 +271,10 @@ impl Keeper {
         self.ready_early.remove(&session);
         let rank = self.sessions.remove(&session)?;
         if self.peers.get(&rank).is_some_and(|peer| peer.session == session)
-            && let Some(Peer { reach: PeerReach::Port(port), .. }) = self.peers.remove(&rank)
+            && let Some(Peer { reach: PeerReach::Port(port), queue, .. }) = self.peers.remove(&rank)
         {
             self.closing.push((rank, session));
-            let waiting = port.queue.iter().filter_map(|outbound| match outbound {
+            let waiting = queue.iter().filter_map(|outbound| match outbound {
                 Outbound::Call { call, .. } => Some(call.slot),
                 Outbound::Note(_) => None,
             });
@@ -301,28 +302,25 @@ impl Keeper {
                 if let Err(error) = self.engine.allow(session, rank, REGION, &parts) {
                     return self.tell(Err(error.into()));
                 }
-                let queue = VecDeque::from([Outbound::Note(Note::Ready)]);
                 let calls = vec![0; self.slots as usize];
-                let is_ready = self.ready_early.remove(&session);
                 PeerReach::Port(PortPeer {
-                    is_ready,
                     has_left: false,
                     has_parted: false,
                     has_masked: false,
                     severed_until_ns: None,
-                    lane: None,
-                    queue,
                     posted: Vec::new(),
                     calls,
                 })
             }
         };
         self.sessions.insert(session, rank);
-        self.peers.insert(rank, Peer { session, reach });
+        let queue = VecDeque::from([Outbound::Note(Note::Ready)]);
+        let is_ready = self.ready_early.remove(&session);
+        self.peers.insert(rank, Peer { session, is_ready, lane: None, queue, reach });
         self.tell_if_complete();
     }
 
-    /// What a rank says through its port.
+    /// What a rank says through a port.
     fn arrived(&mut self, now: u64, session: SessionId, note: Option<Note>) {
         let Some(&rank) = self.sessions.get(&session) else {
             if note == Some(Note::Ready) {
@@ -330,13 +328,13 @@ impl Keeper {
             }
             return;
         };
+        if note == Some(Note::Ready) {
+            self.peers.get_mut(&rank).into_iter().for_each(|peer| peer.is_ready = true);
+            return self.tell_if_complete();
+        }
         let (own, region) = (&self.own, &self.regions[self.rank as usize]);
-        let Some((_, port)) = port_of(&mut self.peers, rank) else { return };
+        let Some((_, queue, port)) = port_of(&mut self.peers, rank) else { return };
         match note {
-            Some(Note::Ready) => {
-                port.is_ready = true;
-                self.tell_if_complete();
-            }
             Some(Note::Call { slot, call }) if port.calls.get(slot as usize).is_some() => {
                 let last = &mut port.calls[slot as usize];
                 let next = last.wrapping_add(1);
@@ -356,7 +354,7 @@ impl Keeper {
                 let farewell = match note {
                     Note::Left => {
                         port.has_left = true;
-                        port.queue.push_back(Outbound::Note(Note::Parted));
+                        queue.push_back(Outbound::Note(Note::Parted));
                         Farewell::Left
                     }
                     _ => {
@@ -379,7 +377,7 @@ impl Keeper {
     /// A call has left for a rank.
     fn left(&mut self, session: SessionId, slot: u32) {
         let Some(&rank) = self.sessions.get(&session) else { return };
-        let Some((_, port)) = port_of(&mut self.peers, rank) else { return };
+        let Some((_, _, port)) = port_of(&mut self.peers, rank) else { return };
         if let Some(at) = port.posted.iter().position(|&posted| posted == slot) {
             port.posted.swap_remove(at);
             self.outgoing.left(rank, slot);
@@ -389,7 +387,7 @@ impl Keeper {
     fn queue_call(&mut self, call: OutgoingCall) {
         let (rank, slot) = (call.rank, call.slot);
         match port_of(&mut self.peers, rank) {
-            Some((_, port)) => port.queue.push_back(Outbound::Call { call, ops_done: 0, within: 0 }),
+            Some((_, queue, _)) => queue.push_back(Outbound::Call { call, ops_done: 0, within: 0 }),
             // It has gone meanwhile.
             None => self.outgoing.left(rank, slot),
         }
@@ -399,19 +397,19 @@ impl Keeper {
     fn close_severed(&mut self, now: u64) {
         for rank in 0..self.ranks() {
             let is_new = self.outgoing.take_severed(rank);
-            let Some((session, port)) = port_of(&mut self.peers, rank) else { continue };
+            let Some((session, queue, port)) = port_of(&mut self.peers, rank) else { continue };
             if is_new {
                 // Nothing more is sent but the word that it is masked.
-                for outbound in port.queue.drain(..) {
+                for outbound in queue.drain(..) {
                     if let Outbound::Call { call, .. } = outbound {
                         self.outgoing.left(rank, call.slot);
                     }
                 }
-                port.queue.push_back(Outbound::Note(Note::Masked));
+                queue.push_back(Outbound::Note(Note::Masked));
                 port.severed_until_ns = Some(now + LONGEST_SEVERING_NS);
             }
             // The word has left, or does not leave.
-            if port.severed_until_ns.is_some_and(|until| now >= until || port.queue.is_empty()) {
+            if port.severed_until_ns.is_some_and(|until| now >= until || queue.is_empty()) {
                 self.forget(session);
                 self.engine.close_session(now, session);
             }
@@ -427,18 +425,18 @@ impl Keeper {
 
     fn has_masked(&mut self, session: SessionId) -> bool {
         let Some(&rank) = self.sessions.get(&session) else { return false };
-        port_of(&mut self.peers, rank).is_some_and(|(_, port)| port.has_masked)
+        port_of(&mut self.peers, rank).is_some_and(|(_, _, port)| port.has_masked)
     }
 
     fn queue_pulses(&mut self) {
         for rank in 0..self.ranks() {
             // Of those that no port reaches, too: the thread does not sleep while something is asked of it.
             let waiting = self.outgoing.take_waiting(rank);
-            let Some((_, port)) = port_of(&mut self.peers, rank) else { continue };
+            let Some((_, queue, _)) = port_of(&mut self.peers, rank) else { continue };
             for slot in waiting {
                 // Behind much that waits, its sign of life is that it sends.
-                if port.queue.len() < MOST_WAITING_PULSES {
-                    port.queue.push_back(Outbound::Note(Note::Pulse { slot }));
+                if queue.len() < MOST_WAITING_PULSES {
+                    queue.push_back(Outbound::Note(Note::Pulse { slot }));
                 }
             }
         }
@@ -449,12 +447,11 @@ impl Keeper {
         let mut active = false;
         let mut failed = Vec::new();
         for (&rank, peer) in &mut self.peers {
-            let PeerReach::Port(port) = &mut peer.reach else { continue };
-            if port.lane.is_none() {
+            if peer.lane.is_none() && !peer.queue.is_empty() {
                 // Those of many peers are spread over the lanes.
-                port.lane = self.engine.side_lane(peer.session, (self.rank + rank) as usize);
+                peer.lane = self.engine.side_lane(peer.session, (self.rank + rank) as usize);
             }
-            let Some(lane) = port.lane else { continue };
+            let Some(lane) = peer.lane else { continue };
             let mut poster = Poster {
                 engine: &mut self.engine,
                 session: peer.session,
@@ -462,10 +459,13 @@ impl Keeper {
                 own_rank: self.rank,
                 in_order: &mut self.in_order,
             };
-            while let Some(outbound) = port.queue.front_mut() {
+            while let Some(outbound) = peer.queue.front_mut() {
                 match poster.post(outbound) {
                     Ok(Progress::Whole) => {
-                        if let Some(Outbound::Call { call, .. }) = port.queue.pop_front() {
+                        let posted = peer.queue.pop_front();
+                        if let (Some(Outbound::Call { call, .. }), PeerReach::Port(port)) =
+                            (posted, &mut peer.reach)
+                        {
                             port.posted.push(call.slot);
                         }
                         active = true;
@@ -490,14 +490,14 @@ impl Keeper {
             self.queue_call(call);
         }
         for peer in self.peers.values_mut() {
-            if let PeerReach::Port(port) = &mut peer.reach {
-                port.queue.push_back(Outbound::Note(Note::Left));
+            if matches!(peer.reach, PeerReach::Port(_)) {
+                peer.queue.push_back(Outbound::Note(Note::Left));
             }
         }
         let until = now_ns().saturating_add(self.parting_ns);
         let has_parted = |peer: &Peer| match &peer.reach {
-            PeerReach::Port(port) => port.has_parted && port.queue.is_empty(),
-            PeerReach::Mapped(_) => true,
+            PeerReach::Port(port) => port.has_parted && peer.queue.is_empty(),
+            PeerReach::Mapped(_) => peer.queue.is_empty(),
         };
         while !self.peers.values().all(has_parted) && now_ns() < until {
             let active = self.turn(&mut Vec::new());
@@ -509,10 +509,7 @@ impl Keeper {
     }
 
     fn is_met(&self, rank: u32) -> bool {
-        self.peers.get(&rank).is_some_and(|peer| match &peer.reach {
-            PeerReach::Mapped(_) => true,
-            PeerReach::Port(port) => port.is_ready,
-        })
+        self.peers.get(&rank).is_some_and(|peer| peer.is_ready)
     }
 
     fn tell_if_complete(&mut self) {
@@ -536,10 +533,13 @@ impl Keeper {
     }
 }
 
-/// A rank, if a port reaches it.
-fn port_of(peers: &mut BTreeMap<u32, Peer>, rank: u32) -> Option<(SessionId, &mut PortPeer)> {
+/// A rank, if a port reaches it: its session, what waits to be posted, and the rest.
+fn port_of(
+    peers: &mut BTreeMap<u32, Peer>,
+    rank: u32,
+) -> Option<(SessionId, &mut VecDeque<Outbound>, &mut PortPeer)> {
     match peers.get_mut(&rank)? {
-        Peer { session, reach: PeerReach::Port(port) } => Some((*session, port)),
+        Peer { session, queue, reach: PeerReach::Port(port), .. } => Some((*session, queue, port)),
         Peer { reach: PeerReach::Mapped(_), .. } => None,
     }
 }
