@@ -14,6 +14,8 @@ const LOCKS: &[(&str, &str)] = &[
         "crates/engine/src/heart/shared.rs",
         "a session comes or goes; what was heard of it is read from an atomic",
     ),
+    ("crates/ep/src/meet.rs", "a group is met"),
+    ("crates/ep/src/keeper.rs", "a group is met"),
 ];
 
 /// The crates that a turn runs through. The simulated port, which is one world for all nodes, is not for speed.
@@ -24,6 +26,7 @@ const DATA_PATH: &[&str] = &[
     "crates/engine",
     "crates/flight",
     "crates/kv",
+    "crates/ep",
     "crates/crossdock",
     "crates/ports/shm",
     "crates/ports/tcp",
