@@ -151,3 +151,41 @@ fn choices_of_no_expert_are_refused_with_their_place() {
     assert_eq!(refused, LayoutError::NoSuchExpert { token: 1, choice: 1, expert: 4, experts: 4 });
     assert_eq!(Layout::of(&[0, 1, 2], 2, spread), Err(LayoutError::Ragged { len: 3, top_k: 2 }));
 }
+
+/// Whatever two ranks may disagree about has a name in the handshake, and both values.
+#[test]
+fn what_ranks_disagree_about_is_named_in_words() {
+    let (ours, options) = (config(), GroupOptions::default());
+    let says = |theirs: &GroupConfig, their_options: &GroupOptions| -> Vec<String> {
+        let theirs = theirs.fingerprint(their_options);
+        ours.fingerprint(&options).differences(&theirs).iter().map(ToString::to_string).collect()
+    };
+    assert!(says(&ours, &options).is_empty());
+    let mut limits = ours.clone();
+    limits.max_tokens[3] = 64;
+    let other = [
+        (GroupConfig { experts: 288, ..ours.clone() }, "experts.experts 256 here, 288 there"),
+        (GroupConfig { top_k: 6, ..ours.clone() }, "experts.top_k 8 here, 6 there"),
+        (GroupConfig { hidden: 4096, ..ours.clone() }, "experts.hidden 7168 here, 4096 there"),
+        (
+            GroupConfig { payload: Payload::Bf16, ..ours.clone() },
+            "experts.payload fp8_e4m3 with f32 scales here, bf16 there",
+        ),
+        (GroupConfig { slots: 1, ..ours.clone() }, "experts.slots 2 here, 1 there"),
+        (GroupConfig { placement_version: 4, ..ours.clone() }, "experts.placement_version 3 here, 4 there"),
+        (
+            limits,
+            "experts.max_tokens 128,128,128,128,128,128,128,128 here, 128,128,128,64,128,128,128,128 there",
+        ),
+    ];
+    for (theirs, words) in other {
+        assert_eq!(says(&theirs, &options), [words]);
+    }
+    let ranks = GroupConfig { max_tokens: vec![128; 7], ..ours.clone() };
+    assert!(says(&ranks, &options).contains(&"experts.ranks 8 here, 7 there".to_owned()));
+    let verified = GroupOptions { verify: true, ..options.clone() };
+    assert_eq!(says(&ours, &verified), ["experts.verify false here, true there"]);
+    // How a rank waits is its own affair.
+    let patient = GroupOptions { deadline: std::time::Duration::from_secs(99), ..options.clone() };
+    assert!(says(&ours, &patient).is_empty());
+}

@@ -457,3 +457,55 @@ fn arguments_that_do_not_fit_are_refused_and_nothing_is_sent() {
         assert_eq!(latency(&mut group, 1.0, || {}).unwrap().out, expected(1.0, &[], false));
     });
 }
+
+/// As ranks of a larger group go one after the other: one before its dispatch, one between dispatch and combine, one
+/// between two steps. Each survivor finds each of them by its own wait, and is right after each call.
+#[test]
+fn a_group_shrinks_rank_by_rank() {
+    if is_skipped_under_thread_sanitizer() {
+        return;
+    }
+    let ranks = 6;
+    let config =
+        GroupConfig { max_tokens: vec![TOKENS as u32; ranks], experts: 2 * ranks as u32, ..config() };
+    let groups = Group::in_process(&config, &options()).unwrap();
+    let over = Barrier::new(ranks);
+    // Token `t` chooses an expert of rank `t % 6` and one of the next rank.
+    let choices: Vec<i64> = (0..TOKENS as i64).flat_map(|t| [2 * (t % 6), 2 * ((t + 1) % 6) + 1]).collect();
+    let expected = |dead: &[u32]| -> Vec<Bf16> {
+        let of = |t: u32| {
+            let kept = [(t % 6, 0.75), ((t + 1) % 6, 0.25)];
+            let sum: f32 =
+                kept.iter().filter(|(rank, _)| !dead.contains(rank)).map(|(_, weight)| weight).sum();
+            vec![Bf16::from_f32(2.0 * sum); HIDDEN]
+        };
+        (0..TOKENS as u32).flat_map(of).collect()
+    };
+    each(groups, |mut group| {
+        let rank = group.rank();
+        let mut outputs = LatencyOutputs::new(&group, Payload::Bf16, ScaleOrder::ByRow);
+        let rows = rows(1.0);
+        let tokens = Tokens { rows: Rows::Bf16(&rows), choices: &choices, weights: None };
+        for at in 0..4 {
+            // Rank 1 goes before its second dispatch, rank 3 before its second combine, rank 5 after its second step.
+            if (at, rank) == (1, 1) || (at, rank) == (2, 5) {
+                break;
+            }
+            let mut step = group.slot(0).dispatch(&tokens).unwrap().latency(&mut outputs).unwrap();
+            let dead_at_dispatch: &[u32] = [&[][..], &[1], &[1, 3, 5], &[1, 3, 5]][at];
+            assert_eq!(step.report().masked, dead_at_dispatch, "rank {rank} dispatch {at}");
+            for expert in 0..outputs.counts().len() {
+                step.results_mut(expert).fill(Bf16::from_f32(2.0));
+            }
+            if (at, rank) == (1, 3) {
+                break;
+            }
+            let mut out = rows.clone();
+            let report = step.combine().receive(&weights(), &mut out).unwrap();
+            let dead: &[u32] = [&[][..], &[1, 3], &[1, 3, 5], &[1, 3, 5]][at];
+            assert_eq!(report.masked, dead, "rank {rank} combine {at}");
+            assert_eq!(out, expected(dead), "rank {rank} step {at}");
+        }
+        over.wait();
+    });
+}
