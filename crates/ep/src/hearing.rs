@@ -91,10 +91,17 @@ impl Slot {
             return Err(EpError::Corrupted { rank: source, what: Corrupted::List });
         }
         let says = |rank: u32| self.mask_words[rank as usize / 32] >> (rank % 32) & 1 != 0;
+        // What it says counts for nothing, unless most others say the same.
+        let is_gone = shared.is_gone(source);
         if says(shared.rank) {
-            return Err(self.out(source));
+            if let Some(by) = if is_gone { self.expelled_by() } else { Some(source) } {
+                return Err(self.out(by));
+            }
+            self.mask(source);
+            return self.check_quorum().map(|()| None);
         }
-        if !is_planted(Planted::MasksIgnored) && self.mask_words.iter().any(|&word| word != 0) {
+        let heeded = !is_gone && !is_planted(Planted::MasksIgnored);
+        if heeded && self.mask_words.iter().any(|&word| word != 0) {
             for rank in (0..shared.ranks()).filter(|&rank| says(rank) && !shared.is_masked(rank)) {
                 self.mask(rank);
             }
@@ -242,7 +249,7 @@ impl Slot {
             }
         };
         (0..shared.ranks())
-            .filter(|&other| other != rank && !shared.is_masked(other))
+            .filter(|&other| other != rank && !shared.is_masked(other) && !shared.is_gone(other))
             .any(|other| says(other, self.call) || says(other, self.call.wrapping_add(1)))
     }
 
