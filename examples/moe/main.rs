@@ -95,6 +95,7 @@ impl Rank {
         clock.lap();
         let mut step = sent.latency(&mut self.by_expert)?;
         let dispatch = sending + clock.lap();
+        let dispatched_bytes = step.report().wire_bytes;
 
         for (at, expert) in layer.experts().iter().enumerate() {
             for (row, result) in step.results_mut(at).chunks_exact_mut(HIDDEN).enumerate() {
@@ -110,7 +111,7 @@ impl Rank {
 
         hidden.copy_from_slice(&narrow(&add(&add(&widen(hidden), &shared), &widen(&routed))));
         let counts = self.by_expert.counts().to_vec();
-        Ok(Told::new(hidden, counts, [dispatch, experts, combine], report))
+        Ok(Told::new(hidden, counts, [dispatch, experts, combine], dispatched_bytes, report))
     }
 
     /// The throughput mode, for prefill: a token comes once, however many of its experts are here. This rank weighs and
@@ -130,6 +131,7 @@ impl Rank {
         clock.lap();
         let mut step = sent.throughput(&mut self.by_token)?;
         let dispatch = sending + clock.lap();
+        let dispatched_bytes = step.report().wire_bytes;
 
         let rows = &self.by_token;
         let scale_bytes = Payload::Fp8.scale_bytes(HIDDEN as u32) as usize;
@@ -152,7 +154,7 @@ impl Rank {
         let report = step.combine(None)?.receive(&[&before, &shared], None, hidden)?;
         let combine = clock.lap();
 
-        Ok(Told::new(hidden, self.by_token.counts(1), [dispatch, experts, combine], report))
+        Ok(Told::new(hidden, self.by_token.counts(1), [dispatch, experts, combine], dispatched_bytes, report))
     }
 }
 
@@ -222,15 +224,21 @@ struct Told {
     times: [Duration; 3],
     wire_bytes: u64,
     masked: Vec<u32>,
-    /// By token: the weight that dead ranks did not answer to, or in the throughput mode how many choices. Empty if none.
+    /// By token: the weight that dead ranks did not answer to. Empty if none.
     lost: Vec<f32>,
 }
 
 impl Told {
-    fn new(hidden: &[Bf16], counts: Vec<u32>, times: [Duration; 3], report: Report) -> Told {
-        let Report { wire_bytes, masked, lost, .. } = report;
+    fn new(
+        hidden: &[Bf16],
+        counts: Vec<u32>,
+        times: [Duration; 3],
+        dispatched: u64,
+        combined: Report,
+    ) -> Told {
+        let Report { wire_bytes, masked, lost, .. } = combined;
         let hidden = hidden.iter().map(|value| value.to_bits()).collect();
-        Told { hidden, counts, times, wire_bytes, masked, lost }
+        Told { hidden, counts, times, wire_bytes: dispatched + wire_bytes, masked, lost }
     }
 }
 

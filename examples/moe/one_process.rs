@@ -77,10 +77,7 @@ impl OneProcess<'_> {
                 let chosen: Vec<(u32, f32)> = of_token.map(|at| (choices[at] as u32, weights[at])).collect();
                 let is_dead = |expert: u32| self.dead.contains(&spread.place(expert).0);
                 let unanswered = chosen.iter().filter(|(expert, _)| is_dead(*expert));
-                lost.push(match self.job.mode {
-                    Mode::Latency => unanswered.map(|(_, weight)| weight).sum::<f32>(),
-                    Mode::Throughput => unanswered.count() as f32,
-                });
+                lost.push(unanswered.map(|(_, weight)| weight).sum::<f32>());
                 let chosen: Vec<(u32, f32)> =
                     chosen.into_iter().filter(|(expert, _)| !is_dead(*expert)).collect();
                 chosen.iter().for_each(|(expert, _)| counts[*expert as usize] += 1);

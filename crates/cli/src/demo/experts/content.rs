@@ -75,14 +75,9 @@ impl Content {
         seen.unzip()
     }
 
-    /// The part of a token's weight that is lost when some ranks are dead; in the throughput mode, of its choices.
+    /// The part of a token's weight that is lost when some ranks are dead.
     pub fn lost_share(&self, source: u32, token: usize, lost: f32) -> f32 {
-        match self.mode {
-            Mode::Latency => {
-                lost / self.weights(source)[token * self.top_k()..][..self.top_k()].iter().sum::<f32>()
-            }
-            Mode::Throughput => lost / self.top_k() as f32,
-        }
+        lost / self.weights(source)[token * self.top_k()..][..self.top_k()].iter().sum::<f32>()
     }
 
     /// What a combine loses of each token when some ranks are dead, as its report says it.
@@ -95,10 +90,7 @@ impl Content {
                 let (rank, _) = spread.place(**expert as u32);
                 dead.contains(&rank)
             });
-            match self.mode {
-                Mode::Latency => lost.map(|(_, weight)| weight).sum(),
-                Mode::Throughput => lost.count() as f32,
-            }
+            lost.map(|(_, weight)| weight).sum()
         };
         of_tokens.map(of_token).collect()
     }

@@ -112,8 +112,7 @@ impl Bench {
                 Mode::Latency => self.latency(&mut done)?,
                 Mode::Throughput => self.throughput(&mut done)?,
             };
-            done.logical_bytes += report.logical_bytes;
-            done.wire_bytes += report.wire_bytes;
+            count_bytes(&report, &mut done);
             if !report.lost.is_empty() {
                 done.steps_without += 1;
             }
@@ -138,6 +137,7 @@ impl Bench {
         done.dispatch_ns.push(now_ns() - begin_ns);
         part(met)?;
         note_masks(step.report(), done);
+        count_bytes(step.report(), done);
 
         for (at, expert) in (0..outputs.counts().len()).zip(first..) {
             check_expert(content, expert, at, outputs, &step.report().masked, done);
@@ -169,6 +169,7 @@ impl Bench {
         done.dispatch_ns.push(now_ns() - begin_ns);
         part(met)?;
         note_masks(step.report(), done);
+        count_bytes(step.report(), done);
 
         for source in 0..content.ranks() {
             check_source(content, rank, source, outputs, &step.report().masked, done);
@@ -229,6 +230,11 @@ fn meet<'slot>(
 /// Goes on when all ranks have done what they met for.
 fn part(met: ThroughputStep<'_>) -> Result<(), EpError> {
     met.combine(None)?.receive(&[], None, &mut []).map(drop)
+}
+
+fn count_bytes(report: &Report, done: &mut Done) {
+    done.logical_bytes += report.logical_bytes;
+    done.wire_bytes += report.wire_bytes;
 }
 
 fn note_masks(report: &Report, done: &mut Done) {
