@@ -7,7 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use crossdock_engine::{Engine, EngineOptions, Network, SocketNetwork, SocketOptions, duration_ns};
-use crossdock_proto::{Identity, Proto};
+use crossdock_proto::Proto;
 use crossdock_shm::ShmOptions;
 
 pub use crossdock_ep::*;
@@ -70,7 +70,8 @@ impl MeetingConfig {
 /// One rank that is ready to meet the others.
 pub struct Meeting {
     engine: Engine,
-    identity: Identity,
+    #[cfg(feature = "bootstrap")]
+    identity: crossdock_proto::Identity,
     config: MeetingConfig,
 }
 
@@ -101,7 +102,12 @@ impl Meeting {
         proto.max_sessions = proto.max_sessions.max(ranks as u32);
         let options = EngineOptions { keep_mappings: true, ..EngineOptions::default() };
         let engine = Engine::new(Proto::new(proto), Box::new(network), ports, options);
-        Ok(Meeting { engine, identity, config })
+        Ok(Meeting {
+            engine,
+            #[cfg(feature = "bootstrap")]
+            identity,
+            config,
+        })
     }
 
     /// What the other ranks dial: `"ip:port"`.
