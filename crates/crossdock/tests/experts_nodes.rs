@@ -378,3 +378,49 @@ fn a_rank_may_leave_right_after_its_last_step() {
         all(meet(&config, 1), &inputs, steps);
     }
 }
+
+/// A rank that another goes on without hears so through its port, and does not go on by itself.
+#[test]
+fn a_rank_that_is_masked_through_a_port_is_told() {
+    let config = GroupConfig {
+        max_tokens: vec![4; 3],
+        experts: 3,
+        top_k: 1,
+        hidden: 128,
+        payload: Payload::Bf16,
+        slots: 1,
+        placement_version: 7,
+    };
+    let groups = meet(&config, 1);
+    let mourner = groups[0].mourner();
+    let step = |group: &mut Group| {
+        let rows = vec![Bf16::from_f32(1.0); 3 * 128];
+        let mut outputs = LatencyOutputs::new(group, Payload::Bf16, ScaleOrder::ByRow);
+        let tokens = Tokens { rows: Rows::Bf16(&rows), choices: &[0, 1, 2], weights: None };
+        let step = group.slot(0).dispatch(&tokens)?.latency(&mut outputs)?;
+        step.combine().receive(&[1.0; 3], &mut rows.clone())
+    };
+    thread::scope(|scope| {
+        for mut group in groups {
+            let mourner = &mourner;
+            scope.spawn(move || {
+                let rank = group.rank();
+                let first = step(&mut group).expect("all ranks are here");
+                assert!(first.masked.is_empty());
+                if rank == 0 {
+                    mourner.mark_dead(1);
+                }
+                if rank == 1 {
+                    // So that the others come to wait for it.
+                    thread::sleep(Duration::from_millis(200));
+                    let ended = (0..20).map(|_| step(&mut group)).find(Result::is_err);
+                    assert!(matches!(ended, Some(Err(EpError::Masked { .. }))), "{ended:?}");
+                    assert!(matches!(step(&mut group), Err(EpError::Masked { .. })), "it is out for good");
+                    return;
+                }
+                let last = (0..20).map(|_| step(&mut group).expect("these go on")).last();
+                assert_eq!(last.expect("twenty steps").masked, [1]);
+            });
+        }
+    });
+}

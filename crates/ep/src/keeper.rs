@@ -85,7 +85,7 @@ enum PeerReach {
 struct PortPeer {
     /// It has said that it leaves.
     has_left: bool,
-    /// It has answered this rank's goodbye.
+    /// It has answered that this rank leaves, or goes on without it.
     has_parted: bool,
     /// It goes on without this rank.
     has_masked: bool,
@@ -359,6 +359,7 @@ impl Keeper {
                     }
                     _ => {
                         port.has_masked = true;
+                        queue.push_back(Outbound::Note(Note::Parted));
                         Farewell::Masked
                     }
                 };
@@ -406,10 +407,12 @@ impl Keeper {
                     }
                 }
                 queue.push_back(Outbound::Note(Note::Masked));
-                port.severed_until_ns = Some(now + LONGEST_SEVERING_NS);
+                // Half, so that a dispatch that waits for the end of the session sees it.
+                let longest_ns = LONGEST_SEVERING_NS.min(self.parting_ns / 2);
+                port.severed_until_ns = Some(now + longest_ns);
             }
-            // The word has left, or does not leave.
-            if port.severed_until_ns.is_some_and(|until| now >= until || queue.is_empty()) {
+            // It has heard that, or does not hear: what is only on its way is lost with the session.
+            if port.severed_until_ns.is_some_and(|until| now >= until || port.has_parted) {
                 self.forget(session);
                 self.engine.close_session(now, session);
             }
@@ -548,5 +551,5 @@ fn port_of(
 const LONGEST_SLEEP_NS: u64 = 1_000_000_000;
 const SHORT_SLEEP_NS: u64 = 5_000_000;
 /// How long a rank that is masked is told so before its session is ended.
-const LONGEST_SEVERING_NS: u64 = 100_000_000;
+const LONGEST_SEVERING_NS: u64 = 1_000_000_000;
 const MOST_WAITING_PULSES: usize = 64;

@@ -15,7 +15,7 @@ pub(crate) enum Note {
     Pulse { slot: u32 },
     /// This rank makes no further call.
     Left,
-    /// The answer to that.
+    /// The answer to that, and to the next.
     Parted,
     /// The other is masked: this rank goes on without it.
     Masked,
