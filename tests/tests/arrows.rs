@@ -13,6 +13,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("crossdock-sim", PORT),
     ("crossdock-shm", PORT),
     ("crossdock-tcp", PORT),
+    ("crossdock-verbs", PORT),
     ("crossdock-proto", &["crossdock-memory", "crossdock-transport"]),
     ("crossdock-engine", &["crossdock-memory", "crossdock-transport", "crossdock-proto"]),
     ("crossdock-flight", &["crossdock-transport", "crossdock-proto"]),

@@ -30,6 +30,7 @@ const DATA_PATH: &[&str] = &[
     "crates/crossdock",
     "crates/ports/shm",
     "crates/ports/tcp",
+    "crates/ports/verbs",
 ];
 
 /// The types that make a thread wait until another lets go.

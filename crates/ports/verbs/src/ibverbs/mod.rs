@@ -1,0 +1,8 @@
+//! libibverbs as Rust sees it: its types, and its functions as a table that is filled when the library is found.
+//!
+//! The library of the machine is loaded at run time: no header, no linking and no generated code is needed to build.
+//! A test puts a table of functions of its own in its place.
+#![allow(unsafe_code)]
+
+pub(crate) mod library;
+pub(crate) mod sys;
