@@ -4,5 +4,7 @@
 //! starts on machines without it.
 #![deny(unsafe_code)]
 
+#[cfg(feature = "fake")]
+pub mod fake;
 #[allow(dead_code)]
 mod ibverbs;
