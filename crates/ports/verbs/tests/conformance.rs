@@ -101,6 +101,11 @@ impl Rig for DeviceRig {
         Some(Box::new(ProcessChild::spawn("child", "verbs")))
     }
 
+    /// Software RDMA in an emulated machine moves ten thousand pieces a second.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(60)
+    }
+
     fn seed(&self) -> u64 {
         self.seed
     }

@@ -1,5 +1,6 @@
 //! The functions of libibverbs, found when they are needed.
 
+use std::error::Error as _;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::mem::ManuallyDrop;
 use std::ops::Deref;
@@ -42,13 +43,25 @@ pub enum LoadError {
 
 /// Loads the libibverbs of this machine. It stays loaded until the process ends.
 pub fn load() -> Result<Library, LoadError> {
-    // SAFETY: the code that runs when libibverbs and what it links is loaded asks nothing of its caller.
-    let opened = unsafe { unix::Library::open(Some(FILE), unix::RTLD_NOW | unix::RTLD_LOCAL) };
-    let opened = opened.map_err(|error| LoadError::NotFound { reason: error.to_string() })?;
-    // Never closed: the functions below are copied out of it, and drivers that it loads by itself may have left
-    // threads and handlers behind.
+    // SAFETY: the name is libibverbs' own, and what runs when it is loaded asks nothing of its caller. All that have
+    // this name keep the ABI of `infiniband/verbs.h`.
+    unsafe { load_from(FILE) }
+}
+
+/// # Safety
+///
+/// If there is a library `file`, it can be loaded at any time, and it is libibverbs or has none of its functions.
+unsafe fn load_from(file: &str) -> Result<Library, LoadError> {
+    // SAFETY: the caller's promise.
+    let opened = unsafe { unix::Library::open(Some(file), unix::RTLD_NOW | unix::RTLD_LOCAL) };
+    // What the linker said is the source of libloading's error.
+    let opened = opened.map_err(|error| LoadError::NotFound {
+        reason: error.source().map_or_else(|| error.to_string(), ToString::to_string),
+    })?;
+    // Never closed: the functions below are copied out of it, and drivers that it loads by itself may leave threads
+    // and handlers behind.
     let opened = ManuallyDrop::new(opened);
-    // SAFETY: the types in `Functions` are those of `infiniband/verbs.h`, which every libibverbs.so.1 keeps.
+    // SAFETY: the types in `Functions` are those of `infiniband/verbs.h`.
     let functions = unsafe { Functions::find(&opened)? };
     Ok(Library { functions })
 }
@@ -117,6 +130,15 @@ macro_rules! functions {
                     $($optional: unsafe { find(object, stringify!($optional)) },)*
                 })
             }
+
+            /// Each function that there is, with its name.
+            #[cfg(test)]
+            fn addresses(&self) -> Vec<(&'static str, *const c_void)> {
+                let required = [$((stringify!($required), self.$required as *const c_void)),*];
+                let optional = [$((stringify!($optional), self.$optional.map(|f| f as *const c_void))),*];
+                let present = optional.into_iter().filter_map(|(name, address)| Some((name, address?)));
+                required.into_iter().chain(present).collect()
+            }
         }
     };
 }
@@ -130,8 +152,6 @@ functions! {
         ibv_get_device_list(num_devices: *mut c_int) -> *mut *mut ibv_device;
         ibv_free_device_list(list: *mut *mut ibv_device);
         ibv_get_device_name(device: *mut ibv_device) -> *const c_char;
-        /// In network byte order.
-        ibv_get_device_guid(device: *mut ibv_device) -> u64;
         ibv_open_device(device: *mut ibv_device) -> *mut ibv_context;
         ibv_close_device(context: *mut ibv_context) -> c_int;
         ibv_query_device(context: *mut ibv_context, attr: *mut ibv_device_attr) -> c_int;
@@ -172,12 +192,6 @@ functions! {
 
         ibv_create_qp(pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr) -> *mut ibv_qp;
         ibv_modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, attr_mask: c_int) -> c_int;
-        ibv_query_qp(
-            qp: *mut ibv_qp,
-            attr: *mut ibv_qp_attr,
-            attr_mask: c_int,
-            init_attr: *mut ibv_qp_init_attr
-        ) -> c_int;
         ibv_destroy_qp(qp: *mut ibv_qp) -> c_int;
 
         /// -1 on failure, with the code in `errno`.
@@ -221,4 +235,87 @@ functions! {
 unsafe fn find<T: Copy>(object: &unix::Library, name: &str) -> Option<T> {
     // SAFETY: the caller's promise; a symbol may also be null, which is how `None` of a function pointer is laid out.
     unsafe { object.get::<Option<T>>(name) }.ok().and_then(|symbol| *symbol)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::{CStr, CString};
+    use std::ptr;
+
+    use super::*;
+
+    /// The libibverbs of this machine, if it has one.
+    fn library() -> Option<Library> {
+        match load() {
+            Ok(library) => Some(library),
+            Err(error @ LoadError::NotFound { .. }) => {
+                eprintln!("SKIPPED: {error}");
+                None
+            }
+            Err(error @ LoadError::Symbol { .. }) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn a_library_that_is_not_there_is_an_error_with_a_reason() {
+        // SAFETY: there is no such file.
+        let missing = unsafe { load_from("libibverbs.so.not-there") };
+        let Err(LoadError::NotFound { reason }) = missing else { panic!("found") };
+        assert!(reason.contains("libibverbs.so.not-there"), "{reason}");
+    }
+
+    #[test]
+    #[cfg(target_env = "gnu")]
+    fn a_library_that_lacks_a_function_is_an_error_with_its_name() {
+        // SAFETY: this process runs on it already, and it has no function of libibverbs.
+        let other = unsafe { load_from("libc.so.6") };
+        assert_eq!(other.err(), Some(LoadError::Symbol { name: "ibv_get_device_list" }));
+    }
+
+    #[test]
+    fn the_library_of_this_machine_answers() {
+        let Some(library) = library() else { return };
+        let mut count = -1;
+        // SAFETY: it asks for room for a number.
+        let list = unsafe { (library.ibv_get_device_list)(&mut count) };
+        if list.is_null() {
+            // No kernel support for RDMA: ENOSYS, or the code of what could not be read.
+            assert_ne!(std::io::Error::last_os_error().raw_os_error(), Some(0));
+            return;
+        }
+        assert!(count >= 0, "{count} devices");
+        // SAFETY: the list is from the call above, has `count` devices and a null, and is freed once.
+        unsafe {
+            assert!((*list.add(count as usize)).is_null());
+            (library.ibv_free_device_list)(list);
+        }
+    }
+
+    /// The functions of `IBVERBS_1.0` that have a newer version take other structs: none of them may be picked.
+    #[test]
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    fn of_two_versions_the_newer_is_found() {
+        let Some(library) = library() else { return };
+        let file = CString::new(FILE).unwrap();
+        // SAFETY: the file is loaded already.
+        let object = unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_NOW) };
+        let mut compared = 0;
+        for (name, found) in library.addresses() {
+            let symbol = CString::new(name).unwrap();
+            let version = |version: &CStr| {
+                // SAFETY: a library that is open, and strings that end in zero.
+                unsafe { libc::dlvsym(object, symbol.as_ptr(), version.as_ptr()) }.cast_const()
+            };
+            let (old, new) = (version(c"IBVERBS_1.0"), version(c"IBVERBS_1.1"));
+            if new.is_null() {
+                // One version alone.
+                assert!(old.is_null() || ptr::eq(old, found), "{name}");
+                continue;
+            }
+            assert!(ptr::eq(new, found), "{name}: found {found:?}, IBVERBS_1.1 has {new:?}");
+            assert!(!ptr::eq(old, new), "{name}: both versions are one");
+            compared += 1;
+        }
+        assert!(compared > 20, "only {compared} functions have two versions");
+    }
 }

@@ -5,6 +5,14 @@
 //! A test puts a table of functions of its own in its place.
 #![allow(unsafe_code)]
 
+// There are tables for these machines; what differs between them is the size of a mutex.
+#[cfg(all(
+    test,
+    target_os = "linux",
+    target_env = "gnu",
+    any(target_arch = "x86_64", target_arch = "aarch64")
+))]
+mod abi;
 pub(crate) mod chain;
 pub(crate) mod context;
 pub(crate) mod library;

@@ -1,7 +1,7 @@
 //! What a port of reliable connections needs of `infiniband/verbs.h`, under the names of the manual pages.
 //!
 //! Written by hand: this part of the ABI has not changed since version 1.1 of libibverbs, but for what is said at a
-//! field. `abi.txt` holds what a C compiler makes of the same names, and a test compares.
+//! field. The tables in `abi/` hold what a C compiler makes of the same names, and a test compares.
 //!
 //! An enum of C is an integer here: a newer library may answer with a value that is not listed.
 #![allow(non_camel_case_types)]
@@ -192,8 +192,10 @@ pub struct ibv_port_attr {
     pub link_layer: u8,
     /// `IBV_QPF_*`.
     pub flags: u8,
-    /// Never filled by the symbol `ibv_query_port`, which knows what comes before.
+    /// Since rdma-core 22. The symbol `ibv_query_port` fills what comes before, and neither this nor the next.
     pub port_cap_flags2: u16,
+    /// Since rdma-core 49.
+    pub active_speed_ex: u32,
 }
 
 pub const IBV_PORT_NOP: u32 = 0;
@@ -466,7 +468,7 @@ pub struct ibv_qp_attr {
     pub rnr_retry: u8,
     pub alt_port_num: u8,
     pub alt_timeout: u8,
-    /// Unknown to libraries before rdma-core 12, which never read so far.
+    /// Since rdma-core 13. Older libraries do not read so far.
     pub rate_limit: u32,
 }
 
