@@ -103,8 +103,7 @@ impl VerbsPort {
                 .map_err(|_| Error::Os { call: "mmap", errno: libc::ENOMEM })?;
             Ok(MemoryRegion::new(&protection, &memory, IBV_ACCESS_LOCAL_WRITE)?)
         };
-        let receives =
-            Receives::new(&protection, max_lanes * each_lane, each_lane, |bytes| own_memory(bytes))?;
+        let receives = Receives::new(&protection, max_lanes * each_lane, each_lane, &own_memory)?;
         let messages = own_memory(max_lanes as usize * RECEIVE_BYTES)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("epoll_create1"))?;
         for fd in [completion_queue.as_fd(), context.async_fd()] {

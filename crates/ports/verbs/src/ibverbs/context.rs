@@ -163,7 +163,7 @@ impl Context {
         if unsafe { (self.library.ibv_get_async_event)(self.raw.as_ptr(), &mut event) } != 0 {
             return None;
         }
-        let kind = event.event_type as u32;
+        let kind = event.event_type;
         let of = match kind {
             IBV_EVENT_QP_FATAL
             | IBV_EVENT_QP_REQ_ERR
