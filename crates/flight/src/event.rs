@@ -593,7 +593,7 @@ fn lane_code(cause: &DownCause) -> &'static str {
         DownCause::PeerMisbehaved { .. } => "misbehaved",
         DownCause::ConnectTimedOut => "connect-timed-out",
         DownCause::LimitReached { .. } => "limit",
-        DownCause::Device { .. } => "device",
+        DownCause::Device(_) => "device",
         _ => "other",
     }
 }

@@ -314,7 +314,7 @@ impl SessionEnd {
                 "let both sides bind, or advertise, addresses of one family that reach each other"
             }
             SessionEnd::Restarted => "the peer was started again; send the request again",
-            SessionEnd::LanesLost { .. } => "look at the transport's cause; the peer is dialed again",
+            SessionEnd::LanesLost { cause } => cause.advice(),
             SessionEnd::Unreachable { cause: LinkCause::BadAddress { .. } } => {
                 "give the peer's IP address and port; resolve names before"
             }

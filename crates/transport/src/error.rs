@@ -137,11 +137,47 @@ pub enum DownCause {
         /// How many.
         limit: u64,
     },
-    /// The device reported an error for an op.
-    Device {
-        /// The device's own code.
-        status: u32,
-    },
+    /// The device reported an error for an op of the lane, or for its queue pair.
+    Device(DeviceError),
+}
+
+/// What a device said of a lane that it gave up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceError {
+    /// The device's code.
+    pub status: u32,
+    /// What that code is called.
+    pub name: &'static str,
+    /// The code that only the vendor can explain.
+    pub vendor: u32,
+    /// This end's queue pair.
+    pub queue_pair: u32,
+    /// The peer's address in the device's network (of verbs, its GID).
+    pub peer: [u8; 16],
+    /// What to look at.
+    pub advice: &'static str,
+}
+
+impl DownCause {
+    /// What to do about it.
+    pub fn advice(&self) -> &'static str {
+        match self {
+            Self::ClosedHere | Self::ClosedByPeer => "nothing to do: closed in order",
+            Self::PeerDied => "look at why the peer's process ended",
+            Self::Broken { .. } => "look at the network between the two, and at the peer's log",
+            Self::NotAuthentic => "look for somebody between the two, or for addresses that are used twice",
+            Self::PeerMisbehaved { .. } => {
+                "run the same version of crossdock on both sides, and report it if it repeats"
+            }
+            Self::ConnectTimedOut => {
+                "check that the peer runs, and that its port's address can be reached from this one"
+            }
+            Self::LimitReached { .. } => {
+                "raise the limit in the port's options, or register fewer regions at the peer"
+            }
+            Self::Device(error) => error.advice,
+        }
+    }
 }
 
 impl std::fmt::Display for DownCause {
@@ -158,7 +194,19 @@ impl std::fmt::Display for DownCause {
             Self::PeerMisbehaved { what } => write!(f, "the peer broke the protocol: {what}"),
             Self::ConnectTimedOut => f.write_str("the other end did not connect in time"),
             Self::LimitReached { what, limit } => write!(f, "limit reached: {what} ({limit})"),
-            Self::Device { status } => write!(f, "the device reported status {status}"),
+            Self::Device(error) => error.fmt(f),
+        }
+    }
+}
+
+impl std::fmt::Display for DeviceError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { status, name, vendor, queue_pair, .. } = self;
+        let peer = std::net::Ipv6Addr::from(self.peer);
+        write!(f, "the device reported {name} ({status}, vendor {vendor:#x}) for queue pair {queue_pair}")?;
+        match peer.to_ipv4_mapped() {
+            Some(peer) => write!(f, " to {peer}"),
+            None => write!(f, " to {peer}"),
         }
     }
 }

@@ -19,8 +19,9 @@ mod event;
 mod grant;
 mod op;
 mod port;
+mod slab;
 
-pub use error::{DownCause, Error, Result};
+pub use error::{DeviceError, DownCause, Error, Result};
 pub use event::{Event, Events};
 pub use grant::{Access, Grant, GrantId, GrantTable, GrantedBuffer, Refusal};
 pub use op::{Direction, Op, Posted, Shape, Token};
@@ -28,3 +29,4 @@ pub use port::{
     Arm, Attached, Fence, LaneAddress, LaneId, LaneTags, LocalId, MappedBytes, Mapping, PeerId, Port,
     PortInfo, RemoteId, RemoteKey,
 };
+pub use slab::Slab;

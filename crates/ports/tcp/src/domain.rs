@@ -1,9 +1,7 @@
 //! What the lanes of a port share: the regions, who may touch them, and the counters.
 
 use crossdock_memory::Memory;
-use crossdock_transport::GrantTable;
-
-use crate::slab::Slab;
+use crossdock_transport::{GrantTable, Slab};
 
 pub(crate) struct Domain {
     /// Registered memory; an id is a `LocalId`.

@@ -32,7 +32,6 @@ mod port;
 mod receive;
 mod requests;
 mod send;
-mod slab;
 mod socket;
 mod vectored;
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crossdock_memory::Memory;
 use crossdock_transport::{
     Arm, Attached, DownCause, Error, Events, Fence, Grant, GrantId, GrantTable, LaneAddress, LaneId,
-    LaneTags, LocalId, Op, PeerId, Port, PortInfo, Posted, RemoteId, RemoteKey, Result,
+    LaneTags, LocalId, Op, PeerId, Port, PortInfo, Posted, RemoteId, RemoteKey, Result, Slab,
 };
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventFlags};
@@ -25,7 +25,6 @@ use crate::hot::Hot;
 use crate::lane::{After, Lane, State};
 use crate::options::TcpOptions;
 use crate::send::{PostShare, Taken};
-use crate::slab::Slab;
 use crate::socket::{Sockets, Source, Timer, edges, os};
 
 /// A port over TCP. See the [crate's page](crate) for what it promises.

@@ -14,7 +14,10 @@ pub fn a_killed_peer_ends_its_lane(rig: &mut dyn Rig) {
     streaming.child.kill();
     stage.wait("the lane of a killed peer to be down", |s| s.log(0, lane).down.is_some());
     let cause = stage.log(0, lane).down;
-    assert!(matches!(cause, Some(DownCause::PeerDied | DownCause::Broken { .. })), "{cause:?}");
+    assert!(
+        matches!(cause, Some(DownCause::PeerDied | DownCause::Broken { .. } | DownCause::Device(_))),
+        "{cause:?}"
+    );
     streaming.at_rest_from_now_on();
 }
 

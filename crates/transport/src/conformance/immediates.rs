@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
+use super::Rig;
 use super::stage::{Feed, Stage, assert_content, content};
-use super::{PATIENCE, Rig};
 use crate::{Event, Op};
 
 /// When an immediate is heard, the bytes of its op are there; on an ordered port those of all earlier ops too.
@@ -49,7 +49,7 @@ pub fn immediates_come_once_after_their_bytes(rig: &mut dyn Rig) {
             }
         }
         stage.rig.pass();
-        assert!(begun.elapsed() < PATIENCE, "waited for {expected} immediates of {} ops", feed.taken());
+        assert!(begun.elapsed() < stage.patience, "waited for {expected} immediates of {} ops", feed.taken());
     }
     stage.end();
 }

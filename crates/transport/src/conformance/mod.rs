@@ -6,7 +6,7 @@
 //! events of every lane is checked: one `Up` before anything else, each `Done` once and in the order of posting,
 //! one `Down`, nothing after it.
 //!
-//! Every wait ends within [`PATIENCE`], and says what it waited for.
+//! Every wait ends within [`Rig::patience`], and says what it waited for.
 //!
 //! A peer that is stopped or killed needs a process of its own. [`ProcessChild::spawn`] runs the test binary again for
 //! that, with only the named test, which answers to [`requested_child`] with [`serve`] and does nothing when nobody
@@ -63,6 +63,11 @@ pub trait Rig {
         None
     }
 
+    /// How long any wait of the suite lasts before it fails: more than usual where the medium is emulated.
+    fn patience(&self) -> Duration {
+        PATIENCE
+    }
+
     /// Where the suite's random choices begin.
     fn seed(&self) -> u64 {
         1
@@ -100,7 +105,7 @@ pub fn run(rig: &mut dyn Rig) {
     );
 }
 
-/// How long any wait of the suite lasts before it fails.
+/// How long any wait of the suite usually lasts before it fails.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
 macro_rules! cases {

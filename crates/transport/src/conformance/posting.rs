@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
+use super::Rig;
 use super::stage::{Feed, Stage, apply, assert_content, content};
-use super::{PATIENCE, Rig};
 use crate::{Direction, Error, Event, LaneId, Op, Shape, Token};
 
 /// A paged op that is longer than any queue comes through whole, its immediate and its token once, at the end.
@@ -116,7 +116,7 @@ pub fn done_of_a_read_means_that_it_has_arrived(rig: &mut dyn Rig) {
         stage.poll(1);
         stage.rig.pass();
         assert!(
-            begun.elapsed() < PATIENCE,
+            begun.elapsed() < stage.patience,
             "waited for {READS} reads, {} posted, {verified} here",
             feed.taken()
         );
@@ -150,7 +150,7 @@ pub fn thousands_of_ops_in_flight(rig: &mut dyn Rig) {
             break;
         }
         assert!(
-            begun.elapsed() < PATIENCE,
+            begun.elapsed() < stage.patience,
             "waited for {OPS} ops, {:?} were taken",
             feeds.map(|f| f.taken())
         );

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::Rig;
 use super::stage::{Feed, Stage};
-use super::{PATIENCE, Rig};
 use crate::{Arm, Op, Port, Token};
 
 /// A ping-pong in which each side sleeps until the other's immediate wakes it.
@@ -32,7 +32,7 @@ pub fn a_sleeper_is_woken(rig: &mut dyn Rig) {
             while !feed.offer(&mut stage, sender, link.lanes[sender], 1) {
                 stage.poll(sender);
                 stage.rig.pass();
-                assert!(begun.elapsed() < PATIENCE, "waited for an op to be taken");
+                assert!(begun.elapsed() < stage.patience, "waited for an op to be taken");
             }
         }
         let begun = Instant::now();
@@ -42,7 +42,7 @@ pub fn a_sleeper_is_woken(rig: &mut dyn Rig) {
             }
             stage.poll(sender);
             stage.rig.pass();
-            assert!(begun.elapsed() < PATIENCE, "waited for a sleeper to be woken in round {round}");
+            assert!(begun.elapsed() < stage.patience, "waited for a sleeper to be woken in round {round}");
         }
         stage.wait("the token", |s| s.log(sender, link.lanes[sender]).done.len() == expected);
     }
@@ -55,7 +55,7 @@ pub fn a_sleeper_is_woken(rig: &mut dyn Rig) {
         }
         stage.poll(0);
         stage.rig.pass();
-        assert!(begun.elapsed() < PATIENCE, "waited for a sleeper to be woken by the end of its lane");
+        assert!(begun.elapsed() < stage.patience, "waited for a sleeper to be woken by the end of its lane");
     }
     stage.end();
 }

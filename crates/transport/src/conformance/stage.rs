@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crossdock_memory::{Memory, PageLayout};
 
-use super::{PATIENCE, Rig, Rng};
+use super::{Rig, Rng};
 use crate::{
     Access, Direction, DownCause, Error, Event, Events, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId,
     LaneTags, LocalId, Op, PeerId, Port, Posted, RemoteId, RemoteKey, Shape, Token,
@@ -15,6 +15,7 @@ use crate::{
 pub(super) struct Stage<'r> {
     pub rig: &'r mut dyn Rig,
     pub rng: Rng,
+    pub patience: Duration,
     pub sides: Vec<Side>,
 }
 
@@ -84,7 +85,8 @@ impl<'r> Stage<'r> {
         });
         let sides: Vec<Side> = sides.collect();
         assert_eq!(sides.len(), ports, "the rig made another number of ports than asked for");
-        Self { rig, rng, sides }
+        let patience = rig.patience();
+        Self { rig, rng, patience, sides }
     }
 
     pub fn port(&mut self, side: usize) -> &mut dyn Port {
@@ -144,7 +146,7 @@ impl<'r> Stage<'r> {
         loop {
             match self.port(side).attach(lane, key) {
                 Ok(attached) => return attached.id,
-                Err(Error::NotYet) if begun.elapsed() < PATIENCE => self.turn(),
+                Err(Error::NotYet) if begun.elapsed() < self.patience => self.turn(),
                 Err(error) => panic!("attach after {:?}: {error}", begun.elapsed()),
             }
         }
@@ -206,7 +208,12 @@ impl<'r> Stage<'r> {
         let mut feed = Feed::new(ops);
         while !feed.offer(self, side, lane, usize::MAX) {
             self.turn();
-            assert!(begun.elapsed() < PATIENCE, "waited for {} ops, {} were taken", ops.len(), feed.taken());
+            assert!(
+                begun.elapsed() < self.patience,
+                "waited for {} ops, {} were taken",
+                ops.len(),
+                feed.taken()
+            );
         }
     }
 
@@ -271,9 +278,9 @@ impl<'r> Stage<'r> {
     pub fn wait(&mut self, what: &str, mut until: impl FnMut(&mut Self) -> bool) {
         let begun = Instant::now();
         while !until(self) {
-            if begun.elapsed() > PATIENCE {
+            if begun.elapsed() > self.patience {
                 let lanes: Vec<String> = self.sides.iter().map(|side| format!("{:?}", side.lanes)).collect();
-                panic!("waited {PATIENCE:?} for {what}; heard of: {}", lanes.join(" | "));
+                panic!("waited {:?} for {what}; heard of: {}", self.patience, lanes.join(" | "));
             }
             self.turn();
         }

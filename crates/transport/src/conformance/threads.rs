@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use crossdock_memory::Memory;
 
+use super::Rig;
 use super::stage::{Link, Stage};
-use super::{PATIENCE, Rig};
 use crate::{Event, Events, Op, Port, Token};
 
 /// One thread writes, again and again into the same few slots, as soon as the other has acknowledged them; its
@@ -17,12 +17,12 @@ pub fn bytes_are_there_across_threads(rig: &mut dyn Rig) {
     let link = stage.link((SLOTS * SLOT) as usize);
     let mut port = stage.sides[0].port.take().expect("a fresh port");
     let target = link.regions[1].memory.clone();
-    let begun = Instant::now();
+    let (begun, patience) = (Instant::now(), stage.patience);
     let mut heard = 0;
     let (port, writer) = thread::scope(|scope| {
         let writer = scope.spawn(|| {
             let mut writer = Writer::default();
-            writer.run(&mut *port, &link, begun);
+            writer.run(&mut *port, &link, begun, patience);
             (port, writer)
         });
         let mut acknowledge = VecDeque::new();
@@ -60,7 +60,7 @@ struct Writer {
 }
 
 impl Writer {
-    fn run(&mut self, port: &mut dyn Port, link: &Link, begun: Instant) {
+    fn run(&mut self, port: &mut dyn Port, link: &Link, begun: Instant, patience: Duration) {
         let source = &link.regions[0].memory;
         let mut events = Events::with_capacity(16);
         let mut next: Option<Op<'static>> = None;
@@ -102,7 +102,7 @@ impl Writer {
             if over && next.is_none() && acknowledged == made && done == made {
                 return;
             }
-            assert!(begun.elapsed() < PATIENCE, "waited for {made} acknowledgements, {acknowledged} came");
+            assert!(begun.elapsed() < patience, "waited for {made} acknowledgements, {acknowledged} came");
             thread::yield_now();
         }
     }

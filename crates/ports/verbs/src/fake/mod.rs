@@ -33,6 +33,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use self::raw::RawDevice;
 use self::wire::Step;
 use self::world::World;
+use crate::Verbs;
 use crate::ibverbs::library::Library;
 use crate::ibverbs::sys::*;
 
@@ -114,6 +115,10 @@ impl Fabric {
     }
 
     /// The library that has this fabric's devices. It lists none once the fabric is gone.
+    pub fn verbs(&self) -> Verbs {
+        Verbs::of(self.library())
+    }
+
     pub(crate) fn library(&self) -> Arc<Library> {
         self.handle.library.clone()
     }

@@ -161,7 +161,6 @@ pub enum Function {
     DestroySrq,
     CreateQp,
     ModifyQp,
-    QueryQp,
     DestroyQp,
     GetAsyncEvent,
     AckAsyncEvent,

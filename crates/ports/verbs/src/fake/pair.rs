@@ -47,6 +47,8 @@ pub(super) struct Pair {
     pub waits_until: u64,
     /// When silence of the peer is too long.
     pub deadline: Option<u64>,
+    /// An answer showed that responses were lost, and nothing was acknowledged since.
+    pub loss_seen: bool,
 
     // The responder.
     pub expected: u32,
@@ -241,6 +243,7 @@ impl World {
             rnr_left: 0,
             waits_until: 0,
             deadline: None,
+            loss_seen: false,
             expected: 0,
             has_heard: false,
             incoming: None,
@@ -357,7 +360,9 @@ impl World {
             || given(IBV_QP_MIN_RNR_TIMER) && wanted.min_rnr_timer > 31
             || given(IBV_QP_AV) && (path.port_num != 1 || path.sl > 15)
             || given(IBV_QP_AV) && path.is_global == 0 && device.ethernet
-            || given(IBV_QP_AV) && path.is_global != 0 && usize::from(path.grh.sgid_index) >= device.gids().len();
+            || given(IBV_QP_AV)
+                && path.is_global != 0
+                && usize::from(path.grh.sgid_index) >= device.gids().len();
         if wrong { Err(libc::EINVAL) } else { Ok(()) }
     }
 
@@ -422,7 +427,8 @@ impl World {
         pair.answers.clear();
         pair.receives.waiting.clear();
         (pair.sends_used, pair.done_silently, pair.receives.used) = (0, 0, 0);
-        (pair.incoming, pair.deadline, pair.gap_told, pair.has_heard) = (None, None, false, false);
+        (pair.incoming, pair.deadline) = (None, None);
+        (pair.loss_seen, pair.gap_told, pair.has_heard) = (false, false, false);
         pair.waits_until = 0;
     }
 
@@ -485,21 +491,6 @@ impl World {
             sl: 0xee,
             dlid_path_bits: 0xee,
         }
-    }
-
-    pub fn query_pair(
-        &mut self,
-        id: u32,
-        attributes: &mut ibv_qp_attr,
-        init: &mut ibv_qp_init_attr,
-    ) -> Result<(), Errno> {
-        let Some(pair) = self.pairs.get(&id) else {
-            return Err(self.violation("ibv_query_qp of a destroyed queue pair"));
-        };
-        *attributes = pair.attributes;
-        (attributes.qp_state, attributes.cur_qp_state, attributes.cap) = (pair.state, pair.state, pair.cap);
-        (init.cap, init.qp_type, init.sq_sig_all) = (pair.cap, IBV_QPT_RC, i32::from(pair.signals_all));
-        Ok(())
     }
 
     /// Whether requests can be posted at all, before one is looked at.

@@ -53,12 +53,16 @@ unsafe extern "C" fn get_device_list<const PLACE: usize>(num_devices: *mut c_int
         Some(fabric) => &fabric.devices[..],
         None => &[],
     };
-    if let Some(Err(errno)) = fabric.as_ref().map(|fabric| fabric.world.lock().called(Function::GetDeviceList)) {
+    if let Some(Err(errno)) =
+        fabric.as_ref().map(|fabric| fabric.world.lock().called(Function::GetDeviceList))
+    {
         return super::table::null(errno);
     }
     let mut list: Vec<*mut ibv_device> = Vec::with_capacity(devices.len() + 2);
     list.push(ptr::null_mut());
-    list.extend(devices.iter().map(|device| ptr::from_ref::<RawDevice>(device).cast_mut().cast::<ibv_device>()));
+    list.extend(
+        devices.iter().map(|device| ptr::from_ref::<RawDevice>(device).cast_mut().cast::<ibv_device>()),
+    );
     list.push(ptr::null_mut());
     if !num_devices.is_null() {
         // SAFETY: the caller gives a place for a number, or null.

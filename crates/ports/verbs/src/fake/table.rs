@@ -28,7 +28,6 @@ pub(super) fn functions(get_device_list: GetDeviceList, is_old: bool) -> Functio
         ibv_get_device_list: get_device_list,
         ibv_free_device_list: registry::free_device_list,
         ibv_get_device_name: get_device_name,
-        ibv_get_device_guid: get_device_guid,
         ibv_open_device: open_device,
         ibv_close_device: close_device,
         ibv_query_device: query_device,
@@ -50,7 +49,6 @@ pub(super) fn functions(get_device_list: GetDeviceList, is_old: bool) -> Functio
         ibv_destroy_srq: destroy_srq,
         ibv_create_qp: create_qp,
         ibv_modify_qp: modify_qp,
-        ibv_query_qp: query_qp,
         ibv_destroy_qp: destroy_qp,
         ibv_get_async_event: get_async_event,
         ibv_ack_async_event: ack_async_event,
@@ -129,11 +127,6 @@ unsafe extern "C" fn get_device_name(device: *mut ibv_device) -> *const c_char {
     unsafe { (&raw const (*device).name).cast() }
 }
 
-unsafe extern "C" fn get_device_guid(device: *mut ibv_device) -> u64 {
-    // SAFETY: as above.
-    guid(unsafe { (*device.cast::<RawDevice>()).index })
-}
-
 fn guid(device: usize) -> u64 {
     (0x02fa_ceff_0000_0001 + device as u64).to_be()
 }
@@ -171,8 +164,8 @@ unsafe extern "C" fn open_device(device: *mut ibv_device) -> *mut ibv_context {
 
 unsafe extern "C" fn close_device(context: *mut ibv_context) -> c_int {
     // SAFETY: the context is open.
-    let closed = unsafe { begin(context, Function::CloseDevice) }
-        .and_then(|mut call| call.world.close(call.context));
+    let closed =
+        unsafe { begin(context, Function::CloseDevice) }.and_then(|mut call| call.world.close(call.context));
     if closed.is_ok() {
         // SAFETY: it came out of a box, and is closed once; the lock is not held any more.
         drop(unsafe { Box::from_raw(context.cast::<RawContext>()) });
@@ -220,9 +213,9 @@ unsafe extern "C" fn query_port(context: *mut ibv_context, port_num: u8, attr: *
             return Err(libc::EINVAL);
         }
         let mtu = device.mtu_bytes.trailing_zeros() - 7;
-        // SAFETY: the caller gives a place for the struct, of which the last field is left as it is.
+        // SAFETY: the caller gives a place for the struct, of which the last two fields are left as they are.
         unsafe {
-            let port_cap_flags2 = (*attr).port_cap_flags2;
+            let (port_cap_flags2, active_speed_ex) = ((*attr).port_cap_flags2, (*attr).active_speed_ex);
             *attr = ibv_port_attr {
                 state: if device.link_up { IBV_PORT_ACTIVE } else { IBV_PORT_DOWN },
                 max_mtu: IBV_MTU_4096,
@@ -250,6 +243,7 @@ unsafe extern "C" fn query_port(context: *mut ibv_context, port_num: u8, attr: *
                 },
                 flags: 0,
                 port_cap_flags2,
+                active_speed_ex,
             };
         }
         Ok(())
@@ -563,7 +557,9 @@ unsafe extern "C" fn poll_cq(cq: *mut ibv_cq, num_entries: c_int, wc: *mut ibv_w
             Pace::AtOnce => world.settle(SETTLE_STEPS),
             Pace::Stepped { most } => {
                 let steps = world.random.below(most + 1);
-                (0..steps).for_each(|_| drop(world.step()));
+                for _ in 0..steps {
+                    world.step();
+                }
             }
             Pace::Thread => {}
         }
@@ -725,26 +721,6 @@ unsafe extern "C" fn modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, attr_mas
         call.fabric.more_to_do();
         code(modified.map(|state| (*qp).state = state))
     }
-}
-
-unsafe extern "C" fn query_qp(
-    qp: *mut ibv_qp,
-    attr: *mut ibv_qp_attr,
-    _attr_mask: c_int,
-    init_attr: *mut ibv_qp_init_attr,
-) -> c_int {
-    // SAFETY: the queue pair exists, or is kept by its fabric; the caller gives both structs.
-    code(unsafe { begin((*qp).context, Function::QueryQp) }.and_then(|mut call| {
-        // SAFETY: as above.
-        unsafe {
-            let init = &mut *init_attr;
-            call.world.query_pair(id_of(qp), &mut *attr, init)?;
-            (init.qp_context, init.send_cq, init.recv_cq) = ((*qp).qp_context, (*qp).send_cq, (*qp).recv_cq);
-            init.srq = (*qp).srq;
-            (*qp).state = (*attr).qp_state;
-        }
-        Ok(())
-    }))
 }
 
 unsafe extern "C" fn destroy_qp(qp: *mut ibv_qp) -> c_int {

@@ -39,8 +39,20 @@ struct Packet {
 }
 
 enum Body {
-    Write { start: Option<Target>, is_last: bool, imm: Option<u32>, is_solicited: bool, payload: Vec<u8> },
-    Send { is_first: bool, is_last: bool, imm: Option<u32>, is_solicited: bool, payload: Vec<u8> },
+    Write {
+        start: Option<Target>,
+        is_last: bool,
+        imm: Option<u32>,
+        is_solicited: bool,
+        payload: Vec<u8>,
+    },
+    Send {
+        is_first: bool,
+        is_last: bool,
+        imm: Option<u32>,
+        is_solicited: bool,
+        payload: Vec<u8>,
+    },
     Read(Target),
     Response(Vec<u8>),
     /// Everything up to this was done.
@@ -206,8 +218,7 @@ impl World {
 
     /// One packet arrives, of a flow that chance picks.
     fn land_one(&mut self) -> bool {
-        let (Some((&low, _)), Some((&high, _))) =
-            (self.flows.first_key_value(), self.flows.last_key_value())
+        let (Some((&low, _)), Some((&high, _))) = (self.flows.first_key_value(), self.flows.last_key_value())
         else {
             return false;
         };
@@ -253,8 +264,7 @@ impl World {
 
     /// One queue pair, which chance picks, does what it can.
     fn act_one(&mut self) -> bool {
-        let (Some((&low, _)), Some((&high, _))) =
-            (self.pairs.first_key_value(), self.pairs.last_key_value())
+        let (Some((&low, _)), Some((&high, _))) = (self.pairs.first_key_value(), self.pairs.last_key_value())
         else {
             return false;
         };
@@ -297,9 +307,7 @@ impl World {
     }
 
     fn can_request(&self, pair: &Pair) -> bool {
-        if pair.next == pair.tail
-            || pair.waits_until > self.now
-            || pair.next - pair.unacknowledged >= WINDOW
+        if pair.next == pair.tail || pair.waits_until > self.now || pair.next - pair.unacknowledged >= WINDOW
         {
             return false;
         }
@@ -371,7 +379,8 @@ impl World {
             Data::Pieces(pieces) => {
                 let mut payload = Vec::with_capacity(bytes as usize);
                 for (address, bytes, key) in parts(pieces, offset, bytes) {
-                    let use_of = Use { key, is_remote: false, domain: pair.domain, address, bytes, access: 0 };
+                    let use_of =
+                        Use { key, is_remote: false, domain: pair.domain, address, bytes, access: 0 };
                     let (region, start) = self.region(pair.device, &use_of)?;
                     let at = payload.len();
                     payload.resize(at + bytes as usize, 0);
@@ -398,7 +407,10 @@ impl World {
     fn time_out(&mut self, id: u32) {
         let pair = &self.pairs[&id];
         match self.is_silent(pair) {
-            true => self.resend(id),
+            true => {
+                self.pairs.get_mut(&id).expect("just found").loss_seen = false;
+                self.resend(id);
+            }
             false => {
                 let deadline = deadline(pair, self.now);
                 self.pairs.get_mut(&id).expect("just found").deadline = deadline;
@@ -494,6 +506,7 @@ impl World {
         let now = self.now;
         let pair = self.pairs.get_mut(&id).expect("the caller has found it");
         pair.unacknowledged = reached;
+        pair.loss_seen = false;
         pair.next = pair.next.max(reached);
         (pair.retries_left, pair.rnr_left) = (pair.attributes.retry_cnt, pair.attributes.rnr_retry);
         pair.deadline = if reached < pair.sent { deadline(pair, now) } else { None };
@@ -501,8 +514,10 @@ impl World {
 
     /// If a read before this has not ended, its responses were lost.
     fn expect_acknowledged(&mut self, id: u32, to: u64) -> bool {
-        let is_so = self.pairs[&id].unacknowledged >= to;
-        if !is_so {
+        let pair = self.pairs.get_mut(&id).expect("the caller has found it");
+        let is_so = pair.unacknowledged >= to;
+        // Once: what else is on its way says the same.
+        if !is_so && !std::mem::replace(&mut pair.loss_seen, true) {
             self.resend(id);
         }
         is_so

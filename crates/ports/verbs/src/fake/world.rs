@@ -8,7 +8,7 @@ use std::ptr;
 use crossdock_memory::Memory;
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::options::{Failure, FabricOptions, Function};
+use super::options::{FabricOptions, Failure, Function};
 use super::pair::{Pair, Receive, ReceiveOf, ReceiveQueue};
 use super::random::Random;
 use super::raw::Raw;
@@ -283,7 +283,6 @@ impl World {
                         | Function::ReqNotifyCq
                         | Function::GetCqEvent
                         | Function::ModifyQp
-                        | Function::QueryQp
                         | Function::PostSend
                         | Function::PostRecv
                         | Function::PostSrqRecv
@@ -385,7 +384,8 @@ impl World {
         let (context, pd) = (owner.context, owner.raw.head());
         let Registration { memory, start, addr, bytes, iova, access } = wanted;
         let needs_local_write = IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_ATOMIC;
-        let known = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_READ | needs_local_write | IBV_ACCESS_OPTIONAL_RANGE;
+        let known =
+            IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_READ | needs_local_write | IBV_ACCESS_OPTIONAL_RANGE;
         if access & needs_local_write != 0 && access & IBV_ACCESS_LOCAL_WRITE == 0
             || access & !known != 0
             || bytes == 0
@@ -641,7 +641,8 @@ impl World {
         let context = queue.context;
         self.report(context, DeviceEvent { kind: IBV_EVENT_CQ_ERR, of: EventOf::Queue(id) });
         let of_queue = |pair: &Pair| pair.send_queue == id || pair.receive_queue == id;
-        let pairs: Vec<u32> = self.pairs.iter().filter(|(_, pair)| of_queue(pair)).map(|(&id, _)| id).collect();
+        let pairs: Vec<u32> =
+            self.pairs.iter().filter(|(_, pair)| of_queue(pair)).map(|(&id, _)| id).collect();
         for pair in pairs {
             self.fail(pair, Some(IBV_EVENT_QP_FATAL));
         }

@@ -152,8 +152,6 @@ functions! {
         ibv_get_device_list(num_devices: *mut c_int) -> *mut *mut ibv_device;
         ibv_free_device_list(list: *mut *mut ibv_device);
         ibv_get_device_name(device: *mut ibv_device) -> *const c_char;
-        /// In network byte order.
-        ibv_get_device_guid(device: *mut ibv_device) -> u64;
         ibv_open_device(device: *mut ibv_device) -> *mut ibv_context;
         ibv_close_device(context: *mut ibv_context) -> c_int;
         ibv_query_device(context: *mut ibv_context, attr: *mut ibv_device_attr) -> c_int;
@@ -194,12 +192,6 @@ functions! {
 
         ibv_create_qp(pd: *mut ibv_pd, attr: *mut ibv_qp_init_attr) -> *mut ibv_qp;
         ibv_modify_qp(qp: *mut ibv_qp, attr: *mut ibv_qp_attr, attr_mask: c_int) -> c_int;
-        ibv_query_qp(
-            qp: *mut ibv_qp,
-            attr: *mut ibv_qp_attr,
-            attr_mask: c_int,
-            init_attr: *mut ibv_qp_init_attr
-        ) -> c_int;
         ibv_destroy_qp(qp: *mut ibv_qp) -> c_int;
 
         /// -1 on failure, with the code in `errno`.

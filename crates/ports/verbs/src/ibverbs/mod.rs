@@ -1,4 +1,5 @@
-//! libibverbs as Rust sees it: its types, and its functions as a table that is filled when the library is found.
+//! libibverbs as Rust sees it: its types, its functions as a table that is filled when the library is found, and objects that
+//! destroy themselves. All the unsafe code of this crate is here.
 //!
 //! The library of the machine is loaded at run time: no header, no linking and no generated code is needed to build.
 //! A test puts a table of functions of its own in its place.
@@ -12,5 +13,9 @@
     any(target_arch = "x86_64", target_arch = "aarch64")
 ))]
 mod abi;
+pub(crate) mod chain;
+pub(crate) mod context;
 pub(crate) mod library;
+pub(crate) mod objects;
+pub(crate) mod status;
 pub(crate) mod sys;

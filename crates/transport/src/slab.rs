@@ -1,17 +1,19 @@
-//! A table of bounded size whose ids are never used again.
+//! A table of bounded size whose ids are never used again: for the lanes and regions of a port.
 
 use std::collections::VecDeque;
 
-use crossdock_transport::Error;
+use crate::Error;
 
-/// The lower bits of an id name a slot; the upper bits count the uses of that slot.
-pub(crate) struct Slab<T> {
+/// Values by id. Of an id the lower bits name a slot, and the upper bits count the uses of that slot.
+#[derive(Debug)]
+pub struct Slab<T> {
     slots: Vec<Slot<T>>,
     free: VecDeque<u32>,
     limit: u32,
     slot_bits: u32,
 }
 
+#[derive(Debug)]
 struct Slot<T> {
     /// The id of the value that is here, or of the next one. Beyond 32 bits, the slot has no ids left.
     id: u64,
@@ -19,6 +21,7 @@ struct Slot<T> {
 }
 
 impl<T> Slab<T> {
+    /// An empty table for up to `limit` values at a time.
     pub fn new(limit: u32) -> Self {
         let slot_bits = limit.next_power_of_two().trailing_zeros();
         Self { slots: Vec::new(), free: VecDeque::new(), limit, slot_bits }
@@ -26,6 +29,11 @@ impl<T> Slab<T> {
 
     /// Adds a value; `None` when the table is full, or when the ids of all free slots are spent.
     pub fn insert(&mut self, value: T) -> Option<u32> {
+        self.insert_with(|_, _| value)
+    }
+
+    /// Adds a value that knows its id and its [slot](Slab::slot_of).
+    pub fn insert_with(&mut self, value: impl FnOnce(u32, usize) -> T) -> Option<u32> {
         let at = match self.free.pop_front() {
             Some(at) => at,
             None if (self.slots.len() as u32) < self.limit => {
@@ -36,10 +44,11 @@ impl<T> Slab<T> {
             None => return None,
         };
         let slot = &mut self.slots[at as usize];
-        slot.value = Some(value);
+        slot.value = Some(value(slot.id as u32, at as usize));
         Some(slot.id as u32)
     }
 
+    /// Takes a value out.
     pub fn remove(&mut self, id: u32) -> Option<T> {
         let at = self.slot_of(id);
         let slot = self.slots.get_mut(at).filter(|slot| slot.id == u64::from(id))?;
@@ -51,11 +60,13 @@ impl<T> Slab<T> {
         Some(value)
     }
 
+    /// The value with this id.
     #[inline]
     pub fn get(&self, id: u32) -> Option<&T> {
         self.slots.get(self.slot_of(id)).filter(|slot| slot.id == u64::from(id))?.value.as_ref()
     }
 
+    /// The value with this id, to be changed.
     #[inline]
     pub fn get_mut(&mut self, id: u32) -> Option<&mut T> {
         let at = self.slot_of(id);
@@ -72,15 +83,19 @@ impl<T> Slab<T> {
         self.slots.get(self.slot_of(id)).is_some_and(|slot| u64::from(id) < slot.id)
     }
 
+    /// All values with their ids.
     pub fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
         self.slots.iter().filter_map(|slot| Some((slot.id as u32, slot.value.as_ref()?)))
     }
 
+    /// All values with their ids, to be changed.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut T)> {
         self.slots.iter_mut().filter_map(|slot| Some((slot.id as u32, slot.value.as_mut()?)))
     }
 
-    fn slot_of(&self, id: u32) -> usize {
+    /// Which slot an id names: below the limit, and no other value's as long as this one is in the table.
+    #[inline]
+    pub fn slot_of(&self, id: u32) -> usize {
         (id & ((1 << self.slot_bits) - 1)) as usize
     }
 }

@@ -1,0 +1,28 @@
+//! What all lanes of a port share.
+
+use crossdock_transport::{GrantTable, Slab};
+
+use crate::counters::VerbsCounters;
+use crate::ibverbs::chain::SendChain;
+use crate::ibverbs::context::Failed;
+use crate::ibverbs::objects::MemoryRegion;
+use crate::lane::Habits;
+
+pub(crate) struct Domain {
+    /// Registered memory; an id is a `LocalId`.
+    pub regions: Slab<MemoryRegion>,
+    /// For what they cover: the device checks keys, not grants.
+    pub grants: GrantTable,
+    /// Where requests are made, of one lane at a time.
+    pub chain: SendChain,
+    /// Where hellos are sent from, [`RECEIVE_BYTES`](crate::ibverbs::objects::RECEIVE_BYTES) for each lane.
+    pub messages: MemoryRegion,
+    pub habits: Habits,
+    /// How long one request may be.
+    pub request_bytes: u32,
+    /// What the device said to the last post, if it did not take it.
+    pub post_failed: Option<Failed>,
+    /// A lane on which a post came short has room again: its owner is not to sleep before it has tried.
+    pub room_made: bool,
+    pub counters: VerbsCounters,
+}

@@ -1,0 +1,495 @@
+//! The life of a lane, from its queue pair's creation to its destruction.
+//!
+//! ```text
+//! Open ──connect──▶ Meeting ──both hellos──▶ Up ──close──▶ Closing ──bye heard, or time over──▶ Draining ──▶ Ended
+//!   any state ──an error, the peer's bye────────────────────────────────────────────────────▶ Draining ──▶ Ended
+//! ```
+//!
+//! `Draining` is the fence: the queue pair is in error, so the device takes no packet of the peer any more; what was
+//! posted comes back flushed; then the queue pair is destroyed, and only then `Down` is said. Nothing of that needs
+//! the peer.
+
+use std::time::{Duration, Instant};
+
+use crossdock_transport::{
+    DeviceError, DownCause, Error, Event, Events, LaneId, LaneTags, Op, PeerId, Posted, Result, Token,
+};
+use subtle::ConstantTimeEq;
+
+use crate::address::End;
+use crate::domain::Domain;
+use crate::ibverbs::chain::Work;
+use crate::ibverbs::context::Failed;
+use crate::ibverbs::objects::{Path, QueuePair, RECEIVE_BYTES};
+use crate::ibverbs::status::{self, Status};
+use crate::message::{Hello, Word};
+use crate::sending::{Sending, Taken};
+
+pub(crate) struct Lane {
+    pub id: LaneId,
+    /// Its place among the lanes of the port.
+    slot: usize,
+    pub peer: PeerId,
+    pub state: State,
+    /// Whether it is in the port's queue of lanes that want a turn.
+    pub queued: bool,
+    /// `None` once it was destroyed.
+    queue_pair: Option<QueuePair>,
+    pub number: u32,
+    pub first_packet: u32,
+    pub sending: Sending,
+    /// Immediates that the peer may have on their way.
+    immediates: u32,
+    /// Immediates heard since credits were last given back.
+    heard: u32,
+    pub remote: Option<End>,
+    /// Whether requests were posted since the last look for signs of life.
+    spoke: bool,
+}
+
+/// Where a lane is in its life.
+pub(crate) enum State {
+    /// It has an address.
+    Open,
+    /// Connected, as far as the device knows; the ends have not shown each other their tags.
+    Meeting(Box<Meeting>),
+    Up,
+    /// Closed here; the peer is being told.
+    Closing {
+        deadline: Instant,
+    },
+    /// The queue pair is in error and about to be destroyed.
+    Draining {
+        cause: DownCause,
+        deadline: Instant,
+    },
+    /// Destroyed, and `Down` is still to be said.
+    Ended(DownCause),
+}
+
+/// What a lane knows until it is up.
+pub(crate) struct Meeting {
+    pub tags: LaneTags,
+    /// One end says hello first, and as often as it takes; the other answers. So only one of them can be too early.
+    pub first: bool,
+    pub path: Path,
+    pub deadline: Instant,
+    /// Whether `Up` waits for room among the events.
+    pub heard: bool,
+}
+
+/// What a lane needs after a turn.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum After {
+    /// A completion, or its deadline.
+    Sleep,
+    /// Another turn.
+    Again,
+    /// Nothing ever again.
+    Remove,
+}
+
+/// How lanes of a port are set up.
+#[derive(Clone, Copy)]
+pub(crate) struct Habits {
+    pub port: u8,
+    pub partition_key_index: u16,
+    pub ack_timeout_exponent: u8,
+    pub retries: u8,
+    /// Reads that this end may have out, by the device.
+    pub reads: u8,
+    pub reads_served: u8,
+    pub immediates: u32,
+    pub depth: u32,
+    pub close_timeout: Duration,
+}
+
+impl Lane {
+    pub fn new(
+        id: LaneId,
+        slot: usize,
+        peer: PeerId,
+        queue_pair: QueuePair,
+        first_packet: u32,
+        habits: &Habits,
+    ) -> Self {
+        Self {
+            id,
+            slot,
+            peer,
+            state: State::Open,
+            queued: false,
+            number: queue_pair.number,
+            queue_pair: Some(queue_pair),
+            first_packet,
+            sending: Sending::new(id.0, habits.depth),
+            immediates: habits.immediates,
+            heard: 0,
+            remote: None,
+            spoke: false,
+        }
+    }
+
+    fn queue_pair(&self) -> &QueuePair {
+        self.queue_pair.as_ref().expect("it is destroyed only when the lane has ended")
+    }
+
+    /// Whether ops can be posted, and what to say if not.
+    pub fn check_up(&self) -> Result<()> {
+        match self.state {
+            State::Up => Ok(()),
+            State::Open | State::Meeting(_) => Err(Error::LaneNotUp { lane: self.id }),
+            State::Closing { .. } | State::Draining { .. } | State::Ended(_) => {
+                Err(Error::LaneDown { lane: self.id })
+            }
+        }
+    }
+
+    /// Until when the present state may last.
+    pub fn deadline(&self) -> Option<Instant> {
+        match &self.state {
+            State::Meeting(meeting) => Some(meeting.deadline),
+            State::Closing { deadline } | State::Draining { deadline, .. } => Some(*deadline),
+            State::Open | State::Up | State::Ended(_) => None,
+        }
+    }
+
+    /// Sets the queue pair up for its other end. The first to speak says hello.
+    pub fn connect(&mut self, meeting: Meeting, remote: End, domain: &mut Domain) -> Result<()> {
+        self.remote = Some(remote);
+        if let Err(failed) = self.to_rts(&meeting.path, &domain.habits) {
+            self.remote = None;
+            return Err(failed.into());
+        }
+        let first = meeting.first;
+        self.state = State::Meeting(Box::new(meeting));
+        if first {
+            self.say_hello(domain);
+        }
+        Ok(())
+    }
+
+    fn to_rts(&self, path: &Path, habits: &Habits) -> std::result::Result<(), Failed> {
+        let remote = self.remote.expect("a lane that meets has an other end");
+        let queue_pair = self.queue_pair();
+        queue_pair.to_receive(path, remote.queue_pair, remote.first_packet, habits.reads_served)?;
+        // A peer that serves none would leave reads waiting for ever: one is the least that every device serves.
+        let reads = habits.reads.min(remote.reads_served).max(1);
+        queue_pair.to_send(self.first_packet, reads, habits.ack_timeout_exponent, habits.retries)
+    }
+
+    fn say_hello(&mut self, domain: &mut Domain) {
+        let State::Meeting(meeting) = &self.state else { return };
+        let hello = Hello { immediates: self.immediates, tag: meeting.tags.ours }.encode();
+        let offset = self.slot * RECEIVE_BYTES;
+        domain.messages.memory().write(offset, &hello).expect("there is a place for each lane's hello");
+        let message = Some((offset as u64, Hello::BYTES as u32));
+        self.say(Work::Send(HELLO), message, domain);
+    }
+
+    fn say(&mut self, work: Work, message: Option<(u64, u32)>, domain: &mut Domain) -> bool {
+        self.spoke = true;
+        let queue_pair = self.queue_pair.as_ref().expect("a lane that speaks is not destroyed");
+        let said = self.sending.say(work, message, queue_pair, domain);
+        self.see_what_was_taken(domain);
+        said
+    }
+
+    /// A device that does not take what there is room for has given the lane up.
+    fn see_what_was_taken(&mut self, domain: &mut Domain) {
+        if let Some(failed) = domain.post_failed.take() {
+            domain.counters.device_errors += 1;
+            self.fail(DownCause::Broken { call: failed.call, errno: failed.errno });
+        }
+    }
+
+    /// Hands ops to the device; how many were taken whole, and how much of the next.
+    pub fn post(&mut self, ops: &[Op<'_>], domain: &mut Domain) -> Result<Posted> {
+        self.check_up()?;
+        self.spoke = true;
+        let queue_pair = self.queue_pair.as_ref().expect("a lane that is up is not destroyed");
+        let mut posted = Posted::default();
+        let mut refused = None;
+        for op in ops {
+            match self.sending.take(op, queue_pair, domain) {
+                Ok(Taken::Whole) => posted.ops += 1,
+                Ok(Taken::Within(within)) => {
+                    posted.within = within;
+                    break;
+                }
+                Err(error) => {
+                    refused = Some(error).filter(|_| posted.ops == 0);
+                    break;
+                }
+            }
+        }
+        self.sending.flush(queue_pair, domain);
+        self.sending.came_short = posted.ops < ops.len();
+        self.see_what_was_taken(domain);
+        match refused {
+            Some(error) => Err(error),
+            None => Ok(posted),
+        }
+    }
+
+    /// A request of this lane has ended well.
+    pub fn completed(&mut self, request: u32, domain: &mut Domain) {
+        self.sending.complete(request);
+        domain.room_made |= self.sending.came_short && self.sending.has_room();
+    }
+
+    /// A request of this lane has failed, or was flushed.
+    pub fn failed(&mut self, request: u32, status: u32, vendor: u32, domain: &mut Domain) {
+        // Of before a reset, or after the end.
+        if !self.sending.complete(request) || matches!(self.state, State::Draining { .. } | State::Ended(_)) {
+            return;
+        }
+        // Whoever says hello first may be too early, as long as there is time.
+        if status == status::RETRY_EXCEEDED
+            && let State::Meeting(meeting) = &self.state
+            && meeting.first
+            && !meeting.heard
+            && Instant::now() < meeting.deadline
+        {
+            domain.counters.connect_retries += 1;
+            if self.meet_again(domain).is_ok() {
+                return;
+            }
+        }
+        domain.counters.device_errors += 1;
+        let cause = match self.state {
+            State::Closing { .. } => DownCause::ClosedHere,
+            State::Meeting(_) if status == status::RETRY_EXCEEDED => DownCause::ConnectTimedOut,
+            _ => self.device_error(status, vendor),
+        };
+        self.fail(cause);
+    }
+
+    /// The device has put the queue pair into error by itself.
+    pub fn gave_up(&mut self, event: u32, domain: &mut Domain) {
+        domain.counters.device_errors += 1;
+        let Status { name, advice } = status::of_event(event);
+        let peer = self.remote.map_or([0; 16], |remote| remote.gid.0);
+        let cause = DeviceError { status: event, name, vendor: 0, queue_pair: self.number, peer, advice };
+        self.fail(DownCause::Device(cause));
+    }
+
+    fn device_error(&self, status: u32, vendor: u32) -> DownCause {
+        let Status { name, advice } = status::of_completion(status);
+        let peer = self.remote.map_or([0; 16], |remote| remote.gid.0);
+        DownCause::Device(DeviceError { status, name, vendor, queue_pair: self.number, peer, advice })
+    }
+
+    /// Begins the handshake anew on the same queue pair. The other end has not answered, so it has not sent anything.
+    fn meet_again(&mut self, domain: &mut Domain) -> Result<()> {
+        let State::Meeting(meeting) = std::mem::replace(&mut self.state, State::Open) else {
+            unreachable!("only a lane that meets meets again")
+        };
+        let queue_pair = self.queue_pair();
+        queue_pair.to_reset()?;
+        queue_pair.to_init(domain.habits.port, domain.habits.partition_key_index)?;
+        self.sending.reset();
+        let begun = self.to_rts(&meeting.path, &domain.habits);
+        self.state = State::Meeting(meeting);
+        begun?;
+        self.say_hello(domain);
+        Ok(())
+    }
+
+    /// The peer has said hello.
+    pub fn hello(&mut self, bytes: &[u8], domain: &mut Domain) {
+        let State::Meeting(meeting) = &mut self.state else {
+            if matches!(self.state, State::Up) {
+                self.part(DownCause::PeerMisbehaved { what: "it said hello twice" }, domain);
+            }
+            return;
+        };
+        let hello = match Hello::decode(bytes) {
+            Ok(hello) => hello,
+            Err(cause) => return self.part(cause, domain),
+        };
+        if !bool::from(hello.tag[..].ct_eq(&meeting.tags.theirs[..])) {
+            return self.part(DownCause::NotAuthentic, domain);
+        }
+        if meeting.heard || !self.sending.credit(hello.immediates) {
+            return self.part(DownCause::PeerMisbehaved { what: "it said hello twice" }, domain);
+        }
+        meeting.heard = true;
+        if !meeting.first {
+            self.say_hello(domain);
+        }
+    }
+
+    /// The peer has said a word.
+    pub fn word(&mut self, imm: u32, domain: &mut Domain) {
+        match Word::decode(imm) {
+            Ok(Word::Bye) => self.fail(match self.state {
+                State::Closing { .. } => DownCause::ClosedHere,
+                _ => DownCause::ClosedByPeer,
+            }),
+            Ok(Word::Credits(count)) if self.sending.credit(count) => {
+                domain.room_made |= self.sending.came_short && self.sending.has_room();
+            }
+            Ok(Word::Credits(_)) => {
+                let cause = DownCause::PeerMisbehaved { what: "it gave more credits than can be counted" };
+                self.part(cause, domain);
+            }
+            Err(cause) => self.part(cause, domain),
+        }
+    }
+
+    /// An immediate has come; whether it may be told.
+    pub fn immediate(&mut self, domain: &mut Domain) -> bool {
+        self.heard += 1;
+        if self.heard > self.immediates {
+            let cause = DownCause::PeerMisbehaved { what: "it sent more immediates than it may" };
+            self.part(cause, domain);
+            return false;
+        }
+        !matches!(self.state, State::Open | State::Meeting(_) | State::Ended(_))
+    }
+
+    /// Whether enough immediates were heard to let the peer send more.
+    fn owes_credits(&self) -> bool {
+        self.heard > 0 && self.heard >= self.immediates / 2 && matches!(self.state, State::Up)
+    }
+
+    /// Whether the lane wants a turn beyond what completions bring.
+    pub fn wants_turn(&self) -> bool {
+        match &self.state {
+            State::Meeting(meeting) => meeting.heard,
+            State::Up => self.owes_credits(),
+            State::Closing { .. } | State::Draining { .. } => self.sending.out() == 0,
+            State::Ended(_) => true,
+            State::Open => false,
+        }
+    }
+
+    /// Tells the peer and ends.
+    fn part(&mut self, cause: DownCause, domain: &mut Domain) {
+        self.say(Work::Send(Word::Bye.encode()), None, domain);
+        // The word is sent before anything else happens to the queue pair only if nothing waits before it: give it the
+        // time that a close has.
+        self.state = State::Draining { cause, deadline: Instant::now() + domain.habits.close_timeout };
+    }
+
+    /// The queue pair takes nothing from the peer any more, from now on.
+    pub fn fail(&mut self, cause: DownCause) {
+        if matches!(self.state, State::Draining { .. } | State::Ended(_)) {
+            return;
+        }
+        if let Some(queue_pair) = &self.queue_pair {
+            // Destroying it does the same, should this fail.
+            let _ = queue_pair.to_error();
+        }
+        self.state = State::Draining { cause, deadline: Instant::now() + DRAIN_TIMEOUT };
+    }
+
+    /// Begins the end, as its owner wants.
+    pub fn close(&mut self, domain: &mut Domain) {
+        let tell = match &self.state {
+            State::Open => false,
+            // The other end can be up already, if it has heard this one's hello.
+            State::Meeting(meeting) => meeting.first,
+            State::Up => true,
+            State::Closing { .. } | State::Draining { .. } | State::Ended(_) => return,
+        };
+        if tell && self.say(Work::Send(Word::Bye.encode()), None, domain) {
+            self.state = State::Closing { deadline: Instant::now() + domain.habits.close_timeout };
+        } else {
+            self.fail(DownCause::ClosedHere);
+        }
+    }
+
+    /// Its time is over.
+    pub fn expire(&mut self) {
+        match self.state {
+            State::Meeting(_) => self.fail(DownCause::ConnectTimedOut),
+            State::Closing { .. } => self.fail(DownCause::ClosedHere),
+            State::Draining { .. } | State::Open | State::Up | State::Ended(_) => {}
+        }
+    }
+
+    /// Asks whether the peer's device answers, if nothing else has asked.
+    pub fn keep_alive(&mut self, domain: &mut Domain) {
+        let spoke = std::mem::take(&mut self.spoke);
+        if matches!(self.state, State::Up) && !spoke && self.sending.out() == 0 {
+            domain.counters.keepalives += u64::from(self.say(Work::Write, None, domain));
+            self.spoke = false;
+        }
+    }
+
+    /// The next token to be told.
+    pub fn next_done(&mut self) -> Option<Token> {
+        match self.state {
+            State::Up | State::Closing { .. } => self.sending.next_done(),
+            _ => None,
+        }
+    }
+
+    pub fn turn(&mut self, events: &mut Events, domain: &mut Domain) -> After {
+        loop {
+            match &self.state {
+                State::Open => return After::Sleep,
+                State::Meeting(meeting) => {
+                    if !meeting.heard {
+                        return After::Sleep;
+                    }
+                    if events.is_full() {
+                        return After::Again;
+                    }
+                    events.push(Event::Up { lane: self.id });
+                    self.state = State::Up;
+                }
+                State::Up => {
+                    if self.owes_credits() {
+                        let word = Word::Credits(self.heard).encode();
+                        if self.say(Work::Send(word), None, domain) {
+                            domain.counters.credit_messages += 1;
+                            self.heard = 0;
+                        }
+                    }
+                    // Without room for it, a completion calls again.
+                    return After::Sleep;
+                }
+                State::Closing { .. } => {
+                    if self.sending.out() > 0 {
+                        return After::Sleep;
+                    }
+                    self.fail(DownCause::ClosedHere);
+                }
+                State::Draining { cause, deadline } => {
+                    if self.sending.out() > 0 && Instant::now() < *deadline {
+                        return After::Sleep;
+                    }
+                    let cause = *cause;
+                    match self.queue_pair.take().map(QueuePair::destroy) {
+                        Some(Err((queue_pair, _))) => {
+                            // As long as the device knows it, nobody can say that it touches nothing.
+                            self.queue_pair = Some(queue_pair);
+                            let deadline = Instant::now() + DRAIN_TIMEOUT;
+                            self.state = State::Draining { cause, deadline };
+                            return After::Sleep;
+                        }
+                        Some(Ok(())) | None => {
+                            domain.counters.queue_pairs_destroyed += 1;
+                            self.state = State::Ended(cause);
+                        }
+                    }
+                }
+                State::Ended(cause) => {
+                    if events.is_full() {
+                        return After::Again;
+                    }
+                    events.push(Event::Down { lane: self.id, cause: *cause });
+                    return After::Remove;
+                }
+            }
+        }
+    }
+}
+
+/// The immediate of a hello, which no word has.
+pub(crate) const HELLO: u32 = 0;
+/// How long what was posted may take to come back flushed. Destroying the queue pair is the fence; this is courtesy.
+const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);
