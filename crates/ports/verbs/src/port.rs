@@ -29,6 +29,7 @@ use crate::ibverbs::sys::*;
 use crate::lane::{After, HELLO, Habits, Lane, Meeting, State};
 use crate::message::Hello;
 use crate::options::VerbsOptions;
+use crate::probe::{PROBE_BYTES, Probe};
 use crate::receiving::Receives;
 use crate::sending::OWN_REQUESTS;
 use crate::verbs::Verbs;
@@ -98,11 +99,7 @@ impl VerbsPort {
         let protection = ProtectionDomain::new(&context)?;
         let completion_queue =
             CompletionQueue::new(&context, LANES_AT_FIRST.min(max_lanes) * entries_of_lane)?;
-        let own_memory = |bytes: usize| -> Result<MemoryRegion> {
-            let memory = Memory::allocate(bytes, &AllocateOptions::default())
-                .map_err(|_| Error::Os { call: "mmap", errno: libc::ENOMEM })?;
-            Ok(MemoryRegion::new(&protection, &memory, IBV_ACCESS_LOCAL_WRITE)?)
-        };
+        let own_memory = |bytes| own_memory(&protection, bytes);
         let receives = Receives::new(&protection, max_lanes * each_lane, each_lane, &own_memory)?;
         let messages = own_memory(max_lanes as usize * RECEIVE_BYTES)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("epoll_create1"))?;
@@ -384,6 +381,18 @@ impl VerbsPort {
         Ok(())
     }
 
+    fn probe(&self, region: &MemoryRegion) -> Result<()> {
+        let probe = Probe {
+            context: &self.context,
+            protection: &self.protection,
+            receives: self.receives.queue(),
+            chosen: &self.chosen,
+            options: &self.options,
+            scratch: &own_memory(&self.protection, 2 * PROBE_BYTES)?,
+        };
+        probe.run(region)
+    }
+
     fn make_queue_pair(&self) -> std::result::Result<QueuePair, Failed> {
         let make = |inline_bytes| {
             let requests = self.domain.habits.depth + OWN_REQUESTS;
@@ -410,6 +419,9 @@ impl Port for VerbsPort {
         let region = MemoryRegion::new(&self.protection, memory, access)?;
         let key =
             Key { key: region.remote_key, base: region.base(), bytes: region.bytes(), nonce: self.nonce };
+        if self.options.probe_regions {
+            self.probe(&region)?;
+        }
         let id = self.domain.regions.insert(region);
         Ok((LocalId(id.ok_or(self.domain.regions.full("regions"))?), key.encode()))
     }
@@ -607,6 +619,13 @@ fn find(lanes: &mut Slab<Lane>, lane: LaneId) -> Result<&mut Lane> {
         None if spent => Err(Error::LaneDown { lane }),
         None => Err(Error::UnknownLane { lane }),
     }
+}
+
+/// Memory of the port's own: peers do not know its key, but the device may read and write it.
+fn own_memory(protection: &Arc<ProtectionDomain>, bytes: usize) -> Result<MemoryRegion> {
+    let memory = Memory::allocate(bytes, &AllocateOptions::default())
+        .map_err(|_| Error::Os { call: "mmap", errno: libc::ENOMEM })?;
+    Ok(MemoryRegion::new(protection, &memory, IBV_ACCESS_LOCAL_WRITE)?)
 }
 
 pub(crate) fn os(call: &'static str) -> impl Fn(Errno) -> Error {
