@@ -33,21 +33,25 @@ impl Probe<'_> {
         let mut lane = Loopback::new(self)?;
         let bytes = region.bytes().min(PROBE_BYTES as u64) as usize;
         for offset in [0, region.bytes() - bytes as u64] {
-            let mut before = [0; PROBE_BYTES];
-            let mut found = [0; PROBE_BYTES];
-            let (before, found) = (&mut before[..bytes], &mut found[..bytes]);
-            let in_region = offset as usize;
-            region.memory().read(in_region, before).expect("inside the region");
-            let pattern: Vec<u8> = before.iter().map(|byte| !byte).collect();
+            let (keep, put) = (0, PROBE_BYTES as u64);
+            // What is there is fetched and put back through the device as well: a GPU's memory has no other way.
+            lane.go(self.scratch, keep, region, offset, bytes, Way::Read)?;
             let scratch = self.scratch.memory();
-            scratch.write(0, &pattern).expect("the scratch is long enough");
-            lane.go(self.scratch, 0, region, offset, bytes, Way::Write)?;
-            region.memory().read(in_region, found).expect("inside the region");
-            let written = found == &pattern[..];
-            lane.go(self.scratch, PROBE_BYTES as u64, region, offset, bytes, Way::Read)?;
-            scratch.read(PROBE_BYTES, found).expect("the scratch is long enough");
-            let read = found == &pattern[..];
-            region.memory().write(in_region, before).expect("inside the region");
+            let mut before = [0; PROBE_BYTES];
+            scratch.read(0, &mut before[..bytes]).expect("the scratch is long enough");
+            let pattern = before.map(|byte| !byte);
+            scratch.write(PROBE_BYTES, &pattern).expect("the scratch is long enough");
+            lane.go(self.scratch, put, region, offset, bytes, Way::Write)?;
+            let mut found = pattern;
+            if let Some(memory) = region.host() {
+                memory.read(offset as usize, &mut found[..bytes]).expect("inside the region");
+            }
+            let written = found == pattern;
+            scratch.fill(PROBE_BYTES, PROBE_BYTES, 0).expect("the scratch is long enough");
+            lane.go(self.scratch, put, region, offset, bytes, Way::Read)?;
+            scratch.read(PROBE_BYTES, &mut found[..bytes]).expect("the scratch is long enough");
+            let read = found == pattern;
+            lane.go(self.scratch, keep, region, offset, bytes, Way::Write)?;
             if !written || !read {
                 return Err(Error::Unsupported {
                     what: "RDMA with this memory: the device moved other bytes than it was told",
