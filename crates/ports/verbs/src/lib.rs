@@ -27,11 +27,16 @@ mod lane;
 mod message;
 mod options;
 mod port;
+mod probe;
+mod rails;
 mod receiving;
 mod sending;
+pub mod topology;
 mod verbs;
 
 pub use counters::VerbsCounters;
+pub use ibverbs::device_memory::{DeviceMemory, DmaBuf, Means, OutOfReach, RegisterError, Why};
 pub use options::VerbsOptions;
 pub use port::VerbsPort;
+pub use rails::{Near, rails};
 pub use verbs::Verbs;

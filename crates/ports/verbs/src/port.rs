@@ -21,6 +21,7 @@ use crate::counters::VerbsCounters;
 use crate::domain::Domain;
 use crate::ibverbs::chain::SendChain;
 use crate::ibverbs::context::{Context, DeviceEvent, EventOf, Failed};
+use crate::ibverbs::device_memory::{DeviceMemory, Means, OutOfReach, RegisterError};
 use crate::ibverbs::objects::{
     CompletionQueue, Completions, MemoryRegion, POLLED_MAX, Path, ProtectionDomain, QueuePair, RECEIVE_BYTES,
     WorkId,
@@ -29,6 +30,7 @@ use crate::ibverbs::sys::*;
 use crate::lane::{After, HELLO, Habits, Lane, Meeting, State};
 use crate::message::Hello;
 use crate::options::VerbsOptions;
+use crate::probe::{PROBE_BYTES, Probe};
 use crate::receiving::Receives;
 use crate::sending::OWN_REQUESTS;
 use crate::verbs::Verbs;
@@ -98,12 +100,8 @@ impl VerbsPort {
         let protection = ProtectionDomain::new(&context)?;
         let completion_queue =
             CompletionQueue::new(&context, LANES_AT_FIRST.min(max_lanes) * entries_of_lane)?;
-        let own_memory = |bytes: usize| -> Result<MemoryRegion> {
-            let memory = Memory::allocate(bytes, &AllocateOptions::default())
-                .map_err(|_| Error::Os { call: "mmap", errno: libc::ENOMEM })?;
-            Ok(MemoryRegion::new(&protection, &memory, IBV_ACCESS_LOCAL_WRITE)?)
-        };
-        let receives = Receives::new(&protection, max_lanes * each_lane, each_lane, &own_memory)?;
+        let own_memory = |bytes| own_memory(&protection, bytes);
+        let receives = Receives::new(&protection, max_lanes * each_lane, each_lane, own_memory)?;
         let messages = own_memory(max_lanes as usize * RECEIVE_BYTES)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(os("epoll_create1"))?;
         for fd in [completion_queue.as_fd(), context.async_fd()] {
@@ -184,6 +182,31 @@ impl VerbsPort {
         if !std::mem::replace(&mut lane.queued, true) {
             ready.push_back(lane.id.0);
         }
+    }
+
+    /// Makes a GPU's memory usable, as [`register`](Port::register) does the host's, by the first means that does:
+    /// dma-buf, then the vendor's peer-memory module. The error says why neither does; then what is to travel has to be
+    /// staged in host memory.
+    pub fn register_device(
+        &mut self,
+        memory: &DeviceMemory,
+    ) -> std::result::Result<(LocalId, RemoteKey, Means), RegisterError> {
+        // A dma-buf takes no optional flags, and kernels refuse those that they do not know.
+        let plain = self.access() & !IBV_ACCESS_OPTIONAL_RANGE;
+        let (region, means) = match MemoryRegion::of_dma_buf(&self.protection, memory, plain) {
+            Ok(region) => (region, Means::DmaBuf),
+            Err(dma_buf) => match MemoryRegion::of_peer(&self.protection, memory, self.access()) {
+                Ok(region) => (region, Means::PeerMemory { dma_buf }),
+                Err(failed) => {
+                    return Err(OutOfReach { dma_buf, peer_memory: failed.into() }.into());
+                }
+            },
+        };
+        if self.options.probe_regions {
+            self.probe(&region)?;
+        }
+        let (id, key) = self.keep(region)?;
+        Ok((id, key, means))
     }
 
     /// Looks at what does not come by completions: deadlines, signs of life, and what the device says by itself.
@@ -384,6 +407,31 @@ impl VerbsPort {
         Ok(())
     }
 
+    /// What peers and this port may do in registered memory.
+    fn access(&self) -> u32 {
+        let access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ;
+        access | if self.options.relaxed_ordering { IBV_ACCESS_RELAXED_ORDERING } else { 0 }
+    }
+
+    fn keep(&mut self, region: MemoryRegion) -> Result<(LocalId, RemoteKey)> {
+        let key =
+            Key { key: region.remote_key, base: region.base(), bytes: region.bytes(), nonce: self.nonce };
+        let id = self.domain.regions.insert(region);
+        Ok((LocalId(id.ok_or(self.domain.regions.full("regions"))?), key.encode()))
+    }
+
+    fn probe(&self, region: &MemoryRegion) -> Result<()> {
+        let probe = Probe {
+            context: &self.context,
+            protection: &self.protection,
+            receives: self.receives.queue(),
+            chosen: &self.chosen,
+            options: &self.options,
+            scratch: &own_memory(&self.protection, 2 * PROBE_BYTES)?,
+        };
+        probe.run(region)
+    }
+
     fn make_queue_pair(&self) -> std::result::Result<QueuePair, Failed> {
         let make = |inline_bytes| {
             let requests = self.domain.habits.depth + OWN_REQUESTS;
@@ -403,15 +451,11 @@ impl Port for VerbsPort {
     }
 
     fn register(&mut self, memory: &Memory) -> Result<(LocalId, RemoteKey)> {
-        let mut access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE | IBV_ACCESS_REMOTE_READ;
-        if self.options.relaxed_ordering {
-            access |= IBV_ACCESS_RELAXED_ORDERING;
+        let region = MemoryRegion::new(&self.protection, memory, self.access())?;
+        if self.options.probe_regions {
+            self.probe(&region)?;
         }
-        let region = MemoryRegion::new(&self.protection, memory, access)?;
-        let key =
-            Key { key: region.remote_key, base: region.base(), bytes: region.bytes(), nonce: self.nonce };
-        let id = self.domain.regions.insert(region);
-        Ok((LocalId(id.ok_or(self.domain.regions.full("regions"))?), key.encode()))
+        self.keep(region)
     }
 
     fn deregister(&mut self, region: LocalId) -> Result<()> {
@@ -607,6 +651,13 @@ fn find(lanes: &mut Slab<Lane>, lane: LaneId) -> Result<&mut Lane> {
         None if spent => Err(Error::LaneDown { lane }),
         None => Err(Error::UnknownLane { lane }),
     }
+}
+
+/// Memory of the port's own: peers do not know its key, but the device may read and write it.
+fn own_memory(protection: &Arc<ProtectionDomain>, bytes: usize) -> Result<MemoryRegion> {
+    let memory = Memory::allocate(bytes, &AllocateOptions::default())
+        .map_err(|_| Error::Os { call: "mmap", errno: libc::ENOMEM })?;
+    Ok(MemoryRegion::new(protection, &memory, IBV_ACCESS_LOCAL_WRITE)?)
 }
 
 pub(crate) fn os(call: &'static str) -> impl Fn(Errno) -> Error {

@@ -52,7 +52,8 @@ impl<'a> Pieces<'a> {
         read: bool,
         inline_bytes: u32,
     ) -> Self {
-        let inline = !read && piece_bytes <= inline_bytes;
+        // The library reads it by the processor, which cannot read a GPU's.
+        let inline = !read && piece_bytes <= inline_bytes && region.host().is_some();
         Self {
             base: region.base(),
             bytes: region.bytes(),

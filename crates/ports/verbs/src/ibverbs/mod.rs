@@ -15,6 +15,7 @@
 mod abi;
 pub(crate) mod chain;
 pub(crate) mod context;
+pub(crate) mod device_memory;
 pub(crate) mod library;
 pub(crate) mod objects;
 pub(crate) mod status;

@@ -3,7 +3,7 @@
 use std::cell::UnsafeCell;
 use std::fmt;
 use std::mem;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use crossdock_memory::Memory;
 
 use super::chain::SendChain;
 use super::context::{Context, Failed, nonblocking, object, status};
+use super::device_memory::{DeviceMemory, Why};
 use super::sys::*;
 use crate::address::Gid;
 
@@ -47,9 +48,16 @@ pub(crate) struct MemoryRegion {
     domain: Arc<ProtectionDomain>,
     raw: NonNull<ibv_mr>,
     /// `None` only when the device may still use it after all.
-    memory: Option<Memory>,
+    backing: Option<Backing>,
+    base: u64,
+    bytes: u64,
     pub local_key: u32,
     pub remote_key: u32,
+}
+
+enum Backing {
+    Host(Memory),
+    Device { _kept: DeviceMemory },
 }
 
 // SAFETY: as for the domain.
@@ -61,38 +69,94 @@ impl MemoryRegion {
     /// Registers memory for the access that `flags` say, of which the optional ones are left out where the library is
     /// too old for them.
     pub fn new(domain: &Arc<ProtectionDomain>, memory: &Memory, flags: u32) -> Result<Self, Failed> {
-        let functions = &domain.context.library;
-        let (base, bytes) = (memory.base().cast(), memory.bytes());
-        // SAFETY: the memory stays mapped as long as this object lives, since it keeps a handle. That the device writes
-        // there is what `Memory` allows for.
+        let (base, bytes) = (memory.base() as u64, memory.bytes() as u64);
+        let raw = register(domain, base, bytes, flags)?;
+        Ok(Self::of(domain, raw, Backing::Host(memory.clone()), base, bytes))
+    }
+
+    /// Registers a GPU's memory by the vendor's module, which recognises its addresses.
+    pub fn of_peer(
+        domain: &Arc<ProtectionDomain>,
+        memory: &DeviceMemory,
+        flags: u32,
+    ) -> Result<Self, Failed> {
+        let (base, bytes) = (memory.address(), memory.bytes());
+        let raw = register(domain, base, bytes, flags)?;
+        Ok(Self::of(domain, raw, Backing::Device { _kept: memory.clone() }, base, bytes))
+    }
+
+    /// Registers a GPU's memory that its driver has exported.
+    pub fn of_dma_buf(
+        domain: &Arc<ProtectionDomain>,
+        memory: &DeviceMemory,
+        flags: u32,
+    ) -> Result<Self, Why> {
+        let register = domain.context.library.ibv_reg_dmabuf_mr.ok_or(Why::LibraryTooOld)?;
+        let (fd, offset) = memory.dma_buf().ok_or(Why::NotExported)?;
+        let (base, bytes) = (memory.address(), memory.bytes());
+        // SAFETY: the domain exists; the range stays exported and allocated as long as this object lives, since it keeps a
+        // handle. That devices write there is what `DeviceMemory` allows for.
         let raw = unsafe {
-            match functions.ibv_reg_mr_iova2 {
-                Some(register) => register(domain.raw.as_ptr(), base, bytes, base as u64, flags),
-                None => (functions.ibv_reg_mr)(
-                    domain.raw.as_ptr(),
-                    base,
-                    bytes,
-                    (flags & !OPTIONAL_ACCESS) as i32,
-                ),
-            }
+            register(domain.raw.as_ptr(), offset, bytes as usize, base, fd.as_raw_fd(), flags as i32)
         };
-        let raw = object("ibv_reg_mr", raw)?;
+        let raw = object("ibv_reg_dmabuf_mr", raw)?;
+        Ok(Self::of(domain, raw, Backing::Device { _kept: memory.clone() }, base, bytes))
+    }
+
+    fn of(
+        domain: &Arc<ProtectionDomain>,
+        raw: NonNull<ibv_mr>,
+        backing: Backing,
+        base: u64,
+        bytes: u64,
+    ) -> Self {
         // SAFETY: the region is registered, and its keys do not change.
         let (local_key, remote_key) = unsafe { ((*raw.as_ptr()).lkey, (*raw.as_ptr()).rkey) };
-        Ok(Self { domain: domain.clone(), raw, memory: Some(memory.clone()), local_key, remote_key })
+        Self { domain: domain.clone(), raw, backing: Some(backing), base, bytes, local_key, remote_key }
     }
 
+    /// The host's memory; `None` of a GPU's.
+    pub fn host(&self) -> Option<&Memory> {
+        match &self.backing {
+            Some(Backing::Host(memory)) => Some(memory),
+            _ => None,
+        }
+    }
+
+    /// Memory of the port's own, which is the host's.
     pub fn memory(&self) -> &Memory {
-        self.memory.as_ref().expect("it goes only when the region is dropped")
+        self.host().expect("what the port allocates for itself is host memory")
     }
 
+    #[inline]
     pub fn base(&self) -> u64 {
-        self.memory().base() as u64
+        self.base
     }
 
+    #[inline]
     pub fn bytes(&self) -> u64 {
-        self.memory().bytes() as u64
+        self.bytes
     }
+}
+
+/// Registers a range of addresses.
+fn register(
+    domain: &Arc<ProtectionDomain>,
+    base: u64,
+    bytes: u64,
+    flags: u32,
+) -> Result<NonNull<ibv_mr>, Failed> {
+    let library = &domain.context.library;
+    let (at, length) = (base as *mut std::ffi::c_void, bytes as usize);
+    // SAFETY: the domain exists. The range stays allocated as long as the object that is made of the answer lives, since that
+    // keeps a handle to it. That the device writes there is what `Memory` and `DeviceMemory` allow for.
+    let raw = unsafe {
+        match library.ibv_reg_mr_iova2 {
+            Some(register) => register(domain.raw.as_ptr(), at, length, base, flags),
+            None => (library.ibv_reg_mr)(domain.raw.as_ptr(), at, length, (flags & !OPTIONAL_ACCESS) as i32),
+        }
+    };
+    object("ibv_reg_mr", raw)
 }
 
 impl Drop for MemoryRegion {
@@ -100,8 +164,8 @@ impl Drop for MemoryRegion {
         // SAFETY: the region is registered, and deregistered once.
         let errno = unsafe { (self.domain.context.library.ibv_dereg_mr)(self.raw.as_ptr()) };
         if errno != 0 {
-            // The device may still write there: the memory must never be unmapped.
-            mem::forget(self.memory.take());
+            // The device may still write there: the memory must never be freed.
+            mem::forget(self.backing.take());
         }
     }
 }

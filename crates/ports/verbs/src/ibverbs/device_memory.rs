@@ -1,0 +1,155 @@
+//! Memory that is not the host's: a GPU's. How an RDMA device may reach it, and why not.
+
+use std::any::Any;
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use crossdock_transport::Error;
+
+use super::context::Failed;
+
+/// A range of a GPU's memory. A clone is another handle to the same range.
+#[derive(Clone)]
+pub struct DeviceMemory {
+    range: Arc<Range>,
+}
+
+struct Range {
+    address: u64,
+    bytes: u64,
+    dma_buf: Option<DmaBuf>,
+    /// Frees the memory when it is dropped.
+    _owner: Box<dyn Any + Send + Sync>,
+}
+
+/// A range of a GPU's memory as the kernel passes it from driver to driver.
+#[derive(Debug)]
+pub struct DmaBuf {
+    /// What the GPU's driver exported.
+    pub fd: OwnedFd,
+    /// Where in it the range begins.
+    pub offset: u64,
+}
+
+impl DeviceMemory {
+    /// A range that begins at `address`, as the GPU's driver counts it. `owner` is kept as long as any handle, and with it
+    /// the registration of every port.
+    ///
+    /// # Safety
+    /// Until `owner` is dropped the range stays allocated, and nobody relies on its bytes staying as they are: devices write
+    /// there at any time. `dma_buf`, where there is one, is of the same range.
+    pub unsafe fn new(
+        address: u64,
+        bytes: u64,
+        dma_buf: Option<DmaBuf>,
+        owner: Box<dyn Any + Send + Sync>,
+    ) -> Self {
+        Self { range: Arc::new(Range { address, bytes, dma_buf, _owner: owner }) }
+    }
+
+    /// Where it begins, as the GPU's driver counts it.
+    pub fn address(&self) -> u64 {
+        self.range.address
+    }
+
+    /// How long it is.
+    pub fn bytes(&self) -> u64 {
+        self.range.bytes
+    }
+
+    /// The exported range, with where it begins in it.
+    pub fn dma_buf(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.range.dma_buf.as_ref().map(|dma_buf| (dma_buf.fd.as_fd(), dma_buf.offset))
+    }
+}
+
+impl fmt::Debug for DeviceMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DeviceMemory({:#x}, {} bytes)", self.address(), self.bytes())
+    }
+}
+
+/// By which means an RDMA device reaches a GPU's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Means {
+    /// The kernel's own way between drivers.
+    DmaBuf,
+    /// The module of the GPU's vendor (`nvidia_peermem`), since dma-buf did not do.
+    PeerMemory {
+        /// Why.
+        dma_buf: Why,
+    },
+}
+
+/// Why one means did not do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// The memory was not exported: the GPU's driver cannot, or it was allocated in a way that does not allow it.
+    NotExported,
+    /// The library is older than rdma-core 34.
+    LibraryTooOld,
+    /// The kernel or the driver refused, with an error number.
+    Refused {
+        /// The call.
+        call: &'static str,
+        /// Its error number.
+        errno: i32,
+    },
+}
+
+/// No RDMA device reaches this memory directly: what is to travel has to be copied to host memory first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the RDMA device cannot reach this GPU memory (dma-buf: {dma_buf}; peer memory: {peer_memory}): stage it in host memory"
+)]
+pub struct OutOfReach {
+    /// Why not by dma-buf.
+    pub dma_buf: Why,
+    /// Why not by the vendor's module.
+    pub peer_memory: Why,
+}
+
+/// Why a GPU's memory was not registered.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegisterError {
+    /// By no means.
+    #[error(transparent)]
+    OutOfReach(#[from] OutOfReach),
+    /// It was registered, and then the port could not keep it, or the device did not move its bytes.
+    #[error(transparent)]
+    Port(#[from] Error),
+}
+
+impl OutOfReach {
+    /// What would make it reachable.
+    pub fn advice(&self) -> &'static str {
+        match (self.dma_buf, self.peer_memory) {
+            (Why::Refused { errno: libc::EOPNOTSUPP, .. }, Why::Refused { .. }) => {
+                "the RDMA device's driver knows no dma-buf: load nvidia_peermem, or update the driver"
+            }
+            (Why::NotExported, _) => {
+                "allocate through the driver's VMM with a handle that can be exported (open kernel modules), or load \
+                 nvidia_peermem"
+            }
+            (Why::LibraryTooOld, _) => "install rdma-core 34 or newer, or load nvidia_peermem",
+            _ => "load nvidia_peermem, and look at the kernel log for why dma-buf was refused",
+        }
+    }
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Why::NotExported => f.write_str("the memory is not exported"),
+            Why::LibraryTooOld => f.write_str("libibverbs is older than rdma-core 34"),
+            Why::Refused { call, errno } => Failed { call, errno: *errno }.fmt(f),
+        }
+    }
+}
+
+impl From<Failed> for Why {
+    fn from(failed: Failed) -> Self {
+        Why::Refused { call: failed.call, errno: failed.errno }
+    }
+}
