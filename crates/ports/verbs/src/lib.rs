@@ -20,6 +20,8 @@ mod alarm;
 mod choice;
 mod counters;
 mod domain;
+#[cfg(feature = "fake")]
+pub mod fake;
 mod ibverbs;
 mod lane;
 mod message;
