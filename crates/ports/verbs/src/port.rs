@@ -59,7 +59,7 @@ pub struct VerbsPort {
     epoll: OwnedFd,
     /// When lanes are next asked for signs of life.
     next_keepalive: Option<Instant>,
-    /// Whether the owner was told that it may sleep.
+    /// Whether the owner has asked if it may sleep since the last look.
     armed: bool,
     /// Polls since the last look at clock and events.
     polls: u32,
@@ -594,11 +594,12 @@ impl Port for VerbsPort {
     }
 
     fn arm(&mut self) -> Arm<'_> {
+        // The next poll looks at everything, whatever this says.
+        self.armed = true;
         let room_made = std::mem::take(&mut self.domain.room_made);
         if !self.ready.is_empty() || room_made || !self.completions.is_empty() || self.alarm.is_late() {
             return Arm::Ready;
         }
-        self.armed = true;
         // What came before the queue was armed wakes nobody: it is polled once more, and kept.
         let armed = self.completion_queue.arm();
         let polled = self.completion_queue.poll(&mut self.completions, POLLED_MAX);

@@ -1,0 +1,163 @@
+//! The list.
+
+use std::time::Duration;
+
+use crossdock_transport::{Direction, DownCause, Op, Port, Token};
+
+use crate::network::Network;
+use crate::pair::{BYTES, Pair, impatient};
+
+type Case = fn(&mut dyn Network);
+
+pub const CASES: &[(&str, Case)] = &[
+    ("what_was_deregistered_is_out_of_reach", what_was_deregistered_is_out_of_reach),
+    ("a_read_of_what_was_deregistered", a_read_of_what_was_deregistered),
+    ("a_link_that_goes_down_and_comes_back", a_link_that_goes_down_and_comes_back),
+    ("an_idle_lane_notices_a_link_that_is_down", an_idle_lane_notices_a_link_that_is_down),
+    ("a_link_that_loses_packets", a_link_that_loses_packets),
+    ("a_bye_says_who_has_closed", a_bye_says_who_has_closed),
+    ("memory_is_probed", memory_is_probed),
+    ("one_lane_ends_and_the_other_goes_on", one_lane_ends_and_the_other_goes_on),
+];
+
+/// The poster names memory that its owner has deregistered: its device says so, with everything that one needs to know;
+/// not a byte changes; the owner's end ends too.
+fn what_was_deregistered_is_out_of_reach(network: &mut dyn Network) {
+    let mut pair = Pair::new(network, impatient());
+    pair.memory[0].fill(0, BYTES, 0x11).expect("the whole");
+    let region = pair.regions[1];
+    pair.ports[1].deregister(region).expect("nothing uses it");
+    let write = pair.op(0, Direction::Write, 0, 10_000);
+    pair.post(0, Op { imm: Some(1), token: Some(Token(1)), ..write });
+    let [poster, owner] = pair.endings();
+    assert_eq!(poster, "IBV_WC_REM_ACCESS_ERR");
+    // The specification has the owner's device report the refusal; soft-RoCE does not, and the next sign of life is flushed.
+    let expected = ["IBV_EVENT_QP_ACCESS_ERR", "IBV_WC_WR_FLUSH_ERR"];
+    assert!(expected.contains(&owner.as_str()), "{owner}");
+    let Some(DownCause::Device(error)) = pair.down(0) else { unreachable!("it has a name") };
+    assert_ne!(error.queue_pair, 0);
+    assert_ne!(error.peer, [0; 16]);
+    assert!(error.advice.contains("deregistered"), "{}", error.advice);
+    assert!(!pair.done(0, 1) && pair.arrived(1) == 0, "a refused write was told as done");
+    let mut found = vec![0; 10_000];
+    pair.memory[1].read(0, &mut found).expect("inside");
+    assert!(found.iter().all(|&byte| byte == 0), "a refused write has landed");
+}
+
+/// The same by a read.
+fn a_read_of_what_was_deregistered(network: &mut dyn Network) {
+    let mut pair = Pair::new(network, impatient());
+    let region = pair.regions[1];
+    pair.ports[1].deregister(region).expect("nothing uses it");
+    let read = pair.op(0, Direction::Read, 0, 10_000);
+    pair.post(0, Op { token: Some(Token(1)), ..read });
+    assert_eq!(pair.endings()[0], "IBV_WC_REM_ACCESS_ERR");
+    assert!(!pair.done(0, 1));
+}
+
+/// Both ends find out by their own means, and what lies between their ports is as good as new afterwards.
+fn a_link_that_goes_down_and_comes_back(network: &mut dyn Network) {
+    let mut pair = Pair::new(network, impatient());
+    network.set_link(1, false);
+    for at in 0..10 {
+        let write = pair.op(0, Direction::Write, at * 1000, 1000);
+        pair.post(0, Op { imm: Some(1), token: Some(Token(at)), ..write });
+    }
+    let [poster, idle] = pair.endings();
+    assert_eq!(poster, "IBV_WC_RETRY_EXC_ERR");
+    assert_eq!(idle, "IBV_WC_RETRY_EXC_ERR");
+    assert!((0..10).all(|at| !pair.done(0, at)), "what never arrived was told as done");
+    network.set_link(1, true);
+    // A link takes a moment to be known as up.
+    pair.settle(Duration::from_millis(200));
+    pair.connect();
+    pair.memory[0].fill(0, 5000, 0x77).expect("inside");
+    let write = pair.op(0, Direction::Write, 0, 5000);
+    pair.post(0, Op { imm: Some(2), token: Some(Token(20)), ..write });
+    pair.wait("a write over the link that is back", |pair| pair.arrived(1) == 1 && pair.done(0, 20));
+    let mut found = vec![0; 5000];
+    pair.memory[1].read(0, &mut found).expect("inside");
+    assert!(found.iter().all(|&byte| byte == 0x77));
+}
+
+/// Nobody posts anything: signs of life find it out.
+fn an_idle_lane_notices_a_link_that_is_down(network: &mut dyn Network) {
+    let mut pair = Pair::new(network, impatient());
+    pair.settle(Duration::from_millis(300));
+    assert_eq!((pair.down(0), pair.down(1)), (None, None), "a lane that is idle and well stays up");
+    network.set_link(1, false);
+    assert_eq!(pair.endings(), ["IBV_WC_RETRY_EXC_ERR", "IBV_WC_RETRY_EXC_ERR"]);
+    assert!(pair.ports[0].counters().keepalives > 0);
+    network.set_link(1, true);
+}
+
+/// Packets that are lost are sent again: everything arrives, in order, once.
+fn a_link_that_loses_packets(network: &mut dyn Network) {
+    let mut options = impatient();
+    options.retries = 6;
+    let mut pair = Pair::new(network, options);
+    network.set_loss(2);
+    const OPS: u64 = 60;
+    for at in 0..OPS {
+        pair.memory[0].fill(at as usize * 3000, 3000, at as u8 + 1).expect("inside");
+        let write = pair.op(0, Direction::Write, at * 3000, 3000);
+        pair.post(0, Op { imm: Some(at as u32), token: Some(Token(at)), ..write });
+    }
+    pair.wait("all writes", |pair| pair.arrived(1) == OPS as usize && pair.done(0, OPS - 1));
+    network.set_loss(0);
+    let mut found = vec![0; OPS as usize * 3000];
+    pair.memory[1].read(0, &mut found).expect("inside");
+    assert!((0..OPS as usize).all(|at| found[at * 3000..][..3000].iter().all(|&byte| byte == at as u8 + 1)));
+}
+
+fn a_bye_says_who_has_closed(network: &mut dyn Network) {
+    let mut pair = Pair::new(network, impatient());
+    let lane = pair.lanes[1];
+    pair.ports[1].close(lane);
+    assert_eq!(pair.endings(), ["ClosedByPeer", "ClosedHere"]);
+    for side in [0, 1] {
+        let counters = pair.ports[side].counters();
+        assert_eq!((counters.queue_pairs_created, counters.queue_pairs_destroyed), (1, 1));
+        assert_eq!(counters.device_errors, 0);
+    }
+}
+
+/// What was in the memory is there afterwards.
+fn memory_is_probed(network: &mut dyn Network) {
+    let mut options = impatient();
+    options.probe_regions = true;
+    let pair = Pair::new(network, options.clone());
+    let mut port = network.open(0, options);
+    for bytes in [1, 63, 64, 65, 5000] {
+        let memory =
+            crossdock_memory::Memory::allocate(bytes, &Default::default()).expect("memory for a test");
+        memory.fill(0, bytes, 0x5A).expect("the whole");
+        port.register(&memory).expect("memory that the device can reach");
+        let mut found = vec![0; bytes];
+        memory.read(0, &mut found).expect("the whole");
+        assert!(found.iter().all(|&byte| byte == 0x5A), "a probe has changed memory of {bytes} bytes");
+    }
+    drop(pair);
+}
+
+/// Lanes share queues of receives and completions, and nothing else.
+fn one_lane_ends_and_the_other_goes_on(network: &mut dyn Network) {
+    let mut pair = Pair::new(network, impatient());
+    let first = (pair.lanes, pair.remotes);
+    pair.connect();
+    let region = pair.regions[1];
+    let second = pair.lanes;
+    // The first lane names a key that is gone; its own end is the only one.
+    let (other, key) = pair.ports[1].register(&pair.memory[1].clone()).expect("twice is allowed");
+    pair.ports[1].deregister(region).expect("nothing uses it");
+    (pair.lanes, pair.remotes) = first;
+    let write = pair.op(0, Direction::Write, 0, 100);
+    pair.post(0, Op { imm: Some(1), ..write });
+    assert_eq!(pair.endings()[0], "IBV_WC_REM_ACCESS_ERR");
+    pair.lanes = second;
+    pair.regions[1] = other;
+    pair.remotes[0] = pair.ports[0].attach(second[0], &key).expect("a good key").id;
+    let write = pair.op(0, Direction::Write, 0, 100);
+    pair.post(0, Op { imm: Some(2), token: Some(Token(9)), ..write });
+    pair.wait("a write on the other lane", |pair| pair.arrived(1) == 1 && pair.done(0, 9));
+}
