@@ -17,6 +17,7 @@ mod pair;
 mod random;
 mod raw;
 mod registry;
+mod stub;
 mod table;
 #[cfg(test)]
 mod tests;

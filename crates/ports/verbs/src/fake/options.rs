@@ -60,6 +60,9 @@ pub enum Pace {
     },
     /// In a thread of the fabric's, which ends with it.
     Thread,
+    /// Within the calls, but no byte of a write or a read moves, and none of their keys is looked at: a device that
+    /// costs next to nothing, to measure what posting costs.
+    Weightless,
 }
 
 /// What devices allow.

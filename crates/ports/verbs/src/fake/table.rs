@@ -18,7 +18,7 @@ use super::raw::{RawContext, RawDevice, id_of};
 use super::registry::{self, GetDeviceList};
 use super::wire::{gid, lid};
 use super::world::{Errno, Held, Registration, World};
-use super::{SETTLE_STEPS, Shared};
+use super::{SETTLE_STEPS, Shared, stub};
 use crate::ibverbs::library::Functions;
 use crate::ibverbs::sys::*;
 
@@ -554,7 +554,7 @@ unsafe extern "C" fn poll_cq(cq: *mut ibv_cq, num_entries: c_int, wc: *mut ibv_w
     let polled = unsafe { begin((*cq).context, Function::PollCq) }.and_then(|mut call| {
         let world = &mut *call.world;
         match world.options.pace {
-            Pace::AtOnce => world.settle(SETTLE_STEPS),
+            Pace::AtOnce | Pace::Weightless => world.settle(SETTLE_STEPS),
             Pace::Stepped { most } => {
                 let steps = world.random.below(most + 1);
                 for _ in 0..steps {
@@ -741,6 +741,10 @@ unsafe extern "C" fn post_send(
     // SAFETY: the queue pair exists, or is kept by its fabric.
     let (mut call, id) = unsafe { (find((*qp).context), id_of(qp)) };
     let (context, world) = (call.context, &mut *call.world);
+    if world.options.pace == Pace::Weightless {
+        // SAFETY: the chain is one of requests that ends with null; the caller gives a place for one.
+        return unsafe { stub::post(world, id, wr, bad_wr) };
+    }
     let mut requests = Vec::new();
     let mut next = wr;
     while !next.is_null() {
@@ -779,7 +783,7 @@ unsafe extern "C" fn post_send(
 
 /// # Safety
 /// The request's list is as long as it says, and what goes inline can be read.
-unsafe fn work(request: &ibv_send_wr, cap: &ibv_qp_cap) -> Result<Work, Errno> {
+pub(super) unsafe fn work(request: &ibv_send_wr, cap: &ibv_qp_cap) -> Result<Work, Errno> {
     // SAFETY: the caller's promise.
     let pieces = unsafe { pieces(request.sg_list, request.num_sge)? };
     let is_inline = request.send_flags & IBV_SEND_INLINE != 0;

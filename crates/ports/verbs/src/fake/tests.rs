@@ -1263,3 +1263,27 @@ fn the_use_of_a_destroyed_object_is_found_out() {
     let said = said.downcast_ref::<String>().unwrap();
     assert!(said.contains("ibv_destroy_qp") && said.contains("ibv_post_send"), "{said}");
 }
+
+#[test]
+fn what_is_weightless_is_done_without_its_bytes() {
+    let fabric = Fabric::new(FabricOptions { pace: Pace::Weightless, ..manual() });
+    let link = Link::new(&fabric);
+    link.there.receive(0, 2).unwrap();
+    let to = link.there.at(0);
+    let silent = Wr { flags: 0, ..write(1, 900, to) };
+    let with_imm = wr(4, IBV_WR_RDMA_WRITE_WITH_IMM, 900, to);
+    let read = wr(3, IBV_WR_RDMA_READ, 900, to);
+    let works =
+        [silent.clone(), silent.clone(), write(2, 900, to), read, with_imm, wr(5, IBV_WR_SEND, 44, to)];
+    link.here.post(link.near, &works).unwrap();
+    let done = statuses(&link.here.poll());
+    assert_eq!(done, [2, 3, 4, 5].map(|id| (id, IBV_WC_SUCCESS)));
+    let arrived: Vec<_> = link.there.poll().iter().map(|wc| (wc.wr_id, wc.byte_len)).collect();
+    assert_eq!(arrived, [(0, 0), (1, 44)]);
+    assert_eq!(link.there.bytes(0, 1_000), [0xee; 1_000]);
+    assert_eq!(link.there.bytes(RECEIVES_AT as usize + 1_024, 44), link.here.bytes(0, 44));
+    assert_eq!(fabric.counters().sends_posted, 6);
+    // The queue is as long as it is, here too.
+    assert_eq!(link.here.post(link.near, &vec![silent; 17]), Err((16, libc::ENOMEM)));
+    link.close();
+}

@@ -588,32 +588,37 @@ impl World {
 
     /// The oldest request ends.
     fn complete_front(&mut self, id: u32, status: u32) {
-        let mut wc = self.rubbish();
         let pair = self.pairs.get_mut(&id).expect("the caller has found it");
-        let work = pair.works.pop_front().expect("the caller has found it");
-        let is_ok = status == IBV_WC_SUCCESS;
+        let Work { id: work_id, opcode, flags, bytes, .. } =
+            pair.works.pop_front().expect("the caller has found it");
         pair.done_silently += 1;
-        if is_ok && work.flags & IBV_SEND_SIGNALED == 0 {
+        if status == IBV_WC_SUCCESS {
+            if flags & IBV_SEND_SIGNALED != 0 {
+                self.tell_done(id, work_id, opcode, bytes);
+            }
             return;
         }
-        let sends = std::mem::take(&mut pair.done_silently);
-        let (queue, number, epoch) = (pair.send_queue, pair.number, pair.epoch);
-        let completion = match is_ok {
-            true => {
-                (wc.wr_id, wc.status, wc.qp_num, wc.wc_flags) = (work.id, status, number, 0);
-                wc.opcode = match work.opcode {
-                    IBV_WR_RDMA_READ => IBV_WC_RDMA_READ,
-                    IBV_WR_SEND | IBV_WR_SEND_WITH_IMM => IBV_WC_SEND,
-                    _ => IBV_WC_RDMA_WRITE,
-                };
-                if work.is_read() {
-                    wc.byte_len = work.bytes as u32;
-                }
-                Completion { wc, pair: id, epoch, sends, receive: None }
-            }
-            false => self.failed(id, work.id, status, sends, None),
-        };
+        let (sends, queue) = (std::mem::take(&mut pair.done_silently), pair.send_queue);
+        let completion = self.failed(id, work_id, status, sends, None);
         self.complete(queue, completion, false);
+    }
+
+    /// A request that asked for it is done, and with it all that were done silently.
+    pub fn tell_done(&mut self, id: u32, work_id: u64, opcode: u32, bytes: u64) {
+        let mut wc = self.rubbish();
+        let pair = self.pairs.get_mut(&id).expect("the caller has found it");
+        let sends = std::mem::take(&mut pair.done_silently);
+        (wc.wr_id, wc.status, wc.qp_num, wc.wc_flags) = (work_id, IBV_WC_SUCCESS, pair.number, 0);
+        wc.opcode = match opcode {
+            IBV_WR_RDMA_READ => IBV_WC_RDMA_READ,
+            IBV_WR_SEND | IBV_WR_SEND_WITH_IMM => IBV_WC_SEND,
+            _ => IBV_WC_RDMA_WRITE,
+        };
+        if opcode == IBV_WR_RDMA_READ {
+            wc.byte_len = bytes as u32;
+        }
+        let (queue, epoch) = (pair.send_queue, pair.epoch);
+        self.complete(queue, Completion { wc, pair: id, epoch, sends, receive: None }, false);
     }
 
     /// The oldest request fails, and with it the queue pair.
