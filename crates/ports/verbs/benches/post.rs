@@ -12,9 +12,9 @@
 //!   target/release/deps/post-… --bench --once 4096
 //! ```
 //!
-//! The first line is the number of pieces, `Collected` the instructions within `post`. About six of them for each piece, and
-//! some two hundred for each chain of 64, are the device's that counts. Without `--bench` (under `cargo test`) it runs once
-//! over short lists, to see that it works.
+//! The first line is the number of pieces, `Collected` the instructions within `post`. Eleven or twelve of them for each
+//! piece are of the device that counts. Without `--bench` (under `cargo test`) it runs once over short lists, to see that
+//! it works.
 
 use std::time::{Duration, Instant};
 
