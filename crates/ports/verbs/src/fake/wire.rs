@@ -407,7 +407,10 @@ impl World {
     fn time_out(&mut self, id: u32) {
         let pair = &self.pairs[&id];
         match self.is_silent(pair) {
-            true => self.resend(id),
+            true => {
+                self.pairs.get_mut(&id).expect("just found").loss_seen = false;
+                self.resend(id);
+            }
             false => {
                 let deadline = deadline(pair, self.now);
                 self.pairs.get_mut(&id).expect("just found").deadline = deadline;
@@ -503,6 +506,7 @@ impl World {
         let now = self.now;
         let pair = self.pairs.get_mut(&id).expect("the caller has found it");
         pair.unacknowledged = reached;
+        pair.loss_seen = false;
         pair.next = pair.next.max(reached);
         (pair.retries_left, pair.rnr_left) = (pair.attributes.retry_cnt, pair.attributes.rnr_retry);
         pair.deadline = if reached < pair.sent { deadline(pair, now) } else { None };
@@ -510,8 +514,10 @@ impl World {
 
     /// If a read before this has not ended, its responses were lost.
     fn expect_acknowledged(&mut self, id: u32, to: u64) -> bool {
-        let is_so = self.pairs[&id].unacknowledged >= to;
-        if !is_so {
+        let pair = self.pairs.get_mut(&id).expect("the caller has found it");
+        let is_so = pair.unacknowledged >= to;
+        // Once: what else is on its way says the same.
+        if !is_so && !std::mem::replace(&mut pair.loss_seen, true) {
             self.resend(id);
         }
         is_so
