@@ -3,6 +3,7 @@
 
 mod bootstrap;
 mod demo;
+mod doctor;
 mod output;
 mod table;
 mod timeline;
@@ -29,6 +30,8 @@ enum Command {
     /// Hands requests from a prefill process to a decode process and tokens to their experts, checks every byte, and shows
     /// tables
     Demo(demo::Options),
+    /// Says what this machine can do and what it lacks, with advice; ends with 0 (good), 1 (degraded) or 2 (unusable)
+    Doctor(doctor::Options),
     /// Runs the registry that tells where the workers are
     Bootstrap(bootstrap::Options),
     /// Merges dumps of the flight recorder and says of each request what happened, on which side, and why
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         .init();
     let done = match Cli::parse().command {
         Command::Demo(options) => demo::run(&options),
+        Command::Doctor(options) => doctor::run(&options),
         Command::Bootstrap(options) => bootstrap::run(&options),
         Command::Timeline(options) => timeline::run(&options),
         Command::DemoWorker(options) => demo::work(&options),

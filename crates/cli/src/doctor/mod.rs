@@ -1,0 +1,53 @@
+//! `crossdock doctor`: what this machine can do, what it lacks, and what to do about it.
+//!
+//! [`facts`] reads, [`checks`] judges, [`report`] tells. Whatever is asked of devices or of peers later is a fact of its
+//! own and brings its own checks.
+
+mod checks;
+mod facts;
+mod json;
+mod report;
+mod tried;
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+
+use crate::output::{complain, say};
+use checks::State;
+use facts::Facts;
+use report::Report;
+
+#[derive(Args)]
+pub struct Options {
+    /// As JSON: one object, which docs/doctor.md explains
+    #[arg(long)]
+    json: bool,
+    /// The folder that the /proc, /sys, /dev and /etc of another machine lie in; what has to be tried is tried here
+    #[arg(long, hide = true, default_value = "/")]
+    root: PathBuf,
+}
+
+pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
+    let facts = match Facts::read(&options.root) {
+        Ok(facts) => facts,
+        Err(error) => {
+            complain(format_args!("crossdock: nothing can be known of this machine: {error}"));
+            return Ok(ExitCode::from(UNUSABLE));
+        }
+    };
+    let report = Report::of(&facts);
+    match options.json {
+        true => say!("{}", serde_json::to_string(&report)?),
+        false => say!("{report}"),
+    }
+    Ok(match report.state {
+        State::Good | State::Note => ExitCode::SUCCESS,
+        State::Degraded => ExitCode::from(1),
+        State::Unusable => ExitCode::from(UNUSABLE),
+    })
+}
+
+const UNUSABLE: u8 = 2;
