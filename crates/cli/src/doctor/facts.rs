@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::tried::Tried;
 
 /// A machine, as this process sees it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Facts {
     /// `6.8.0-45-generic`.
     pub kernel: Option<String>,
@@ -486,6 +486,21 @@ const LOOPBACK: u32 = 772;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kernels_are_compared_by_numbers() {
+        let is_new = |kernel: &str| {
+            let facts = Facts { kernel: Some(kernel.into()), ..Facts::default() };
+            facts.kernel_is_at_least(5, 12)
+        };
+        for kernel in ["5.12.0", "5.12", "5.100-rc1", "6.1.0-18-amd64", "10.0"] {
+            assert!(is_new(kernel), "{kernel}");
+        }
+        for kernel in ["5.4.0-200-generic", "4.18.0-553.el8", "5", "", "x"] {
+            assert!(!is_new(kernel), "{kernel}");
+        }
+        assert!(!Facts::default().kernel_is_at_least(0, 1));
+    }
 
     #[test]
     fn sizes_of_mounts_have_units() {
