@@ -165,6 +165,8 @@ fn a_tray_of_a_rack_is_good_until_its_channels_go() {
     whole.expect("rdma-gid", "mlx5_3/1", "good", "GID 2 is 10.0.0.13, RoCE v2", "");
     whole.expect("rdma-mtu", "mlx5_3/1", "good", "4096 bytes", "");
     whole.expect("clock", "", "good", "arch_sys_counter", "");
+    whole.expect("network", "", "good", "5 interfaces are up, the fastest rail", "");
+    whole.expect("libibverbs", "", "good", "at /usr/lib/x86_64-linux-gnu/libibverbs.so.1", "");
     machine.remove("/dev/nvidia-caps-imex-channels");
     let broken = told(&machine);
     broken.ends(1, "degraded");

@@ -134,7 +134,7 @@ pub enum Access {
 
 #[derive(Clone, Debug, Serialize)]
 pub struct Library {
-    pub path: PathBuf,
+    pub path: String,
     /// The second number of its version, where its name tells: from 12 on it registers dma-bufs.
     pub minor: Option<u32>,
 }
@@ -420,14 +420,13 @@ fn libibverbs(root: &Root<'_>) -> Option<Library> {
         let paths = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
         folders.splice(..0, paths.split(':').filter(|path| !path.is_empty()).map(str::to_owned));
     }
-    let found = folders
-        .iter()
-        .map(|folder| root.at(&format!("{folder}/libibverbs.so.1")))
-        .find(|path| path.exists())?;
+    let files = folders.into_iter().map(|folder| format!("{folder}/libibverbs.so.1"));
+    let path = files.into_iter().find(|path| root.has(path))?;
     // `libibverbs.so.1.14.41.0` of rdma-core 41.
-    let name = found.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
+    let file = root.at(&path).canonicalize().ok();
+    let name = file.and_then(|file| Some(file.file_name()?.to_str()?.to_owned()));
     let minor = name.and_then(|name| name.strip_prefix("libibverbs.so.1.")?.split('.').next()?.parse().ok());
-    Some(Library { path: found, minor })
+    Some(Library { path, minor })
 }
 
 fn nvidia(root: &Root<'_>) -> Option<Driver> {

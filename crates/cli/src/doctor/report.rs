@@ -129,7 +129,7 @@ impl Group<'_> {
         let text = match (&self.of[..], self.differs) {
             ([], _) => says.clone(),
             (of, false) => format!("{}: {says}", of.join(", ")),
-            (of, true) => of.join(", "),
+            (of, true) => format!("{} (--json has each)", of.join(", ")),
         };
         let mut lines = wrapped(&text, TEXT_WIDTH);
         writeln!(f, "{:<8}  {name:<14}  {}", state.name(), lines.next().unwrap_or_default())?;
@@ -160,7 +160,8 @@ fn wrapped(text: &str, width: usize) -> impl Iterator<Item = String> {
 
 fn interfaces(facts: &Facts) -> Option<Table> {
     let mut table = Table::new(&["interface", "Gbit/s", "MTU", "addresses"]);
-    let shown: Vec<&Interface> = facts.interfaces.iter().filter(|interface| interface.is_up).collect();
+    let shown: Vec<&Interface> =
+        facts.interfaces.iter().filter(|one| one.is_loopback || checks::can_carry(one)).collect();
     for interface in &shown {
         table.row(vec![
             interface.name.clone(),

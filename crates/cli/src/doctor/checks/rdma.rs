@@ -74,7 +74,7 @@ fn adapters(facts: &Facts) -> Vec<Check> {
 
 fn library(facts: &Facts) -> Check {
     match &facts.libibverbs {
-        Some(library) => Check::good("libibverbs", format!("at {}", library.path.display())),
+        Some(library) => Check::good("libibverbs", format!("at {}", library.path)),
         None => Check::degraded(
             "libibverbs",
             "libibverbs.so.1 is in none of the loader's folders, so no program can use the devices",

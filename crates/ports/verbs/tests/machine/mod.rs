@@ -54,7 +54,6 @@ impl Machine {
         machine.interface("lo", "unknown", 0, 65_536);
         machine.file("/sys/class/net/lo/type", "772\n");
         machine.interface("eth0", "up", 100_000, 9000);
-        machine.folder("/sys/class/net/eth0/device");
         machine
     }
 
@@ -193,7 +192,9 @@ impl Machine {
         self.file(&format!("{folder}/operstate"), &format!("{state}\n"));
         self.file(&format!("{folder}/mtu"), &format!("{mtu}\n"));
         self.file(&format!("{folder}/type"), "1\n");
+        // What tells a speed has a device behind it.
         if mbit_per_s > 0 {
+            self.folder(&format!("{folder}/device"));
             self.file(&format!("{folder}/speed"), &format!("{mbit_per_s}\n"));
         }
     }
