@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::tried::Tried;
 
 /// A machine, as this process sees it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Facts {
     /// `6.8.0-45-generic`.
     pub kernel: Option<String>,
@@ -134,7 +134,7 @@ pub enum Access {
 
 #[derive(Clone, Debug, Serialize)]
 pub struct Library {
-    pub path: PathBuf,
+    pub path: String,
     /// The second number of its version, where its name tells: from 12 on it registers dma-bufs.
     pub minor: Option<u32>,
 }
@@ -420,14 +420,13 @@ fn libibverbs(root: &Root<'_>) -> Option<Library> {
         let paths = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
         folders.splice(..0, paths.split(':').filter(|path| !path.is_empty()).map(str::to_owned));
     }
-    let found = folders
-        .iter()
-        .map(|folder| root.at(&format!("{folder}/libibverbs.so.1")))
-        .find(|path| path.exists())?;
+    let files = folders.into_iter().map(|folder| format!("{folder}/libibverbs.so.1"));
+    let path = files.into_iter().find(|path| root.has(path))?;
     // `libibverbs.so.1.14.41.0` of rdma-core 41.
-    let name = found.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_str()?.to_owned()));
+    let file = root.at(&path).canonicalize().ok();
+    let name = file.and_then(|file| Some(file.file_name()?.to_str()?.to_owned()));
     let minor = name.and_then(|name| name.strip_prefix("libibverbs.so.1.")?.split('.').next()?.parse().ok());
-    Some(Library { path: found, minor })
+    Some(Library { path, minor })
 }
 
 fn nvidia(root: &Root<'_>) -> Option<Driver> {
@@ -486,6 +485,21 @@ const LOOPBACK: u32 = 772;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kernels_are_compared_by_numbers() {
+        let is_new = |kernel: &str| {
+            let facts = Facts { kernel: Some(kernel.into()), ..Facts::default() };
+            facts.kernel_is_at_least(5, 12)
+        };
+        for kernel in ["5.12.0", "5.12", "5.100-rc1", "6.1.0-18-amd64", "10.0"] {
+            assert!(is_new(kernel), "{kernel}");
+        }
+        for kernel in ["5.4.0-200-generic", "4.18.0-553.el8", "5", "", "x"] {
+            assert!(!is_new(kernel), "{kernel}");
+        }
+        assert!(!Facts::default().kernel_is_at_least(0, 1));
+    }
 
     #[test]
     fn sizes_of_mounts_have_units() {

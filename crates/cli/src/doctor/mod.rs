@@ -43,11 +43,26 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
         true => say!("{}", serde_json::to_string(&report)?),
         false => say!("{report}"),
     }
-    Ok(match report.state {
-        State::Good | State::Note => ExitCode::SUCCESS,
-        State::Degraded => ExitCode::from(1),
-        State::Unusable => ExitCode::from(UNUSABLE),
-    })
+    Ok(ExitCode::from(code(report.state)))
+}
+
+const fn code(state: State) -> u8 {
+    match state {
+        State::Good | State::Note => 0,
+        State::Degraded => 1,
+        State::Unusable => UNUSABLE,
+    }
 }
 
 const UNUSABLE: u8 = 2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_code_says_how_bad_it_is() {
+        let states = [State::Good, State::Note, State::Degraded, State::Unusable];
+        assert_eq!(states.map(code), [0, 0, 1, 2]);
+    }
+}

@@ -13,7 +13,7 @@ use crate::table::Table;
 pub struct Report<'a> {
     /// The version of crossdock.
     crossdock: &'static str,
-    /// The worst of the checks.
+    /// The worst of the checks; a note is nothing bad.
     pub state: State,
     checks: Vec<Check>,
     /// Which ports crossdock uses here, in words.
@@ -26,7 +26,10 @@ impl<'a> Report<'a> {
         let checks = checks::all(facts);
         Self {
             crossdock: env!("CARGO_PKG_VERSION"),
-            state: checks::worst(&checks),
+            state: match checks::worst(&checks) {
+                State::Note => State::Good,
+                worst => worst,
+            },
             follows: follows(facts),
             checks,
             facts,
@@ -126,7 +129,7 @@ impl Group<'_> {
         let text = match (&self.of[..], self.differs) {
             ([], _) => says.clone(),
             (of, false) => format!("{}: {says}", of.join(", ")),
-            (of, true) => of.join(", "),
+            (of, true) => format!("{} (--json has each)", of.join(", ")),
         };
         let mut lines = wrapped(&text, TEXT_WIDTH);
         writeln!(f, "{:<8}  {name:<14}  {}", state.name(), lines.next().unwrap_or_default())?;
@@ -157,7 +160,8 @@ fn wrapped(text: &str, width: usize) -> impl Iterator<Item = String> {
 
 fn interfaces(facts: &Facts) -> Option<Table> {
     let mut table = Table::new(&["interface", "Gbit/s", "MTU", "addresses"]);
-    let shown: Vec<&Interface> = facts.interfaces.iter().filter(|interface| interface.is_up).collect();
+    let shown: Vec<&Interface> =
+        facts.interfaces.iter().filter(|one| one.is_loopback || checks::can_carry(one)).collect();
     for interface in &shown {
         table.row(vec![
             interface.name.clone(),

@@ -66,7 +66,7 @@ fn memory(facts: &Facts) -> Check {
 fn huge_pages(facts: &Facts) -> Check {
     let memory = &facts.memory;
     let of_size = |size: u64| {
-        let pages = memory.huge_pages.iter().filter(|pages| pages.page_bytes == size);
+        let pages = memory.huge_pages.iter().filter(|pages| pages.page_bytes == size && pages.reserved > 0);
         pages
             .map(|pages| format!("{} of {} on node {}", pages.free, pages.reserved, pages.node))
             .collect::<Vec<_>>()

@@ -110,3 +110,52 @@ fn bytes(bytes: u64) -> String {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::tried::Tried;
+
+    /// What is refused is what a sandbox refuses; nothing else can be known of it here.
+    #[test]
+    fn what_crossdock_cannot_do_without_is_unusable() {
+        let why = || Some("Operation not permitted (os error 1)".to_owned());
+        let cases = [
+            (Tried { memfd: why(), ..Tried::default() }, "memfd", State::Unusable),
+            (Tried { unix_sockets: why(), ..Tried::default() }, "unix-sockets", State::Unusable),
+            (Tried { tcp_sockets: why(), ..Tried::default() }, "tcp-sockets", State::Unusable),
+            (Tried { pidfd: why(), ..Tried::default() }, "pidfd", State::Degraded),
+        ];
+        for (tried, name, state) in cases {
+            let checks = all(&Facts { tried, ..Facts::default() });
+            let check = checks.iter().find(|check| check.name == name).expect("it is there");
+            assert_eq!(check.state, state, "{check:?}");
+            assert!(check.says.contains("not permitted") && check.advice.is_some(), "{check:?}");
+            assert_eq!(worst(&checks), state);
+        }
+        let works = all(&Facts::default());
+        for name in ["memfd", "unix-sockets", "tcp-sockets", "pidfd"] {
+            assert!(
+                works.iter().any(|check| check.name == name && check.state == State::Good),
+                "{name}: {works:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn states_are_ordered() {
+        assert!(
+            State::Good < State::Note && State::Note < State::Degraded && State::Degraded < State::Unusable
+        );
+        assert_eq!(worst(&[]), State::Good);
+    }
+
+    #[test]
+    fn bytes_have_the_largest_unit_that_fits() {
+        for (number, text) in
+            [(0, "0 B"), (65_536, "64 KiB"), (1 << 30, "1 GiB"), (3 << 29, "1.5 GiB"), (10 << 40, "10 TiB")]
+        {
+            assert_eq!(bytes(number), text);
+        }
+    }
+}

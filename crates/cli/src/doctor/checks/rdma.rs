@@ -37,14 +37,15 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
     checks
 }
 
-/// The ports that can carry data and that this process may use, with their devices.
+/// The ports that can carry data across switches and that this process may use, with their devices.
 pub fn rails(facts: &Facts) -> Vec<(&RdmaDevice, &RdmaPort)> {
     let may = |device: &&RdmaDevice| {
         device.uverbs.as_ref().is_some_and(|file| facts.uverbs.get(file) == Some(&Access::Open))
     };
     let devices = facts.topology.devices.iter().filter(may);
     let ports = devices.flat_map(|device| device.ports.iter().map(move |port| (device, port)));
-    ports.filter(|(_, port)| port.is_usable()).collect()
+    let goes_far = |port: &RdmaPort| port.best_gid().is_some_and(|gid| gid.kind != GidKind::RoceV1);
+    ports.filter(|(_, port)| port.is_usable() && goes_far(port)).collect()
 }
 
 /// Adapters whose kind is known to do RDMA, and that are no RDMA devices.
@@ -73,7 +74,7 @@ fn adapters(facts: &Facts) -> Vec<Check> {
 
 fn library(facts: &Facts) -> Check {
     match &facts.libibverbs {
-        Some(library) => Check::good("libibverbs", format!("at {}", library.path.display())),
+        Some(library) => Check::good("libibverbs", format!("at {}", library.path)),
         None => Check::degraded(
             "libibverbs",
             "libibverbs.so.1 is in none of the loader's folders, so no program can use the devices",

@@ -34,7 +34,11 @@ pub(crate) fn of_completion(status: u32) -> Status {
             "the peer's device refused the request: run the same version of crossdock on both sides"
         }
         IBV_WC_REM_OP_ERR | IBV_WC_REM_ABORT_ERR => "the peer's device failed: look at its kernel log",
-        IBV_WC_LOC_PROT_ERR | IBV_WC_LOC_QP_OP_ERR | IBV_WC_LOC_LEN_ERR | IBV_WC_LOC_ACCESS_ERR => {
+        IBV_WC_LOC_QP_OP_ERR => {
+            "this device could not execute the request: with soft-RoCE its link is down or the peer's address has no \
+             route; else look for local memory that was deregistered while it was in use"
+        }
+        IBV_WC_LOC_PROT_ERR | IBV_WC_LOC_LEN_ERR | IBV_WC_LOC_ACCESS_ERR => {
             "this device refused local memory: it was deregistered or unmapped while it was in use"
         }
         IBV_WC_FATAL_ERR | IBV_WC_GENERAL_ERR => "this device failed: look at the kernel log, and reset it",
