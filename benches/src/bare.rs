@@ -406,19 +406,29 @@ impl Flags {
 
 /// Spins, but not for ever: the other end may have died.
 #[derive(Default)]
-struct Patience {
+pub struct Patience {
     spins: u32,
     since: Option<Instant>,
 }
 
 impl Patience {
-    fn spin(&mut self) -> io::Result<()> {
+    /// Once more; an error of the kind [`TimedOut`](io::ErrorKind::TimedOut) after [`SPIN_LIMIT`].
+    pub fn spin(&mut self) -> io::Result<()> {
         std::hint::spin_loop();
         self.spins = self.spins.wrapping_add(1);
         if self.spins.is_multiple_of(1 << 12)
             && self.since.get_or_insert_with(Instant::now).elapsed() > SPIN_LIMIT
         {
             return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(())
+    }
+
+    /// The same where software may play the device: it needs a processor now and then.
+    pub fn spin_or_yield(&mut self) -> io::Result<()> {
+        self.spin()?;
+        if self.spins.is_multiple_of(1 << 8) {
+            std::thread::yield_now();
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 #[test]
 fn every_mode_is_measured_and_verified() {
-    let all: [&[&str]; 8] = [
+    let all: [&[&str]; 10] = [
         &[],
         &["--scales", "row", "--routing", "zipf"],
         &["--dtype", "bf16", "--routing", "masked", "--slots", "3"],
@@ -15,6 +15,8 @@ fn every_mode_is_measured_and_verified() {
         &["--mode", "throughput", "--routing", "one-hot"],
         &["--mode", "throughput", "--dtype", "bf16", "--ranks", "3", "--slots", "2"],
         &["--mode", "throughput", "--ranks", "5", "--experts", "13", "--topk", "3"],
+        &["--port", "tcp", "--ranks", "3", "--slots", "2"],
+        &["--port", "tcp", "--mode", "throughput", "--ranks", "3"],
     ];
     for more in all {
         let small = ["--hidden", "256", "--experts", "16", "--iterations", "12", "--verify", "--json"];
@@ -117,7 +119,8 @@ fn sizes_are_told_beside_deepeps() {
 #[test]
 fn what_is_not_possible_is_refused_by_name() {
     for (arguments, words) in [
-        (vec!["--port", "tcp"], vec!["--port tcp is not built yet", "--port shm"]),
+        (vec!["--devices", "rxe0"], vec!["--devices", "--port verbs"]),
+        (vec!["--port", "tcp", "--round-trips"], vec!["--round-trips", "--port shm"]),
         (vec!["--backend", "cuda"], vec!["--backend cuda is not built yet", "--backend host"]),
         (vec!["--hidden", "100"], vec!["hidden 100", "multiple of 8", "multiple of 128"]),
         (vec!["--topk", "9", "--experts", "8"], vec!["8 experts", "9", "--topk"]),

@@ -43,6 +43,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "crossdock-bootstrap",
             "crossdock-shm",
             "crossdock-tcp",
+            "crossdock-verbs",
         ],
     ),
 ];

@@ -9,6 +9,7 @@ use crossdock_memory::Memory;
 use crossdock_proto::flight::FlightLimits;
 use crossdock_shm::ShmOptions;
 use crossdock_tcp::TcpOptions;
+use crossdock_verbs::VerbsOptions;
 
 /// The configuration of a [`Node`](crate::Node). [`Config::new`] gives one that works between processes of one host;
 /// between hosts, set `bind` (and `advertise`) to an address that the peers reach.
@@ -49,10 +50,10 @@ pub struct Config {
     /// they send, or the peer's progress loop is not driven. 30 s by default.
     pub drain_timeout: Duration,
     /// Sessions at once: peers that this node has dialed or that have dialed it; and addresses that it dials at once. 1024
-    /// by default. How many lanes there
-    /// may be is told to the ports, in `ports`: [`ShmOptions::max_lanes`] and [`TcpOptions::max_lanes`]; and how many
-    /// file descriptors of the peers' regions shm keeps, by [`ShmOptions::max_peer_descriptors`], 65 536 by default: a
-    /// session that brings more ends, and is dialed again until there is room.
+    /// by default. How many lanes there may be is told to the ports, in `ports`: [`ShmOptions::max_lanes`],
+    /// [`TcpOptions::max_lanes`] and [`VerbsOptions::max_lanes`]; and how many file descriptors of the peers' regions shm
+    /// keeps, by [`ShmOptions::max_peer_descriptors`], 65 536 by default: a session that brings more ends, and is dialed
+    /// again until there is room.
     pub max_sessions: u32,
     /// Connections at once that were accepted and whose peer has not finished the handshake; beyond it the oldest are
     /// closed. Each may hold 64 KiB. 256 by default, at least 1.
@@ -108,6 +109,15 @@ pub enum PortConfig {
     Shm(ShmOptions),
     /// TCP. `None`: at the node's own address, any free port.
     Tcp(Option<TcpOptions>),
+    /// RDMA over InfiniBand or RoCE, between hosts and on one; a rail for each. It needs `libibverbs.so.1` and a device when
+    /// the node is opened, and neither before.
+    ///
+    /// Give several with different [devices](VerbsOptions::device) for several rails: two nodes pair theirs in this order,
+    /// as far as they [reach](VerbsOptions::reach) each other, and a room's bytes are split over all pairs.
+    ///
+    /// A lane keeps queues for all that may be under way; [`max_lanes`](VerbsOptions::max_lanes) times
+    /// [`immediates_per_lane`](VerbsOptions::immediates_per_lane) is what the device's receive queue must hold.
+    Verbs(VerbsOptions),
 }
 
 /// Who makes progress.

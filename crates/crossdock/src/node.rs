@@ -13,6 +13,7 @@ use crossdock_proto::{Auth, Fingerprint, Identity, Proto, Rail};
 use crossdock_shm::ShmPort;
 use crossdock_tcp::{TcpOptions, TcpPort};
 use crossdock_transport::{Port, PortInfo};
+use crossdock_verbs::VerbsPort;
 
 use crate::config::{Authentication, Config, PortConfig, Progress};
 use crate::error::Error;
@@ -203,6 +204,10 @@ pub(crate) fn open_ports(
                     Err(error) => Err(Error::Port { port: "tcp", error }),
                 }
             }
+            PortConfig::Verbs(options) => match VerbsPort::open(options.clone()) {
+                Ok(port) => Ok(Box::new(port)),
+                Err(error) => Err(Error::Port { port: "verbs", error }),
+            },
         }
     };
     ports.iter().map(open).collect()

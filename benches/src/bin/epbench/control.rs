@@ -160,6 +160,15 @@ impl<'a, C: FnMut() -> Result<(), Error>> Control<'a, C> {
         TOLD + rank as usize * RANK_WORDS + op as usize * NOTE_WORDS
     }
 
+    /// Tells the others at which port of this host this rank listens, and hears of theirs.
+    pub fn exchange_ports(&mut self, port: u16) -> Result<Vec<u16>, Error> {
+        let word = |rank: u32| self.words.get(TOLD + rank as usize * RANK_WORDS + PORT);
+        word(self.rank).store(port.into(), Ordering::Relaxed);
+        self.meet()?;
+        let word = |rank: u32| self.words.get(TOLD + rank as usize * RANK_WORDS + PORT);
+        Ok((0..self.ranks).map(|rank| word(rank).load(Ordering::Relaxed) as u16).collect())
+    }
+
     /// Says how many bytes a step of this rank moves.
     pub fn tell_bytes(&self, wire: u64, logical: u64) {
         let at = TOLD + self.rank as usize * RANK_WORDS + BYTES;
@@ -216,4 +225,5 @@ const TOLD: usize = WRONG + LINE_WORDS;
 const NOTE_WORDS: usize = 4;
 const BYTES: usize = (Op::ParkedStep as usize + 1) * NOTE_WORDS;
 const SLEEPS: usize = BYTES + 2;
-const RANK_WORDS: usize = (SLEEPS + 1).next_multiple_of(LINE_WORDS);
+const PORT: usize = SLEEPS + 1;
+const RANK_WORDS: usize = (PORT + 1).next_multiple_of(LINE_WORDS);

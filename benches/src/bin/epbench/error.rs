@@ -7,14 +7,22 @@ use crossdock_ep::{EpError, GroupError, Violations};
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{what} is not built yet; this version measures --port shm with --backend host")]
+    #[error("{what} is not built yet; this version measures --backend host")]
     NotBuilt { what: &'static str },
     #[error("the group is not possible: {0}")]
     Group(#[from] Violations),
     #[error("a token of {experts} experts cannot choose {top_k} different ones: use a smaller --topk")]
     TooManyChoices { experts: u32, top_k: u32 },
-    #[error("--round-trips is for --mode latency and two ranks or more, with a processor for each")]
+    #[error(
+        "--round-trips is for --port shm, --mode latency and two ranks or more, with a processor for each"
+    )]
     NoRoundTrips,
+    #[error("--devices names RDMA devices: use it with --port verbs")]
+    NoDevices,
+    #[error("--port {port}: {error}")]
+    NoMeeting { port: String, error: crossdock::Error },
+    #[error("the ranks did not meet: {0}")]
+    Meet(#[from] crossdock_ep::MeetError),
     #[error(
         "standard input says '{line}': it has to be 'ours' or 'floor' and up to a minute in milliseconds"
     )]

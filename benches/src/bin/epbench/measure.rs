@@ -2,9 +2,11 @@
 
 use std::time::{Duration, Instant};
 
+use crossdock::Memory;
+use crossdock_benches::rows::Rows;
 use crossdock_benches::{Aligned, Sample};
 use crossdock_ep::{Bf16, Payload, Quantiser, ScaleRule};
-use crossdock_shm::copy::Strategy;
+use crossdock_shm::copy::{Copier, Strategy};
 
 use crate::control::{Control, Go, Note, Op};
 use crate::error::Error;
@@ -54,12 +56,18 @@ pub fn run(
     rank: u32,
     check: impl FnMut() -> Result<(), Error>,
 ) -> Result<Measured, Error> {
-    process::pin(rank)?;
     let mut control = Control::new(setup, &shared.words, rank, check);
+    // A thread that the library has of its own is not to share this one's processor.
+    let apart = if setup.is_apart() { Some(Ours::meet(setup, &mut control)?) } else { None };
+    process::pin(rank)?;
+    let ours = match apart {
+        Some(ours) => ours,
+        None => Ours::new(setup, &shared.regions, rank)?,
+    };
     let mut bench = Bench {
         setup,
         shared,
-        ours: Ours::new(setup, &shared.regions, rank)?,
+        ours,
         floor: Floor::new(setup, shared, rank),
         inputs: Inputs::default(),
         measured: Measured::default(),
@@ -303,16 +311,30 @@ fn write_results<C: FnMut() -> Result<(), Error>>(
     arrived: &mut crate::ours::Arrived<'_, '_>,
     control: &Control<'_, C>,
 ) {
-    let region = shared.regions[control.rank as usize].base().addr();
-    for (local, group) in setup.problem.groups_of(control.rank).enumerate() {
+    let region = &shared.regions[control.rank as usize];
+    let groups = setup.problem.groups_of(control.rank);
+    let count = groups.len();
+    for (local, group) in groups.enumerate() {
         let (results, tokens) = arrived.results_mut(setup.config.ranks(), local);
-        if !results.is_empty() {
-            control.tell_results(slot, group, results.as_ptr().addr() - region);
-        }
         for (row, (source, token)) in results.chunks_exact_mut(setup.problem.hidden).zip(tokens) {
             setup.problem.result(group, source, token, salt, row);
         }
+        if results.is_empty() {
+            continue;
+        }
+        let at = match setup.is_apart() {
+            false => results.as_ptr().addr() - region.base().addr(),
+            true => copied(results, region, setup.results_at(slot, local, count)),
+        };
+        control.tell_results(slot, group, at);
     }
+}
+
+/// Copies results to where the floor can read them, and says where that is.
+fn copied(results: &[Bf16], memory: &Memory, at: usize) -> usize {
+    let bytes: Vec<u8> = results.iter().flat_map(|value| value.to_bits().to_le_bytes()).collect();
+    Rows { memory, at, row_bytes: bytes.len() }.scatter(Copier::detect(), &bytes, &[0]);
+    at
 }
 
 /// No sum of results.

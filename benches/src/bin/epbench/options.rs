@@ -3,11 +3,12 @@
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
 
-/// Measures how fast tokens reach their experts and come back, between processes of this host.
+/// Measures how fast tokens reach their experts and come back, between processes of this host: through memory that they
+/// share, or as between hosts, through a port.
 ///
 /// It starts a process for each other rank and pins each to a processor. Every operation begins when all ranks have met;
 /// its time is the longest of any rank. The floor takes turns with it: the same work on the same memory with nobody to
-/// wait for, from the first start to the last end. What the experts compute is written before the clock starts. In
+/// wait for, in shared memory whatever the port is, from the first start to the last end. What the experts compute is written before the clock starts. In
 /// throughput mode rows are fp8 already.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "epbench", version)]
@@ -15,6 +16,10 @@ pub struct Options {
     /// The transport
     #[arg(long, value_enum, default_value_t = PortName::Shm)]
     pub port: PortName,
+    /// The RDMA devices of the ranks (verbs), who take them by turns: a comma between those of two ranks, rails joined by +
+    /// [default: the first device that is found]
+    #[arg(long, value_delimiter = ',')]
+    pub devices: Vec<String>,
     /// Where tokens and experts are
     #[arg(long, value_enum, default_value_t = BackendName::Host)]
     pub backend: BackendName,

@@ -1,7 +1,11 @@
 //! A rank's steps through the library.
 
-use crossdock::Memory;
-use crossdock_benches::Aligned;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crossdock::experts::{Meeting, MeetingConfig};
+use crossdock::{Authentication, Memory, PortConfig, ShmOptions};
+use crossdock_benches::{Aligned, rail_ports};
 use crossdock_ep::{
     Bf16, Group, GroupConfig, GroupOptions, LatencyOutputs, LatencyStep, Patience, Payload, Report, Rows,
     ScaleRule, Scales, ThroughputOutputs, ThroughputStep, Tokens,
@@ -9,7 +13,7 @@ use crossdock_ep::{
 
 use crate::control::{Control, Op, now_ns};
 use crate::error::Error;
-use crate::options::Mode;
+use crate::options::{Mode, PortName, name};
 use crate::setup::Setup;
 
 /// A rank's tokens in the form in which the library takes them.
@@ -46,6 +50,30 @@ impl Ours {
         // The library would count the processors of this thread, which has only one.
         let patience = if setup.crowded { Patience::SHARED_PROCESSOR } else { Patience::OWN_PROCESSOR };
         Self::over(setup, regions, rank, patience)
+    }
+
+    /// A rank that reaches the others through a port, as from host to host.
+    pub fn meet<C: FnMut() -> Result<(), Error>>(
+        setup: &Setup,
+        control: &mut Control<'_, C>,
+    ) -> Result<Self, Error> {
+        let options = &setup.options;
+        let (port, rank) = (name(options.port), control.rank);
+        // A key would have to be told over memory that anybody of this user can read.
+        let mut meeting = MeetingConfig::new(setup.config.clone(), rank, Authentication::Off);
+        meeting.ports = match options.port {
+            PortName::Shm => vec![PortConfig::Shm(ShmOptions::default())],
+            PortName::Tcp => vec![PortConfig::Tcp(None)],
+            PortName::Verbs => rail_ports(&options.devices, rank as usize),
+        };
+        let patience = if setup.crowded { Patience::SHARED_PROCESSOR } else { Patience::OWN_PROCESSOR };
+        meeting.options = GroupOptions { deadline: DEADLINE, ..patient(patience) };
+        let meeting = Meeting::open(meeting).map_err(|error| Error::NoMeeting { port, error })?;
+        let address: SocketAddr = meeting.address().parse().expect("an engine is dialed at ip:port");
+        let ports = control.exchange_ports(address.port())?;
+        let addresses: Vec<String> =
+            ports.into_iter().map(|port| SocketAddr::new(address.ip(), port).to_string()).collect();
+        Ok(Self::of(setup, meeting.meet(&addresses, DEADLINE)?))
     }
 
     /// One that sleeps as soon as it has to wait.
@@ -208,6 +236,9 @@ fn tokens<'a>(setup: &'a Setup, rank: u32, inputs: &'a Inputs) -> Tokens<'a> {
 fn patient(patience: Patience) -> GroupOptions {
     GroupOptions { patience: Some(patience), ..GroupOptions::default() }
 }
+
+/// For meeting the others, and for a rank that is late.
+const DEADLINE: Duration = Duration::from_secs(60);
 
 fn waited_ns(report: &Report) -> Result<u64, Error> {
     if !report.masked.is_empty() {

@@ -190,9 +190,10 @@ impl Report {
     pub fn table(&self) -> String {
         let line = &self.line;
         let mut out = format!(
-            "{} mode, {} ranks{}, {} tokens a rank, hidden {}, {} experts, top {}, {}, {} routing, {} slot(s), scales by {}\n",
+            "{} mode, {} ranks{}{}, {} tokens a rank, hidden {}, {} experts, top {}, {}, {} routing, {} slot(s), scales by {}\n",
             name(line.mode),
             line.ranks,
+            if line.port == PortName::Shm { String::new() } else { format!(" over {}", name(line.port)) },
             if line.crowded { " on fewer processors" } else { "" },
             line.tokens,
             line.hidden,

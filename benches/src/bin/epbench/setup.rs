@@ -27,11 +27,11 @@ pub struct Setup {
 
 impl Setup {
     pub fn new(options: &Options) -> Result<Self, Error> {
-        match (options.port, options.backend) {
-            (PortName::Tcp, _) => return Err(Error::NotBuilt { what: "--port tcp" }),
-            (PortName::Verbs, _) => return Err(Error::NotBuilt { what: "--port verbs" }),
-            (PortName::Shm, BackendName::Cuda) => return Err(Error::NotBuilt { what: "--backend cuda" }),
-            (PortName::Shm, BackendName::Host) => {}
+        if options.backend == BackendName::Cuda {
+            return Err(Error::NotBuilt { what: "--backend cuda" });
+        }
+        if options.port != PortName::Verbs && !options.devices.is_empty() {
+            return Err(Error::NoDevices);
         }
         if !(options.seconds > 0.0 && options.seconds <= 3600.0) {
             return Err(Error::Seconds);
@@ -55,8 +55,11 @@ impl Setup {
             return Err(Error::TooManyChoices { experts: options.experts, top_k: options.topk });
         }
         let problem = Problem::new(options, config.spread());
-        let crowded = options.ranks > process::processors()?;
-        if options.round_trips && (options.mode != Mode::Latency || options.ranks < 2 || crowded) {
+        // Between hosts, a rank has a thread that carries its calls.
+        let threads = if options.port == PortName::Shm { 1 } else { 2 };
+        let crowded = threads * options.ranks > process::processors()?;
+        let is_alike = options.port == PortName::Shm && options.mode == Mode::Latency;
+        if options.round_trips && (!is_alike || options.ranks < 2 || crowded) {
             return Err(Error::NoRoundTrips);
         }
         Ok(Self { options: options.clone(), config, problem, payload, crowded })
@@ -93,6 +96,32 @@ impl Setup {
             .next_multiple_of(4096)
     }
 
+    /// Whether the ranks meet as between hosts, and share no memory.
+    pub fn is_apart(&self) -> bool {
+        self.options.port != PortName::Shm
+    }
+
+    /// Where the floor finds the results of a rank that is apart, of one of its groups.
+    pub fn results_at(&self, slot: u32, local: usize, groups: usize) -> usize {
+        (slot as usize * groups + local) * self.rows() * 2 * self.problem.hidden
+    }
+
+    /// What a rank shares with the others: its region, or only its results where the library has the region.
+    fn rank_memory(&self, rank: u32) -> Result<Memory, Error> {
+        if !self.is_apart() {
+            return Ok(Group::allocate_region(&self.config, rank)?);
+        }
+        memory(self.rank_bytes(rank)?, "epbench-results").map_err(Error::io("allocating memory"))
+    }
+
+    fn rank_bytes(&self, rank: u32) -> Result<usize, Error> {
+        if !self.is_apart() {
+            return Ok(Group::region_bytes(&self.config, rank)?);
+        }
+        let groups = self.problem.groups_of(rank).len();
+        Ok(self.results_at(self.config.slots, 0, groups).max(1))
+    }
+
     fn floor_bytes(&self) -> usize {
         self.floor_token_scales() + self.rows() * self.scale_bytes()
     }
@@ -122,7 +151,7 @@ pub struct Shared {
     pub floor: Memory,
     /// Each token's row and scales as the reference makes them, where they are compared.
     pub made: Option<Memory>,
-    /// The ranks' regions.
+    /// The ranks' regions, or where they are apart, their results.
     pub regions: Vec<Memory>,
     /// Those of the group whose ranks sleep at once.
     pub parked: Vec<Memory>,
@@ -136,12 +165,8 @@ impl Shared {
             let (needed_mb, available_mb) = (setup.needed_bytes() / 1_000_000, available / 1_000_000);
             return Err(Error::TooLarge { needed_mb, available_mb });
         }
-        let memory = |bytes: usize, name: &'static str| {
-            let options = AllocateOptions { name: Cow::Borrowed(name), ..AllocateOptions::default() };
-            Memory::allocate(bytes.max(1), &options).map_err(std::io::Error::other)
-        };
         let failed = "allocating memory";
-        let regions = || (0..setup.config.ranks()).map(|rank| Group::allocate_region(&setup.config, rank));
+        let regions = || (0..setup.config.ranks()).map(|rank| setup.rank_memory(rank));
         Ok(Self {
             words: Words::new(Control::words(setup)).map_err(Error::io(failed))?,
             floor: memory(setup.floor_bytes(), "epbench-floor").map_err(Error::io(failed))?,
@@ -170,7 +195,7 @@ impl Shared {
             floor: memory(setup.floor_bytes())?,
             made: if setup.options.verify { Some(memory(setup.made_bytes())?) } else { None },
             regions: (0..setup.config.ranks())
-                .map(|rank| memory(Group::region_bytes(&setup.config, rank)?))
+                .map(|rank| memory(setup.rank_bytes(rank)?))
                 .collect::<Result<_, _>>()?,
             parked: (0..parked)
                 .map(|rank| memory(Group::region_bytes(&setup.config, rank)?))
@@ -184,6 +209,11 @@ impl Shared {
         let of_memories = memories.filter_map(|memory| memory.fd().map(|fd| fd.as_fd().as_raw_fd()));
         self.words.descriptor().into_iter().chain(of_memories).collect()
     }
+}
+
+fn memory(bytes: usize, name: &'static str) -> std::io::Result<Memory> {
+    let options = AllocateOptions { name: Cow::Borrowed(name), ..AllocateOptions::default() };
+    Memory::allocate(bytes.max(1), &options).map_err(std::io::Error::other)
 }
 
 /// What the system says that it can give; `None` where it does not say.

@@ -7,8 +7,10 @@ use crossdock::Memory;
 use crossdock_benches::Sample;
 use crossdock_benches::bare::{self, End, Flags, Pages, ThereMemory, Way};
 use crossdock_shm::copy::Copier;
+use crossdock_transport::Direction;
 
 use crate::error::Error;
+use crate::lanes::Lanes;
 use crate::setup::{Clock, Lists, Side};
 use crate::talk::Pass;
 use crate::trips::Trips;
@@ -21,6 +23,8 @@ pub enum Bare<'a> {
     Mapped(&'a Memory, &'a Flags),
     /// A call a page, and a word that tells of it.
     Process(ThereMemory, &'a Flags),
+    /// A write a page, and an immediate that tells of it.
+    Lanes(&'a mut Lanes),
 }
 
 impl Bare<'_> {
@@ -29,16 +33,17 @@ impl Bare<'_> {
             Bare::Tcp(_) => "bare tcp",
             Bare::Mapped(..) => "bare copy and a flag",
             Bare::Process(..) => "bare process_vm and a flag",
+            Bare::Lanes(_) => "bare lanes",
         }
     }
 
     /// The pages of a pass there and back. Half of each trip counts.
-    pub fn trips(&self, side: &Side, pass: &Pass) -> Result<Trips, Error> {
+    pub fn trips(&mut self, side: &Side, pass: &Pass) -> Result<Trips, Error> {
         let (lists, half) = (side.setup.lists(pass), pass.rooms[0] as usize);
         let base = self.base(End::Receives);
-        self.run(half, |at| {
-            self.put(side, lists.from[at], lists.to[at], End::Sends, base + at as u64 + 1)?;
-            self.take(side, lists.from[half + at], End::Receives, base + at as u64 + 1)
+        self.run(half, |bare, at| {
+            bare.put(side, lists.from[at], lists.to[at], End::Sends, base + at as u64 + 1)?;
+            bare.take(side, lists.from[half + at], End::Receives, base + at as u64 + 1)
         })
         .map(|(page_us, cpu_s)| Trips {
             page_us: page_us.values().iter().map(|us| us / 2.0).collect(),
@@ -47,43 +52,47 @@ impl Bare<'_> {
     }
 
     /// The other end of [`trips`](Bare::trips). Says what it has used.
-    pub fn bounce(&self, side: &Side, pass: &Pass) -> Result<f64, Error> {
+    pub fn bounce(&mut self, side: &Side, pass: &Pass) -> Result<f64, Error> {
         let (lists, half) = (side.setup.lists(pass), pass.rooms[0] as usize);
         let base = self.base(End::Receives);
-        self.run(half, |at| {
-            self.take(side, lists.to[at], End::Sends, base + at as u64 + 1)?;
-            self.put(side, lists.to[half + at], lists.from[half + at], End::Receives, base + at as u64 + 1)
+        self.run(half, |bare, at| {
+            bare.take(side, lists.to[at], End::Sends, base + at as u64 + 1)?;
+            bare.put(side, lists.to[half + at], lists.from[half + at], End::Receives, base + at as u64 + 1)
         })
         .map(|(_, cpu_s)| cpu_s)
     }
 
     /// Fetches the pages of a pass one by one.
-    pub fn pulls(&self, side: &Side, pass: &Pass) -> Result<Trips, Error> {
+    pub fn pulls(&mut self, side: &Side, pass: &Pass) -> Result<Trips, Error> {
         let Lists { from, to } = side.setup.lists(pass);
-        self.run(to.len(), |at| {
+        self.run(to.len(), |bare, at| {
             let pages = one(side, &from[at], &to[at]);
-            match self {
+            match bare {
                 Bare::Tcp(socket) => {
                     bare::word_spinning(socket, End::Sends)?;
-                    self.take(side, to[at], End::Receives, 0)
+                    bare.take(side, to[at], End::Receives, 0)
                 }
                 Bare::Mapped(theirs, _) => {
                     bare::copy(Copier::detect(), theirs, &side.memory, pages, 1);
                     Ok(())
                 }
                 Bare::Process(theirs, _) => bare::process_memory(&side.memory, *theirs, Way::Read, pages, 1),
+                Bare::Lanes(lanes) => {
+                    let list = |page| vec![page];
+                    lanes.carry(Direction::Read, &Lists { from: list(from[at]), to: list(to[at]) })
+                }
             }
         })
         .map(|(page_us, cpu_s)| Trips { page_us, cpu_s })
     }
 
     /// The other end of [`pulls`](Bare::pulls), which has a part only in a connection. Says what it has used.
-    pub fn answer_pulls(&self, side: &Side, pass: &Pass) -> Result<f64, Error> {
-        let Bare::Tcp(socket) = self else { return Ok(0.0) };
+    pub fn answer_pulls(&mut self, side: &Side, pass: &Pass) -> Result<f64, Error> {
+        let Bare::Tcp(socket) = *self else { return Ok(0.0) };
         let lists = side.setup.lists(pass);
-        self.run(lists.from.len(), |at| {
+        self.run(lists.from.len(), |bare, at| {
             bare::word_spinning(socket, End::Receives)?;
-            self.put(side, lists.from[at], lists.to[at], End::Sends, 0)
+            bare.put(side, lists.from[at], lists.to[at], End::Sends, 0)
         })
         .map(|(_, cpu_s)| cpu_s)
     }
@@ -91,16 +100,16 @@ impl Bare<'_> {
     /// What was shown in earlier passes: both ends of a pass begin after it.
     fn base(&self, which: End) -> u64 {
         match self {
-            Bare::Tcp(_) => 0,
+            Bare::Tcp(_) | Bare::Lanes(_) => 0,
             Bare::Mapped(_, flags) | Bare::Process(_, flags) => flags.shown(which),
         }
     }
 
     /// Times each of so many steps.
     fn run(
-        &self,
+        &mut self,
         count: usize,
-        mut step: impl FnMut(usize) -> std::io::Result<()>,
+        mut step: impl FnMut(&mut Self, usize) -> std::io::Result<()>,
     ) -> Result<(Sample, f64), Error> {
         let mut each_us = Sample::default();
         let mut run = || {
@@ -108,7 +117,7 @@ impl Bare<'_> {
             let clock = Clock::start();
             for at in 0..count {
                 let begin = Instant::now();
-                step(at)?;
+                step(self, at)?;
                 each_us.push(begin.elapsed().as_secs_f64() * 1e6);
             }
             let cpu_s = clock.cpu_s();
@@ -122,12 +131,12 @@ impl Bare<'_> {
     fn block(&self, block: bool) -> std::io::Result<()> {
         match self {
             Bare::Tcp(socket) => socket.set_nonblocking(!block),
-            Bare::Mapped(..) | Bare::Process(..) => Ok(()),
+            Bare::Mapped(..) | Bare::Process(..) | Bare::Lanes(_) => Ok(()),
         }
     }
 
     /// Moves a page from here to there, and tells so.
-    fn put(&self, side: &Side, from: u32, to: u32, end: End, number: u64) -> std::io::Result<()> {
+    fn put(&mut self, side: &Side, from: u32, to: u32, end: End, number: u64) -> std::io::Result<()> {
         let pages = one(side, &from, &to);
         match self {
             Bare::Tcp(socket) => {
@@ -144,17 +153,19 @@ impl Bare<'_> {
                 flags.show(end, number);
                 Ok(())
             }
+            Bare::Lanes(lanes) => lanes.put(from, to),
         }
     }
 
     /// Waits until a page has come.
-    fn take(&self, side: &Side, page: u32, end: End, number: u64) -> std::io::Result<()> {
+    fn take(&mut self, side: &Side, page: u32, end: End, number: u64) -> std::io::Result<()> {
         match self {
             Bare::Tcp(socket) => {
                 let page_bytes = side.setup.slot_bytes() as usize;
                 bare::page_spinning(socket, &side.memory, page, page_bytes, End::Receives)
             }
             Bare::Mapped(_, flags) | Bare::Process(_, flags) => flags.wait(end, number),
+            Bare::Lanes(lanes) => lanes.take(),
         }
     }
 }

@@ -10,8 +10,14 @@ use crate::setup::WAIT;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{what} is not built yet; this version measures shm (shared or private memory) and tcp")]
+    #[error("{what} is not built yet; this version measures shm, tcp and verbs with memory of the host")]
     NotBuilt { what: &'static str },
+    #[error("--devices names RDMA devices: use it with --port verbs")]
+    NoDevices,
+    #[error("--port verbs: {0}")]
+    Device(crossdock::PortError),
+    #[error("bare lanes over RDMA: {0}")]
+    Lanes(#[from] crossdock::PortError),
     #[error("no model is called {name:?}, and no file: deepseek-r1 and llama-3-70b are known")]
     UnknownModel { name: String },
     #[error(

@@ -6,13 +6,14 @@ use std::time::Instant;
 use crossdock::{Peer, now_ns};
 
 use crate::error::Error;
+use crate::lanes::Lanes;
 use crate::moving::Moving;
-use crate::options::{OpName, Options};
+use crate::options::{OpName, Options, PortName};
 use crate::passes::{LONGEST_ROOM, Passes, Traced};
 use crate::process::Process;
 use crate::replay::{Orders, Replay, Role};
 use crate::report::{Means, Report};
-use crate::setup::{Lists, Setup, Side, WAIT, allocate};
+use crate::setup::{Lists, Setup, Side, WAIT, Who, allocate};
 use crate::talk::{Answer, Ask, Pass, Place, Talk};
 use crate::target::SETTLE;
 use crate::ways::{Beside, Timed, Way};
@@ -63,6 +64,7 @@ fn measure(options: &Options) -> Result<Report, Error> {
     }
     let setup = Setup::new(options)?;
     let passes = Passes::new(options, &setup)?;
+    setup.check_devices()?;
     // Before this process has threads and memory that a child would only have to forget.
     let hogs = Process::hogs(options.hog)?;
     let (peer, address) = match options.connect {
@@ -111,7 +113,7 @@ impl Initiator {
         let ip = talk.local_ip().map_err(Error::io("talking"))?;
         let peer_ip = talk.peer_ip().map_err(Error::io("talking"))?;
         let begin = Instant::now();
-        let mut side = Side::open("kvbench", setup.clone(), memory, ip)?;
+        let mut side = Side::open(Who::Initiator, setup.clone(), memory, ip)?;
         talk.say(&Ask::Meet { node: side.driver.node().identity().node, place: Place::of(&side.memory) })?;
         let (peer, mut up) = side.driver.handle().connect(&ready.address)?;
         let met = side.driver.until("meeting the peer", WAIT, || Ok(up.poll()?))?;
@@ -119,7 +121,25 @@ impl Initiator {
         let open_ms = begin.elapsed().as_secs_f64() * 1e3;
         let beside = Beside::open(setup, &ready, side.memory.bytes(), peer_ip)?;
         let (rooms, seeds) = (1, 1);
-        Ok(Self { side, talk, peer, beside, rooms, seeds, open_ms })
+        let mut initiator = Self { side, talk, peer, beside, rooms, seeds, open_ms };
+        if setup.port == PortName::Verbs {
+            initiator.open_lanes()?;
+        }
+        Ok(initiator)
+    }
+
+    /// Bare lanes over the devices, beside the node's.
+    fn open_lanes(&mut self) -> Result<(), Error> {
+        let (mut lanes, ours) = Lanes::open(&self.side.setup, Who::Initiator, &self.side.memory)?;
+        let theirs = match self.ask(&Ask::Lanes(ours))? {
+            Answer::Lanes(theirs) => theirs,
+            other => return Err(unexpected(other)),
+        };
+        lanes.connect(Who::Initiator, &theirs)?;
+        lanes.meet(&theirs)?;
+        self.done()?;
+        self.beside.lanes = Some(lanes);
+        Ok(())
     }
 
     fn measure(
@@ -292,6 +312,10 @@ impl Initiator {
                 std::thread::sleep(SETTLE);
                 let timed = self.beside.stream(&self.side, lists)?;
                 Ok(Timed { cpu_there_s: self.done()?, ..timed })
+            }
+            Way::Lanes => {
+                std::thread::sleep(SETTLE);
+                self.beside.carry(&self.side, lists)
             }
             Way::Memcpy | Way::Copied(_) | Way::CopyThreads | Way::Batched | Way::Single => {
                 // As long a rest after the source was written as the other ways need to set up.

@@ -5,6 +5,7 @@ mod bare_trips;
 mod driver;
 mod error;
 mod initiator;
+mod lanes;
 mod latency;
 mod model;
 mod moving;

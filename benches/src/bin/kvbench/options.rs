@@ -90,6 +90,10 @@ pub struct Options {
     /// The congestion control of tcp connections [default: the host's, and reno within one host]
     #[arg(long)]
     pub congestion: Option<String>,
+    /// The RDMA devices of both sides (verbs): those of the side that measures, a comma, those of its peer; rails joined by
+    /// +, as in rxe0+rxe2,rxe1 [default: the first device that is found]
+    #[arg(long, value_delimiter = ',', num_args = 1..=2)]
+    pub devices: Vec<String>,
     /// The length of each pool
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
     pub pool_mib: u64,

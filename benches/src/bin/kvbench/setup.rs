@@ -8,7 +8,8 @@ use crossdock::{
     PagePool, PageSet, Placement, PoolError, PortConfig, Progress, ShmOptions, TcpOptions,
 };
 use crossdock_benches::bare::Pages;
-use crossdock_benches::{Content, anonymous, scattered};
+use crossdock_benches::{Content, anonymous, rail_ports, rails, scattered};
+use crossdock_verbs::VerbsPort;
 use serde::{Deserialize, Serialize};
 
 use crate::driver::Driver;
@@ -27,6 +28,8 @@ pub struct Setup {
     pub copy_threads: u32,
     pub lanes: u8,
     pub congestion: Option<String>,
+    /// Of the side that measures, and of its peer.
+    pub devices: Vec<String>,
     pub token_bytes: u64,
     pub page_tokens: u32,
     pub layers: u32,
@@ -42,10 +45,12 @@ impl Setup {
     pub fn new(options: &Options) -> Result<Self, Error> {
         let not_built = |what| Err(Error::NotBuilt { what });
         match (options.port, options.memory) {
-            (PortName::Verbs, _) => return not_built("the verbs port"),
             (PortName::Cuda, _) => return not_built("the cuda port"),
             (_, MemoryName::Cuda) => return not_built("GPU memory"),
             _ => {}
+        }
+        if options.port != PortName::Verbs && !options.devices.is_empty() {
+            return Err(Error::NoDevices);
         }
         if options.prefill_tp != options.decode_tp {
             return Err(Error::TensorParallel);
@@ -81,6 +86,7 @@ impl Setup {
             copy_threads: options.copy_threads,
             lanes: options.lanes,
             congestion: options.congestion.clone(),
+            devices: options.devices.clone(),
             token_bytes,
             page_tokens,
             layers,
@@ -92,6 +98,16 @@ impl Setup {
             }
             other => other.map(|_| setup),
         }
+    }
+
+    /// Whether this process's devices can be used, before another process is started.
+    pub fn check_devices(&self) -> Result<(), Error> {
+        if self.port == PortName::Verbs {
+            for rail in rails(&self.devices, Who::Initiator as usize) {
+                VerbsPort::open(rail).map_err(Error::Device)?;
+            }
+        }
+        Ok(())
     }
 
     pub fn page_bytes(&self) -> u64 {
@@ -152,6 +168,13 @@ pub struct Lists {
     pub to: Vec<u32>,
 }
 
+/// Which of the two processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    Initiator,
+    Target,
+}
+
 /// One process's pool and node.
 pub struct Side {
     pub setup: Setup,
@@ -173,7 +196,11 @@ pub fn allocate(setup: &Setup) -> Result<Memory, Error> {
 }
 
 impl Side {
-    pub fn open(name: &str, setup: Setup, memory: Memory, ip: IpAddr) -> Result<Self, Error> {
+    pub fn open(who: Who, setup: Setup, memory: Memory, ip: IpAddr) -> Result<Self, Error> {
+        let name = match who {
+            Who::Initiator => "kvbench",
+            Who::Target => "kvbench-target",
+        };
         let layout = setup.layout()?;
         let pool = PagePool::external(layout.pages());
         // A key would have to be told over the connection on which the processes talk, which proves nothing itself.
@@ -184,15 +211,16 @@ impl Side {
             ProgressName::Caller => Progress::Caller,
             ProgressName::Thread => config.progress,
         };
-        config.ports = vec![match setup.port {
-            PortName::Shm => PortConfig::Shm(ShmOptions {
+        config.ports = match setup.port {
+            PortName::Shm => vec![PortConfig::Shm(ShmOptions {
                 copy_threads: setup.copy_threads as usize,
                 allow_ptrace: setup.memory == MemoryName::Private,
                 ..ShmOptions::default()
-            }),
-            PortName::Tcp => PortConfig::Tcp(Some(TcpOptions { bind: config.bind, ..setup.tcp() })),
-            PortName::Verbs | PortName::Cuda => return Err(Error::NotBuilt { what: "the port" }),
-        }];
+            })],
+            PortName::Tcp => vec![PortConfig::Tcp(Some(TcpOptions { bind: config.bind, ..setup.tcp() }))],
+            PortName::Verbs => rail_ports(&setup.devices, who as usize),
+            PortName::Cuda => return Err(Error::NotBuilt { what: "the port" }),
+        };
         let driver = Driver::new(Node::open(config)?);
         Ok(Self { setup, memory, pool, driver })
     }

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::lanes::LaneEnd;
 use crate::replay::{Orders, Told};
 use crate::setup::{Setup, WAIT};
 
@@ -34,6 +35,8 @@ pub enum Ask {
     Check(Pass),
     /// Move the pages of a pass over bare connections.
     Stream(Pass),
+    /// Open the other ends of these bare lanes over RDMA.
+    Lanes(Vec<LaneEnd>),
     /// Answer single pages, as many as the pass has.
     Bounce(Pass),
     /// The same without the library.
@@ -55,6 +58,7 @@ pub enum Ask {
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
     Ready(Box<Ready>),
+    Lanes(Vec<LaneEnd>),
     Done { cpu_s: f64 },
     Checked { wrong_pages: u64 },
     Slept { times: u64 },

@@ -11,9 +11,10 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::bare_trips::Bare;
 use crate::error::Error;
+use crate::lanes::{LaneEnd, Lanes};
 use crate::options::{OpName, PortName};
 use crate::replay::{Replay, Role};
-use crate::setup::{Clock, Setup, Side, WAIT, allocate, rooms};
+use crate::setup::{Clock, Setup, Side, WAIT, Who, allocate, rooms};
 use crate::talk::{Answer, Ask, Pass, Place, Ready, Talk};
 use crate::trips;
 use crate::ways::theirs;
@@ -89,6 +90,10 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
                 let wrong = setup.content(pass.salt).check(&target.side.memory, &lists.from, &lists.to);
                 Answer::Checked { wrong_pages: wrong.pages }
             }
+            Ask::Lanes(theirs) => {
+                target.lanes(talk, &theirs)?;
+                Answer::Done { cpu_s: 0.0 }
+            }
             Ask::Stream(pass) => Answer::Done { cpu_s: target.stream(&pass)? },
             Ask::Bounce(pass) => {
                 let cpu_s = trips::bounce(&mut target.side, target.peer, &pass, || {
@@ -121,11 +126,13 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
             }
             Ask::BareBounce(pass) => {
                 target.reach(talk)?;
-                Answer::Done { cpu_s: target.bare()?.bounce(&target.side, &pass)? }
+                let (side, mut bare) = target.bare()?;
+                Answer::Done { cpu_s: bare.bounce(side, &pass)? }
             }
             Ask::BareServe(pass) => {
                 target.reach(talk)?;
-                Answer::Done { cpu_s: target.bare()?.answer_pulls(&target.side, &pass)? }
+                let (side, mut bare) = target.bare()?;
+                Answer::Done { cpu_s: bare.answer_pulls(side, &pass)? }
             }
         };
         talk.say(&answer)?;
@@ -140,6 +147,8 @@ struct Target {
     mapped: Option<Memory>,
     there: Option<ThereMemory>,
     flags: Option<Flags>,
+    /// Over RDMA, the other ends of the initiator's bare lanes.
+    lanes: Option<Lanes>,
     listener: TcpListener,
     connections: Vec<TcpStream>,
     open: Vec<Open>,
@@ -160,7 +169,7 @@ impl Target {
                 .map_err(|errno| Error::Io { what: "TCP_CONGESTION", error: errno.into() })?;
         }
         let setup_port = setup.port;
-        let side = Side::open("kvbench-target", setup, memory, ip)?;
+        let side = Side::open(Who::Target, setup, memory, ip)?;
         let flags = match setup_port {
             PortName::Shm => Some(Flags::new().map_err(Error::io("allocating flags"))?),
             _ => None,
@@ -180,6 +189,7 @@ impl Target {
             mapped: None,
             there: None,
             flags,
+            lanes: None,
             listener,
             connections: Vec::new(),
             open: Vec::new(),
@@ -192,20 +202,34 @@ impl Target {
             let peer_ip = talk.peer_ip().map_err(Error::io("talking"))?;
             (self.mapped, self.there) = theirs(&self.side.setup, &place, self.side.memory.bytes(), peer_ip)?;
         }
-        match self.there {
-            Some(_) => Ok(()),
-            None => self.connect(1),
+        match (&self.lanes, self.there) {
+            (None, None) => self.connect(1),
+            _ => Ok(()),
         }
     }
 
+    /// Opens the other ends of the initiator's bare lanes, and waits until they are up.
+    fn lanes(&mut self, talk: &mut Talk<Ask>, theirs: &[LaneEnd]) -> Result<(), Error> {
+        let (mut lanes, ours) = Lanes::open(&self.side.setup, Who::Target, &self.side.memory)?;
+        lanes.connect(Who::Target, theirs)?;
+        talk.say(&Answer::Lanes(ours))?;
+        lanes.meet(theirs)?;
+        self.lanes = Some(lanes);
+        Ok(())
+    }
+
     /// What the initiator's is the other end of.
-    fn bare(&self) -> Result<Bare<'_>, Error> {
-        match (&self.flags, &self.mapped, self.there, self.connections.first()) {
-            (Some(flags), Some(mapped), ..) => Ok(Bare::Mapped(mapped, flags)),
-            (Some(flags), None, Some(there), _) => Ok(Bare::Process(there, flags)),
-            (.., Some(socket)) => Ok(Bare::Tcp(socket)),
-            _ => Err(Error::PeerGone),
+    fn bare(&mut self) -> Result<(&Side, Bare<'_>), Error> {
+        if let Some(lanes) = &mut self.lanes {
+            return Ok((&self.side, Bare::Lanes(lanes)));
         }
+        let bare = match (&self.flags, &self.mapped, self.there, self.connections.first()) {
+            (Some(flags), Some(mapped), ..) => Bare::Mapped(mapped, flags),
+            (Some(flags), None, Some(there), _) => Bare::Process(there, flags),
+            (.., Some(socket)) => Bare::Tcp(socket),
+            _ => return Err(Error::PeerGone),
+        };
+        Ok((&self.side, bare))
     }
 
     fn open_rooms(&mut self, pass: &Pass) -> Result<(), Error> {

@@ -10,6 +10,7 @@ use rustix::process::Pid;
 
 use crate::bare_trips::Bare;
 use crate::error::Error;
+use crate::lanes::Lanes;
 use crate::options::{MemoryName, OpName, PortName};
 use crate::setup::{Clock, Lists, Setup, Side, WAIT};
 use crate::talk::{Place, Ready};
@@ -28,6 +29,8 @@ pub enum Way {
     Single,
     /// Bare connections.
     Stream,
+    /// Bare lanes of RDMA devices.
+    Lanes,
 }
 
 /// What one way of moving a pass took.
@@ -50,6 +53,7 @@ impl Way {
             Way::Batched => "process_vm, batched",
             Way::Single => "process_vm, a page a call",
             Way::Stream => "bare tcp",
+            Way::Lanes => "bare lanes",
         }
     }
 
@@ -70,6 +74,8 @@ pub struct Beside {
     flags: Option<Flags>,
     streams: SocketAddr,
     connections: Vec<TcpStream>,
+    /// Over RDMA.
+    pub lanes: Option<Lanes>,
     copy_threads: CopyThreads,
 }
 
@@ -89,7 +95,8 @@ impl Beside {
         let copy_threads =
             CopyThreads::start(Copier::detect(), helpers).map_err(Error::io("starting copy threads"))?;
         let streams = SocketAddr::new(peer_ip, ready.stream_port);
-        Ok(Self { mapped, there, scratch, flags, streams, connections: Vec::new(), copy_threads })
+        let connections = Vec::new();
+        Ok(Self { mapped, there, scratch, flags, streams, connections, lanes: None, copy_threads })
     }
 
     /// Everything that the medium knows, ourselves first and memcpy second.
@@ -97,6 +104,7 @@ impl Beside {
         let mut ways = vec![Way::Ours, Way::Memcpy];
         match (setup.port, setup.memory) {
             (PortName::Tcp, _) => ways.push(Way::Stream),
+            (PortName::Verbs, _) => ways.push(Way::Lanes),
             (_, MemoryName::Private) if self.there.is_some() => ways.extend([Way::Batched, Way::Single]),
             _ => {
                 ways.extend([Way::Copied(Strategy::Streamed), Way::Copied(Strategy::Cached)]);
@@ -116,7 +124,7 @@ impl Beside {
         let here = &side.memory;
         let clock = Clock::start();
         match way {
-            Way::Ours | Way::Stream => unreachable!("the peer has its part in these"),
+            Way::Ours | Way::Stream | Way::Lanes => unreachable!("these need the peer, or its device"),
             Way::Memcpy | Way::Copied(_) | Way::CopyThreads => {
                 let there = self.mapped.as_ref().or(self.scratch.as_ref()).expect("there is one of them");
                 let (source, target) = if write { (here, there) } else { (there, here) };
@@ -149,10 +157,25 @@ impl Beside {
         Ok(Timed { seconds: clock.seconds(), cpu_here_s: clock.cpu_s(), ..Timed::default() })
     }
 
+    /// A pass over bare lanes. The peer's device has its part in it, and the peer has not.
+    pub fn carry(&mut self, side: &Side, lists: &Lists) -> Result<Timed, Error> {
+        let Some(lanes) = &mut self.lanes else { return Err(Error::PeerGone) };
+        let direction = match side.setup.op {
+            OpName::Write => crossdock_transport::Direction::Write,
+            OpName::Read => crossdock_transport::Direction::Read,
+        };
+        let clock = Clock::start();
+        lanes.carry(direction, lists).map_err(Error::exchange("moving pages over bare lanes"))?;
+        Ok(Timed { seconds: clock.seconds(), cpu_here_s: clock.cpu_s(), ..Timed::default() })
+    }
+
     /// The best means for a single page.
     pub fn bare(&mut self, setup: &Setup) -> Result<Bare<'_>, Error> {
-        if self.flags.is_none() {
+        if self.lanes.is_none() && self.flags.is_none() {
             self.connections(setup, 1)?;
+        }
+        if let Some(lanes) = &mut self.lanes {
+            return Ok(Bare::Lanes(lanes));
         }
         Ok(match (&self.flags, &self.mapped, self.there) {
             (Some(flags), Some(mapped), _) => Bare::Mapped(mapped, flags),

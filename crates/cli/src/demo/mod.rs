@@ -27,6 +27,7 @@ use clap::{Args, ValueEnum, value_parser};
 use crossdock::CacheLayout;
 use crossdock::trace::{Request, Scale, Synthetic, SyntheticOptions};
 use crossdock_replay::{Arrival, Pace, Sheet, Summary};
+use crossdock_verbs::VerbsPort;
 
 use registry::Registry;
 use report::{Print, Scene};
@@ -81,6 +82,10 @@ pub struct Options {
     /// The ports of the hand-over, one scene each
     #[arg(long, value_delimiter = ',', default_value = "shm,tcp")]
     ports: Vec<PortName>,
+    /// The RDMA devices of the scene over verbs: the prefill side's, a comma, the decode side's; rails joined by +, as in
+    /// rxe0+rxe2,rxe1; by default the first device that is found, for both
+    #[arg(long, value_delimiter = ',', num_args = 1..=2)]
+    devices: Vec<String>,
     /// Memory of each worker's pool, in MiB
     #[arg(long, default_value_t = 768, value_parser = value_parser!(u64).range(1..=1 << 20))]
     pool_mib: u64,
@@ -109,6 +114,26 @@ pub struct Options {
 }
 
 impl Options {
+    /// The rails of a worker's devices: the prefill side is 0 and the decode side 1.
+    fn rails(&self, side: usize) -> Option<&str> {
+        let side = side.min(self.devices.len().saturating_sub(1));
+        self.devices.get(side).map(String::as_str)
+    }
+
+    /// Whether the devices can be used, before any process is started.
+    fn check_devices(&self) -> Result<(), Box<dyn Error>> {
+        if !self.ports.contains(&PortName::Verbs) {
+            return match self.devices.is_empty() {
+                true => Ok(()),
+                false => Err("--devices names RDMA devices: use it with --ports verbs".into()),
+            };
+        }
+        for rail in (0..2).flat_map(|side| worker::rails(self.rails(side))) {
+            VerbsPort::open(rail).map_err(|error| format!("--ports verbs: {error}"))?;
+        }
+        Ok(())
+    }
+
     /// Whether requests come when others are over.
     fn is_closed_loop(&self) -> bool {
         self.closed_loop || self.trace.is_none()
@@ -131,6 +156,7 @@ pub enum SceneName {
 pub enum PortName {
     Shm,
     Tcp,
+    Verbs,
 }
 
 impl PortName {
@@ -138,6 +164,7 @@ impl PortName {
         match self {
             PortName::Shm => "shm",
             PortName::Tcp => "tcp",
+            PortName::Verbs => "verbs",
         }
     }
 }
@@ -167,6 +194,7 @@ const LEAST_SCALE: f64 = 0.0001;
 pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
     let shows = |scene| options.scenes.contains(&scene);
     let plan = if shows(SceneName::Kv) { Some(Plan::of(options)?) } else { None };
+    options.check_devices()?;
     let print = options.print();
     if let Some(plan) = &plan {
         print.line(&plan.described(options));

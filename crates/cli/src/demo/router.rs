@@ -66,6 +66,7 @@ struct Room {
 }
 
 const PREFILL: usize = 0;
+const DECODE: usize = 1;
 /// How long the workers may take to find each other.
 const MEETING: Duration = Duration::from_secs(30);
 /// How long they may still take once the registry has ended.
@@ -80,7 +81,8 @@ impl Router {
         registry: &str,
         until: Instant,
     ) -> std::io::Result<Self> {
-        let limit_gb_per_s = limit::measure(port, options.pool_mib << 20);
+        let rails = [PREFILL, DECODE].map(|side| options.rails(side));
+        let limit_gb_per_s = limit::measure(port, rails, options.pool_mib << 20);
         let (events, heard) = mpsc::channel();
         let mut key = [0; 32];
         rustix::rand::getrandom(&mut key, rustix::rand::GetRandomFlags::empty())?;
@@ -104,6 +106,9 @@ impl Router {
                 "--op",
                 options.op.name(),
             ];
+            if let (PortName::Verbs, Some(devices)) = (port, rails[at]) {
+                arguments.extend(["--devices", devices]);
+            }
             if let Some(folder) = &options.flight_dir {
                 arguments.extend(["--flight-dir", folder]);
             }
@@ -112,7 +117,7 @@ impl Router {
             child.listen(at, events.clone())?;
             Ok(Worker { child, standing: Standing::Launched })
         };
-        let workers = [start(PREFILL, "prefill")?, start(1, "decode")?];
+        let workers = [start(PREFILL, "prefill")?, start(DECODE, "decode")?];
         Ok(Self {
             port,
             workers,

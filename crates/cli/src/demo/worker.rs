@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, ValueEnum};
 use crossdock::{
     Authentication, CacheLayout, Config, FolderOptions, Handle, Memory, Node, PagePool, PageSet, Peer,
-    PortConfig, ReceiveRequest, SendRequest, ServeRequest, ShmOptions, now_ns,
+    PortConfig, ReceiveRequest, SendRequest, ServeRequest, ShmOptions, VerbsOptions, now_ns,
 };
 use crossdock_bootstrap::{
     Address, Client, ClientConfig, GroupId, Incarnation, Labels, Member, NodeId, Query, Ranks, Registration,
@@ -45,6 +45,9 @@ pub struct WorkerOptions {
     op: OpName,
     #[arg(long)]
     flight_dir: Option<String>,
+    /// Of this worker: rails joined by +
+    #[arg(long)]
+    devices: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -78,10 +81,11 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
     };
     let name = format!("{role_name}-{}", options.number);
     let mut config = Config::new(&name, layout.clone(), memory.clone(), key()?);
-    config.ports = vec![match options.port {
-        PortName::Shm => PortConfig::Shm(ShmOptions::default()),
-        PortName::Tcp => PortConfig::Tcp(None),
-    }];
+    config.ports = match options.port {
+        PortName::Shm => vec![PortConfig::Shm(ShmOptions::default())],
+        PortName::Tcp => vec![PortConfig::Tcp(None)],
+        PortName::Verbs => rails(options.devices.as_deref()).into_iter().map(PortConfig::Verbs).collect(),
+    };
     config.flight_folder = options.flight_dir.as_ref().map(FolderOptions::new);
     let node = Node::open(config)?;
     let mut registry = ClientConfig::to(&options.registry);
@@ -133,6 +137,19 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
     // The registry may be gone by now; what it still lists ends with its time to live.
     let _ = registration.deregister();
     Ok(ExitCode::SUCCESS)
+}
+
+/// A port for each device; without any, the first that is found.
+pub fn rails(devices: Option<&str>) -> Vec<VerbsOptions> {
+    let rail = |device: Option<&str>| {
+        let mut options = VerbsOptions::default();
+        options.device = device.map(str::to_owned);
+        options
+    };
+    match devices {
+        Some(devices) => devices.split('+').map(|device| rail(Some(device))).collect(),
+        None => vec![rail(None)],
+    }
 }
 
 /// One rank that holds all of the cache.
