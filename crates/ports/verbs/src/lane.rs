@@ -43,6 +43,8 @@ pub(crate) struct Lane {
     /// Immediates heard since credits were last given back.
     heard: u32,
     pub remote: Option<End>,
+    /// Whether `Up` was said.
+    was_up: bool,
     /// Whether requests were posted since the last look for signs of life.
     spoke: bool,
 }
@@ -74,8 +76,6 @@ pub(crate) struct Meeting {
     pub first: bool,
     pub path: Path,
     pub deadline: Instant,
-    /// Whether `Up` waits for room among the events.
-    pub heard: bool,
 }
 
 /// What a lane needs after a turn.
@@ -126,6 +126,7 @@ impl Lane {
             immediates: habits.immediates,
             heard: 0,
             remote: None,
+            was_up: false,
             spoke: false,
         }
     }
@@ -248,7 +249,6 @@ impl Lane {
         if status == status::RETRY_EXCEEDED
             && let State::Meeting(meeting) = &self.state
             && meeting.first
-            && !meeting.heard
             && Instant::now() < meeting.deadline
         {
             domain.counters.connect_retries += 1;
@@ -296,28 +296,32 @@ impl Lane {
         Ok(())
     }
 
-    /// The peer has said hello.
-    pub fn hello(&mut self, bytes: &[u8], domain: &mut Domain) {
-        let State::Meeting(meeting) = &mut self.state else {
-            if matches!(self.state, State::Up) {
-                self.part(DownCause::PeerMisbehaved { what: "it said hello twice" }, domain);
+    /// The peer has said hello; whether the lane is up by that. It is from this moment on: what comes next on it counts.
+    pub fn hello(&mut self, bytes: &[u8], domain: &mut Domain) -> bool {
+        let cause = match (&self.state, Hello::decode(bytes)) {
+            (State::Meeting(_), Err(cause)) => cause,
+            (State::Meeting(meeting), Ok(hello)) => {
+                if !bool::from(hello.tag[..].ct_eq(&meeting.tags.theirs[..])) {
+                    DownCause::NotAuthentic
+                } else {
+                    self.sending.credit(hello.immediates);
+                    if !meeting.first {
+                        self.say_hello(domain);
+                    }
+                    // The device may not have taken the answer.
+                    let is_up = matches!(self.state, State::Meeting(_));
+                    if is_up {
+                        self.state = State::Up;
+                    }
+                    self.was_up = is_up;
+                    return is_up;
+                }
             }
-            return;
+            (State::Up, _) => DownCause::PeerMisbehaved { what: "it said hello twice" },
+            _ => return false,
         };
-        let hello = match Hello::decode(bytes) {
-            Ok(hello) => hello,
-            Err(cause) => return self.part(cause, domain),
-        };
-        if !bool::from(hello.tag[..].ct_eq(&meeting.tags.theirs[..])) {
-            return self.part(DownCause::NotAuthentic, domain);
-        }
-        if meeting.heard || !self.sending.credit(hello.immediates) {
-            return self.part(DownCause::PeerMisbehaved { what: "it said hello twice" }, domain);
-        }
-        meeting.heard = true;
-        if !meeting.first {
-            self.say_hello(domain);
-        }
+        self.part(cause, domain);
+        false
     }
 
     /// The peer has said a word.
@@ -346,7 +350,7 @@ impl Lane {
             self.part(cause, domain);
             return false;
         }
-        !matches!(self.state, State::Open | State::Meeting(_) | State::Ended(_))
+        self.was_up
     }
 
     /// Whether enough immediates were heard to let the peer send more.
@@ -357,11 +361,10 @@ impl Lane {
     /// Whether the lane wants a turn beyond what completions bring.
     pub fn wants_turn(&self) -> bool {
         match &self.state {
-            State::Meeting(meeting) => meeting.heard,
+            State::Open | State::Meeting(_) => false,
             State::Up => self.owes_credits(),
             State::Closing { .. } | State::Draining { .. } => self.sending.out() == 0,
             State::Ended(_) => true,
-            State::Open => false,
         }
     }
 
@@ -430,17 +433,7 @@ impl Lane {
     pub fn turn(&mut self, events: &mut Events, domain: &mut Domain) -> After {
         loop {
             match &self.state {
-                State::Open => return After::Sleep,
-                State::Meeting(meeting) => {
-                    if !meeting.heard {
-                        return After::Sleep;
-                    }
-                    if events.is_full() {
-                        return After::Again;
-                    }
-                    events.push(Event::Up { lane: self.id });
-                    self.state = State::Up;
-                }
+                State::Open | State::Meeting(_) => return After::Sleep,
                 State::Up => {
                     if self.owes_credits() {
                         let word = Word::Credits(self.heard).encode();

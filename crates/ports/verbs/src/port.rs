@@ -361,7 +361,9 @@ impl VerbsPort {
             _ if completion.byte_len as usize == Hello::BYTES && imm == HELLO => {
                 let mut hello = [0; Hello::BYTES];
                 receives.read(buffer, &mut hello);
-                lane.hello(&hello, domain);
+                if lane.hello(&hello, domain) {
+                    events.push(Event::Up { lane: lane.id });
+                }
             }
             _ => lane.word(imm, domain),
         }
@@ -534,7 +536,7 @@ impl Port for VerbsPort {
         };
         let deadline = Instant::now() + self.options.connect_timeout;
         // Both ends know both names, so both know without a word which of them speaks first.
-        let meeting = Meeting { tags: *tags, first: ours < theirs, path, deadline, heard: false };
+        let meeting = Meeting { tags: *tags, first: ours < theirs, path, deadline };
         found.connect(meeting, remote, &mut self.domain)?;
         Self::enqueue(&mut self.ready, found);
         self.alarm.sooner(deadline);

@@ -5,6 +5,7 @@
 mod cases;
 mod network;
 mod pair;
+mod random;
 
 use network::{Devices, SoftwareFabric};
 
