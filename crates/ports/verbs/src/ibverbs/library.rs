@@ -66,6 +66,7 @@ unsafe fn load_from(file: &str) -> Result<Library, LoadError> {
     Ok(Library { functions })
 }
 
+#[cfg(feature = "fake")]
 impl Library {
     /// A library of other making.
     ///
