@@ -49,6 +49,8 @@ pub struct VerbsPort {
     by_number: HashMap<u32, u32>,
     /// Lanes that want a turn, each once.
     ready: VecDeque<u32>,
+    /// Queue pairs that became no lane's, and could not be destroyed yet.
+    unused: Vec<QueuePair>,
     receives: Receives,
     domain: Domain,
     completions: Completions,
@@ -136,6 +138,7 @@ impl VerbsPort {
             max_lanes,
             by_number: HashMap::with_capacity(max_lanes as usize),
             ready: VecDeque::with_capacity(max_lanes as usize),
+            unused: Vec::new(),
             receives,
             domain: Domain {
                 regions: Slab::new(options.max_regions),
@@ -434,7 +437,7 @@ impl VerbsPort {
         probe.run(region)
     }
 
-    fn make_queue_pair(&self) -> std::result::Result<QueuePair, Failed> {
+    fn make_queue_pair(&mut self) -> std::result::Result<QueuePair, Failed> {
         let make = |inline_bytes| {
             let requests = self.domain.habits.depth + OWN_REQUESTS;
             let receives = self.receives.queue();
@@ -442,8 +445,22 @@ impl VerbsPort {
         };
         // A device says what it takes inline only by refusing more.
         let queue_pair = make(self.options.inline_bytes).or_else(|_| make(0))?;
-        queue_pair.to_init(self.domain.habits.port, self.domain.habits.partition_key_index)?;
-        Ok(queue_pair)
+        let ready = queue_pair.to_init(self.domain.habits.port, self.domain.habits.partition_key_index);
+        match ready {
+            Ok(()) => Ok(queue_pair),
+            Err(failed) => {
+                self.unused.push(queue_pair);
+                self.destroy_unused();
+                Err(failed)
+            }
+        }
+    }
+
+    /// A queue pair that the device does not let go of is tried again.
+    fn destroy_unused(&mut self) {
+        for queue_pair in std::mem::take(&mut self.unused) {
+            self.unused.extend(queue_pair.destroy().err().map(|(queue_pair, _)| queue_pair));
+        }
     }
 }
 
@@ -475,6 +492,13 @@ impl Port for VerbsPort {
     fn open_lane(&mut self, peer: PeerId) -> Result<(LaneId, LaneAddress)> {
         if let Some(failed) = self.dead {
             return Err(failed.into());
+        }
+        self.destroy_unused();
+        if self.unused.len() >= UNUSED_MAX {
+            return Err(Error::Limit {
+                what: "queue pairs that cannot be destroyed",
+                limit: UNUSED_MAX as u64,
+            });
         }
         self.make_room_for_lane()?;
         let queue_pair = self.make_queue_pair()?;
@@ -678,6 +702,8 @@ fn random<const N: usize>() -> Result<[u8; N]> {
 const PACKETS: u32 = (1 << 24) - 1;
 /// For so many lanes the completion queue has room at first.
 const LANES_AT_FIRST: u32 = 8;
+/// A device that lets go of none of so many queue pairs is asked for no more.
+const UNUSED_MAX: usize = 16;
 /// How many batches of completions one poll takes.
 const BATCHES_PER_POLL: usize = 8;
 /// An owner that never sleeps looks at clock and events this often.

@@ -58,6 +58,9 @@ fn run(fabric: FabricOptions, mut options: VerbsOptions) {
     conformance::run(&mut rig);
     for fabric in rig.made {
         assert_eq!(fabric.take_violations(), Vec::<String>::new());
+        let counters = fabric.counters();
+        assert_eq!(counters.receivers_not_ready, 0, "a receive was missing");
+        assert_eq!(counters.completions_lost, 0, "the completion queue was too short");
         assert_eq!(fabric.leaks(), Vec::<String>::new(), "after all ports were dropped");
     }
 }

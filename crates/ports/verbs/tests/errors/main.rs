@@ -3,6 +3,7 @@
 //! truth; where they and the specification differ, a case says so.
 
 mod cases;
+mod device_memory;
 mod network;
 mod pair;
 mod random;

@@ -65,6 +65,8 @@ struct Side {
     memory: Memory,
     local: LocalId,
     key: RemoteKey,
+    /// What it has opened of the fabric.
+    context: u32,
     /// Its process was killed: it says nothing any more, and nobody asks.
     is_dead: bool,
 }
@@ -110,7 +112,8 @@ impl Life {
             let bytes = (SLOTS * SLOT) as usize;
             let memory = Memory::allocate(bytes, &AllocateOptions::default()).expect("memory for a test");
             let (local, key) = port.register(&memory).expect("memory can be registered");
-            Side { port, events: Events::with_capacity(16), memory, local, key, is_dead: false }
+            let context = fabric.contexts().last().expect("the port has one").id;
+            Side { port, events: Events::with_capacity(16), memory, local, key, context, is_dead: false }
         };
         let sides = (0..PORTS).map(side).collect();
         Self { fabric, rng, seed, sides, lanes: BTreeMap::new(), next_slot: 0, told: Told::default() }
@@ -245,14 +248,8 @@ impl Life {
             }
             5 if self.rng.below(4) == 0 => {
                 let at = self.rng.below(PORTS as u64) as usize;
-                let contexts = self.fabric.contexts();
-                // Ports opened their contexts in their order, and nothing else opens any.
-                if let Some(context) =
-                    contexts.iter().find(|context| context.id == contexts[0].id + at as u32)
-                {
-                    self.fabric.kill(context.id);
-                    self.sides[context_side(context.id, contexts[0].id)].is_dead = true;
-                }
+                self.fabric.kill(self.sides[at].context);
+                self.sides[at].is_dead = true;
             }
             _ => {
                 const CALLS: [(Function, i32); 6] = [
@@ -354,6 +351,8 @@ impl Life {
             }
         }
         self.sides.clear();
+        let counters = self.fabric.counters();
+        assert_eq!(counters.completions_lost, 0, "seed {seed}: the completion queue was too short");
         assert_eq!(self.fabric.take_violations(), Vec::<String>::new(), "seed {seed}");
         assert_eq!(self.fabric.leaks(), Vec::<String>::new(), "seed {seed}");
         self.told
@@ -363,10 +362,6 @@ impl Life {
 /// What a slot is filled with; never what memory begins with.
 fn byte_of(slot: u64) -> u8 {
     (slot % 255) as u8 + 1
-}
-
-fn context_side(context: u32, first: u32) -> usize {
-    (context - first) as usize
 }
 
 /// `IBV_EVENT_QP_FATAL`.

@@ -1,0 +1,90 @@
+//! By which means memory that is not the host's is registered, and what is said of those that did not do. A file that can
+//! be mapped stands in for a GPU's memory: to the port it is an address, a length and a descriptor.
+
+use crossdock_memory::{AllocateOptions, Memory};
+use crossdock_transport::{Direction, Op, Port, Token};
+use crossdock_verbs::fake::{Fabric, FabricOptions, Failure, Function};
+use crossdock_verbs::{DeviceMemory, DmaBuf, Means, OutOfReach, RegisterError, Why};
+
+use crate::network::SoftwareFabric;
+use crate::pair::{Pair, impatient};
+
+#[test]
+fn an_exported_range_is_registered_by_dma_buf_and_moves() {
+    let mut network = SoftwareFabric::new();
+    let mut options = impatient();
+    options.probe_regions = true;
+    let mut pair = Pair::new(&mut network, options);
+    let (stand_in, memory) = device_memory(true);
+    let (id, key, means) = pair.ports[1].register_device(&memory).expect("an exported range");
+    assert_eq!(means, Means::DmaBuf);
+    let lane = pair.lanes[0];
+    pair.remotes[0] = pair.ports[0].attach(lane, &key).expect("a good key").id;
+    pair.memory[0].fill(0, 4096, 0x42).expect("inside");
+    let write = pair.op(0, Direction::Write, 0, 4096);
+    pair.post(0, Op { imm: Some(1), token: Some(Token(1)), ..write });
+    pair.wait("a write into device memory", |pair| pair.arrived(1) == 1);
+    let mut found = vec![0; 4096];
+    stand_in.read(0, &mut found).expect("inside");
+    assert!(found.iter().all(|&byte| byte == 0x42));
+    // Small writes out of it are not read by the processor: the device fetches them.
+    pair.regions[1] = id;
+    let small = pair.op(1, Direction::Write, 0, 16);
+    pair.post(1, Op { imm: Some(2), token: Some(Token(2)), ..small });
+    pair.wait("a small write out of device memory", |pair| pair.arrived(0) == 1);
+}
+
+#[test]
+fn what_dma_buf_refuses_the_vendors_module_may_take() {
+    for (errno, old) in [(libc::EOPNOTSUPP, false), (libc::EINVAL, false), (0, true)] {
+        let fabric = Fabric::new(FabricOptions { old_library: old, ..FabricOptions::default() });
+        let mut network = SoftwareFabric(fabric.clone());
+        let mut pair = Pair::new(&mut network, impatient());
+        if errno != 0 {
+            fabric.fail(Failure::next(Function::RegDmabufMr, errno));
+        }
+        let (_stand_in, memory) = device_memory(true);
+        let (.., means) = pair.ports[0].register_device(&memory).expect("the second means");
+        let dma_buf = match old {
+            true => Why::LibraryTooOld,
+            false => Why::Refused { call: "ibv_reg_dmabuf_mr", errno },
+        };
+        assert_eq!(means, Means::PeerMemory { dma_buf });
+    }
+}
+
+#[test]
+fn what_no_means_reaches_says_why_of_each() {
+    let mut network = SoftwareFabric::new();
+    let fabric = network.0.clone();
+    let mut pair = Pair::new(&mut network, impatient());
+    for exported in [true, false] {
+        if exported {
+            fabric.fail(Failure::next(Function::RegDmabufMr, libc::EOPNOTSUPP));
+        }
+        fabric.fail(Failure::next(Function::RegMrIova2, libc::EFAULT));
+        let (_stand_in, memory) = device_memory(exported);
+        let Err(RegisterError::OutOfReach(why)) = pair.ports[0].register_device(&memory) else {
+            panic!("it was registered")
+        };
+        let dma_buf = match exported {
+            true => Why::Refused { call: "ibv_reg_dmabuf_mr", errno: libc::EOPNOTSUPP },
+            false => Why::NotExported,
+        };
+        let peer_memory = Why::Refused { call: "ibv_reg_mr", errno: libc::EFAULT };
+        assert_eq!(why, OutOfReach { dma_buf, peer_memory });
+        assert!(why.to_string().contains("host memory") && why.advice().contains("nvidia_peermem"), "{why}");
+    }
+}
+
+/// A range that says it is not the host's, and the file behind it.
+#[allow(unsafe_code)]
+fn device_memory(exported: bool) -> (Memory, DeviceMemory) {
+    let memory = Memory::allocate(64 << 10, &AllocateOptions::default()).expect("memory for a test");
+    let fd = memory.fd().expect("it is a file").try_clone_to_owned().expect("a descriptor");
+    let dma_buf = exported.then_some(DmaBuf { fd, offset: 0 });
+    let (address, bytes) = (memory.base() as u64, memory.bytes() as u64);
+    // SAFETY: the owner is a handle to the mapping, which stays as long; the file is of the same bytes.
+    let device = unsafe { DeviceMemory::new(address, bytes, dma_buf, Box::new(memory.clone())) };
+    (memory, device)
+}
