@@ -3,7 +3,9 @@
 #[path = "../../ports/verbs/tests/machine/mod.rs"]
 mod machine;
 
-use std::process::{Command, Output};
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::process::{Command, Output, Stdio};
 
 use machine::{Carrier, Machine, NO_GID};
 use serde_json::Value;
@@ -412,4 +414,55 @@ fn a_folder_that_is_no_machine_is_refused() {
     assert_eq!(output.status.code(), Some(2));
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(errors.contains("nothing can be known of this machine: /nowhere/at/all/proc"), "{errors}");
+}
+
+/// Two doctors, over TCP where there is no RDMA: every rail of one with every one of the other, bytes compared. A peer
+/// that is not there is a degraded check and no hang.
+#[test]
+fn two_machines_try_their_rails() {
+    let mut listening = Command::new(env!("CARGO_BIN_EXE_crossdock"))
+        .args(["doctor", "--listen", "127.0.0.1:0"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let mut lines = BufReader::new(listening.stdout.take().expect("it is a pipe")).lines();
+    let line = lines.next().expect("a line").expect("text");
+    let address = line.split_whitespace().nth(2).expect("waiting at ADDR for").to_owned();
+    let output = doctor(&["--json", "--peer", &address]);
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    assert!(listening.wait().expect("it has ended").success());
+    let peer = &json["facts"]["peer"];
+    assert!(peer["error"].is_null(), "{peer}");
+    let pairs = peer["pairs"].as_array().expect("a list");
+    assert!(pairs.iter().any(|pair| pair["kind"] == "tcp"), "{peer}");
+    for pair in pairs {
+        assert!(pair["error"].is_null(), "{pair}");
+        assert_eq!(pair["measured"]["verified_bytes"], 4 << 20, "{pair}");
+        assert!(pair["measured"]["gb_per_s"].as_f64().expect("a number") > 0.0);
+        assert!(pair["measured"]["latency_us_p50"].as_f64().expect("a number") > 0.0);
+    }
+    let checks = json["checks"].as_array().expect("a list");
+    let told = checks.iter().filter(|check| check["name"] == "peer" && check["state"] == "good").count();
+    assert_eq!(told, pairs.len());
+
+    let output = doctor(&["--json", "--peer", &address]);
+    assert_eq!(output.status.code(), Some(1), "nobody listens there any more");
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    assert!(json["facts"]["peer"]["error"].is_string());
+}
+
+/// Whoever speaks another language is told so, and the doctor that listened ends with an error.
+#[test]
+fn a_peer_that_is_no_doctor_is_an_error() {
+    let stranger = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = stranger.local_addr().expect("bound").to_string();
+    let answers = std::thread::spawn(move || {
+        let (mut stream, _) = stranger.accept().expect("the doctor comes");
+        let _ = stream.write_all(b"220 mail.example.org ESMTP\r\n");
+    });
+    let output = doctor(&["--json", "--peer", &address]);
+    answers.join().expect("it has ended");
+    assert_eq!(output.status.code(), Some(1));
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+    assert!(json["facts"]["peer"]["error"].is_string(), "{json}");
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use crossdock_verbs::topology::{Topology, numbers_of_list};
 use serde::Serialize;
 
+use super::peer::Peer;
 use super::tried::Tried;
 
 /// A machine, as this process sees it.
@@ -37,6 +38,8 @@ pub struct Facts {
     /// Channels that processes of several machines of one NVLink domain share memory by.
     pub imex_channels: Vec<String>,
     pub tried: Tried,
+    /// What goes between this machine and another, where that was asked for.
+    pub peer: Option<Peer>,
     #[serde(serialize_with = "super::json::topology")]
     pub topology: Topology,
 }
@@ -175,6 +178,7 @@ impl Facts {
             gpu_files: gpu_files(&root),
             imex_channels: root.names("/dev/nvidia-caps-imex-channels"),
             tried,
+            peer: None,
             topology,
         })
     }

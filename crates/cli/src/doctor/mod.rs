@@ -6,10 +6,12 @@
 mod checks;
 mod facts;
 mod json;
+mod peer;
 mod report;
 mod tried;
 
 use std::error::Error;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -25,19 +27,30 @@ pub struct Options {
     /// As JSON: one object, which docs/doctor.md explains
     #[arg(long)]
     json: bool,
+    /// Also tries every rail with those of another machine, where `crossdock doctor --listen` waits
+    #[arg(long, value_name = "ADDR", conflicts_with = "listen")]
+    peer: Option<String>,
+    /// Waits there for the doctor of another machine, and answers it: for the time of the test, and without authentication
+    #[arg(long, value_name = "ADDR", conflicts_with = "json")]
+    listen: Option<SocketAddr>,
     /// The folder that the /proc, /sys, /dev and /etc of another machine lie in; what has to be tried is tried here
     #[arg(long, hide = true, default_value = "/")]
     root: PathBuf,
 }
 
 pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
-    let facts = match Facts::read(&options.root) {
+    if let Some(address) = options.listen {
+        peer::answer(address)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut facts = match Facts::read(&options.root) {
         Ok(facts) => facts,
         Err(error) => {
             complain(format_args!("crossdock: nothing can be known of this machine: {error}"));
             return Ok(ExitCode::from(UNUSABLE));
         }
     };
+    facts.peer = options.peer.as_deref().map(peer::ask);
     let report = Report::of(&facts);
     match options.json {
         true => say!("{}", serde_json::to_string(&report)?),

@@ -4,6 +4,7 @@
 mod gpu;
 mod host;
 mod network;
+mod peer;
 mod rdma;
 
 use serde::Serialize;
@@ -47,6 +48,7 @@ pub fn all(facts: &Facts) -> Vec<Check> {
     checks.extend(network::checks(facts));
     checks.extend(rdma::checks(facts));
     checks.extend(gpu::checks(facts));
+    checks.extend(peer::checks(facts));
     checks
 }
 
