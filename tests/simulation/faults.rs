@@ -10,6 +10,8 @@ use crate::world::{Event, World};
 pub enum Fault {
     /// A lane breaks, or several between two nodes, soon after each other.
     LaneLoss,
+    /// A rail between two nodes fails: its lanes break, and for a while none comes up there.
+    RailLoss,
     /// All control streams between two nodes break.
     StreamLoss,
     /// Two nodes do not reach each other.
@@ -36,8 +38,9 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Fault; 12] = [
+    pub const ALL: [Fault; 13] = [
         Fault::LaneLoss,
+        Fault::RailLoss,
         Fault::StreamLoss,
         Fault::Partition,
         Fault::Stop,
@@ -53,7 +56,7 @@ impl Fault {
 
     /// Those that come by themselves.
     pub fn coming() -> &'static [Fault] {
-        &Self::ALL[..11]
+        &Self::ALL[..12]
     }
 }
 
@@ -97,6 +100,16 @@ impl World {
                     }
                 }
                 vec![lane.node.0 as usize, lane.peer.0 as usize]
+            }
+            Fault::RailLoss => {
+                let lanes = self.fabric.lanes();
+                if lanes.is_empty() {
+                    return;
+                }
+                let LaneView { port, peer_port, node, peer, .. } = *self.chance.pick(&lanes);
+                self.fabric.cut_rail(port, peer_port);
+                self.schedule(until_ns, Event::Mends(port, peer_port));
+                vec![node.0 as usize, peer.0 as usize]
             }
             Fault::StreamLoss => {
                 self.fabric.break_streams(id(one), id(other));

@@ -164,6 +164,8 @@ fn config(scenario: &Scenario, node: usize, life: u64, ports: &[Box<dyn Port>]) 
     config.handshake_timeout_ns = 8 * MS;
     config.redial_min_ns = 100 * US;
     config.redial_max_ns = 3 * MS;
+    config.lane_retry_min_ns = scenario.lane_retry_ns;
+    config.lane_retry_max_ns = 2 * MS;
     config.max_rooms = scenario.max_rooms;
     config.max_grants = scenario.max_grants;
     config.max_parked = scenario.max_parked;

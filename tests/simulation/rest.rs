@@ -1,7 +1,7 @@
 //! The end of a run: everything ends, and everything comes home.
 
 use crossdock_memory::{QuarantineEntry, Until};
-use crossdock_proto::{End, RoomRefusal};
+use crossdock_proto::{End, RoomRefusal, Who};
 
 use crate::report::Fair;
 use crate::room::{Part, Patience, Room};
@@ -47,7 +47,9 @@ impl World {
                 |part| room.side(part).is_none_or(|side| side.is_settled || self.is_excused(at, part));
             room.plan.parts().all(is_settled)
         });
-        settled && (0..self.nodes.len()).all(|node| self.holds(node) == self.may_hold(node))
+        settled
+            && (0..self.nodes.len())
+                .all(|node| self.holds(node) == self.may_hold(node) && self.lanes_missing(node) == 0)
     }
 
     /// Pages that may stay out: a peer that nobody can prove dead could still write them, or read them.
@@ -88,6 +90,12 @@ impl World {
         }
     }
 
+    /// Lanes of a node's sessions that were lost and are not back.
+    fn lanes_missing(&mut self, node: usize) -> usize {
+        let process = self.nodes[node].process.as_mut();
+        process.map_or(0, |process| process.worker.engine().proto().lanes_missing())
+    }
+
     fn excused(&self, node: usize) -> usize {
         self.nodes[node].sides.iter().map(|&(room, part)| self.excused_shares(room, part)).sum()
     }
@@ -125,7 +133,9 @@ impl World {
         }
         for node in 0..self.nodes.len() {
             let (holds, may_hold) = (self.holds(node), self.may_hold(node));
+            let lanes = self.lanes_missing(node);
             left.push(format!("node {node} holds {holds:?} (rooms, grants, sessions), may {may_hold:?}"));
+            left.push(format!("{lanes} of its lanes are not back"));
             if let Some(process) = &self.nodes[node].process {
                 left.push(format!("{:?}", process.pool.quarantine(self.now_ns)));
             }
@@ -224,7 +234,9 @@ impl World {
                 continue;
             };
             // With several shares, what is told waits for the others.
-            let is_one_of_several = room.plan.is_shared(part) && *prefill_end == End::Delivered;
+            // So it does when a user has cancelled what was just delivered.
+            let is_over_alone = matches!(prefill_end, End::Delivered | End::Cancelled { by: Who::Here });
+            let is_one_of_several = room.plan.is_shared(part) && is_over_alone;
             let first_ns = *decode_ns.min(prefill_ns);
             let opened_ns = decode.opened_ns.max(prefill.opened_ns);
             // Time enough for the one to hear of the other, through streams that are full.

@@ -18,6 +18,8 @@ pub struct Scenario {
     pub fabric: FabricOptions,
     pub rails: Vec<SimPortOptions>,
     pub lanes_per_rail: u8,
+    /// How long after its loss a lane is offered anew.
+    pub lane_retry_ns: u64,
     pub nodes: Vec<NodePlan>,
     /// Each request is shared by several ranks.
     pub split: Option<Split>,
@@ -93,6 +95,7 @@ impl Scenario {
             fabric,
             rails,
             lanes_per_rail: chance.within(1..4) as u8,
+            lane_retry_ns: [10 * US, 100 * US, 100 * US, MS][(mix(seed ^ 0x6c61_6e65) % 4) as usize],
             nodes,
             split,
             auth,
@@ -149,7 +152,7 @@ impl Scenario {
 
     /// Several lanes, some slow, that break all the time while much is on its way.
     fn become_lane_storm(&mut self, chance: &mut Chance) {
-        self.faults = vec![Fault::LaneLoss];
+        self.faults = vec![Fault::LaneLoss, Fault::LaneLoss, Fault::RailLoss];
         self.fault_gap_ns = 400 * US;
         self.lanes_per_rail = 3;
         self.room_gap_ns = 150 * US;

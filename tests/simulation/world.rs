@@ -51,6 +51,7 @@ pub enum Event {
     DropTicket(usize, usize),
     Fault,
     Breaks(PortId, LaneId),
+    Mends(PortId, PortId),
     Heals(usize, usize),
     Continues(usize),
     Recovers(usize),
@@ -286,6 +287,7 @@ impl World {
                 }
             }
             Event::Breaks(port, lane) => self.fabric.break_lane(port, lane),
+            Event::Mends(one, other) => self.fabric.mend_rail(one, other),
             Event::Heals(one, other) => self.fabric.heal(id(one), id(other)),
             Event::Continues(node) => self.fabric.cont(id(node)),
             Event::Recovers(node) => self.fabric.slow(id(node), 1),

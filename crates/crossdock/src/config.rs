@@ -49,6 +49,10 @@ pub struct Config {
     /// [`Stalled`](crate::SessionEnd::Stalled), so that the room's pages come home: something between the two swallows what
     /// they send, or the peer's progress loop is not driven. 30 s by default.
     pub drain_timeout: Duration,
+    /// How long after its loss a lane is offered anew that a live session has lost, while others carry on: doubles with each
+    /// that does not come up, or does not hold, up to 30 s. Zero: never, and none that a peer offers is taken. 1 s by
+    /// default.
+    pub lane_retry: Duration,
     /// Sessions at once: peers that this node has dialed or that have dialed it; and addresses that it dials at once. 1024
     /// by default. How many lanes there may be is told to the ports, in `ports`: [`ShmOptions::max_lanes`],
     /// [`TcpOptions::max_lanes`] and [`VerbsOptions::max_lanes`]; and how many file descriptors of the peers' regions shm
@@ -158,6 +162,7 @@ impl Config {
             warm_up_grace: Duration::ZERO,
             handshake_timeout: Duration::from_secs(5),
             drain_timeout: Duration::from_secs(30),
+            lane_retry: Duration::from_secs(1),
             max_sessions: 1024,
             max_stranger_links: 256,
             max_rooms: 65_536,

@@ -66,6 +66,7 @@ impl Node {
         proto.warm_up_grace_ns = duration_ns(config.warm_up_grace);
         proto.handshake_timeout_ns = duration_ns(config.handshake_timeout);
         proto.drain_timeout_ns = duration_ns(config.drain_timeout);
+        proto.lane_retry_min_ns = duration_ns(config.lane_retry);
         proto.max_sessions = config.max_sessions;
         proto.max_rooms = config.max_rooms;
         proto.max_grants = config.max_grants;

@@ -35,8 +35,8 @@ pub struct Engine {
     network: Box<dyn Network>,
     rails: Vec<Rail>,
     sessions: Table<SessionId, SessionLanes>,
-    /// Sessions of which regions are still to be attached.
-    attaching: BTreeSet<SessionId>,
+    /// Lanes on which regions are still to be attached.
+    attaching: BTreeSet<(SessionId, u8)>,
     /// Lanes that have taken less than offered in this turn.
     full: Vec<(SessionId, u8)>,
     transfers: Transfers,

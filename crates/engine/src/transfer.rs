@@ -147,6 +147,15 @@ impl Transfers {
         self.by_session.range((session, RoomId(0))..=(session, RoomId(u64::MAX))).map(|(_, id)| *id).collect()
     }
 
+    /// What ended with a lane that is down at both ends says nothing of the next one of its number.
+    pub fn forget_lane(&mut self, session: SessionId, slot: u8) {
+        for id in self.of_session(session) {
+            if let Some(transfer) = self.get_mut(id) {
+                transfer.down_lanes &= !(1 << slot);
+            }
+        }
+    }
+
     /// Asks for another try in the next turn.
     pub fn retry(&mut self, id: TransferId) {
         if self.get_mut(id).is_some_and(|transfer| !std::mem::replace(&mut transfer.is_retrying, true)) {

@@ -198,6 +198,8 @@ pub enum Kind {
     LaneUp,
     LaneDown,
     LaneLostThere,
+    LaneOffered,
+    LaneBack,
     Opened,
     Bound,
     Parked,
@@ -240,6 +242,8 @@ impl Kind {
             Self::LaneUp => "lane up",
             Self::LaneDown => "lane down",
             Self::LaneLostThere => "lane lost there",
+            Self::LaneOffered => "lane offered",
+            Self::LaneBack => "lane back",
             Self::Opened => "opened",
             Self::Bound => "met peer",
             Self::Parked => "peer waits",
@@ -339,6 +343,12 @@ impl Event {
             }
             What::LaneLostThere { slot } => {
                 (self.kind, self.lane) = (Kind::LaneLostThere, Some(slot));
+            }
+            What::LaneOffered { slot } => {
+                (self.kind, self.lane) = (Kind::LaneOffered, Some(slot));
+            }
+            What::LaneBack { slot } => {
+                (self.kind, self.lane) = (Kind::LaneBack, Some(slot));
             }
             What::Opened { role, pages, left_ms } => {
                 self.kind = Kind::Opened;

@@ -1,5 +1,7 @@
 //! What the protocol asks of its owner.
 
+use std::sync::Arc;
+
 use crossdock_transport::{GrantId, LaneAddress, LaneTags};
 
 use crate::message::RegionOffer;
@@ -44,7 +46,8 @@ pub enum Action {
         /// With whose session.
         session: SessionId,
     },
-    /// Open a lane; answer with [`Proto::lane_opened`](crate::Proto::lane_opened).
+    /// Open a lane; answer with [`Proto::lane_opened`](crate::Proto::lane_opened). The lane that had this number before is
+    /// down at both ends: from now on [`Proto::drained`](crate::Proto::drained) tells nothing of it.
     OpenLane {
         /// For which session.
         session: SessionId,
@@ -71,14 +74,24 @@ pub enum Action {
         /// Which lane.
         slot: u8,
     },
-    /// Attach the peer's regions on every lane that is up; answer with [`Proto::attached`](crate::Proto::attached).
-    Attach {
+    /// Attach the peer's regions on a lane that is up; answer with [`Proto::lane_attached`](crate::Proto::lane_attached),
+    /// unless its `Down` comes first.
+    AttachLane {
         /// Of which session.
         session: SessionId,
+        /// Which lane.
+        slot: u8,
         /// The regions; keys are by the peer's rails.
-        regions: Vec<RegionOffer>,
-        /// For each lane: the peer's rail at its other end.
-        peer_rails: Vec<u8>,
+        regions: Arc<[RegionOffer]>,
+        /// The peer's rail at its other end.
+        peer_rail: u8,
+    },
+    /// Both ends of a lane are ready: post on it from now on, and not before.
+    UseLane {
+        /// Of which session.
+        session: SessionId,
+        /// Which lane.
+        slot: u8,
     },
     /// Grant a room's pages ([`Proto::granted`](crate::Proto::granted)) on every rail of the session; a refusal is told with
     /// [`Proto::room_failed`](crate::Proto::room_failed).

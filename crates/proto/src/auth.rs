@@ -79,8 +79,9 @@ impl Side {
 pub(crate) struct SessionKey([u8; 32]);
 
 impl SessionKey {
-    pub fn lane_tags(&self, slot: u8, us: Side) -> LaneTags {
-        let tag = |side: Side| mac(&self.0, [&b"lane"[..], &[slot], &side.byte()]);
+    /// The tags of the `nth` lane of a number.
+    pub fn lane_tags(&self, slot: u8, nth: u32, us: Side) -> LaneTags {
+        let tag = |side: Side| mac(&self.0, [&b"lane"[..], &[slot], &nth.to_le_bytes(), &side.byte()]);
         LaneTags { ours: tag(us), theirs: tag(us.other()) }
     }
 

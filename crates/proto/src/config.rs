@@ -44,6 +44,12 @@ pub struct Config {
     pub redial_min_ns: u64,
     /// The longest pause between two dials.
     pub redial_max_ns: u64,
+    /// Before a lane is offered anew that a live session has lost, at first; doubles up to the maximum. 0: never, and none
+    /// that the peer offers is taken.
+    pub lane_retry_min_ns: u64,
+    /// The longest pause between two such offers. A lane that is lost again sooner than this counts as one that did
+    /// not come up.
+    pub lane_retry_max_ns: u64,
     /// Sessions at once.
     pub max_sessions: u32,
     /// Rooms at once, those whose pages are still in quarantine included.
@@ -109,6 +115,8 @@ impl Config {
             drain_timeout_ns: 30_000 * MS,
             redial_min_ns: 50 * MS,
             redial_max_ns: 2_000 * MS,
+            lane_retry_min_ns: 1_000 * MS,
+            lane_retry_max_ns: 30_000 * MS,
             max_sessions: 1024,
             max_rooms: 65_536,
             max_grants: 65_536,

@@ -30,8 +30,15 @@ pub(crate) struct Given {
     pub session: SessionId,
     pub access: Access,
     pub revocation: Revocation,
-    /// The peer gave it back; the lanes on which only our own `Down` is proof.
+    /// The peer gave it back; the lanes whose own `Down` here is still waited for, since only that is proof.
     pub released: Option<u16>,
+}
+
+impl Given {
+    /// Whether the peer has given it back, and the lanes of which it could not speak are down.
+    pub fn is_released(&self) -> bool {
+        self.released == Some(0)
+    }
 }
 
 /// How far the ports are with taking a grant back.

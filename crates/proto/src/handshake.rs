@@ -17,7 +17,7 @@ use crate::auth::{Side, same};
 use crate::config::Rail;
 use crate::end::{SessionEnd, Who};
 use crate::flight::{RingPeer, What};
-use crate::lanes::{Slot, SlotState};
+use crate::lanes::Slot;
 use crate::link_cause::LinkCause;
 use crate::message::{About, Identity, MAX_LANES, Message, RailOffer, Refusal, VERSION_MAX, VERSION_MIN};
 use crate::planted::{Planted, is_planted};
@@ -343,16 +343,7 @@ impl Proto {
         let first = pairs.first().and_then(|&(rail, _)| self.config.rails.get(usize::from(rail)));
         let port = first.map_or("none", |rail| rail.kind);
         let (send_token, expect_token) = key.pulse_tokens(side);
-        let slots: Vec<Slot> = pairs
-            .iter()
-            .map(|&(_, peer_rail)| Slot {
-                peer_rail,
-                state: SlotState::Opening,
-                ours: None,
-                theirs: None,
-                lost_there: false,
-            })
-            .collect();
+        let slots = pairs.iter().map(|&(rail, peer_rail)| Slot::new(rail, peer_rail)).collect();
         let tick = self.next_session_tick(self.now_ns, true);
         let name: Arc<str> = about.name.into();
         let ring = self.recorder.begin(RingPeer { identity: peer, name: name.clone(), port });
@@ -378,6 +369,8 @@ impl Proto {
                 parked_use: Default::default(),
                 grants: 0,
                 held: BTreeMap::new(),
+                has_peer_died: false,
+                lanes_due_ns: None,
             },
         );
         let (incarnation, is_dialer) = (peer.incarnation, side == Side::Dialer);

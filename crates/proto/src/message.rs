@@ -226,6 +226,17 @@ pub enum Message {
     LaneLost {
         slot: u8,
     },
+    LaneOffer {
+        slot: u8,
+        address: LaneAddress,
+    },
+    LaneAnswer {
+        slot: u8,
+        address: LaneAddress,
+    },
+    LaneReady {
+        slot: u8,
+    },
     Want {
         room: RoomOnWire,
         duration_ns: u64,

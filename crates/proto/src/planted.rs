@@ -58,13 +58,21 @@ pub enum Planted {
     FirstShareDelivers,
     /// The prefill side of several shares ends with the first that fails.
     FirstFailureEndsAll,
+    /// A lane that comes back is posted on before the peer has said that its end is ready.
+    LaneUsedTooEarly,
+    /// A lane that was lost is offered anew before the peer has said that its end is down.
+    LaneOfferedTooEarly,
+    /// What was lost with a lane counts against the next one of its number.
+    LostLanesRemembered,
+    /// A lane that was lost never comes back.
+    LaneNeverBack,
     /// Every peer is told that there is no room for more.
     RefuseAll,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Planted; 28] = [
+    pub const ALL: [Planted; 32] = [
         Self::QuarantineOff,
         Self::SessionEndFrees,
         Self::FenceTakenForNow,
@@ -92,6 +100,10 @@ impl Planted {
         Self::OtherWritersForgotten,
         Self::FirstShareDelivers,
         Self::FirstFailureEndsAll,
+        Self::LaneUsedTooEarly,
+        Self::LaneOfferedTooEarly,
+        Self::LostLanesRemembered,
+        Self::LaneNeverBack,
         Self::RefuseAll,
     ];
 }

@@ -15,6 +15,7 @@ use crate::handshake::{Link, With};
 use crate::message::{CancelWhy, Identity, Message, RoleKind, RoomName};
 use crate::notice::Notice;
 use crate::parked::{Ended, Parked, ParkedKey, ParkedUse};
+use crate::planted::{Planted, is_planted};
 use crate::room::{Buffers, Moving, Role, Room};
 use crate::session::Session;
 use crate::table::Table;
@@ -64,6 +65,8 @@ pub struct Counters {
     pub undelivered: u64,
     /// Attempts begun after the first, because a lane went down.
     pub further_attempts: u64,
+    /// Lanes that a live session had lost and that can be used again.
+    pub lanes_back: u64,
     /// Sessions that came up.
     pub sessions: u64,
 }
@@ -140,6 +143,7 @@ pub(crate) enum Timer {
     Link(LinkId),
     Target(TargetId),
     Session(SessionId),
+    Lanes(SessionId),
     Room(RoomId),
     Parked(RoleKind, RoomName, SessionId),
 }
@@ -256,6 +260,18 @@ impl Proto {
         self.sessions.get(&session).map(|s| (s.peer, s.name.clone()))
     }
 
+    /// How many lanes of a session can be used, of how many.
+    pub fn lanes(&self, session: SessionId) -> Option<(usize, usize)> {
+        let slots = &self.sessions.get(&session)?.slots;
+        Some((slots.iter().filter(|slot| slot.is_usable()).count(), slots.len()))
+    }
+
+    /// Lanes of live sessions that were lost and are not back.
+    pub fn lanes_missing(&self) -> usize {
+        let live = self.sessions.iter().map(|(_, s)| s).filter(|s| s.is_live());
+        live.flat_map(|s| &s.slots).filter(|slot| !slot.is_usable()).count()
+    }
+
     /// The transport of a session's lanes.
     pub fn port(&self, session: SessionId) -> Option<&'static str> {
         self.sessions.get(&session).map(|s| s.port)
@@ -333,6 +349,7 @@ impl Proto {
                 Timer::Link(link) => self.link_overdue(link),
                 Timer::Target(target) => self.redial(target),
                 Timer::Session(session) => self.session_tick(session),
+                Timer::Lanes(session) => self.lanes_due(session),
                 Timer::Room(room) => self.room_overdue(room),
                 Timer::Parked(kind, name, session) => self.parked_overdue((kind, name, session)),
             }
@@ -400,6 +417,10 @@ impl Proto {
             self.disarm(deadline_ns, Timer::Room(room));
         }
         let Some(r) = self.rooms.get_mut(&room) else { return };
+        // What was on its way on a lane that is down at the peer, too, has ended there.
+        let over = r.session.and_then(|s| self.sessions.get(&s)).map_or(0, Session::over_mask);
+        let down_lanes =
+            if is_planted(Planted::LostLanesRemembered) { down_lanes } else { down_lanes & !over };
         match &mut r.role {
             Role::Sending(s) => {
                 s.down_lanes |= down_lanes;

@@ -74,6 +74,11 @@ impl Proto {
             Some(given) if given.session == session => Some(given.room),
             _ => None,
         };
+        let is_ready = |s: &Session| s.slots.get(usize::from(slot)).is_some_and(|slot| slot.here.ready);
+        if counted.is_some() && !self.sessions.get(&session).is_some_and(is_ready) {
+            let what = "wrote on a lane that was not ready";
+            return self.end_session(session, SessionEnd::Misbehaved { what });
+        }
         let Some((id, room)) = counted.and_then(|id| Some((id, self.rooms.get_mut(&id)?))) else {
             self.counters.stale_arrivals += 1;
             return;

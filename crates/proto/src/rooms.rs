@@ -244,7 +244,7 @@ impl Proto {
         let Some(session) = self.sessions.get(&given.session) else {
             return true;
         };
-        if session.is_released(given)
+        if given.is_released()
             || is_planted(Planted::QuarantineOff)
             || (session.is_over() && is_planted(Planted::SessionEndFrees))
             || (is_planted(Planted::OtherWritersForgotten) && self.is_of_other_writer(given))
@@ -271,7 +271,7 @@ impl Proto {
         let Some(session) = self.sessions.get(&given.session) else {
             return true;
         };
-        let no_immediate = session.is_released(given) || session.all_down();
+        let no_immediate = given.is_released() || session.all_down();
         matches!(given.revocation, Revocation::Done(_)) && no_immediate && self.is_quiet(given)
     }
 

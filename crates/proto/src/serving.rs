@@ -122,7 +122,7 @@ impl Proto {
         if let Some(grant) = s.grant {
             let unused = self.grants.find(grant).is_none_or(|given| {
                 let session = self.sessions.get(&given.session);
-                session.is_none_or(|session| session.is_released(given) || session.all_down())
+                session.is_none_or(|session| given.is_released() || session.all_down())
             });
             if !unused {
                 return;

@@ -3,13 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use crossdock_transport::{DownCause, Error, GrantId, LaneAddress};
+use crossdock_transport::{GrantId, LaneAddress};
 
 use crate::action::Action;
 use crate::auth::{SessionKey, Side};
 use crate::end::{End, SessionEnd, Stage, Who};
 use crate::flight::{RingId, What, millis};
-use crate::grants::Given;
 use crate::handshake::Link;
 use crate::lanes::{Slot, SlotState};
 use crate::link_cause::LinkCause;
@@ -51,6 +50,10 @@ pub(crate) struct Session {
     /// Grants of earlier sessions that the peer still holds pages for, by the room whose ops under them have not
     /// ended.
     pub held: BTreeMap<RoomId, Vec<GrantId>>,
+    /// The end of a lane has proven that the peer's process has ended.
+    pub has_peer_died: bool,
+    /// When the next lane is offered anew, if one is and none is on its way.
+    pub lanes_due_ns: Option<u64>,
 }
 
 #[derive(PartialEq)]
@@ -61,7 +64,7 @@ pub(crate) enum Phase {
 }
 
 pub(crate) struct PeerSetup {
-    pub regions: Vec<RegionOffer>,
+    pub regions: Arc<[RegionOffer]>,
     pub app: Arc<[u8]>,
     /// Which rank the peer says there that it is.
     pub rank: Option<u32>,
@@ -83,7 +86,7 @@ impl Session {
 
     /// The lanes that are down here.
     pub fn down_mask(&self) -> u16 {
-        self.mask(|slot| matches!(slot.state, SlotState::Down(_)))
+        self.mask(Slot::is_down)
     }
 
     /// How many lanes there are, those that are down included.
@@ -102,18 +105,23 @@ impl Session {
 
     /// Whether the end of a lane has proven that the peer's process has ended, and no other lane is left.
     pub fn is_proven_dead(&self) -> bool {
-        let proves = |slot: &Slot| matches!(slot.state, SlotState::Down(DownCause::PeerDied));
-        self.all_down() && self.slots.iter().any(proves)
+        self.all_down() && self.has_peer_died
     }
 
-    /// Whether the peer has given a grant of this session back, and the lanes of which it could not speak are down.
-    pub fn is_released(&self, given: &Given) -> bool {
-        let needed = given.released.map(|mask| mask & self.slot_mask());
-        needed.is_some_and(|mask| self.down_mask() & mask == mask)
+    /// Whether anything can be posted.
+    pub fn has_usable(&self) -> bool {
+        self.slots.iter().any(Slot::is_usable)
     }
 
-    pub fn has_up(&self) -> bool {
-        self.slots.iter().any(|slot| matches!(slot.state, SlotState::Up))
+    /// The lanes on which what the peer has posted may still be on its way: a mask of the peer's that names others speaks
+    /// of earlier lanes of the number, which are down here.
+    pub fn landing_mask(&self) -> u16 {
+        self.mask(|slot| slot.here.ready && !slot.is_down())
+    }
+
+    /// The lanes whose two ends are known to be down.
+    pub fn over_mask(&self) -> u16 {
+        self.mask(Slot::is_over)
     }
 
     fn mask(&self, which: impl Fn(&Slot) -> bool) -> u16 {
@@ -179,21 +187,6 @@ impl Proto {
         self.end_session(session, SessionEnd::NoHeartbeats { cause });
     }
 
-    /// The peer's regions are attached on every lane that is up, or cannot be.
-    pub fn attached(&mut self, now_ns: u64, session: SessionId, result: Result<(), Error>) {
-        self.now_ns = now_ns;
-        let Some(s) = self.sessions.get_mut(&session) else { return };
-        match (result, &mut s.phase) {
-            (Ok(()), Phase::SettingUp { ready_sent, .. }) => {
-                *ready_sent = true;
-                self.send(session, &Message::Ready);
-                self.become_live(session);
-            }
-            (Err(error), Phase::SettingUp { .. }) => self.end_session(session, SessionEnd::Port(error)),
-            _ => {}
-        }
-    }
-
     pub(crate) fn send_setup(&mut self, session: SessionId) {
         let Some(s) = self.sessions.get_mut(&session) else { return };
         if s.setup_sent || s.slots.iter().any(|slot| matches!(slot.state, SlotState::Opening)) {
@@ -244,7 +237,7 @@ impl Proto {
                 .end_session(session, SessionEnd::Misbehaved { what: "sent a setup that does not fit" });
         }
         let rank = (self.rank_of)(&app);
-        s.peer_setup = Some(PeerSetup { regions, app: app.into(), rank });
+        s.peer_setup = Some(PeerSetup { regions: regions.into(), app: app.into(), rank });
         let peer = s.peer;
         for ((_, address), slot) in lanes.into_iter().zip(&mut s.slots) {
             slot.theirs = Some(address);
@@ -254,11 +247,11 @@ impl Proto {
         self.answer_held(session, held);
     }
 
-    fn become_live(&mut self, session: SessionId) {
+    pub(crate) fn become_live(&mut self, session: SessionId) {
         let Some(s) = self.sessions.get_mut(&session) else { return };
         let Phase::SettingUp { ready_sent: true, ready_received: true } = s.phase else { return };
         s.phase = Phase::Live;
-        let lanes = s.slots.iter().filter(|slot| matches!(slot.state, SlotState::Up)).count() as u8;
+        let lanes = self.use_first_lanes(session);
         self.note_session(session, None, What::SessionUp { lanes });
         self.counters.sessions += 1;
         let targets = self.targets_of(session);
@@ -320,6 +313,9 @@ impl Proto {
                 SessionEnd::Misbehaved { what: "spoke of rooms before the session was ready" },
             ),
             Message::LaneLost { slot } => self.lane_lost_there(session, slot),
+            Message::LaneOffer { slot, address } => self.on_lane_offer(session, slot, address),
+            Message::LaneAnswer { slot, address } => self.on_lane_answer(session, slot, address),
+            Message::LaneReady { slot } => self.on_lane_ready(session, slot),
             Message::Want { room, duration_ns, params } => {
                 self.on_want(session, room, duration_ns, params);
             }
@@ -358,9 +354,10 @@ impl Proto {
             // Only the peer that holds a grant can give it back, in this session or in an earlier one.
             let holder = self.sessions.get(&given.session).map(|s| s.peer);
             if holder.is_some() && holder == peer {
+                let landing = self.sessions.get(&given.session).map_or(0, Session::landing_mask);
                 if let Some(given) = self.grants.find_mut(one.grant) {
                     let believed = !is_planted(Planted::DownLanesForgotten);
-                    given.released = Some(if believed { one.down_lanes } else { 0 });
+                    given.released = Some(if believed { one.down_lanes & landing } else { 0 });
                 }
                 self.note_session(
                     session,
@@ -386,6 +383,7 @@ impl Proto {
         let what = What::SessionDown { cause: Box::new(cause.clone()), rooms, silent_ms };
         self.note_session(session, None, what);
         self.disarm(tick, Timer::Session(session));
+        self.disarm_lanes(session);
         if self.by_node.get(&peer.node) == Some(&session) {
             self.by_node.remove(&peer.node);
         }

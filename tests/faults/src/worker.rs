@@ -46,6 +46,8 @@ pub struct WorkerOptions {
     pub tcp: bool,
     /// The ports of the proxies that stand before its control address and its tcp port.
     pub behind: Option<[u16; 2]>,
+    /// The port of a proxy that stands before a second tcp port.
+    pub second: Option<u16>,
     /// Whether its decode side compares checksums.
     pub verify: bool,
 }
@@ -63,6 +65,7 @@ impl Worker {
         config.heartbeat = Duration::from_millis(100);
         config.handshake_timeout = Duration::from_secs(2);
         config.drain_timeout = Duration::from_secs(2);
+        config.lane_retry = Duration::from_millis(200);
         // What ended lately is remembered, and the places of grants are used in turns: few enough of both that the tables
         // have their full size soon, and do not look like leaks.
         config.max_parked = 256;
@@ -84,6 +87,11 @@ impl Worker {
             config.ports.push(PortConfig::Shm(ShmOptions::default()));
         }
         if options.tcp {
+            config.ports.push(PortConfig::Tcp(Some(tcp.clone())));
+        }
+        if let Some(port) = options.second {
+            tcp.bind = SocketAddr::new(Proxy::BACK, port);
+            tcp.advertise = Some(Proxy::FRONT);
             config.ports.push(PortConfig::Tcp(Some(tcp)));
         }
         let node = Node::open(config)?;
@@ -106,10 +114,34 @@ impl Worker {
                 shm: false,
                 tcp: true,
                 behind: Some([proxies[0].port(), proxies[1].port()]),
+                second: None,
                 verify,
             });
             match opened {
                 Ok(worker) => return (worker, proxies),
+                Err(error) => assert!(error.is_retryable(), "{error}"),
+            }
+        }
+        panic!("no port is free on both loopback addresses");
+    }
+
+    /// Opens a node with two rails over TCP, the second of them behind a proxy that lets everything pass.
+    pub fn with_two_rails(node: u64) -> (Self, Proxy) {
+        for again in 0..50 {
+            let proxy = Proxy::start(node << 32 | again).expect("loopback has ports");
+            proxy.set_storm(false);
+            let opened = Worker::open(&WorkerOptions {
+                name: format!("node-{node}"),
+                node,
+                pages: 256,
+                shm: false,
+                tcp: true,
+                behind: None,
+                second: Some(proxy.port()),
+                verify: true,
+            });
+            match opened {
+                Ok(worker) => return (worker, proxy),
                 Err(error) => assert!(error.is_retryable(), "{error}"),
             }
         }

@@ -17,7 +17,16 @@ const SOON: Duration = Duration::from_secs(40);
 
 fn worker(node: u64, pages: u32) -> Result<Worker, crossdock::Error> {
     let name = format!("node-{node}");
-    Worker::open(&WorkerOptions { name, node, pages, shm: true, tcp: true, behind: None, verify: true })
+    Worker::open(&WorkerOptions {
+        name,
+        node,
+        pages,
+        shm: true,
+        tcp: true,
+        behind: None,
+        second: None,
+        verify: true,
+    })
 }
 
 #[test]

@@ -13,7 +13,16 @@ const SOON: Duration = Duration::from_secs(40);
 
 fn worker(node: u64, shm: bool) -> Result<Worker, crossdock::Error> {
     let name = format!("node-{node}");
-    Worker::open(&WorkerOptions { name, node, pages: 128, shm, tcp: !shm, behind: None, verify: true })
+    Worker::open(&WorkerOptions {
+        name,
+        node,
+        pages: 128,
+        shm,
+        tcp: !shm,
+        behind: None,
+        second: None,
+        verify: true,
+    })
 }
 
 #[test]

@@ -52,13 +52,13 @@ impl Engine {
                     self.rails[rail].port.close(id);
                 }
             }
-            Action::Attach { session, regions, peer_rails } => {
-                if let Some(lanes) = self.sessions.get_mut(&session) {
-                    let found = vec![BTreeMap::new(); lanes.slots.len()];
-                    lanes.attach = Some(Attaching { regions, peer_rails, found });
+            Action::AttachLane { session, slot, regions, peer_rail } => {
+                if let Some(lane) = self.slot(session, slot) {
+                    lane.attach = Some(Attaching { regions, peer_rail, found: BTreeMap::new() });
                 }
-                self.attach(now_ns, session);
+                self.attach(now_ns, session, slot);
             }
+            Action::UseLane { session, slot } => self.use_lane(session, slot),
             Action::Grant { session, grant, room } => self.grant(now_ns, session, grant, room),
             Action::Revoke { session, grant } => {
                 let mut fence = Fence::Now;

@@ -87,12 +87,7 @@ impl Engine {
                     self.advance(now_ns, id);
                 }
             }
-            Event::Up { .. } => {
-                if let Some(lane) = self.slot(session, slot) {
-                    lane.state = LaneState::Up;
-                }
-                self.proto.lane_up(now_ns, session, slot);
-            }
+            Event::Up { .. } => self.proto.lane_up(now_ns, session, slot),
             Event::Down { cause, .. } => {
                 self.rails[rail].lanes.remove(&lane);
                 if let Some(lane) = self.slot(session, slot) {

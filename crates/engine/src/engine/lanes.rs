@@ -1,15 +1,18 @@
 //! The lanes of each session: how they open, what the peer's regions are called on them, what is granted over them.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
+use crossdock_proto::planted::{Planted, is_planted};
 use crossdock_proto::{RegionOffer, RoomId, SessionId};
 use crossdock_transport::{
-    Error, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId, LaneTags, LocalId, Mapping, PeerId, RemoteId,
+    Error, Grant, GrantId, GrantedBuffer, LaneAddress, LaneId, LaneTags, LocalId, Mapping, PeerId, Port,
+    RemoteId,
 };
 
 use super::side::{LaneSide, SessionSide};
-use super::{Engine, PeerMapping, Rail};
+use super::{Engine, PeerMapping};
 
 /// What a port can be asked for a transfer on one lane: which regions it knows by which numbers.
 #[derive(Clone, Debug)]
@@ -24,7 +27,6 @@ pub struct LaneRegions {
 
 pub(super) struct SessionLanes {
     pub slots: Vec<Lane>,
-    pub attach: Option<Attaching>,
     pub peer_node: u64,
     pub side: SessionSide,
 }
@@ -33,6 +35,8 @@ pub(super) struct Lane {
     pub rail: usize,
     pub id: Option<LaneId>,
     pub state: LaneState,
+    /// What of the peer's is still to be attached.
+    pub attach: Option<Attaching>,
     /// By the peer's region numbers.
     pub remote: Arc<[RemoteId]>,
     /// Bytes given to this lane, divided by what it carries: the lane that is behind is next.
@@ -44,15 +48,32 @@ pub(super) struct Lane {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum LaneState {
+    /// Nothing is posted on it yet.
     Opening,
+    /// Both ends are ready.
     Up,
     Down,
 }
 
 pub(super) struct Attaching {
-    pub regions: Vec<RegionOffer>,
-    pub peer_rails: Vec<u8>,
-    pub found: Vec<BTreeMap<u32, RemoteId>>,
+    pub regions: Arc<[RegionOffer]>,
+    pub peer_rail: u8,
+    pub found: BTreeMap<u32, RemoteId>,
+}
+
+impl Lane {
+    fn new(rail: usize) -> Self {
+        Self {
+            rail,
+            id: None,
+            state: LaneState::Opening,
+            attach: None,
+            remote: Arc::new([]),
+            load: 0.0,
+            full: false,
+            side: LaneSide::default(),
+        }
+    }
 }
 
 impl Engine {
@@ -65,28 +86,32 @@ impl Engine {
         let peer_node = self.proto.peer(session).map_or(0, |(identity, _)| identity.node);
         let lanes = self.sessions.entry(session).or_insert_with(|| SessionLanes {
             slots: Vec::new(),
-            attach: None,
             peer_node,
             side: SessionSide::new(),
         });
         while lanes.slots.len() <= usize::from(slot) {
-            lanes.slots.push(Lane {
-                rail,
-                id: None,
-                state: LaneState::Opening,
-                remote: Arc::new([]),
-                load: 0.0,
-                full: false,
-                side: LaneSide::default(),
-            });
+            lanes.slots.push(Lane::new(rail));
         }
         let entry = &mut self.rails[rail];
         let (id, address) = entry.port.open_lane(PeerId(session.0))?;
         entry.lanes.insert(id, (session, slot));
-        let lane = &mut lanes.slots[usize::from(slot)];
-        lane.rail = rail;
-        lane.id = Some(id);
+        // A lane that comes back begins where the others are: it has not to make up for what it did not carry.
+        let loads = lanes.slots.iter().filter(|lane| lane.state == LaneState::Up).map(|lane| lane.load);
+        let load = loads.reduce(f64::min).unwrap_or(0.0);
+        lanes.slots[usize::from(slot)] = Lane { id: Some(id), load, ..Lane::new(rail) };
+        if !is_planted(Planted::LostLanesRemembered) {
+            self.transfers.forget_lane(session, slot);
+        }
         Ok(address)
+    }
+
+    /// Both ends of a lane are ready.
+    pub(super) fn use_lane(&mut self, session: SessionId, slot: u8) {
+        if let Some(lane) = self.slot(session, slot)
+            && lane.state == LaneState::Opening
+        {
+            lane.state = LaneState::Up;
+        }
     }
 
     pub(super) fn connect_lane(
@@ -103,33 +128,38 @@ impl Engine {
         if let Err(error) = self.rails[rail].port.connect(id, address, tags) {
             // The lane still says `Down`, once it is closed.
             self.rails[rail].port.close(id);
-            self.proto.attached(now_ns, session, Err(error));
+            self.proto.lane_attached(now_ns, session, slot, Err(error));
         }
     }
 
     /// Attaches what the peer announced, as far as its ports' own announcements have come.
     pub(super) fn attach_again(&mut self, now_ns: u64) {
-        for id in std::mem::take(&mut self.attaching) {
-            self.attach(now_ns, id);
+        for (session, slot) in std::mem::take(&mut self.attaching) {
+            self.attach(now_ns, session, slot);
         }
     }
 
-    pub(super) fn attach(&mut self, now_ns: u64, id: SessionId) {
-        let Some(session) = self.sessions.get_mut(&id) else { return };
-        let Some(mut attaching) = session.attach.take() else { return };
+    pub(super) fn attach(&mut self, now_ns: u64, session: SessionId, slot: u8) {
+        // What is mapped is told before the session is up, or not at all.
+        let keeps = self.options.keep_mappings && !self.proto.is_live(session);
+        let Some(lanes) = self.sessions.get_mut(&session) else { return };
+        let Some(lane) = lanes.slots.get_mut(usize::from(slot)) else { return };
+        let (Some(id), Some(mut attaching)) = (lane.id, lane.attach.take()) else { return };
         let mut mapped = |region, mapping| {
-            if self.options.keep_mappings {
-                self.mappings.push_back(PeerMapping { session: id, region, mapping });
+            if keeps {
+                self.mappings.push_back(PeerMapping { session, region, mapping });
             }
         };
-        match attach(&mut self.rails, session, &mut attaching, &mut mapped) {
-            Ok(()) => self.proto.attached(now_ns, id, Ok(())),
-            Err(Error::NotYet) => {
-                session.attach = Some(attaching);
-                self.attaching.insert(id);
-            }
-            Err(error) => self.proto.attached(now_ns, id, Err(error)),
+        let attached = attach(&mut *self.rails[lane.rail].port, id, &mut attaching, &mut mapped);
+        let found = &attaching.found;
+        let regions = found.keys().next_back().map_or(0, |last| last + 1);
+        lane.remote = (0..regions).map(|r| found.get(&r).copied().unwrap_or(RemoteId(u32::MAX))).collect();
+        if attached == Err(Error::NotYet) {
+            lane.attach = Some(attaching);
+            self.attaching.insert((session, slot));
+            return;
         }
+        self.proto.lane_attached(now_ns, session, slot, attached);
     }
 
     pub(super) fn rails_of(&self, session: SessionId) -> Vec<usize> {
@@ -169,39 +199,22 @@ impl Engine {
     }
 }
 
+/// Attaches what is not attached yet of a peer's regions.
 fn attach(
-    rails: &mut [Rail],
-    session: &mut SessionLanes,
+    port: &mut dyn Port,
+    lane: LaneId,
     attaching: &mut Attaching,
     mapped: &mut impl FnMut(u32, Mapping),
 ) -> Result<(), Error> {
-    for (slot, lane) in session.slots.iter_mut().enumerate() {
-        let (Some(id), LaneState::Up) = (lane.id, lane.state) else { continue };
-        let peer_rail = attaching.peer_rails.get(slot).copied().unwrap_or(0);
-        let port = &mut rails[lane.rail].port;
-        for offer in &attaching.regions {
-            let Some((_, key)) = offer.keys.iter().find(|(rail, _)| *rail == peer_rail) else { continue };
-            if attaching.found[slot].contains_key(&offer.region) {
-                continue;
-            }
-            match port.attach(id, key) {
-                Ok(attached) => {
-                    attaching.found[slot].insert(offer.region, attached.id);
-                    attached.mapping.into_iter().for_each(|mapping| mapped(offer.region, mapping));
-                }
-                // The lane ends; its `Down` says the rest. Until then nothing is posted on it, where the regions
-                // are not known.
-                Err(Error::LaneDown { .. } | Error::LaneNotUp { .. }) => {
-                    lane.state = LaneState::Down;
-                    break;
-                }
-                Err(error) => return Err(error),
-            }
+    for offer in attaching.regions.iter() {
+        let Some((_, key)) = offer.keys.iter().find(|(rail, _)| *rail == attaching.peer_rail) else {
+            continue;
+        };
+        if let Entry::Vacant(place) = attaching.found.entry(offer.region) {
+            let attached = port.attach(lane, key)?;
+            place.insert(attached.id);
+            attached.mapping.into_iter().for_each(|mapping| mapped(offer.region, mapping));
         }
-    }
-    for (lane, found) in session.slots.iter_mut().zip(&attaching.found) {
-        let regions = found.keys().next_back().map_or(0, |last| last + 1);
-        lane.remote = (0..regions).map(|r| found.get(&r).copied().unwrap_or(RemoteId(u32::MAX))).collect();
     }
     Ok(())
 }

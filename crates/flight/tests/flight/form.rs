@@ -25,6 +25,8 @@ fn all() -> Vec<What> {
         What::LaneUp { slot: 1 },
         What::LaneDown { slot: 1, cause: Box::new(DownCause::PeerDied) },
         What::LaneLostThere { slot: 1 },
+        What::LaneOffered { slot: 1 },
+        What::LaneBack { slot: 1 },
         What::Opened { role: RoleKind::Receiving, pages: 4, left_ms: 30_000 },
         bound(RoleKind::Receiving),
         What::Parked { role: RoleKind::Sending },
@@ -55,7 +57,8 @@ fn all() -> Vec<What> {
         match what {
             What::Dialed { .. } | What::NotReached { .. } | What::SessionBegan { .. } => {}
             What::SessionUp { .. } | What::SessionDown { .. } | What::LaneUp { .. } => {}
-            What::LaneDown { .. } | What::LaneLostThere { .. } | What::Opened { .. } => {}
+            What::LaneDown { .. } | What::LaneLostThere { .. } | What::LaneOffered { .. } => {}
+            What::LaneBack { .. } | What::Opened { .. } => {}
             What::Bound { .. } | What::Parked { .. } | What::TurnedAway { .. } | What::WantSent => {}
             What::WantCame | What::GrantSent { .. } | What::GrantCame { .. } | What::Posting => {}
             What::Posted { .. } | What::Arriving { .. } | What::FinishSent { .. } => {}

@@ -34,6 +34,8 @@ pub struct LaneView {
     pub lane: LaneId,
     /// The node of the other end.
     pub peer: NodeId,
+    /// And its port.
+    pub peer_port: PortId,
 }
 
 impl Fabric {
@@ -155,6 +157,17 @@ impl Fabric {
         }
     }
 
+    /// Breaks all lanes between two ports, and lets none come up there until the rail is
+    /// [mended](Fabric::mend_rail): connecting ends by its time-out.
+    pub fn cut_rail(&self, one: PortId, other: PortId) {
+        self.world.lock().cut_rail(one.0, other.0);
+    }
+
+    /// Lets lanes between two ports come up again.
+    pub fn mend_rail(&self, one: PortId, other: PortId) {
+        self.world.lock().mend_rail(one.0, other.0);
+    }
+
     /// Breaks all streams between two nodes.
     pub fn break_streams(&self, one: NodeId, other: NodeId) {
         self.world.lock().break_streams(one, other);
@@ -168,7 +181,8 @@ impl Fabric {
             let lane = world.lane(end);
             let remote = lane.remote.filter(|_| lane.state == State::Up)?;
             let (node, peer) = (world.node_of(end), world.node_of(remote));
-            Some(LaneView { port: PortId(end.port), node, lane: end.lane, peer })
+            let (port, peer_port) = (PortId(end.port), PortId(remote.port));
+            Some(LaneView { port, node, lane: end.lane, peer, peer_port })
         };
         ends.filter_map(view).collect()
     }

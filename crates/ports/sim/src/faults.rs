@@ -161,9 +161,33 @@ impl World {
         }
     }
 
+    /// The way between two ports fails: their lanes break, and none comes up any more.
+    pub fn cut_rail(&mut self, one: u32, other: u32) {
+        let pair = (one.min(other), one.max(other));
+        if !self.cut_rails.contains(&pair) {
+            self.cut_rails.push(pair);
+        }
+        for end in self.ends_of(one) {
+            if self.lane(end).remote.is_some_and(|remote| remote.port == other) {
+                self.break_lane(end);
+            }
+        }
+    }
+
+    /// Lanes between two ports come up again.
+    pub fn mend_rail(&mut self, one: u32, other: u32) {
+        let pair = (one.min(other), one.max(other));
+        self.cut_rails.retain(|cut| *cut != pair);
+    }
+
+    pub fn is_rail_cut(&self, one: End, other: End) -> bool {
+        self.cut_rails.contains(&(one.port.min(other.port), one.port.max(other.port)))
+    }
+
     /// Ends every fault, and begins no more.
     pub fn calm(&mut self) {
         self.options.chaos = Chaos::default();
+        self.cut_rails.clear();
         for (one, other, _) in self.partitions.clone() {
             self.heal(one, other);
         }

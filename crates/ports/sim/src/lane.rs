@@ -126,7 +126,9 @@ impl World {
         lane.remote = Some(remote);
         lane.tags = Some(*tags);
         let early = lane.early.take();
-        self.tell(end, remote, Kind::Hello { tag: tags.ours });
+        if !self.is_rail_cut(end, remote) {
+            self.tell(end, remote, Kind::Hello { tag: tags.ours });
+        }
         let lane = self.lane_mut(end);
         lane.first_due_ns = lane.last_due_ns;
         let limit = self.now_ns + self.options.connect_ns;

@@ -35,6 +35,8 @@ pub(crate) struct World {
     /// Pairs of nodes that do not reach each other, with the number of the partition.
     pub partitions: Vec<(NodeId, NodeId, u64)>,
     pub partitions_begun: u64,
+    /// Pairs of ports between which no lane comes up.
+    pub cut_rails: Vec<(u32, u32)>,
     pub landings: Vec<Landing>,
     pub scratch: Vec<u8>,
     pub net: Net,
@@ -103,6 +105,7 @@ impl World {
             messages: Messages::default(),
             partitions: Vec::new(),
             partitions_begun: 0,
+            cut_rails: Vec::new(),
             landings: Vec::new(),
             scratch: Vec::new(),
             net: Net::default(),

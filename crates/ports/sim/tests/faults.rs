@@ -4,7 +4,7 @@
 mod pair;
 
 use crossdock_sim::{FabricOptions, NodeId, OneIn, Semantics, SimPortOptions};
-use crossdock_transport::{Direction, DownCause, Fence, Op, Port, Token};
+use crossdock_transport::{Direction, DownCause, Event, Fence, Op, Port, Token};
 use pair::{BYTES, Pair, SOON_NS, WRITES, plain};
 
 const SEEDS: std::ops::Range<u64> = 0..60;
@@ -205,6 +205,31 @@ fn a_broken_lane_ends_on_both_sides_and_delivers_a_prefix() {
             lost += FLOOD - arrived.len() as u32;
         }
         assert!(lost > 0, "{semantics:?}: no seed shows a loss");
+    }
+}
+
+#[test]
+fn no_lane_comes_up_on_a_rail_that_is_cut() {
+    for semantics in Semantics::ALL {
+        let mut pair = with_writes_in_flight(1, semantics);
+        let ports = [0, 1].map(|side| pair.port(side).id());
+        pair.fabric.cut_rail(ports[0], ports[1]);
+        pair.run_for(SOON_NS);
+        for side in [0, 1] {
+            let cause = pair.down(side).map(|(_, cause)| cause);
+            assert!(matches!(cause, Some(DownCause::Broken { .. })), "{semantics:?}, side {side}: {cause:?}");
+        }
+        pair.connect_again();
+        pair.run_for(10 * FabricOptions::default().connect_ns);
+        for side in [0, 1] {
+            assert!(pair.down(side).is_some(), "{semantics:?}, side {side}: {:?}", pair.heard[side]);
+        }
+        pair.fabric.mend_rail(ports[1], ports[0]);
+        pair.connect_again();
+        pair.run_for(SOON_NS);
+        for side in [0, 1] {
+            assert!(matches!(pair.heard[side][..], [(_, Event::Up { .. })]), "{:?}", pair.heard[side]);
+        }
     }
 }
 

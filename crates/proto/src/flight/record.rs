@@ -76,6 +76,16 @@ pub enum What {
         /// Which.
         slot: u8,
     },
+    /// A lane is offered anew that was lost.
+    LaneOffered {
+        /// Which.
+        slot: u8,
+    },
+    /// A lane that was lost can be used again.
+    LaneBack {
+        /// Which.
+        slot: u8,
+    },
     /// The user has opened a room.
     Opened {
         /// Which end of it.

@@ -54,7 +54,11 @@ impl Message {
             }
             Message::Ready | Message::Goodbye | Message::Restart => {}
             Message::Ping { stamp } | Message::Pong { stamp } => w.u64(*stamp),
-            Message::LaneLost { slot } => w.u8(*slot),
+            Message::LaneLost { slot } | Message::LaneReady { slot } => w.u8(*slot),
+            Message::LaneOffer { slot, address } | Message::LaneAnswer { slot, address } => {
+                w.u8(*slot);
+                w.bytes(address.bytes());
+            }
             Message::Want { room, duration_ns, params } => {
                 put_room(&mut w, *room);
                 w.u64(*duration_ns);
@@ -125,9 +129,7 @@ impl Message {
                     if usize::from(slot) >= MAX_LANES {
                         return Err(DecodeError::BadValue { field: "slot", value: slot.into() });
                     }
-                    let address = LaneAddress::new(&r.bytes("lane address")?)
-                        .map_err(|_| DecodeError::BadValue { field: "lane address", value: 0 })?;
-                    Ok((slot, address))
+                    Ok((slot, take_address(r)?))
                 })?,
                 regions: r.list(16, "regions", |r| {
                     Ok(RegionOffer {
@@ -185,6 +187,9 @@ impl Message {
                     Ok(Released { grant: take_grant(r)?, down_lanes: r.u16("down_lanes")? })
                 })?,
             },
+            19 => Message::LaneOffer { slot: r.u8("slot")?, address: take_address(&mut r)? },
+            20 => Message::LaneAnswer { slot: r.u8("slot")?, address: take_address(&mut r)? },
+            21 => Message::LaneReady { slot: r.u8("slot")? },
             value => {
                 return Err(DecodeError::BadValue { field: "kind", value: value.into() });
             }
@@ -213,6 +218,9 @@ impl Message {
             Message::Delivered { .. } => 16,
             Message::Cancel { .. } => 17,
             Message::Release { .. } => 18,
+            Message::LaneOffer { .. } => 19,
+            Message::LaneAnswer { .. } => 20,
+            Message::LaneReady { .. } => 21,
         }
     }
 }
@@ -227,6 +235,11 @@ fn put_room(w: &mut Writer<'_>, room: RoomOnWire) {
 fn take_room(r: &mut Reader<'_>) -> Result<RoomOnWire, DecodeError> {
     let name = RoomName { room: r.u64("room")?, use_count: r.u32("use count")?, share: r.u32("share")? };
     Ok(RoomOnWire { name, serial: r.u32("serial")? })
+}
+
+fn take_address(r: &mut Reader<'_>) -> Result<LaneAddress, DecodeError> {
+    LaneAddress::new(&r.bytes("lane address")?)
+        .map_err(|_| DecodeError::BadValue { field: "lane address", value: 0 })
 }
 
 fn take_grant(r: &mut Reader<'_>) -> Result<GrantId, DecodeError> {

@@ -24,7 +24,7 @@ fn every_kind_is_read_as_it_was_written() {
         kinds.insert(frame[2]);
         assert_eq!(Message::decode(&frame), Ok((FROM, message)));
     }
-    assert_eq!(kinds, (1..=18).collect());
+    assert_eq!(kinds, (1..=21).collect());
 }
 
 /// The form that `docs/wire.md` specifies.
@@ -151,7 +151,7 @@ fn what_has_no_meaning_is_refused_by_name() {
     };
     let bad = |field, value| DecodeError::BadValue { field, value };
     assert_eq!(with(Message::Ready, 0, 0), bad("magic", 0xcd00));
-    assert_eq!(with(Message::Ready, 2, 19), bad("kind", 19));
+    assert_eq!(with(Message::Ready, 2, 22), bad("kind", 22));
     let cancel = Message::Cancel { room: ROOM, from: RoleKind::Sending, why: CancelWhy::Failed };
     assert_eq!(with(cancel.clone(), 40, 4), bad("role", 4));
     assert_eq!(with(cancel, 41, 6), bad("why", 6));

@@ -59,6 +59,16 @@ enum Step {
         here: u8,
         there: u8,
     },
+    /// Lanes of the node cannot be connected any more, or again.
+    Unplug {
+        node: u8,
+        is_unplugged: bool,
+    },
+    /// One of its lanes cannot be opened any more, or all again.
+    Exhaust {
+        node: u8,
+        slot: Option<u8>,
+    },
     HoldDowns {
         node: u8,
         is_held: bool,
@@ -104,7 +114,10 @@ fn step() -> impl Strategy<Value = Step> {
         1 => index().prop_map(Step::Cancel),
         3 => (index(), prop::bool::weighted(0.8))
             .prop_map(|(room, is_right)| Step::Verdict { room, is_right }),
-        2 => (index(), 0u8..4, 0u8..4).prop_map(|(lane, here, there)| Step::Break { lane, here, there }),
+        4 => (index(), 0u8..4, 0u8..4).prop_map(|(lane, here, there)| Step::Break { lane, here, there }),
+        1 => (node(), prop::bool::weighted(0.3))
+            .prop_map(|(node, is_unplugged)| Step::Unplug { node, is_unplugged }),
+        1 => (node(), prop::option::weighted(0.3, 0u8..3)).prop_map(|(node, slot)| Step::Exhaust { node, slot }),
         1 => (node(), prop::bool::weighted(0.3)).prop_map(|(node, is_held)| Step::HoldDowns { node, is_held }),
         2 => index().prop_map(Step::LetDown),
         1 => (index(), any::<bool>()).prop_map(|(stream, both)| Step::Cut { stream, both }),
@@ -125,6 +138,7 @@ struct Plan {
     landings: [Landing; NODES],
     offers: [bool; NODES],
     max_grants: u32,
+    lane_retry_ms: u64,
     steps: Vec<Step>,
 }
 
@@ -134,13 +148,15 @@ fn plan() -> impl Strategy<Value = Plan> {
         || prop::sample::select(vec![Landing::Accept, Landing::Accept, Landing::Reject, Landing::Wait]);
     let each = (prop::array::uniform3(fence()), prop::array::uniform3(landing()), any::<[bool; NODES]>());
     let max_grants = prop::sample::select(vec![2, 3, 100]);
-    (1u8..4, each, max_grants, prop::collection::vec(step(), 1..250)).prop_map(
-        |(lanes, (fences, landings, offers), max_grants, steps)| Plan {
+    let lane_retry_ms = prop::sample::select(vec![0, 1, 1, 20, 20]);
+    (1u8..4, each, max_grants, lane_retry_ms, prop::collection::vec(step(), 1..250)).prop_map(
+        |(lanes, (fences, landings, offers), max_grants, lane_retry_ms, steps)| Plan {
             lanes,
             fences,
             landings,
             offers,
             max_grants,
+            lane_retry_ms,
             steps,
         },
     )
@@ -152,20 +168,26 @@ struct Life {
     /// Where a port can tell nothing by itself, only a life of the peer that can still be asked brings pages home
     /// after all lanes are down.
     may_kill: bool,
+    /// Lanes that were lost come back.
+    come_back: bool,
 }
 
 impl Life {
     fn new(plan: &Plan) -> Self {
         let mut world = World::new();
         for node in 0..NODES {
-            let (lanes, max_grants) = (plan.lanes, plan.max_grants);
-            world.add(move |config| (config.lanes_per_rail, config.max_grants) = (lanes, max_grants));
+            let (lanes, max_grants, retry_ns) = (plan.lanes, plan.max_grants, plan.lane_retry_ms * MS);
+            world.add(move |config| {
+                (config.lanes_per_rail, config.max_grants) = (lanes, max_grants);
+                (config.lane_retry_min_ns, config.lane_retry_max_ns) = (retry_ns, 4 * retry_ns);
+            });
             world.nodes[node].fence = plan.fences[node];
             world.nodes[node].on_landed = plan.landings[node];
             world.nodes[node].offers = plan.offers[node];
         }
         let may_kill = !plan.fences.contains(&Fence::Never);
-        let mut life = Self { world, targets: Vec::new(), may_kill };
+        let come_back = plan.lane_retry_ms > 0;
+        let mut life = Self { world, targets: Vec::new(), may_kill, come_back };
         life.connect(0, 1);
         life.connect(2, 1);
         life.world.settle();
@@ -267,6 +289,10 @@ impl Life {
                     world.break_lane(*lane.get(&lanes), here.into(), there.into());
                 }
             }
+            Step::Unplug { node, is_unplugged } => {
+                world.nodes[usize::from(node)].is_unplugged = is_unplugged;
+            }
+            Step::Exhaust { node, slot } => world.nodes[usize::from(node)].broken_slot = slot,
             Step::HoldDowns { node, is_held } => world.nodes[usize::from(node)].holds_downs = is_held,
             Step::LetDown(index) => {
                 let held = world.lanes.held_downs();
@@ -322,6 +348,8 @@ impl Life {
         for node in 0..NODES {
             world.nodes[node].is_stopped = false;
             world.nodes[node].holds_downs = false;
+            world.nodes[node].is_unplugged = false;
+            world.nodes[node].broken_slot = None;
             if !world.nodes[node].is_alive {
                 world.restart(node);
             }
@@ -334,6 +362,13 @@ impl Life {
         world.run_for(30 * S);
         for (sender, receiver) in world.pairs() {
             assert!(fit(&sender, &receiver), "prefill {sender:?}, decode {receiver:?}");
+        }
+        let sessions = world.nodes.iter().flat_map(|node| node.ups.iter().map(move |up| (node, up.0)));
+        for (node, session) in
+            sessions.filter(|(node, session)| self.come_back && node.proto.is_live(*session))
+        {
+            let (usable, all) = node.proto.lanes(session).expect("a session");
+            assert_eq!(usable, all, "every lane of {session:?} is back");
         }
         self.world.finish();
     }

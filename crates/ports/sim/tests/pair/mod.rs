@@ -71,6 +71,18 @@ impl Pair {
         pair
     }
 
+    /// Another lane, in the place of the first; what was heard before is forgotten.
+    pub fn connect_again(&mut self) {
+        let opened = [0, 1].map(|side| self.port(side).open_lane(peer(side)).expect("a lane opens"));
+        let tags = LaneTags { ours: [8; 32], theirs: [8; 32] };
+        self.lanes = [0, 1].map(|side| opened[side].0);
+        self.heard = Default::default();
+        for side in [0, 1] {
+            let lane = self.lanes[side];
+            self.port(side).connect(lane, &opened[1 - side].1, &tags).expect("a lane connects");
+        }
+    }
+
     pub fn port(&mut self, side: usize) -> &mut SimPort {
         self.ports[side].as_mut().expect("the port is there")
     }

@@ -2,7 +2,7 @@
 
 use crossdock_proto::{About, Identity, Message, RailOffer};
 
-use super::{D, Landing, P, RAW, S, World, identity};
+use super::{D, Landing, MS, P, RAW, S, World, identity};
 
 /// The moment at which the peer is no longer what it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,10 @@ pub enum Moment {
     Busy,
     /// The same, when all bytes are there and nothing has been confirmed.
     Landed,
+    /// The node has lost a lane that the peer may offer anew.
+    LaneLost,
+    /// The node has offered a lane anew.
+    LaneOffered,
     /// The node has ended the session.
     Ended,
 }
@@ -34,7 +38,7 @@ pub struct Hostile {
 }
 
 impl Moment {
-    pub const ALL: [Moment; 9] = [
+    pub const ALL: [Moment; 11] = [
         Moment::Dialed,
         Moment::Dials,
         Moment::Welcomed,
@@ -43,6 +47,8 @@ impl Moment {
         Moment::Idle,
         Moment::Busy,
         Moment::Landed,
+        Moment::LaneLost,
+        Moment::LaneOffered,
         Moment::Ended,
     ];
 }
@@ -73,6 +79,18 @@ impl Hostile {
                     let (at_ns, _, channel) = world.open_channels().into_iter().min().expect("frames");
                     world.deliver(at_ns, channel);
                 }
+                world.take_over(P, D)
+            }
+            Moment::LaneLost | Moment::LaneOffered => {
+                let (from, to) = if moment == Moment::LaneLost { (P, D) } else { (D, P) };
+                world.connect(from, to);
+                world.settle();
+                let lane = world.lane(D, P, 1);
+                world.break_lane(lane, 0, 0);
+                world.settle();
+                world.hold(D, P, true);
+                world.run_for(if moment == Moment::LaneLost { 100 * MS } else { 2 * S });
+                world.hold(D, P, false);
                 world.take_over(P, D)
             }
             Moment::Idle | Moment::Busy | Moment::Landed | Moment::Ended => {

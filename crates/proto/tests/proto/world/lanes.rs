@@ -10,6 +10,8 @@ use super::{Channel, World};
 #[derive(Default)]
 pub struct Lanes {
     ends: BTreeMap<LaneKey, LaneEnd>,
+    /// The tags that lanes of each node have shown.
+    shown: BTreeSet<(usize, [u8; 32])>,
 }
 
 /// One end of a lane.
@@ -24,6 +26,8 @@ struct LaneEnd {
     tags: Option<LaneTags>,
     other: Option<LaneKey>,
     is_up: bool,
+    /// The protocol has let it be used.
+    is_used: bool,
     /// It ends, and has said so or will.
     is_ending: bool,
     /// What its `Down` will say, while the test holds it.
@@ -107,7 +111,7 @@ impl Lanes {
     /// The lanes of a node that are up, and not about to end as far as the node can know.
     pub fn up(&self, node: usize, session: SessionId) -> Vec<u8> {
         let of = LaneKey { node, session, slot: 0 }..=LaneKey { node, session, slot: u8::MAX };
-        self.ends.range(of).filter(|(_, end)| end.is_up && !end.is_down).map(|(key, _)| key.slot).collect()
+        self.ends.range(of).filter(|(_, end)| end.is_used && !end.is_down).map(|(key, _)| key.slot).collect()
     }
 
     /// All ends, of all sessions, that are up.
@@ -128,6 +132,7 @@ impl World {
     pub fn open_lane(&mut self, node: usize, session: SessionId, slot: u8, rail: u8) {
         let n = &mut self.nodes[node];
         assert!(usize::from(rail) < 16);
+        n.opened.push((self.now_ns, slot));
         if n.broken_slot == Some(slot) {
             let error = Error::Limit { what: "lanes", limit: 0 };
             return n.proto.lane_opened(self.now_ns, session, slot, Err(error));
@@ -137,6 +142,7 @@ impl World {
             tags: None,
             other: None,
             is_up: false,
+            is_used: false,
             is_ending: false,
             held_down: None,
             is_down: false,
@@ -144,7 +150,11 @@ impl World {
             towards: VecDeque::new(),
         };
         let before = self.lanes.ends.insert(key, end);
-        assert!(before.is_none(), "a lane is opened once");
+        assert!(before.is_none_or(|before| before.is_down), "a number has one lane at a time");
+        let transfers = self.nodes[node].transfers.values_mut();
+        for transfer in transfers.filter(|transfer| transfer.start.session == session) {
+            transfer.down_lanes &= !(1 << slot);
+        }
         let address = [node as u32, session.0, slot.into()].map(u32::to_le_bytes).concat();
         let address = LaneAddress::new(&address).expect("a short address");
         self.nodes[node].proto.lane_opened(self.now_ns, session, slot, Ok(address));
@@ -162,11 +172,15 @@ impl World {
         let word = |at: usize| to.bytes().get(at..at + 4).map(|b| u32::from_le_bytes(b.try_into().unwrap()));
         let (Some(n), Some(s), Some(l)) = (word(0), word(4), word(8)) else {
             let error = Error::BadAddress { reason: "not one of the world's" };
-            return self.nodes[node].proto.attached(self.now_ns, session, Err(error));
+            return self.nodes[node].proto.lane_attached(self.now_ns, session, slot, Err(error));
         };
         let other = LaneKey { node: n as usize, session: SessionId(s), slot: l as u8 };
         let Some(end) = self.lanes.ends.get_mut(&key) else { return };
         (end.tags, end.other) = (Some(tags), Some(other));
+        assert!(self.lanes.shown.insert((node, tags.ours)), "each lane has tags of its own");
+        if self.nodes[node].is_unplugged {
+            return self.end_lane(key, DownCause::Broken { call: "connect", errno: 110 });
+        }
         let Some(there) = self.lanes.ends.get(&other).filter(|there| !there.is_ending) else {
             return self.end_lane(key, DownCause::Broken { call: "connect", errno: 111 });
         };
@@ -178,6 +192,12 @@ impl World {
         }
         self.put_lane(key, Event::Up);
         self.put_lane(other, Event::Up);
+    }
+
+    /// Both ends of a lane are ready, as the protocol says.
+    pub fn use_lane(&mut self, node: usize, session: SessionId, slot: u8) {
+        let end = self.lanes.ends.get_mut(&LaneKey { node, session, slot }).expect("a lane");
+        assert!(end.is_up && !std::mem::replace(&mut end.is_used, true), "a lane that is up is used, once");
     }
 
     pub fn close_lane(&mut self, node: usize, session: SessionId, slot: u8) {
@@ -329,7 +349,7 @@ impl World {
         let Start { session, grant, attempt, direction, .. } = transfer.start;
         let here = LaneKey { node, session, slot };
         let end = &self.lanes.ends[&here];
-        assert!(end.is_up && !end.is_down, "a lane that is up");
+        assert!(end.is_used && !end.is_down, "a lane that is used");
         // What is posted on a lane that has ended without its port's knowing yet ends with its `Down`.
         let there = end.other.filter(|_| !end.is_ending);
         let checks = there.is_some_and(|there| self.nodes[there.node].fence == Fence::Now);

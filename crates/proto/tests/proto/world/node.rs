@@ -29,6 +29,10 @@ pub struct Node {
     pub refuses_grants: bool,
     /// The lane of this number cannot be opened.
     pub broken_slot: Option<u8>,
+    /// Its lanes cannot be connected.
+    pub is_unplugged: bool,
+    /// When which lanes were opened.
+    pub opened: Vec<(u64, u8)>,
     /// Its lanes do not say `Down` before the test lets them.
     pub holds_downs: bool,
     /// What its user was told of each room.
@@ -92,6 +96,8 @@ impl Node {
             offers: true,
             refuses_grants: false,
             broken_slot: None,
+            is_unplugged: false,
+            opened: Vec::new(),
             holds_downs: false,
             rooms: BTreeMap::new(),
             ups: Vec::new(),
@@ -210,10 +216,11 @@ impl World {
                 self.connect_lane(node, session, slot, &address, tags);
             }
             Action::CloseLane { session, slot } => self.close_lane(node, session, slot),
-            Action::Attach { session, regions, peer_rails } => {
-                assert_eq!((regions.len(), peer_rails.is_empty()), (1, false));
-                self.nodes[node].proto.attached(now, session, Ok(()));
+            Action::AttachLane { session, slot, regions, .. } => {
+                assert_eq!(regions.len(), 1);
+                self.nodes[node].proto.lane_attached(now, session, slot, Ok(()));
             }
+            Action::UseLane { session, slot } => self.use_lane(node, session, slot),
             Action::Grant { session: _, grant, room } => self.grant(node, grant, room),
             Action::Revoke { session: _, grant } => {
                 let granted = self.nodes[node].granted.get_mut(&grant).filter(|granted| granted.is_alive);

@@ -126,6 +126,7 @@ fn hub(chance: &mut Chance) -> Result<(Worker, [Proxy; 2]), Box<dyn Error>> {
             shm: true,
             tcp: true,
             behind: Some([proxies[0].port(), proxies[1].port()]),
+            second: None,
             verify: false,
         });
         match opened {

@@ -43,6 +43,7 @@ pub fn live(options: &PeerOptions, stay: impl FnOnce()) -> Result<(), Box<dyn Er
         shm: *shm,
         tcp: *tcp,
         behind: None,
+        second: None,
         verify: seed % 2 == 0,
     })?;
     let (peer, _up) = worker.node.handle().connect(hub)?;
