@@ -331,7 +331,7 @@ impl Life {
             self.fabric.freeze(device, 0);
         }
         self.fabric.stop_failing();
-        for (&(side, lane), _) in &self.lanes {
+        for &(side, lane) in self.lanes.keys() {
             if !self.sides[side].is_dead {
                 self.sides[side].port.close(lane);
             }
