@@ -382,7 +382,10 @@ impl Proto {
         if s.slots.iter().any(|slot| slot.again.is_trying) {
             return;
         }
-        s.lanes_due_ns = s.slots.iter().filter_map(|slot| slot.again.due_ns).min();
+        // What has waited for the one on its way is next; a clock that stands still must not see all of them fail.
+        let soonest_ns = self.now_ns + 1;
+        let due_ns = s.slots.iter().filter_map(|slot| slot.again.due_ns).min();
+        s.lanes_due_ns = due_ns.map(|due_ns| due_ns.max(soonest_ns));
         if let Some(due_ns) = s.lanes_due_ns {
             self.arm(due_ns, Timer::Lanes(session));
         }

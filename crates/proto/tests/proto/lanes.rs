@@ -692,6 +692,22 @@ fn a_lane_that_cannot_be_opened_again_is_nothing_to_the_session() {
 }
 
 #[test]
+fn lanes_that_cannot_be_opened_are_tried_one_after_the_other() {
+    let mut world = World::pair(3);
+    world.nodes[D].broken_slot = Some(0);
+    break_lane(&mut world, 0);
+    break_lane(&mut world, 1);
+    // Both fall due at once.
+    world.now_ns += 2 * S;
+    world.tick_all();
+    world.run_for(MS);
+    assert_eq!([tries(&world, 0).len(), tries(&world, 1).len()], [1, 1]);
+    world.run_for(S);
+    assert_eq!(usable(&world), [2, 2]);
+    world.finish();
+}
+
+#[test]
 fn what_is_said_of_lanes_out_of_turn_is_misbehaviour() {
     let address = crossdock_transport::LaneAddress::new(b"address").unwrap();
     let offer = |slot| Message::LaneOffer { slot, address: address.clone() };
