@@ -41,9 +41,12 @@ fn rdma_is_measured_between_devices() {
         eprintln!("SKIPPED: CROSSDOCK_VERBS_DEVICES names no RDMA device (run this in tests/rdma-vm)");
         return;
     };
-    for (op, memory, pages) in
-        [("write", "shared", "16"), ("read", "private", "16"), ("write", "private", "1"), ("read", "shared", "1")]
-    {
+    for (op, memory, pages) in [
+        ("write", "shared", "16"),
+        ("read", "private", "16"),
+        ("write", "private", "1"),
+        ("read", "shared", "1"),
+    ] {
         let arguments = ["--port", "verbs", "--devices", &devices, "--op", op, "--memory", memory];
         let few = ["--pool-mib", "4", "--payload-mib", "1", "--pages", pages, "--page-bytes", "16384"];
         let (success, text, errors) =

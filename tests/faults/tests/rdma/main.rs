@@ -29,7 +29,8 @@ static CABLE: Mutex<()> = Mutex::new(());
 fn a_link_that_goes_down_is_told_and_comes_back() {
     let _cable = CABLE.lock().unwrap_or_else(|poison| poison.into_inner());
     for network in Network::all() {
-        let pair = Pair::open([vec![network.port(0)], vec![network.port(1)]], 2);
+        let ports = [0, 1].map(|device| vec![network.impatient_port(device)]);
+        let pair = Pair::open(ports, 2);
         let told = pair.rooms(short, |rooms| {
             rooms.wait_for_delivered(4);
             network.set_link(false);
@@ -67,17 +68,26 @@ fn packets_that_are_lost_are_sent_again() {
 fn a_rail_that_dies_leaves_the_rooms_to_the_other() {
     let _cable = CABLE.lock().unwrap_or_else(|poison| poison.into_inner());
     let Some(network) = Network::guest() else { return };
-    let rails = [vec![network.port(0), network.port(0)], vec![network.port(1), network.port(0)]];
+    let rails = [[0, 0], [1, 0]].map(|devices| devices.map(|device| network.impatient_port(device)).to_vec());
     let pair = Pair::open(rails, 1);
+    let mut moved = Vec::new();
     let told = pair.rooms(long, |rooms| {
         rooms.wait_for_delivered(4);
+        moved.push(pair.rails());
         network.set_loss(100);
         std::thread::sleep(Duration::from_secs(2));
-        rooms.wait_for_delivered(4);
+        moved.push(pair.rails());
+        rooms.wait_for_delivered(8);
+        moved.push(pair.rails());
         network.set_loss(0);
     });
-    println!("one of two rails loses all, {}: {}", network.name(), told.in_words());
+    let (words, name) = (told.in_words(), network.name());
+    println!("one of two rails loses all, {name}: {words}; bytes of both, and rooms begun again: {moved:?}");
     assert!(told.ends.keys().all(|(_, word)| *word == "delivered"), "{:?}", told.ends);
+    let [well, dead, later] = moved[..] else { unreachable!("three looks") };
+    assert!(well.0 > 0 && dead.0 == later.0, "the first carries nothing any more");
+    assert!(well.1 > 0 && dead.1 < later.1, "and the second does");
+    assert!(later.2 > 0, "what was under way on the first began again");
     pair.recovers();
     pair.parts();
 }
@@ -181,16 +191,28 @@ impl Pair {
         Rooms::new(Some(&self.prefill.bench), &self.decode.bench, self.peer, plan).run(meanwhile)
     }
 
+    /// What each of two rails was given to move, and how many attempts were begun because a lane went down.
+    fn rails(&self) -> (u64, u64, u64) {
+        let mut sums = (0, 0, 0);
+        for worker in [&self.prefill, &self.decode] {
+            let stats = worker.bench.stats(SOON).expect("the loop answers");
+            let moved = |rail: usize| stats.rails[rail].written_bytes + stats.rails[rail].read_bytes;
+            sums = (sums.0 + moved(0), sums.1 + moved(1), sums.2 + stats.counters.further_attempts);
+        }
+        sums
+    }
+
     /// A push and a pull are delivered before long, and nobody has to do anything for it.
     fn recovers(&self) {
+        let (prefill, decode, peer) = (&self.prefill.bench, &self.decode.bench, self.peer);
         for is_pull in [false, true] {
             let until = Instant::now() + SOON;
             for number in 0.. {
                 let room = 1 << 60 | u64::from(is_pull) << 50 | number;
                 let plan = Plan { is_pull, ..short(room) };
                 let [sent, received] = std::thread::scope(|scope| {
-                    let sent = scope.spawn(|| self.prefill.bench.live(&plan, Side::Prefill, self.peer));
-                    let received = self.decode.bench.live(&plan, Side::Decode, self.peer);
+                    let sent = scope.spawn(|| prefill.live(&plan, Side::Prefill, peer));
+                    let received = decode.live(&plan, Side::Decode, peer);
                     [sent.join().expect("rooms do not panic"), received].map(|heard| heard.unwrap().ended)
                 });
                 if sent.is_delivered() && received.is_delivered() {

@@ -1,6 +1,7 @@
 //! Two RDMA devices with a cable between them that can be broken.
 
 use std::process::Command;
+use std::time::Duration;
 
 use crossdock::{PortConfig, VerbsOptions};
 use crossdock_verbs::fake::{Fabric, FabricOptions, Pace};
@@ -36,8 +37,19 @@ impl Network {
         names.map(Network::Guest)
     }
 
-    /// A port of the first (0) or the second (1) device, which finds out soon that nothing is answered.
+    /// A port of the first (0) or the second (1) device.
     pub fn port(&self, device: usize) -> PortConfig {
+        PortConfig::Verbs(self.options(device))
+    }
+
+    /// The same, which finds out in 0.3 s that nothing is answered.
+    pub fn impatient_port(&self, device: usize) -> PortConfig {
+        let mut options = self.options(device);
+        options.retries = 3;
+        PortConfig::Verbs(options)
+    }
+
+    fn options(&self, device: usize) -> VerbsOptions {
         let mut options = VerbsOptions::default();
         match self {
             Network::Fabric(fabric) => {
@@ -46,10 +58,8 @@ impl Network {
             }
             Network::Guest(names) => options.device = Some(names[device].clone()),
         }
-        // 0.3 s.
-        options.retries = 3;
-        options.connect_timeout = std::time::Duration::from_secs(2);
-        PortConfig::Verbs(options)
+        options.connect_timeout = Duration::from_secs(2);
+        options
     }
 
     pub fn set_link(&self, is_up: bool) {
