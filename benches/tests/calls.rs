@@ -16,6 +16,8 @@ fn wrong_calls_name_their_flags() {
         (vec!["--model", "llama-3-70b", "--prefill-tp", "3", "--decode-tp", "3"], vec!["8 heads", "3 ranks"]),
         (vec!["--model", "llama-3-70b", "--prefill-tp", "2"], vec!["--prefill-tp", "--decode-tp"]),
         (vec!["--page-bytes", "67108865"], vec!["--page-bytes 67108865"]),
+        (vec!["--devices", "rxe0"], vec!["--devices", "--port verbs"]),
+        (vec!["--port", "verbs", "--devices", "none0"], vec!["--port verbs", "crossdock doctor"]),
     ] {
         let (success, _, errors) = call(&arguments);
         assert!(!success, "{arguments:?} is accepted");
@@ -30,6 +32,33 @@ fn the_header_says_what_the_flags_say() {
     let (success, text, errors) = call(&["--pool-mib", "16", "--page-bytes", "4096", "--repeats", "1"]);
     assert!(success, "{errors}");
     assert!(text.starts_with("shm, shared memory, write, pages of 4096 bytes, "), "{text}");
+}
+
+/// Pushed and pulled, rates and single pages: beside bare lanes between the same devices.
+#[test]
+fn rdma_is_measured_between_devices() {
+    let Ok(devices) = std::env::var("CROSSDOCK_VERBS_DEVICES") else {
+        eprintln!("SKIPPED: CROSSDOCK_VERBS_DEVICES names no RDMA device (run this in tests/rdma-vm)");
+        return;
+    };
+    for (op, memory, pages) in [
+        ("write", "shared", "16"),
+        ("read", "private", "16"),
+        ("write", "private", "1"),
+        ("read", "shared", "1"),
+    ] {
+        let arguments = ["--port", "verbs", "--devices", &devices, "--op", op, "--memory", memory];
+        let few = ["--pool-mib", "4", "--payload-mib", "1", "--pages", pages, "--page-bytes", "16384"];
+        let (success, text, errors) =
+            call(&[&arguments[..], &few[..], &["--repeats", "1", "--verify", "--json"]].concat());
+        assert!(success, "{op} {memory} {pages}: {errors}");
+        let line: serde_json::Value = serde_json::from_str(&text).expect("one object");
+        assert_eq!((&line["port"], &line["floor"]), (&"verbs".into(), &"bare lanes".into()), "{text}");
+        assert_eq!((&line["op"], &line["memory"]), (&op.into(), &memory.into()), "{text}");
+        assert_eq!(line["verified"], true, "{text}");
+        assert!(line["efficiency"].as_f64().is_some_and(|value| value > 0.0), "{text}");
+        println!("{text}");
+    }
 }
 
 #[test]

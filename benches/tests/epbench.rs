@@ -52,6 +52,24 @@ fn every_mode_is_measured_and_verified() {
     }
 }
 
+/// As between hosts, each rank on the device after that of the rank before it.
+#[test]
+fn both_modes_are_measured_over_rdma() {
+    let Ok(devices) = std::env::var("CROSSDOCK_VERBS_DEVICES") else {
+        eprintln!("SKIPPED: CROSSDOCK_VERBS_DEVICES names no RDMA device (run this in tests/rdma-vm)");
+        return;
+    };
+    for mode in ["latency", "throughput"] {
+        let arguments = ["--port", "verbs", "--devices", &devices, "--mode", mode, "--tokens", "5"];
+        let few = ["--hidden", "256", "--experts", "16", "--iterations", "12", "--verify", "--json"];
+        let (success, text, errors) = call(&[&arguments[..], &few[..]].concat());
+        assert!(success, "{mode}: {errors}");
+        let line: serde_json::Value = serde_json::from_str(&text).expect("one object");
+        assert_eq!((&line["port"], &line["verified"]), (&"verbs".into(), &true.into()), "{text}");
+        println!("{text}");
+    }
+}
+
 #[test]
 fn a_table_says_what_the_flags_say() {
     let (success, text, errors) = call(&["--hidden", "256", "--tokens", "4", "--iterations", "10"]);
@@ -120,6 +138,7 @@ fn sizes_are_told_beside_deepeps() {
 fn what_is_not_possible_is_refused_by_name() {
     for (arguments, words) in [
         (vec!["--devices", "rxe0"], vec!["--devices", "--port verbs"]),
+        (vec!["--port", "verbs", "--devices", "none0"], vec!["--port verbs", "crossdock doctor"]),
         (vec!["--port", "tcp", "--round-trips"], vec!["--round-trips", "--port shm"]),
         (vec!["--backend", "cuda"], vec!["--backend cuda is not built yet", "--backend host"]),
         (vec!["--hidden", "100"], vec!["hidden 100", "multiple of 8", "multiple of 128"]),

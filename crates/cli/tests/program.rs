@@ -29,6 +29,20 @@ fn a_demo_of_everything_shows_both_tables() {
 }
 
 #[test]
+fn rdma_carries_the_demo() {
+    let Ok(devices) = std::env::var("CROSSDOCK_VERBS_DEVICES") else {
+        eprintln!("SKIPPED: CROSSDOCK_VERBS_DEVICES names no RDMA device (run this in tests/rdma-vm)");
+        return;
+    };
+    let few = ["--requests", "3", "--pool-mib", "16", "--ports", "verbs", "--devices", &devices];
+    let ended = Demo::of_kv(&few).end(Duration::from_secs(250));
+    assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
+    let row = ended.text.lines().find(|line| line.starts_with("verbs  ")).expect("a row");
+    assert_eq!(row.split_whitespace().collect::<Vec<_>>()[1..4], ["3", "3", "3"], "{}", ended.text);
+    assert!(ended.text.contains("leaks: 0 "), "{}", ended.text);
+}
+
+#[test]
 fn experts_alone_are_told_to_programs() {
     let ended = Demo::start(&["--scenes", "experts", "--json"]).end(Duration::from_secs(120));
     assert!(ended.status.success(), "{}\n{}", ended.text, ended.errors);
@@ -158,7 +172,7 @@ fn wrong_calls_are_explained() {
         (vec!["demo", "--pool-mib", "0"], vec!["--pool-mib", "1..=1048576"]),
         (vec!["demo", "--scenes", "none"], vec!["--scenes", "kv, experts"]),
         (vec!["demo", "--ports", "cuda"], vec!["--ports", "shm, tcp, verbs"]),
-        (vec!["demo", "--ports", "verbs", "--devices", "none0"], vec!["--ports verbs: "]),
+        (vec!["demo", "--ports", "verbs", "--devices", "none0"], vec!["--ports verbs: ", "doctor"]),
         (vec!["demo", "--devices", "none0"], vec!["--devices", "--ports verbs"]),
         (vec!["demo", "--trace", "/nowhere"], vec!["cannot open /nowhere", "No such file"]),
         (vec!["demo", "--trace", bad.path()], vec![bad.path(), "line 2"]),

@@ -1,5 +1,7 @@
 //! A group whose ranks are on several hosts gives what one gives whose ranks share memory, bit for bit: here "hosts" are
-//! domains of shared memory, with tcp between them.
+//! domains of shared memory, with another port between them.
+
+mod carriers;
 
 use std::thread;
 use std::time::Duration;
@@ -9,6 +11,8 @@ use crossdock::experts::{
     ScaleOrder, ScaleRule, Scales, Slot, ThroughputOutputs, Tokens,
 };
 use crossdock::{Authentication, PortConfig, ShmOptions};
+
+use carriers::Carrier;
 
 /// Numbers from one seed.
 struct Random(u64);
@@ -262,7 +266,7 @@ fn all(groups: Vec<Group>, inputs: &[Vec<Input>], steps: Steps) -> Vec<Seen> {
 }
 
 /// The ranks meet; neighbours are on one host as long as there are ranks for each.
-fn meet(config: &GroupConfig, ranks_per_node: u32) -> Vec<Group> {
+fn meet(config: &GroupConfig, ranks_per_node: u32, carrier: &Carrier) -> Vec<Group> {
     let ranks = 0..config.ranks();
     let meetings: Vec<Meeting> = ranks
         .map(|rank| {
@@ -270,7 +274,7 @@ fn meet(config: &GroupConfig, ranks_per_node: u32) -> Vec<Group> {
             let mut meeting = MeetingConfig::new(config.clone(), rank, auth);
             let domain = format!("node {}", rank / ranks_per_node);
             let shm = ShmOptions { domain, ..ShmOptions::default() };
-            meeting.ports = vec![PortConfig::Shm(shm), PortConfig::Tcp(None)];
+            meeting.ports = vec![PortConfig::Shm(shm), carrier.port((rank / ranks_per_node) as usize)];
             meeting.options = options();
             // Threads of a busy machine are not heard of for long.
             meeting.heartbeats_missed = 150;
@@ -288,19 +292,25 @@ fn meet(config: &GroupConfig, ranks_per_node: u32) -> Vec<Group> {
     })
 }
 
+/// What carries tokens from host to host.
+fn between() -> impl Iterator<Item = Carrier> {
+    Carrier::all().into_iter().filter(|carrier| !matches!(carrier, Carrier::Shm))
+}
+
 fn compare(config: &GroupConfig, nodes_of: &[u32], seed: u64, steps: Steps) {
     let mut random = Random(seed);
     let ranks = config.max_tokens.len();
     let inputs: Vec<Vec<Input>> =
         (0..7).map(|_| (0..ranks).map(|rank| input(config, rank, &mut random)).collect()).collect();
     let expected = all(Group::in_process(config, &options()).expect("a group"), &inputs, steps);
-    for &ranks_per_node in nodes_of {
-        let seen = all(meet(config, ranks_per_node), &inputs, steps);
+    let nodes_of = |carrier: Carrier| nodes_of.iter().map(move |&ranks| (carrier.clone(), ranks));
+    for (carrier, ranks_per_node) in between().flat_map(nodes_of) {
+        let seen = all(meet(config, ranks_per_node, &carrier), &inputs, steps);
         for (rank, (seen, expected)) in seen.iter().zip(&expected).enumerate() {
             for (seen, expected) in seen.0.iter().zip(&expected.0) {
                 assert!(
                     seen == expected,
-                    "{} of rank {rank}, {ranks_per_node} ranks a node, seed {seed}",
+                    "{} of rank {rank}, {ranks_per_node} ranks a node, {carrier:?}, seed {seed}",
                     seen.0
                 );
             }
@@ -371,11 +381,11 @@ fn a_rank_may_leave_right_after_its_last_step() {
         slots: 2,
         placement_version: 6,
     };
-    for seed in 0..20 {
+    for (carrier, seed) in between().flat_map(|carrier| (0..20).map(move |seed| (carrier.clone(), seed))) {
         let mut random = Random(seed);
         let inputs: Vec<Vec<Input>> =
             (0..2).map(|_| (0..2).map(|rank| input(&config, rank, &mut random)).collect()).collect();
-        all(meet(&config, 1), &inputs, steps);
+        all(meet(&config, 1, &carrier), &inputs, steps);
     }
 }
 
@@ -391,7 +401,12 @@ fn a_rank_that_is_masked_through_a_port_is_told() {
         slots: 1,
         placement_version: 7,
     };
-    let groups = meet(&config, 1);
+    for carrier in between() {
+        is_told_of_its_mask(meet(&config, 1, &carrier));
+    }
+}
+
+fn is_told_of_its_mask(groups: Vec<Group>) {
     let mourner = groups[0].mourner();
     let step = |group: &mut Group| {
         let rows = vec![Bf16::from_f32(1.0); 3 * 128];

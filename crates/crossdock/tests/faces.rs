@@ -1,6 +1,8 @@
 //! What a user of a node meets: refusals that can be read, ends of every kind, restarts, both ways to make progress,
 //! and every way to wait.
 
+mod carriers;
+
 use std::future::Future;
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsFd;
@@ -14,6 +16,8 @@ use crossdock::{
     Misfit, Node, NotTaken, PagePool, Peer, Placement, PortConfig, Progress, ReceiveRequest, Receiving,
     Refusal, RoomRefusal, SendError, SendRequest, Sending, SessionEnd, ShmOptions, Stage, Turn, Who,
 };
+
+use carriers::Carrier;
 
 const WAIT: Duration = Duration::from_secs(20);
 /// Enough for one request of these tests that waits for its room, and not for two.
@@ -100,10 +104,6 @@ fn key(text: &str) -> Authentication {
 
 fn is_busy(end: &End) -> bool {
     matches!(end, End::Refused { why: RoomRefusal::Busy, by: Who::Peer })
-}
-
-fn ports() -> [PortConfig; 2] {
-    [PortConfig::Shm(ShmOptions::default()), PortConfig::Tcp(None)]
 }
 
 #[test]
@@ -196,9 +196,9 @@ fn a_key_is_neither_shown_nor_guessable() {
 
 #[test]
 fn either_side_may_cancel() {
-    for port in ports() {
-        let prefill = worker_with("prefill", Dtype::Bf16, |config| config.ports = vec![port.clone()]);
-        let decode = worker_with("decode", Dtype::Bf16, |config| config.ports = vec![port]);
+    for carrier in Carrier::all() {
+        let prefill = worker_with("prefill", Dtype::Bf16, |config| config.ports = vec![carrier.port(0)]);
+        let decode = worker_with("decode", Dtype::Bf16, |config| config.ports = vec![carrier.port(1)]);
         let peer = decode.connect(&prefill);
         let receiving = decode.receive(peer, 1, WAIT);
         let mut sending = prefill.send(1, WAIT);
@@ -527,17 +527,17 @@ fn a_room_in_too_many_pieces_ends_with_its_reason() {
 
 #[test]
 fn a_peer_may_start_again_at_the_same_address() {
-    for port in ports() {
+    for carrier in Carrier::all() {
         let open = |bind: &str| {
             worker_with("prefill", Dtype::Bf16, |config| {
-                config.ports = vec![port.clone()];
+                config.ports = vec![carrier.port(0)];
                 config.node = Some(5);
                 config.bind = bind.parse().unwrap();
             })
         };
         let prefill = open("127.0.0.1:0");
         let address = prefill.node.address().to_owned();
-        let decode = worker_with("decode", Dtype::Bf16, |config| config.ports = vec![port.clone()]);
+        let decode = worker_with("decode", Dtype::Bf16, |config| config.ports = vec![carrier.port(1)]);
         let peer = decode.connect(&prefill);
         let lost = decode.receive(peer, 1, WAIT);
         drop(prefill);

@@ -1,11 +1,15 @@
 //! One node prefills, another decodes, in one process: over each port, push and pull.
 
+mod carriers;
+
 use std::time::{Duration, Instant};
 
 use crossdock::{
     Authentication, CacheLayout, Config, End, Memory, Node, PagePool, PortConfig, ReceiveRequest,
-    SendRequest, ServeRequest, ShmOptions, Verify,
+    SendRequest, ServeRequest, Verify,
 };
+
+use carriers::Carrier;
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -63,15 +67,11 @@ fn content(layer: u32, token: u32, salt: u64) -> [u8; TOKEN] {
     bytes
 }
 
-fn ports() -> [PortConfig; 2] {
-    [PortConfig::Shm(ShmOptions::default()), PortConfig::Tcp(None)]
-}
-
 #[test]
 fn push() {
-    for port in ports() {
-        let prefill = worker("prefill", 64, 32, port.clone(), Verify::Off);
-        let decode = worker("decode", 16, 64, port, Verify::All);
+    for carrier in Carrier::all() {
+        let prefill = worker("prefill", 64, 32, carrier.port(0), Verify::Off);
+        let decode = worker("decode", 16, 64, carrier.port(1), Verify::All);
         let (tokens, skip) = (300, 40);
         let (peer, mut up) = decode.node.handle().connect(prefill.node.address()).unwrap();
         up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
@@ -125,9 +125,9 @@ fn push() {
 
 #[test]
 fn pull() {
-    for port in ports() {
-        let prefill = worker("prefill", 64, 32, port.clone(), Verify::Off);
-        let decode = worker("decode", 64, 32, port, Verify::All);
+    for carrier in Carrier::all() {
+        let prefill = worker("prefill", 64, 32, carrier.port(0), Verify::Off);
+        let decode = worker("decode", 64, 32, carrier.port(1), Verify::All);
         let tokens = 200;
         let (peer, _up) = decode.node.handle().connect(prefill.node.address()).unwrap();
         let source = prefill.pool.take(prefill.layout.pages_for(tokens)).unwrap();

@@ -1,19 +1,23 @@
 //! A peer of the same fingerprint whose layout, as it says it in its setup, is not that of its memory: rooms with it end
 //! for a reason, nothing panics, and the others are served.
 
+mod carriers;
+
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossdock::{
     Authentication, CacheKind, CacheLayout, CachePartOptions, CachePoolOptions, Config, Dtype, End, Extent,
     Handle, HeadOrder, HeadShare, Identity, LayerBuffer, LayoutOptions, Misfit, Node, PagePool, PageSet,
-    Peer, Placement, PortConfig, ReceiveRequest, RoomRefusal, SendRequest, ServeRequest, ShmOptions, Stage,
-    TcpOptions, Verify, Who, Worker,
+    Peer, Placement, PortConfig, ReceiveRequest, RoomRefusal, SendRequest, ServeRequest, Stage, TcpOptions,
+    Verify, Who, Worker,
 };
 use crossdock_engine::{Engine, EngineOptions, Network, SocketNetwork, SocketOptions};
 use crossdock_kv::WorkerOptions;
 use crossdock_proto::{Fingerprint, Proto, Rail};
 use crossdock_transport::Port;
+
+use carriers::Carrier;
 
 const WAIT: Duration = Duration::from_secs(30);
 /// Of a room that waits for another rank than the peer's.
@@ -127,9 +131,10 @@ struct Liar {
 }
 
 impl Liar {
-    fn open(number: u64, says: Vec<u8>, port: &PortConfig) -> Self {
+    fn open(number: u64, says: Vec<u8>, port: PortConfig) -> Self {
         let port: Box<dyn Port> = match port {
-            PortConfig::Shm(options) => Box::new(crossdock_shm::ShmPort::open(options.clone()).unwrap()),
+            PortConfig::Shm(options) => Box::new(crossdock_shm::ShmPort::open(options).unwrap()),
+            PortConfig::Verbs(options) => Box::new(crossdock_verbs::VerbsPort::open(options).unwrap()),
             _ => Box::new(crossdock_tcp::TcpPort::open(TcpOptions::default()).unwrap()),
         };
         let network = SocketNetwork::open(SocketOptions::new("127.0.0.1:0".parse().unwrap())).unwrap();
@@ -172,10 +177,10 @@ struct Side {
 }
 
 impl Side {
-    fn open(name: &str, port: &PortConfig) -> Self {
+    fn open(name: &str, port: PortConfig) -> Self {
         let (memory, pool) = crossdock::allocate(&honest()).unwrap();
         let mut config = Config::new(name, honest(), memory, Authentication::Off);
-        config.ports = vec![port.clone()];
+        config.ports = vec![port];
         config.verify = Verify::All;
         Self { node: Node::open(config).unwrap(), pool }
     }
@@ -227,8 +232,8 @@ fn hand_over(
 
 #[test]
 fn a_layout_that_is_a_lie_ends_rooms_and_nothing_else() {
-    for port in [PortConfig::Shm(ShmOptions::default()), PortConfig::Tcp(None)] {
-        let (node, other) = (Side::open("node", &port), Side::open("other", &port));
+    for carrier in Carrier::all() {
+        let (node, other) = (Side::open("node", carrier.port(0)), Side::open("other", carrier.port(1)));
         let (here, there) = ((node.node.handle(), &node.pool), (other.node.handle(), &other.pool));
         let mut room = 0;
         let mut next = |pull, deadline| {
@@ -236,7 +241,7 @@ fn a_layout_that_is_a_lie_ends_rooms_and_nothing_else() {
             (room, pull, deadline)
         };
         for (number, (lie, says, fate)) in (100..).zip(lies()) {
-            let liar = Liar::open(number, says, &port);
+            let liar = Liar::open(number, says, carrier.port(1));
             let of_liar = (&liar.handle, &liar.pool);
             let (to_liar, to_node) =
                 (connect(here.0, &liar.address), connect(&liar.handle, node.node.address()));

@@ -10,7 +10,7 @@ use crossdock::{
 use crate::{Bench, Chance};
 
 /// Which side of a room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Side {
     /// Has the bytes.
     Prefill,

@@ -55,6 +55,14 @@ pub struct WorkerOptions {
 impl Worker {
     /// Opens a node; it is known by its options' number.
     pub fn open(options: &WorkerOptions) -> Result<Self, crossdock::Error> {
+        Self::open_with(options, |_| ())
+    }
+
+    /// The same, with a change of what a node of the tests is told.
+    pub fn open_with(
+        options: &WorkerOptions,
+        change: impl FnOnce(&mut Config),
+    ) -> Result<Self, crossdock::Error> {
         let layout = layout(options.pages);
         let (memory, pool) = crossdock::allocate(&layout)?;
         // 32 bytes that all workers of the tests have.
@@ -94,6 +102,7 @@ impl Worker {
             tcp.advertise = Some(Proxy::FRONT);
             config.ports.push(PortConfig::Tcp(Some(tcp)));
         }
+        change(&mut config);
         let node = Node::open(config)?;
         let bench = Bench { handle: node.handle().clone(), pool, layout, memory: memory[0].clone() };
         Ok(Self { node, bench })

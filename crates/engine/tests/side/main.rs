@@ -17,7 +17,7 @@ use pair::*;
 
 #[test]
 fn what_is_written_is_whole_before_its_immediate() {
-    for carrier in Carrier::ALL {
+    for carrier in Carrier::all() {
         for lanes in [1, 3] {
             let mut pair = Pair::allowed(carrier, &Setting { lanes, ..Setting::default() });
             for step in 0..60_u32 {
@@ -67,7 +67,7 @@ fn what_is_written_is_whole_before_its_immediate() {
 /// Queues that take a page at most, and few tokens: all comes once and in order, and so do the tokens.
 #[test]
 fn a_full_queue_is_waited_for() {
-    for carrier in Carrier::ALL {
+    for carrier in Carrier::all() {
         let engine =
             EngineOptions { max_side_tokens: 3, max_side_arrivals: 1000, ..EngineOptions::default() };
         let mut pair = Pair::allowed(carrier, &Setting { is_tight: true, engine, ..Setting::default() });
@@ -182,7 +182,7 @@ fn what_is_not_allowed_is_not_written() {
 /// Once the session is closed here and quiet, nothing lands, however long the peer goes on posting.
 #[test]
 fn nothing_lands_after_a_session_is_quiet() {
-    for carrier in Carrier::ALL {
+    for carrier in Carrier::all() {
         let mut pair = Pair::allowed(carrier, &Setting::default());
         let session = pair.reader.session();
         pair.writer.memory.fill(0, BYTES, 1).unwrap();

@@ -11,6 +11,7 @@ use crossdock_shm::{ShmOptions, ShmPort};
 use crossdock_sim::{Fabric, FabricOptions, NodeId, Semantics, SimPort, SimPortOptions};
 use crossdock_tcp::{TcpOptions, TcpPort};
 use crossdock_transport::{Direction, GrantId, Op, Port, Posted, Shape};
+use crossdock_verbs::{Verbs, VerbsOptions, VerbsPort, fake};
 
 pub const WAIT: Duration = Duration::from_secs(60);
 /// Of each side's region.
@@ -27,18 +28,32 @@ pub enum Carrier {
     Sim(Semantics),
     Tcp,
     Shm,
+    /// Between two devices that are software of this process.
+    Verbs,
+    /// Between those that `CROSSDOCK_VERBS_DEVICES` names.
+    Devices,
 }
 
 impl Carrier {
-    pub const ALL: [Carrier; 6] = [
-        Carrier::Sim(Semantics::Checked),
-        Carrier::Sim(Semantics::Verbs),
-        Carrier::Sim(Semantics::Mapped),
-        Carrier::Sim(Semantics::Fabric),
-        Carrier::Tcp,
-        Carrier::Shm,
-    ];
+    /// Where devices are named, only these: the others need none.
+    pub fn all() -> Vec<Carrier> {
+        if std::env::var_os(DEVICES).is_some() {
+            return vec![Carrier::Devices];
+        }
+        eprintln!("SKIPPED: RDMA devices: {DEVICES} names none (tests/rdma-vm has some)");
+        vec![
+            Carrier::Sim(Semantics::Checked),
+            Carrier::Sim(Semantics::Verbs),
+            Carrier::Sim(Semantics::Mapped),
+            Carrier::Sim(Semantics::Fabric),
+            Carrier::Tcp,
+            Carrier::Shm,
+            Carrier::Verbs,
+        ]
+    }
 }
+
+const DEVICES: &str = "CROSSDOCK_VERBS_DEVICES";
 
 #[derive(Clone, Debug)]
 pub struct Setting {
@@ -59,6 +74,8 @@ pub struct Pair {
     pub writer: Side,
     pub reader: Side,
     pub fabric: Fabric,
+    /// The devices of [`Carrier::Verbs`]; last, since it looks after those that use them.
+    _devices: fake::Fabric,
     begin: Instant,
 }
 
@@ -74,13 +91,13 @@ pub struct Side {
 impl Pair {
     pub fn open(carrier: Carrier, setting: &Setting) -> Self {
         let fabric = Fabric::new(1, FabricOptions::default());
-        let mut node = 0;
-        let mut port = || {
-            node += 1;
-            vec![open_port(carrier, setting, &fabric, node)]
+        let devices = fake::Fabric::new(fake::FabricOptions::default());
+        let port = |node| match carrier {
+            Carrier::Verbs => verbs_port(setting, &format!("fake{}", node - 1), Some(devices.verbs())),
+            _ => open_port(carrier, setting, &fabric, node),
         };
-        let (writer, reader) = (port(), port());
-        Self::over(fabric, setting, writer, reader)
+        let (writer, reader) = (vec![port(1)], vec![port(2)]);
+        Self { _devices: devices, ..Self::over(fabric, setting, writer, reader) }
     }
 
     pub fn over(
@@ -90,7 +107,8 @@ impl Pair {
         reader: Vec<Box<dyn Port>>,
     ) -> Self {
         let (writer, reader) = (Side::open(1, writer, setting), Side::open(2, reader, setting));
-        let mut pair = Self { writer, reader, fabric, begin: Instant::now() };
+        let devices = fake::Fabric::new(fake::FabricOptions::default());
+        let mut pair = Self { writer, reader, fabric, _devices: devices, begin: Instant::now() };
         let address = pair.reader.engine.address().to_owned();
         pair.writer.engine.proto().connect(now_ns(), address);
         pair.turn_until("a session", |pair| pair.writer.session.and(pair.reader.session).is_some());
@@ -293,5 +311,20 @@ pub fn open_port(carrier: Carrier, setting: &Setting, fabric: &Fabric, node: u32
             }
             Box::new(ShmPort::open(options).unwrap())
         }
+        Carrier::Verbs => panic!("its two ports share their devices"),
+        Carrier::Devices => {
+            let devices = std::env::var(DEVICES).unwrap();
+            let devices: Vec<&str> = devices.split(',').collect();
+            verbs_port(setting, devices[node as usize % devices.len()], None)
+        }
     }
+}
+
+fn verbs_port(setting: &Setting, device: &str, verbs: Option<Verbs>) -> Box<dyn Port> {
+    let mut options = VerbsOptions::default();
+    (options.device, options.verbs) = (Some(device.to_owned()), verbs);
+    if setting.is_tight {
+        (options.requests_per_lane, options.immediates_per_lane) = (3, 2);
+    }
+    Box::new(VerbsPort::open(options).unwrap())
 }

@@ -58,9 +58,22 @@ impl Chosen {
 
 /// Opens the device that the options ask for, or the first that is usable.
 pub(crate) fn choose(verbs: &Verbs, options: &VerbsOptions) -> Result<(Arc<Context>, Chosen)> {
+    let found = devices(verbs.library()).map_err(|failed| match failed.errno {
+        libc::ENOSYS => Error::Unsupported {
+            what: "RDMA",
+            advice: "load the kernel's RDMA modules, and give a container /dev/infiniband: see `crossdock doctor`",
+        },
+        _ => failed.into(),
+    })?;
     let names = match &options.device {
+        Some(name) if !found.contains(name) => {
+            return Err(Error::Unsupported {
+                what: "RDMA over a device of that name",
+                advice: "name one that `crossdock doctor` or `ibv_devices` lists",
+            });
+        }
         Some(name) => vec![name.clone()],
-        None => devices(verbs.library())?,
+        None => found,
     };
     let mut refused =
         Error::Unsupported { what: "RDMA", advice: "no RDMA device was found: see `crossdock doctor`" };

@@ -1,0 +1,68 @@
+//! What a test of whole nodes runs over: each kind of port, or only RDMA devices where some are named.
+
+use std::time::Duration;
+
+use crossdock::{PortConfig, ShmOptions, VerbsOptions};
+use crossdock_verbs::fake::{Fabric, FabricOptions, Pace};
+
+/// What carries the bytes between the nodes of a test.
+#[derive(Clone)]
+pub enum Carrier {
+    Shm,
+    Tcp,
+    /// RDMA between two devices that are software of this process.
+    Fabric(Fabric),
+    /// RDMA between devices of this machine, which may be software of its kernel (`tests/rdma-vm` has two).
+    Devices(Vec<String>),
+}
+
+impl Carrier {
+    /// All that there are here. Where `CROSSDOCK_VERBS_DEVICES` names devices, it is only these: the others need none, and
+    /// where devices are software, time is another.
+    pub fn all() -> Vec<Carrier> {
+        if let Some(devices) = devices() {
+            return vec![Carrier::Devices(devices)];
+        }
+        eprintln!("SKIPPED: RDMA devices: CROSSDOCK_VERBS_DEVICES names none (tests/rdma-vm has some)");
+        let fabric = Fabric::new(FabricOptions { pace: Pace::Thread, ..FabricOptions::default() });
+        vec![Carrier::Shm, Carrier::Tcp, Carrier::Fabric(fabric)]
+    }
+
+    /// The port of one of several nodes: devices are taken by turns, so that neighbours are not on the same.
+    pub fn port(&self, node: usize) -> PortConfig {
+        let mut options = VerbsOptions::default();
+        match self {
+            Carrier::Shm => return PortConfig::Shm(ShmOptions::default()),
+            Carrier::Tcp => return PortConfig::Tcp(None),
+            Carrier::Fabric(fabric) => {
+                options.verbs = Some(fabric.verbs());
+                options.device = Some(format!("fake{}", node % 2));
+            }
+            Carrier::Devices(devices) => options.device = Some(devices[node % devices.len()].clone()),
+        }
+        PortConfig::Verbs(options)
+    }
+}
+
+impl std::fmt::Debug for Carrier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Carrier::Shm => f.write_str("shm"),
+            Carrier::Tcp => f.write_str("tcp"),
+            Carrier::Fabric(_) => f.write_str("verbs in this process"),
+            Carrier::Devices(devices) => write!(f, "verbs over {}", devices.join(" and ")),
+        }
+    }
+}
+
+/// The RDMA devices that tests may use.
+pub fn devices() -> Option<Vec<String>> {
+    let devices = std::env::var("CROSSDOCK_VERBS_DEVICES").ok()?;
+    Some(devices.split(',').map(str::to_owned).collect())
+}
+
+/// How long a test waits for what takes this long at most elsewhere: software that plays a device, on a processor that is
+/// emulated, is slow.
+pub fn patience(elsewhere: Duration) -> Duration {
+    if devices().is_some() { elsewhere * 6 } else { elsewhere }
+}
