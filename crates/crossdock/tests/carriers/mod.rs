@@ -1,7 +1,5 @@
 //! What a test of whole nodes runs over: each kind of port, or only RDMA devices where some are named.
 
-use std::time::Duration;
-
 use crossdock::{PortConfig, ShmOptions, VerbsOptions};
 use crossdock_verbs::fake::{Fabric, FabricOptions, Pace};
 
@@ -56,13 +54,7 @@ impl std::fmt::Debug for Carrier {
 }
 
 /// The RDMA devices that tests may use.
-pub fn devices() -> Option<Vec<String>> {
+fn devices() -> Option<Vec<String>> {
     let devices = std::env::var("CROSSDOCK_VERBS_DEVICES").ok()?;
     Some(devices.split(',').map(str::to_owned).collect())
-}
-
-/// How long a test waits for what takes this long at most elsewhere: software that plays a device, on a processor that is
-/// emulated, is slow.
-pub fn patience(elsewhere: Duration) -> Duration {
-    if devices().is_some() { elsewhere * 6 } else { elsewhere }
 }
