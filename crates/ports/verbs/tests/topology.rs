@@ -3,6 +3,7 @@
 mod machine;
 
 use crossdock_verbs::topology::{Distance, GidKind, LinkLayer, PortState, Topology};
+use crossdock_verbs::{Near, VerbsOptions, rails};
 use machine::{Card, Carrier, Machine, NO_GID};
 
 fn names(devices: &[&crossdock_verbs::topology::RdmaDevice]) -> Vec<String> {
@@ -155,4 +156,44 @@ fn this_machine_can_be_read() {
         "{:?}",
         topology.adapters
     );
+}
+
+/// The rails of a worker: those of its GPU, or of its NUMA node, unless it names one.
+#[test]
+fn rails_are_the_usable_ports_nearest() {
+    let machine = Machine::with_eight_gpus();
+    let chosen = |near, like: &VerbsOptions| -> Vec<String> {
+        let all = rails(&Topology::read(machine.root()), near, like);
+        all.into_iter().map(|one| format!("{}:{}", one.device.unwrap(), one.port.unwrap())).collect()
+    };
+    let any = VerbsOptions::default();
+    let gpus = Topology::read(machine.root()).gpus;
+    assert_eq!(chosen(Near::Gpu(gpus[5].pci.address), &any), ["mlx5_5:1"]);
+    assert_eq!(chosen(Near::NumaNode(0), &any), ["mlx5_0:1", "mlx5_1:1", "mlx5_2:1", "mlx5_3:1"]);
+    assert_eq!(chosen(Near::Anything, &any).len(), 8);
+    let mut named = VerbsOptions::default();
+    named.device = Some("mlx5_7".into());
+    assert_eq!(chosen(Near::Gpu(gpus[0].pci.address), &named), ["mlx5_7:1"], "what is named is taken");
+    named.device = Some("mlx5_77".into());
+    assert_eq!(chosen(Near::Anything, &named), Vec::<String>::new());
+
+    // The near one is down: the next nearest take its place.
+    machine.file("/sys/class/infiniband/mlx5_5/ports/1/state", "1: DOWN");
+    let next = chosen(Near::Gpu(gpus[5].pci.address), &any);
+    assert_eq!(next, ["mlx5_4:1", "mlx5_6:1", "mlx5_7:1"], "those of the same NUMA node");
+    // A slow one beside fast ones is no rail.
+    machine.file("/sys/class/infiniband/mlx5_4/ports/1/rate", "25 Gb/sec (1X EDR)");
+    assert_eq!(chosen(Near::Gpu(gpus[5].pci.address), &any), ["mlx5_6:1", "mlx5_7:1"]);
+}
+
+/// What a rail is like is as it was asked for.
+#[test]
+fn rails_keep_what_was_asked_for() {
+    let machine = Machine::tray();
+    let mut like = VerbsOptions::default();
+    like.traffic_class = 104;
+    like.gid_index = Some(2);
+    let all = rails(&Topology::read(machine.root()), Near::Anything, &like);
+    assert!(!all.is_empty());
+    assert!(all.iter().all(|one| one.traffic_class == 104 && one.gid_index == Some(2)));
 }
