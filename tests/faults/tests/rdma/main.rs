@@ -252,6 +252,8 @@ struct Rooms<'a> {
     peer: Peer,
     plan: fn(u64) -> Plan,
     is_over: AtomicBool,
+    /// Of each lane, how many rooms are lived: one that a side has begun, the other begins too.
+    begun: [Mutex<u64>; LANES as usize],
     ended: AtomicU64,
     delivered: AtomicU64,
 }
@@ -267,8 +269,8 @@ struct Told {
 
 impl<'a> Rooms<'a> {
     fn new(prefill: Option<&'a Bench>, decode: &'a Bench, peer: Peer, plan: fn(u64) -> Plan) -> Self {
-        let (ended, delivered) = Default::default();
-        Self { prefill, decode, peer, plan, is_over: AtomicBool::new(false), ended, delivered }
+        let (is_over, begun, ended, delivered) = Default::default();
+        Self { prefill, decode, peer, plan, is_over, begun, ended, delivered }
     }
 
     fn run(&self, meanwhile: impl FnOnce(&Self)) -> Told {
@@ -291,10 +293,7 @@ impl<'a> Rooms<'a> {
     /// Both sides of a lane have the same rooms; whoever ends one first waits for the other in the next.
     fn lane(&self, bench: &Bench, lane: u64, side: Side) -> Told {
         let mut told = Told::default();
-        for number in 0.. {
-            if self.is_over.load(Ordering::Relaxed) {
-                break;
-            }
+        for number in (0..).take_while(|&number| self.begins(lane, number)) {
             let heard = bench.live(&(self.plan)(lane << 32 | number), side, self.peer).unwrap();
             let ended = &heard.ended;
             assert!(is_typed(ended), "{side:?} of room {number} of lane {lane}: {ended:?}");
@@ -309,6 +308,14 @@ impl<'a> Rooms<'a> {
             }
         }
         told
+    }
+
+    fn begins(&self, lane: u64, number: u64) -> bool {
+        let mut begun = self.begun[lane as usize].lock().expect("no side panics here");
+        if !self.is_over.load(Ordering::Relaxed) {
+            *begun = (*begun).max(number + 1);
+        }
+        number < *begun
     }
 
     /// Waits until so many more rooms are delivered.
