@@ -144,6 +144,8 @@ pub enum DownCause {
 /// What a device said of a lane that it gave up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceError {
+    /// Which device, and which of its ports.
+    pub device: DeviceName,
     /// The device's code.
     pub status: u32,
     /// What that code is called.
@@ -156,6 +158,37 @@ pub struct DeviceError {
     pub peer: [u8; 16],
     /// What to look at.
     pub advice: &'static str,
+}
+
+/// A device's name, of which the first 32 bytes are kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct DeviceName {
+    bytes: [u8; 32],
+    len: u8,
+}
+
+impl DeviceName {
+    /// Keeps a name, cut where it is too long.
+    pub fn new(name: &str) -> Self {
+        let mut bytes = [0; 32];
+        let mut len = name.len().min(bytes.len());
+        while !name.is_char_boundary(len) {
+            len -= 1;
+        }
+        bytes[..len].copy_from_slice(&name.as_bytes()[..len]);
+        Self { bytes, len: len as u8 }
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        std::str::from_utf8(&self.bytes[..usize::from(self.len)]).expect("it was cut between letters")
+    }
+}
+
+impl std::fmt::Debug for DeviceName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 impl DownCause {
@@ -201,12 +234,27 @@ impl std::fmt::Display for DownCause {
 
 impl std::fmt::Display for DeviceError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { status, name, vendor, queue_pair, .. } = self;
+        let Self { device, status, name, vendor, queue_pair, .. } = self;
+        let device = device.as_str();
         let peer = std::net::Ipv6Addr::from(self.peer);
-        write!(f, "the device reported {name} ({status}, vendor {vendor:#x}) for queue pair {queue_pair}")?;
+        write!(f, "{device} reported {name} ({status}, vendor {vendor:#x}) for queue pair {queue_pair}")?;
         match peer.to_ipv4_mapped() {
             Some(peer) => write!(f, " to {peer}"),
             None => write!(f, " to {peer}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_name_is_cut_between_letters() {
+        for name in ["", "mlx5_0:1", &"ä".repeat(40), &format!("a{}", "ä".repeat(40)), &"x".repeat(32)] {
+            let kept = DeviceName::new(name);
+            assert!(name.starts_with(kept.as_str()) && kept.as_str().len() <= 32);
+            assert!(kept.as_str().len() >= name.len().min(31));
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Where bytes land: the only place of the fabric that touches memory.
 
 use crossdock_memory::Memory;
-use crossdock_transport::{Access, DeviceError, DownCause, Event, GrantId, LocalId, Refusal};
+use crossdock_transport::{Access, DeviceError, DeviceName, DownCause, Event, GrantId, LocalId, Refusal};
 
 use crate::options::Semantics;
 use crate::wire::{End, Kind, Message, Piece};
@@ -318,7 +318,15 @@ fn put(memory: &Memory, offset: u64, bytes: &[u8]) {
 /// What a device says of an access that it has refused. This one has neither numbers nor addresses.
 fn device_error(status: u32, name: &'static str) -> DownCause {
     let advice = "look for writes outside of what was granted";
-    DownCause::Device(DeviceError { status, name, vendor: 0, queue_pair: 0, peer: [0; 16], advice })
+    DownCause::Device(DeviceError {
+        device: DeviceName::new("sim"),
+        status,
+        name,
+        vendor: 0,
+        queue_pair: 0,
+        peer: [0; 16],
+        advice,
+    })
 }
 
 const LOCAL_ACCESS_ERROR: u32 = 8;

@@ -1,6 +1,6 @@
 //! What all lanes of a port share.
 
-use crossdock_transport::{GrantTable, Slab};
+use crossdock_transport::{DeviceName, GrantTable, Slab};
 
 use crate::counters::VerbsCounters;
 use crate::ibverbs::chain::SendChain;
@@ -9,6 +9,8 @@ use crate::ibverbs::objects::MemoryRegion;
 use crate::lane::Habits;
 
 pub(crate) struct Domain {
+    /// Of the device and its port, for errors.
+    pub name: DeviceName,
     /// Registered memory; an id is a `LocalId`.
     pub regions: Slab<MemoryRegion>,
     /// For what they cover: the device checks keys, not grants.

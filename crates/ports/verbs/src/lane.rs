@@ -12,7 +12,8 @@
 use std::time::{Duration, Instant};
 
 use crossdock_transport::{
-    DeviceError, DownCause, Error, Event, Events, LaneId, LaneTags, Op, PeerId, Posted, Result, Token,
+    DeviceError, DeviceName, DownCause, Error, Event, Events, LaneId, LaneTags, Op, PeerId, Posted, Result,
+    Token,
 };
 use subtle::ConstantTimeEq;
 
@@ -260,7 +261,7 @@ impl Lane {
         let cause = match self.state {
             State::Closing { .. } => DownCause::ClosedHere,
             State::Meeting(_) if status == status::RETRY_EXCEEDED => DownCause::ConnectTimedOut,
-            _ => self.device_error(status, vendor),
+            _ => self.device_error(status, vendor, domain.name),
         };
         self.fail(cause);
     }
@@ -270,14 +271,15 @@ impl Lane {
         domain.counters.device_errors += 1;
         let Status { name, advice } = status::of_event(event);
         let peer = self.remote.map_or([0; 16], |remote| remote.gid.0);
-        let cause = DeviceError { status: event, name, vendor: 0, queue_pair: self.number, peer, advice };
+        let (device, queue_pair) = (domain.name, self.number);
+        let cause = DeviceError { device, status: event, name, vendor: 0, queue_pair, peer, advice };
         self.fail(DownCause::Device(cause));
     }
 
-    fn device_error(&self, status: u32, vendor: u32) -> DownCause {
+    fn device_error(&self, status: u32, vendor: u32, device: DeviceName) -> DownCause {
         let Status { name, advice } = status::of_completion(status);
         let peer = self.remote.map_or([0; 16], |remote| remote.gid.0);
-        DownCause::Device(DeviceError { status, name, vendor, queue_pair: self.number, peer, advice })
+        DownCause::Device(DeviceError { device, status, name, vendor, queue_pair: self.number, peer, advice })
     }
 
     /// Begins the handshake anew on the same queue pair. The other end has not answered, so it has not sent anything.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use crossdock_memory::{AllocateOptions, Memory};
 use crossdock_transport::{
-    Arm, Attached, DownCause, Error, Event, Events, Fence, Grant, GrantId, GrantTable, LaneAddress, LaneId,
-    LaneTags, LocalId, Op, PeerId, Port, PortInfo, Posted, RemoteKey, Result, Slab,
+    Arm, Attached, DeviceName, DownCause, Error, Event, Events, Fence, Grant, GrantId, GrantTable,
+    LaneAddress, LaneId, LaneTags, LocalId, Op, PeerId, Port, PortInfo, Posted, RemoteKey, Result, Slab,
 };
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
@@ -131,6 +131,7 @@ impl VerbsPort {
             ordered: true,
             immediates_in_flight: options.immediates_per_lane,
         };
+        let name = DeviceName::new(&info.name);
         Ok(Self {
             info,
             nonce: u64::from_ne_bytes(random()?),
@@ -141,6 +142,7 @@ impl VerbsPort {
             unused: Vec::new(),
             receives,
             domain: Domain {
+                name,
                 regions: Slab::new(options.max_regions),
                 grants: GrantTable::new(),
                 chain: SendChain::new(),

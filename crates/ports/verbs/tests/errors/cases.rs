@@ -35,6 +35,7 @@ fn what_was_deregistered_is_out_of_reach(network: &mut dyn Network) {
     let expected = ["IBV_EVENT_QP_ACCESS_ERR", "IBV_WC_WR_FLUSH_ERR"];
     assert!(expected.contains(&owner.as_str()), "{owner}");
     let Some(DownCause::Device(error)) = pair.down(0) else { unreachable!("it has a name") };
+    assert_eq!(error.device.as_str(), pair.ports[0].info().name);
     assert_ne!(error.queue_pair, 0);
     assert_ne!(error.peer, [0; 16]);
     assert!(error.advice.contains("deregistered"), "{}", error.advice);
