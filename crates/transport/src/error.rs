@@ -148,29 +148,36 @@ pub struct DeviceError {
     pub device: DeviceName,
     /// The device's code.
     pub status: u32,
-    /// What that code is called.
-    pub name: &'static str,
+    /// What that code means.
+    pub meaning: &'static DeviceStatus,
     /// The code that only the vendor can explain.
     pub vendor: u32,
     /// This end's queue pair.
     pub queue_pair: u32,
     /// The peer's address in the device's network (of verbs, its GID).
     pub peer: [u8; 16],
+}
+
+/// A device's code in words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceStatus {
+    /// What it is called.
+    pub name: &'static str,
     /// What to look at.
     pub advice: &'static str,
 }
 
-/// A device's name, of which the first 32 bytes are kept.
+/// A device's name, of which the first 15 bytes are kept: errors are copied about, and stay small.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct DeviceName {
-    bytes: [u8; 32],
+    bytes: [u8; 15],
     len: u8,
 }
 
 impl DeviceName {
     /// Keeps a name, cut where it is too long.
     pub fn new(name: &str) -> Self {
-        let mut bytes = [0; 32];
+        let mut bytes = [0; 15];
         let mut len = name.len().min(bytes.len());
         while !name.is_char_boundary(len) {
             len -= 1;
@@ -208,7 +215,7 @@ impl DownCause {
             Self::LimitReached { .. } => {
                 "raise the limit in the port's options, or register fewer regions at the peer"
             }
-            Self::Device(error) => error.advice,
+            Self::Device(error) => error.meaning.advice,
         }
     }
 }
@@ -234,8 +241,8 @@ impl std::fmt::Display for DownCause {
 
 impl std::fmt::Display for DeviceError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { device, status, name, vendor, queue_pair, .. } = self;
-        let device = device.as_str();
+        let Self { device, status, meaning, vendor, queue_pair, .. } = self;
+        let (device, name) = (device.as_str(), meaning.name);
         let peer = std::net::Ipv6Addr::from(self.peer);
         write!(f, "{device} reported {name} ({status}, vendor {vendor:#x}) for queue pair {queue_pair}")?;
         match peer.to_ipv4_mapped() {
@@ -251,10 +258,10 @@ mod tests {
 
     #[test]
     fn a_long_name_is_cut_between_letters() {
-        for name in ["", "mlx5_0:1", &"ä".repeat(40), &format!("a{}", "ä".repeat(40)), &"x".repeat(32)] {
+        for name in ["", "mlx5_0:1", &"ä".repeat(40), &format!("a{}", "ä".repeat(40)), &"x".repeat(15)] {
             let kept = DeviceName::new(name);
-            assert!(name.starts_with(kept.as_str()) && kept.as_str().len() <= 32);
-            assert!(kept.as_str().len() >= name.len().min(31));
+            assert!(name.starts_with(kept.as_str()) && kept.as_str().len() <= 15);
+            assert!(kept.as_str().len() >= name.len().min(14));
         }
     }
 }

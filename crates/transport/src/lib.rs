@@ -21,7 +21,7 @@ mod op;
 mod port;
 mod slab;
 
-pub use error::{DeviceError, DeviceName, DownCause, Error, Result};
+pub use error::{DeviceError, DeviceName, DeviceStatus, DownCause, Error, Result};
 pub use event::{Event, Events};
 pub use grant::{Access, Grant, GrantId, GrantTable, GrantedBuffer, Refusal};
 pub use op::{Direction, Op, Posted, Shape, Token};

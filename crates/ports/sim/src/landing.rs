@@ -1,7 +1,9 @@
 //! Where bytes land: the only place of the fabric that touches memory.
 
 use crossdock_memory::Memory;
-use crossdock_transport::{Access, DeviceError, DeviceName, DownCause, Event, GrantId, LocalId, Refusal};
+use crossdock_transport::{
+    Access, DeviceError, DeviceName, DeviceStatus, DownCause, Event, GrantId, LocalId, Refusal,
+};
 
 use crate::options::Semantics;
 use crate::wire::{End, Kind, Message, Piece};
@@ -252,8 +254,8 @@ impl World {
 
     /// A device refuses an access: both ends are in error.
     fn refuse_access(&mut self, poster: End, target: End) {
-        self.fail(poster, device_error(REMOTE_ACCESS_ERROR, "IBV_WC_REM_ACCESS_ERR"));
-        self.fail(target, device_error(LOCAL_ACCESS_ERROR, "IBV_WC_LOC_ACCESS_ERR"));
+        self.fail(poster, device_error(REMOTE_ACCESS_ERROR, &REFUSED_THERE));
+        self.fail(target, device_error(LOCAL_ACCESS_ERROR, &REFUSED_HERE));
     }
 
     fn copy(&mut self, from: &Memory, from_offset: u64, to: &Memory, to_offset: u64, bytes: u64) {
@@ -316,18 +318,14 @@ fn put(memory: &Memory, offset: u64, bytes: &[u8]) {
 
 /// The codes that a verbs device gives.
 /// What a device says of an access that it has refused. This one has neither numbers nor addresses.
-fn device_error(status: u32, name: &'static str) -> DownCause {
-    let advice = "look for writes outside of what was granted";
-    DownCause::Device(DeviceError {
-        device: DeviceName::new("sim"),
-        status,
-        name,
-        vendor: 0,
-        queue_pair: 0,
-        peer: [0; 16],
-        advice,
-    })
+fn device_error(status: u32, meaning: &'static DeviceStatus) -> DownCause {
+    let device = DeviceName::new("sim");
+    DownCause::Device(DeviceError { device, status, meaning, vendor: 0, queue_pair: 0, peer: [0; 16] })
 }
 
+static REFUSED_HERE: DeviceStatus =
+    DeviceStatus { name: "IBV_WC_LOC_ACCESS_ERR", advice: "look for writes outside of what was granted" };
+static REFUSED_THERE: DeviceStatus =
+    DeviceStatus { name: "IBV_WC_REM_ACCESS_ERR", advice: "look for writes outside of what was granted" };
 const LOCAL_ACCESS_ERROR: u32 = 8;
 const REMOTE_ACCESS_ERROR: u32 = 10;

@@ -22,7 +22,7 @@ use crate::domain::Domain;
 use crate::ibverbs::chain::Work;
 use crate::ibverbs::context::Failed;
 use crate::ibverbs::objects::{Path, QueuePair, RECEIVE_BYTES};
-use crate::ibverbs::status::{self, Status};
+use crate::ibverbs::status;
 use crate::message::{Hello, Word};
 use crate::sending::{Sending, Taken};
 
@@ -269,17 +269,17 @@ impl Lane {
     /// The device has put the queue pair into error by itself.
     pub fn gave_up(&mut self, event: u32, domain: &mut Domain) {
         domain.counters.device_errors += 1;
-        let Status { name, advice } = status::of_event(event);
+        let meaning = status::of_event(event);
         let peer = self.remote.map_or([0; 16], |remote| remote.gid.0);
         let (device, queue_pair) = (domain.name, self.number);
-        let cause = DeviceError { device, status: event, name, vendor: 0, queue_pair, peer, advice };
+        let cause = DeviceError { device, status: event, meaning, vendor: 0, queue_pair, peer };
         self.fail(DownCause::Device(cause));
     }
 
     fn device_error(&self, status: u32, vendor: u32, device: DeviceName) -> DownCause {
-        let Status { name, advice } = status::of_completion(status);
+        let meaning = status::of_completion(status);
         let peer = self.remote.map_or([0; 16], |remote| remote.gid.0);
-        DownCause::Device(DeviceError { device, status, name, vendor, queue_pair: self.number, peer, advice })
+        DownCause::Device(DeviceError { device, status, meaning, vendor, queue_pair: self.number, peer })
     }
 
     /// Begins the handshake anew on the same queue pair. The other end has not answered, so it has not sent anything.

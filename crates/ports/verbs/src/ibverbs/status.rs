@@ -1,19 +1,38 @@
 //! What a device's codes are called, and what to look at.
 
-use super::sys::*;
+use crossdock_transport::DeviceStatus;
 
-/// A code, in words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Status {
-    pub name: &'static str,
-    pub advice: &'static str,
-}
+use super::sys::*;
 
 /// No acknowledgement came, however often the device has sent again.
 pub(crate) const RETRY_EXCEEDED: u32 = IBV_WC_RETRY_EXC_ERR;
 
-/// Of a completion.
-pub(crate) fn of_completion(status: u32) -> Status {
+/// The meanings of all codes up to 23, and of whatever is newer.
+macro_rules! table {
+    ($of:ident) => {{
+        let mut all = [$of(u32::MAX); 25];
+        let mut code = 0;
+        while code < 24 {
+            all[code] = $of(code as u32);
+            code += 1;
+        }
+        all
+    }};
+}
+
+/// What the status of a completion means.
+pub(crate) fn of_completion(status: u32) -> &'static DeviceStatus {
+    static ALL: [DeviceStatus; 25] = table!(completion);
+    &ALL[(status as usize).min(ALL.len() - 1)]
+}
+
+/// What an event means that is the end of a queue pair or of all.
+pub(crate) fn of_event(event: u32) -> &'static DeviceStatus {
+    static ALL: [DeviceStatus; 25] = table!(event_in_words);
+    &ALL[(event as usize).min(ALL.len() - 1)]
+}
+
+const fn completion(status: u32) -> DeviceStatus {
     let advice = match status {
         IBV_WC_RETRY_EXC_ERR => {
             "the peer's device does not answer: its process or host is gone, the link is down, packets are lost \
@@ -44,11 +63,14 @@ pub(crate) fn of_completion(status: u32) -> Status {
         IBV_WC_FATAL_ERR | IBV_WC_GENERAL_ERR => "this device failed: look at the kernel log, and reset it",
         _ => "look up the status in the device's documentation, and look at the kernel log",
     };
-    Status { name: wc_status_name(status).unwrap_or("an unknown status"), advice }
+    let name = match wc_status_name(status) {
+        Some(name) => name,
+        None => "an unknown status",
+    };
+    DeviceStatus { name, advice }
 }
 
-/// Of an event that is the end of a queue pair or of all.
-pub(crate) fn of_event(event: u32) -> Status {
+const fn event_in_words(event: u32) -> DeviceStatus {
     let advice = match event {
         IBV_EVENT_QP_ACCESS_ERR | IBV_EVENT_QP_REQ_ERR => {
             "the peer wrote or read where it may not; if it is crossdock, report it"
@@ -56,5 +78,9 @@ pub(crate) fn of_event(event: u32) -> Status {
         IBV_EVENT_CQ_ERR => "completions were lost: lower requests_per_lane or max_lanes, and report it",
         _ => "this device failed: look at the kernel log, and reset it",
     };
-    Status { name: event_name(event).unwrap_or("an unknown event"), advice }
+    let name = match event_name(event) {
+        Some(name) => name,
+        None => "an unknown event",
+    };
+    DeviceStatus { name, advice }
 }

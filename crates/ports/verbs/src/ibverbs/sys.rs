@@ -652,7 +652,7 @@ macro_rules! name {
 }
 
 /// The name of the status of a work completion, `None` if it is newer than this list.
-pub fn wc_status_name(status: u32) -> Option<&'static str> {
+pub const fn wc_status_name(status: u32) -> Option<&'static str> {
     name!(
         status,
         IBV_WC_SUCCESS IBV_WC_LOC_LEN_ERR IBV_WC_LOC_QP_OP_ERR IBV_WC_LOC_EEC_OP_ERR IBV_WC_LOC_PROT_ERR
@@ -665,7 +665,7 @@ pub fn wc_status_name(status: u32) -> Option<&'static str> {
 }
 
 /// The name of the type of an asynchronous event, `None` if it is newer than this list.
-pub fn event_name(event_type: u32) -> Option<&'static str> {
+pub const fn event_name(event_type: u32) -> Option<&'static str> {
     name!(
         event_type,
         IBV_EVENT_CQ_ERR IBV_EVENT_QP_FATAL IBV_EVENT_QP_REQ_ERR IBV_EVENT_QP_ACCESS_ERR IBV_EVENT_COMM_EST

@@ -38,7 +38,8 @@ fn what_was_deregistered_is_out_of_reach(network: &mut dyn Network) {
     assert_eq!(error.device.as_str(), pair.ports[0].info().name);
     assert_ne!(error.queue_pair, 0);
     assert_ne!(error.peer, [0; 16]);
-    assert!(error.advice.contains("deregistered"), "{}", error.advice);
+    let advice = error.meaning.advice;
+    assert!(advice.contains("deregistered"), "{advice}");
     assert!(!pair.done(0, 1) && pair.arrived(1) == 0, "a refused write was told as done");
     let mut found = vec![0; 10_000];
     pair.memory[1].read(0, &mut found).expect("inside");

@@ -162,7 +162,7 @@ impl Pair {
 /// How a cause is called.
 pub fn ending(cause: &DownCause) -> String {
     match cause {
-        DownCause::Device(error) => error.name.to_owned(),
+        DownCause::Device(error) => error.meaning.name.to_owned(),
         other => format!("{other:?}"),
     }
 }
