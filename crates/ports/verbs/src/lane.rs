@@ -57,17 +57,29 @@ pub(crate) enum State {
     /// Connected, as far as the device knows; the ends have not shown each other their tags.
     Meeting(Box<Meeting>),
     Up,
-    /// Closed here; the peer is being told.
+    /// About to end; the peer is being told.
     Closing {
-        deadline: Instant,
-    },
-    /// The queue pair is in error and about to be destroyed.
-    Draining {
         cause: DownCause,
         deadline: Instant,
     },
+    /// The queue pair is in error and about to be destroyed.
+    Draining(Drain),
     /// Destroyed, and `Down` is still to be said.
     Ended(DownCause),
+}
+
+/// What a lane waits for before its queue pair is destroyed.
+pub(crate) struct Drain {
+    cause: DownCause,
+    /// The device has said that the queue pair takes no more of the shared receives.
+    is_last_receive_taken: bool,
+    /// Until when that is waited for: not every device says so.
+    quiet: Instant,
+    /// How often the completion queue had been emptied when everything else was done. It is once more before the end:
+    /// what came for this lane is told, and its receives are posted again.
+    emptied: Option<u64>,
+    /// Until when all that is waited for.
+    deadline: Instant,
 }
 
 /// What a lane knows until it is up.
@@ -141,7 +153,7 @@ impl Lane {
         match self.state {
             State::Up => Ok(()),
             State::Open | State::Meeting(_) => Err(Error::LaneNotUp { lane: self.id }),
-            State::Closing { .. } | State::Draining { .. } | State::Ended(_) => {
+            State::Closing { .. } | State::Draining(_) | State::Ended(_) => {
                 Err(Error::LaneDown { lane: self.id })
             }
         }
@@ -151,7 +163,9 @@ impl Lane {
     pub fn deadline(&self) -> Option<Instant> {
         match &self.state {
             State::Meeting(meeting) => Some(meeting.deadline),
-            State::Closing { deadline } | State::Draining { deadline, .. } => Some(*deadline),
+            State::Closing { deadline, .. } => Some(*deadline),
+            State::Draining(drain) if drain.quiet > Instant::now() => Some(drain.quiet),
+            State::Draining(drain) => Some(drain.deadline),
             State::Open | State::Up | State::Ended(_) => None,
         }
     }
@@ -208,7 +222,6 @@ impl Lane {
     /// Hands ops to the device; how many were taken whole, and how much of the next.
     pub fn post(&mut self, ops: &[Op<'_>], domain: &mut Domain) -> Result<Posted> {
         self.check_up()?;
-        self.spoke = true;
         let queue_pair = self.queue_pair.as_ref().expect("a lane that is up is not destroyed");
         let mut posted = Posted::default();
         let mut refused = None;
@@ -226,6 +239,7 @@ impl Lane {
             }
         }
         self.sending.flush(queue_pair, domain);
+        self.spoke |= posted != Posted::default();
         self.sending.came_short = posted.ops < ops.len();
         self.see_what_was_taken(domain);
         match refused {
@@ -243,7 +257,7 @@ impl Lane {
     /// A request of this lane has failed, or was flushed.
     pub fn failed(&mut self, request: u32, status: u32, vendor: u32, domain: &mut Domain) {
         // Of before a reset, or after the end.
-        if !self.sending.complete(request) || matches!(self.state, State::Draining { .. } | State::Ended(_)) {
+        if !self.sending.complete(request) || matches!(self.state, State::Draining(_) | State::Ended(_)) {
             return;
         }
         // Whoever says hello first may be too early, as long as there is time.
@@ -259,11 +273,19 @@ impl Lane {
         }
         domain.counters.device_errors += 1;
         let cause = match self.state {
-            State::Closing { .. } => DownCause::ClosedHere,
+            State::Closing { cause, .. } => cause,
             State::Meeting(_) if status == status::RETRY_EXCEEDED => DownCause::ConnectTimedOut,
             _ => self.device_error(status, vendor, domain.name),
         };
         self.fail(cause);
+    }
+
+    /// A receive of this lane has failed: its queue pair is in error.
+    pub fn receive_failed(&mut self, status: u32, vendor: u32, domain: &mut Domain) {
+        if matches!(self.state, State::Meeting(_) | State::Up) {
+            domain.counters.device_errors += 1;
+            self.fail(self.device_error(status, vendor, domain.name));
+        }
     }
 
     /// The device has put the queue pair into error by itself.
@@ -330,7 +352,7 @@ impl Lane {
     pub fn word(&mut self, imm: u32, domain: &mut Domain) {
         match Word::decode(imm) {
             Ok(Word::Bye) => self.fail(match self.state {
-                State::Closing { .. } => DownCause::ClosedHere,
+                State::Closing { cause, .. } => cause,
                 _ => DownCause::ClosedByPeer,
             }),
             Ok(Word::Credits(count)) if self.sending.credit(count) => {
@@ -365,44 +387,57 @@ impl Lane {
         match &self.state {
             State::Open | State::Meeting(_) => false,
             State::Up => self.owes_credits(),
-            State::Closing { .. } | State::Draining { .. } => self.sending.out() == 0,
+            State::Closing { .. } | State::Draining(_) => self.sending.out() == 0,
             State::Ended(_) => true,
         }
     }
 
-    /// Tells the peer and ends.
+    /// Tells the peer and ends. Only once: whatever the peer does meanwhile, its time is limited.
     fn part(&mut self, cause: DownCause, domain: &mut Domain) {
-        self.say(Work::Send(Word::Bye.encode()), None, domain);
-        // The word is sent before anything else happens to the queue pair only if nothing waits before it: give it the
-        // time that a close has.
-        self.state = State::Draining { cause, deadline: Instant::now() + domain.habits.close_timeout };
+        if matches!(self.state, State::Meeting(_) | State::Up) {
+            let said = self.say(Work::Send(Word::Bye.encode()), None, domain);
+            match self.state {
+                State::Meeting(_) | State::Up if said => {
+                    self.state =
+                        State::Closing { cause, deadline: Instant::now() + domain.habits.close_timeout };
+                }
+                _ => self.fail(cause),
+            }
+        }
     }
 
     /// The queue pair takes nothing from the peer any more, from now on.
     pub fn fail(&mut self, cause: DownCause) {
-        if matches!(self.state, State::Draining { .. } | State::Ended(_)) {
+        if matches!(self.state, State::Draining(_) | State::Ended(_)) {
             return;
         }
         if let Some(queue_pair) = &self.queue_pair {
             // Destroying it does the same, should this fail.
             let _ = queue_pair.to_error();
         }
-        self.state = State::Draining { cause, deadline: Instant::now() + DRAIN_TIMEOUT };
+        let now = Instant::now();
+        // One that was never connected has taken no receive.
+        let quiet = if self.was_up { now + LAST_RECEIVE_TIMEOUT } else { now };
+        let deadline = now + DRAIN_TIMEOUT;
+        self.state =
+            State::Draining(Drain { cause, is_last_receive_taken: false, quiet, emptied: None, deadline });
+    }
+
+    /// The device says that the queue pair takes no more of the shared receives.
+    pub fn last_receive_taken(&mut self) {
+        if let State::Draining(drain) = &mut self.state {
+            (drain.is_last_receive_taken, drain.emptied) = (true, None);
+        }
     }
 
     /// Begins the end, as its owner wants.
     pub fn close(&mut self, domain: &mut Domain) {
-        let tell = match &self.state {
-            State::Open => false,
+        match &self.state {
             // The other end can be up already, if it has heard this one's hello.
-            State::Meeting(meeting) => meeting.first,
-            State::Up => true,
-            State::Closing { .. } | State::Draining { .. } | State::Ended(_) => return,
-        };
-        if tell && self.say(Work::Send(Word::Bye.encode()), None, domain) {
-            self.state = State::Closing { deadline: Instant::now() + domain.habits.close_timeout };
-        } else {
-            self.fail(DownCause::ClosedHere);
+            State::Meeting(meeting) if meeting.first => self.part(DownCause::ClosedHere, domain),
+            State::Up => self.part(DownCause::ClosedHere, domain),
+            State::Open | State::Meeting(_) => self.fail(DownCause::ClosedHere),
+            State::Closing { .. } | State::Draining(_) | State::Ended(_) => {}
         }
     }
 
@@ -410,8 +445,8 @@ impl Lane {
     pub fn expire(&mut self) {
         match self.state {
             State::Meeting(_) => self.fail(DownCause::ConnectTimedOut),
-            State::Closing { .. } => self.fail(DownCause::ClosedHere),
-            State::Draining { .. } | State::Open | State::Up | State::Ended(_) => {}
+            State::Closing { cause, .. } => self.fail(cause),
+            State::Draining(_) | State::Open | State::Up | State::Ended(_) => {}
         }
     }
 
@@ -432,6 +467,34 @@ impl Lane {
         }
     }
 
+    /// Waits for what is to come of the queue pair, and destroys it; `None` once that is done.
+    fn drain(&mut self, domain: &mut Domain) -> Option<After> {
+        let State::Draining(drain) = &mut self.state else { return None };
+        let now = Instant::now();
+        if now < drain.deadline {
+            if self.sending.out() > 0 || (!drain.is_last_receive_taken && now < drain.quiet) {
+                return Some(After::Sleep);
+            }
+            if *drain.emptied.get_or_insert(domain.emptied) == domain.emptied {
+                return Some(After::Again);
+            }
+        }
+        let cause = drain.cause;
+        match self.queue_pair.take().map(QueuePair::destroy) {
+            Some(Err((queue_pair, _))) => {
+                // As long as the device knows it, nobody can say that it touches nothing.
+                self.queue_pair = Some(queue_pair);
+                drain.deadline = now + DRAIN_TIMEOUT;
+                Some(After::Sleep)
+            }
+            Some(Ok(())) | None => {
+                domain.counters.queue_pairs_destroyed += 1;
+                self.state = State::Ended(cause);
+                None
+            }
+        }
+    }
+
     pub fn turn(&mut self, events: &mut Events, domain: &mut Domain) -> After {
         loop {
             match &self.state {
@@ -447,29 +510,16 @@ impl Lane {
                     // Without room for it, a completion calls again.
                     return After::Sleep;
                 }
-                State::Closing { .. } => {
+                State::Closing { cause, .. } => {
                     if self.sending.out() > 0 {
                         return After::Sleep;
                     }
-                    self.fail(DownCause::ClosedHere);
-                }
-                State::Draining { cause, deadline } => {
-                    if self.sending.out() > 0 && Instant::now() < *deadline {
-                        return After::Sleep;
-                    }
                     let cause = *cause;
-                    match self.queue_pair.take().map(QueuePair::destroy) {
-                        Some(Err((queue_pair, _))) => {
-                            // As long as the device knows it, nobody can say that it touches nothing.
-                            self.queue_pair = Some(queue_pair);
-                            let deadline = Instant::now() + DRAIN_TIMEOUT;
-                            self.state = State::Draining { cause, deadline };
-                            return After::Sleep;
-                        }
-                        Some(Ok(())) | None => {
-                            domain.counters.queue_pairs_destroyed += 1;
-                            self.state = State::Ended(cause);
-                        }
+                    self.fail(cause);
+                }
+                State::Draining(_) => {
+                    if let Some(after) = self.drain(domain) {
+                        return after;
                     }
                 }
                 State::Ended(cause) => {
@@ -486,5 +536,7 @@ impl Lane {
 
 /// The immediate of a hello, which no word has.
 pub(crate) const HELLO: u32 = 0;
+/// How long a device may take to say that a queue pair takes no more of the shared receives. Soft-RoCE never does.
+const LAST_RECEIVE_TIMEOUT: Duration = Duration::from_millis(10);
 /// How long what was posted may take to come back flushed. Destroying the queue pair is the fence; this is courtesy.
 const DRAIN_TIMEOUT: Duration = Duration::from_millis(500);

@@ -99,9 +99,11 @@ impl VerbsPort {
                 advice: "lower requests_per_lane and immediates_per_lane: the device's queues are shorter",
             });
         }
+        // Not every device can make the queue longer later.
+        let lanes_at_first = (ENTRIES_AT_FIRST / entries_of_lane).max(1);
         let protection = ProtectionDomain::new(&context)?;
         let completion_queue =
-            CompletionQueue::new(&context, LANES_AT_FIRST.min(max_lanes) * entries_of_lane)?;
+            CompletionQueue::new(&context, lanes_at_first.min(max_lanes) * entries_of_lane)?;
         let own_memory = |bytes| own_memory(&protection, bytes);
         let receives = Receives::new(&protection, max_lanes * each_lane, each_lane, own_memory)?;
         let messages = own_memory(max_lanes as usize * RECEIVE_BYTES)?;
@@ -151,6 +153,7 @@ impl VerbsPort {
                 request_bytes: options.request_bytes.min(chosen.max_message_bytes).max(1),
                 post_failed: None,
                 room_made: false,
+                emptied: 0,
                 counters: VerbsCounters::default(),
             },
             completions: Completions::new(),
@@ -277,8 +280,16 @@ impl VerbsPort {
                     Self::enqueue(&mut self.ready, lane);
                 }
             }
-            // Completions are lost, or everything is.
+            (IBV_EVENT_QP_LAST_WQE_REACHED, EventOf::QueuePair(number)) => {
+                let lane = self.by_number.get(&number).copied();
+                if let Some(lane) = lane.and_then(|id| self.lanes.get_mut(id)) {
+                    lane.last_receive_taken();
+                    Self::enqueue(&mut self.ready, lane);
+                }
+            }
+            // Completions are lost, or everything is: nothing can begin here any more.
             (IBV_EVENT_CQ_ERR | IBV_EVENT_SRQ_ERR | IBV_EVENT_DEVICE_FATAL, _) => {
+                self.dead.get_or_insert(Failed { call: "ibv_get_async_event", errno: libc::EIO });
                 for (_, lane) in self.lanes.iter_mut() {
                     lane.gave_up(event.kind, &mut self.domain);
                     Self::enqueue(&mut self.ready, lane);
@@ -302,6 +313,7 @@ impl VerbsPort {
                     return self.give_up(DownCause::Broken { call: failed.call, errno: failed.errno });
                 }
                 if self.completions.is_empty() {
+                    self.domain.emptied += 1;
                     return;
                 }
             }
@@ -334,8 +346,9 @@ impl VerbsPort {
                 let Some(lane) = lane.and_then(|id| self.lanes.get_mut(id)) else {
                     return self.receives.give_back(buffer);
                 };
-                if good {
-                    Self::receive(lane, completion, buffer, &self.receives, &mut self.domain, events);
+                match good {
+                    true => Self::receive(lane, completion, buffer, &self.receives, &mut self.domain, events),
+                    false => lane.receive_failed(completion.status, completion.vendor_err, &mut self.domain),
                 }
                 self.receives.give_back(buffer);
                 lane
@@ -393,7 +406,10 @@ impl VerbsPort {
                 }
                 After::Again => Self::enqueue(&mut self.ready, lane),
                 After::Remove => {
-                    self.by_number.remove(&lane.number);
+                    // The number may be another lane's already.
+                    if self.by_number.get(&lane.number) == Some(&id) {
+                        self.by_number.remove(&lane.number);
+                    }
                     self.receives.lane_ended();
                     self.lanes.remove(id);
                 }
@@ -487,8 +503,10 @@ impl Port for VerbsPort {
             return Err(Error::RegionInUse { by: "an op" });
         }
         // Deregistering is a fence by itself: afterwards the device refuses the key.
-        let removed = self.domain.regions.remove(region.0);
-        removed.map(drop).ok_or(Error::UnknownRegion { side: "local", region: region.0 })
+        let found = self.domain.regions.get_mut(region.0);
+        found.ok_or(Error::UnknownRegion { side: "local", region: region.0 })?.deregister()?;
+        self.domain.regions.remove(region.0);
+        Ok(())
     }
 
     fn open_lane(&mut self, peer: PeerId) -> Result<(LaneId, LaneAddress)> {
@@ -702,8 +720,8 @@ fn random<const N: usize>() -> Result<[u8; N]> {
 
 /// Packets are numbered by 24 bits.
 const PACKETS: u32 = (1 << 24) - 1;
-/// For so many lanes the completion queue has room at first.
-const LANES_AT_FIRST: u32 = 8;
+/// So many completions, of 64 bytes or so, the queue has room for at first.
+const ENTRIES_AT_FIRST: u32 = 1 << 16;
 /// A device that lets go of none of so many queue pairs is asked for no more.
 const UNUSED_MAX: usize = 16;
 /// How many batches of completions one poll takes.

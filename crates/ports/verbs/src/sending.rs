@@ -35,6 +35,8 @@ pub(crate) struct Sending {
     stopped: Option<Stop>,
     /// The last post came short.
     pub came_short: bool,
+    /// It came short because the peer has no room for another immediate.
+    wants_credits: bool,
 }
 
 /// What was taken of an op.
@@ -71,6 +73,7 @@ impl Sending {
             attached: Vec::new(),
             stopped: None,
             came_short: false,
+            wants_credits: false,
         }
     }
 
@@ -93,7 +96,7 @@ impl Sending {
 
     /// Whether a post that came short can come further now.
     pub fn has_room(&self) -> bool {
-        self.out() <= self.depth / 2 && self.credits > 0
+        self.out() <= self.depth / 2 && (!self.wants_credits || self.credits > 0)
     }
 
     /// The request with this number and all before it are done, or have come to nothing; false if it was not out.
@@ -152,6 +155,7 @@ impl Sending {
             return Err(Error::BadOp { reason: "a read cannot carry an immediate" });
         }
         let resumed = self.stopped.take();
+        self.wants_credits = false;
         let empty = match op.shape {
             Shape::Span { bytes, .. } => bytes == 0,
             Shape::Pages { piece_bytes, local_pages, .. } => {
@@ -166,6 +170,7 @@ impl Sending {
             self.check_regions(op, None, domain)?;
         }
         if op.imm.is_some() && self.credits == 0 {
+            self.wants_credits = true;
             self.stopped = Stop::of(op, 0);
             return Ok(Taken::Within(0));
         }
@@ -209,12 +214,21 @@ impl Sending {
 
     fn post(&mut self, queue_pair: &QueuePair, domain: &mut Domain) {
         let offered = domain.chain.len();
-        domain.counters.requests += offered as u64;
-        if let Err((taken, failed)) = queue_pair.post(&mut domain.chain) {
-            // What was not taken never ends: it must not be waited for.
-            self.posted = self.posted.wrapping_sub((offered - taken) as u32) & NUMBERS;
-            domain.post_failed.get_or_insert(failed);
-        }
+        // After a request that the device did not take none may follow: the peer would miss what it does not know of.
+        let taken = if domain.post_failed.is_some() {
+            domain.chain.clear();
+            0
+        } else if let Err((taken, failed)) = queue_pair.post(&mut domain.chain) {
+            // Should this fail, nothing is posted any more all the same, and destroying the queue pair does the rest.
+            let _ = queue_pair.to_error();
+            domain.post_failed = Some(failed);
+            taken
+        } else {
+            offered
+        };
+        domain.counters.requests += taken as u64;
+        // What was not taken never ends: it must not be waited for.
+        self.posted = self.posted.wrapping_sub((offered - taken) as u32) & NUMBERS;
     }
 
     #[inline]
@@ -249,6 +263,7 @@ impl Sending {
             return Ok(Taken::Whole);
         }
         if self.room() == 0 || op.imm.is_some() && self.credits == 0 {
+            self.wants_credits = self.credits == 0;
             return Ok(Taken::Within(0));
         }
         self.make_place(queue_pair, domain);

@@ -78,7 +78,7 @@ fn declared(source: &str) -> BTreeSet<String> {
         if let Some(name) = word("pub struct ").or_else(|| word("pub union ")) {
             names.insert(name.to_owned());
             inside = Some(name);
-        } else if let Some(name) = word("pub const ") {
+        } else if let Some(name) = word("pub const ").filter(|name| *name != "fn") {
             names.insert(name.to_owned());
         } else if let (Some(name), Some(field)) = (inside, word("    pub ")) {
             names.insert(format!("{name}.{field}"));

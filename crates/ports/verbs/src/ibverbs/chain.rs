@@ -148,6 +148,11 @@ impl SendChain {
         self.requests[self.len - 1].send_flags |= IBV_SEND_SIGNALED;
     }
 
+    /// Forgets what was added.
+    pub fn clear(&mut self) {
+        self.len = 0;
+    }
+
     /// Cuts the chain behind its last request; its first, if there is one.
     pub(super) fn close(&mut self) -> Option<*mut ibv_send_wr> {
         let last = self.len.checked_sub(1)?;

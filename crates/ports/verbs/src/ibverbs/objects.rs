@@ -1,6 +1,5 @@
 //! What is made of an opened device: each object destroys itself when dropped, and keeps what it was made of alive.
 
-use std::cell::UnsafeCell;
 use std::fmt;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -47,7 +46,7 @@ impl Drop for ProtectionDomain {
 pub(crate) struct MemoryRegion {
     domain: Arc<ProtectionDomain>,
     raw: NonNull<ibv_mr>,
-    /// `None` only when the device may still use it after all.
+    /// `None` once it is deregistered, or for ever when the device may still use it after all.
     backing: Option<Backing>,
     base: u64,
     bytes: u64,
@@ -159,11 +158,22 @@ fn register(
     object("ibv_reg_mr", raw)
 }
 
+impl MemoryRegion {
+    /// After this the device refuses the keys. On an error it may still use the memory, and the region stays.
+    pub fn deregister(&mut self) -> Result<(), Failed> {
+        if self.backing.is_some() {
+            // SAFETY: the region is registered, and deregistered once: then there is no backing any more.
+            let errno = unsafe { (self.domain.context.library.ibv_dereg_mr)(self.raw.as_ptr()) };
+            status("ibv_dereg_mr", errno)?;
+            self.backing = None;
+        }
+        Ok(())
+    }
+}
+
 impl Drop for MemoryRegion {
     fn drop(&mut self) {
-        // SAFETY: the region is registered, and deregistered once.
-        let errno = unsafe { (self.domain.context.library.ibv_dereg_mr)(self.raw.as_ptr()) };
-        if errno != 0 {
+        if self.deregister().is_err() {
             // The device may still write there: the memory must never be freed.
             mem::forget(self.backing.take());
         }
@@ -325,14 +335,14 @@ pub(crate) struct SharedReceiveQueue {
     raw: NonNull<ibv_srq>,
     /// Where what peers send lands. Declared after `raw`, and dropped after it was destroyed.
     buffers: MemoryRegion,
-    chain: UnsafeCell<Box<[(ibv_recv_wr, ibv_sge)]>>,
+    chain: Box<[(ibv_recv_wr, ibv_sge)]>,
 }
 
-// SAFETY: as for the domain; `chain` is used by methods that take the queue exclusively.
+// SAFETY: as for the domain; the pointers of `chain` lead into itself.
 unsafe impl Send for SharedReceiveQueue {}
 
 impl SharedReceiveQueue {
-    /// A queue of up to `receives`, each with room for `bytes_each` bytes of `buffers`.
+    /// A queue of up to `receives`, which land in `buffers`, [`RECEIVE_BYTES`] for each.
     pub fn new(domain: &Arc<ProtectionDomain>, receives: u32, buffers: MemoryRegion) -> Result<Self, Failed> {
         let mut attributes = ibv_srq_init_attr::zeroed();
         attributes.attr.max_wr = receives;
@@ -341,13 +351,13 @@ impl SharedReceiveQueue {
         let raw = unsafe { (domain.context.library.ibv_create_srq)(domain.raw.as_ptr(), &mut attributes) };
         let chain = (0..RESTOCKED_MAX).map(|_| (ibv_recv_wr::zeroed(), ibv_sge::zeroed())).collect();
         let raw = object("ibv_create_srq", raw)?;
-        Ok(Self { domain: domain.clone(), raw, buffers, chain: UnsafeCell::new(chain) })
+        Ok(Self { domain: domain.clone(), raw, buffers, chain })
     }
 
     /// Posts a receive into each of these buffers, which are numbered from 0 and [`RECEIVE_BYTES`] long. At most
     /// [`RESTOCKED_MAX`] at a time. Says how many were taken.
     pub fn post(&mut self, buffers: &[u32]) -> Result<(), (usize, Failed)> {
-        let chain = self.chain.get_mut();
+        let chain = &mut self.chain;
         let count = buffers.len().min(chain.len());
         let (base, key) = (self.buffers.base(), self.buffers.local_key);
         for at in 0..count {
@@ -389,7 +399,7 @@ impl SharedReceiveQueue {
 
 impl Drop for SharedReceiveQueue {
     fn drop(&mut self) {
-        // SAFETY: the queue pairs that use it were destroyed before: their owner drops them first, and they hold it.
+        // SAFETY: the queue pairs that use it were destroyed before: the port that has both drops them first.
         unsafe { (self.domain.context.library.ibv_destroy_srq)(self.raw.as_ptr()) };
     }
 }
@@ -617,7 +627,6 @@ impl fmt::Debug for QueuePair {
 }
 
 fn no_attributes() -> ibv_qp_attr {
-    // SAFETY: the struct is made of numbers, all of which may be zero.
     ibv_qp_attr::zeroed()
 }
 

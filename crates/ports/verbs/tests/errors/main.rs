@@ -4,6 +4,7 @@
 
 mod cases;
 mod device_memory;
+mod found;
 mod network;
 mod pair;
 mod random;

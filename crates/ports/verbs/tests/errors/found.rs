@@ -1,0 +1,153 @@
+//! What reviews have found, each so that it would be found again.
+
+use std::time::{Duration, Instant};
+
+use crossdock_transport::{Direction, Event, Events, GrantId, LaneTags, Op, PeerId, Port, Shape, Token};
+use crossdock_verbs::fake::{Fabric, FabricOptions, Failure, Function, Pace};
+
+use crate::network::{Network, SoftwareFabric};
+use crate::pair::{Pair, impatient};
+
+fn at_once() -> SoftwareFabric {
+    SoftwareFabric(Fabric::new(FabricOptions { pace: Pace::AtOnce, ..FabricOptions::default() }))
+}
+
+/// An op goes to the device in several calls. When one of them is refused, none of the later ones is made: the immediate,
+/// which comes last, would tell of bytes that were never sent.
+#[test]
+fn what_follows_a_refused_request_is_not_posted() {
+    for refused in 0..3 {
+        for accepted in [0, 1, 20] {
+            let mut network = at_once();
+            let mut pair = Pair::new(&mut network, impatient());
+            pair.memory[0].fill(0, 150_000, 0x55).expect("inside");
+            let pages: Vec<u32> = (0..150).collect();
+            let shape = Shape::Pages {
+                local: pair.regions[0],
+                local_offset: 0,
+                local_stride_bytes: 1000,
+                local_pages: &pages,
+                remote: pair.remotes[0],
+                remote_offset: 0,
+                remote_stride_bytes: 1000,
+                remote_pages: &pages,
+                piece_bytes: 1000,
+            };
+            let failure =
+                Failure { accepted, after: refused, ..Failure::next(Function::PostSend, libc::ENOMEM) };
+            network.0.fail(failure);
+            let (imm, token) = (Some(7), Some(Token(1)));
+            let op = Op { direction: Direction::Write, grant: GrantId::NONE, shape, imm, token };
+            let lane = pair.lanes[0];
+            // How much was taken is told as if all was well: the lane's end follows.
+            pair.ports[0].post(lane, &[op]).expect("a good op on a lane that is up");
+            pair.wait("the lane to be down", |pair| pair.down(0).is_some());
+            pair.settle(Duration::from_millis(50));
+            assert_eq!(pair.arrived(1), 0, "told as arrived with a hole ({refused}, {accepted})");
+            assert!(!pair.done(0, 1));
+        }
+    }
+}
+
+/// A lane ends while the peer's immediates wait to be polled: all that were taken are told before `Down`, and their receives
+/// serve the lanes that follow.
+#[test]
+fn arrivals_that_wait_at_the_end_are_told_and_cost_no_receive() {
+    for seed in 0..4 {
+        let mut options = impatient();
+        options.immediates_per_lane = 20;
+        let pace = Pace::AtOnce;
+        let mut network =
+            SoftwareFabric(Fabric::new(FabricOptions { seed, pace, ..FabricOptions::default() }));
+        let mut ports = [0, 1].map(|device| network.open(device, options.clone()));
+        for round in 0..8 {
+            let opened = [0, 1].map(|side| ports[side].open_lane(PeerId(1)).expect("a lane can be opened"));
+            let tags = |ours, theirs| LaneTags { ours: [ours; 32], theirs: [theirs; 32] };
+            for (side, tags) in [(0, tags(1, 2)), (1, tags(2, 1))] {
+                ports[side]
+                    .connect(opened[side].0, &opened[1 - side].1, &tags)
+                    .expect("a fresh lane connects");
+            }
+            let mut few = Events::with_capacity(4);
+            let (mut up, mut down, mut arrived) = (0, 0, 0);
+            let mut poll = |ports: &mut [crossdock_verbs::VerbsPort; 2], up: &mut u32, down: &mut u32| {
+                for port in ports {
+                    port.poll(&mut few);
+                    for event in few.drain() {
+                        match event {
+                            Event::Up { .. } => *up += 1,
+                            Event::Down { .. } => *down += 1,
+                            Event::Arrived { .. } => arrived += 1,
+                            Event::Done { .. } => {}
+                        }
+                    }
+                }
+            };
+            let begun = Instant::now();
+            while up < 2 {
+                poll(&mut ports, &mut up, &mut down);
+                assert!(begun.elapsed() < Duration::from_secs(10), "seed {seed}, round {round}: not up");
+            }
+            ports[0].close(opened[0].0);
+            let posts =
+                (0..18).map(|_| ports[1].post(opened[1].0, &[Op::notify(1)]).map_or(0, |posted| posted.ops));
+            let taken: usize = posts.sum();
+            while down < 2 {
+                poll(&mut ports, &mut up, &mut down);
+                assert!(begun.elapsed() < Duration::from_secs(20), "seed {seed}, round {round}: not down");
+            }
+            assert_eq!(arrived, taken, "seed {seed}, round {round}");
+        }
+        assert_eq!(network.0.counters().receivers_not_ready, 0, "seed {seed}: receives were lost");
+    }
+}
+
+/// An owner that offers the same op again and again, which is not taken, says nothing to the peer by that.
+#[test]
+fn offering_in_vain_is_no_sign_of_life() {
+    let mut options = impatient();
+    options.immediates_per_lane = 10;
+    let mut network = at_once();
+    let mut pair = Pair::new(&mut network, options);
+    let lane = pair.lanes[0];
+    for _ in 0..10 {
+        pair.post(0, Op::notify(1));
+    }
+    let mut events = Events::with_capacity(64);
+    // The peer does not poll, so it gives no credits; everything is acknowledged. Then the link is cut.
+    for _ in 0..10 {
+        pair.ports[0].poll(&mut events);
+        events.clear();
+    }
+    network.set_link(1, false);
+    let begun = Instant::now();
+    let mut is_down = false;
+    while !is_down {
+        assert!(begun.elapsed() < Duration::from_secs(20), "a dead rail is not noticed");
+        let _ = pair.ports[0].post(lane, &[Op::notify(1)]);
+        pair.ports[0].poll(&mut events);
+        is_down = events.drain().any(|event| matches!(event, Event::Down { .. }));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A device that has failed for good ends its lanes and makes no new ones.
+#[test]
+fn a_device_that_has_failed_makes_no_lanes() {
+    let mut network = SoftwareFabric::new();
+    let mut pair = Pair::new(&mut network, impatient());
+    network.0.fail_device(0);
+    pair.wait("the lane to be down", |pair| pair.down(0).is_some());
+    assert!(pair.ports[0].open_lane(PeerId(1)).is_err());
+}
+
+/// Memory that the device does not let go of stays registered, and can be let go of later.
+#[test]
+fn memory_that_is_not_deregistered_stays() {
+    let mut network = SoftwareFabric::new();
+    let mut pair = Pair::new(&mut network, impatient());
+    let region = pair.regions[0];
+    network.0.fail(Failure::next(Function::DeregMr, libc::EBUSY));
+    assert!(pair.ports[0].deregister(region).is_err());
+    assert_eq!(pair.ports[0].deregister(region), Ok(()));
+}
