@@ -4,7 +4,7 @@
 mod machine;
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output, Stdio};
 
 use machine::{Carrier, Machine, NO_GID};
@@ -465,4 +465,42 @@ fn a_peer_that_is_no_doctor_is_an_error() {
     assert_eq!(output.status.code(), Some(1));
     let json: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
     assert!(json["facts"]["peer"]["error"].is_string(), "{json}");
+}
+
+/// The side that listens hears numbers that mean nothing, and then what is no question: an answer that says so, an error,
+/// and no panic.
+#[test]
+fn odd_questions_are_answered_or_refused() {
+    let mut listening = Command::new(env!("CARGO_BIN_EXE_crossdock"))
+        .args(["doctor", "--listen", "127.0.0.1:0"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("it starts");
+    let mut lines = BufReader::new(listening.stdout.take().expect("it is a pipe")).lines();
+    let line = lines.next().expect("a line").expect("text");
+    let address = line.split_whitespace().nth(2).expect("waiting at ADDR for").to_owned();
+    let mut stream = TcpStream::connect(address).expect("it listens");
+    let mut answers = BufReader::new(stream.try_clone().expect("a descriptor")).lines();
+    // An address is told before the peer's is looked at.
+    let odd: [(&str, &[&str]); 5] = [
+        (r#"{"open":{"rail":99,"address":"00"}}"#, &["failed"]),
+        (r#"{"open":{"rail":0,"address":"zz"}}"#, &["opened", "failed"]),
+        (r#"{"open":{"rail":0,"address":"78645441"}}"#, &["opened", "failed"]),
+        (r#"{"verify":{"seed":1}}"#, &["done"]),
+        (r#""close""#, &["done"]),
+    ];
+    for (number, (says, expected)) in odd.iter().enumerate() {
+        writeln!(stream, r#"{{"number":{number},"says":{says}}}"#).expect("it reads");
+        for expected in *expected {
+            let line = answers.next().expect("a line").expect("text");
+            let answer: Value = serde_json::from_str(&line).expect("JSON");
+            assert_eq!(answer["number"], number, "{says}: {answer}");
+            assert!(answer["says"][expected].is_object(), "{says}: {answer}");
+        }
+    }
+    writeln!(stream, "HELO example.org").expect("it reads");
+    let output = listening.wait_with_output().expect("it has ended");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(!String::from_utf8_lossy(&output.stderr).contains("panicked"), "{output:?}");
 }

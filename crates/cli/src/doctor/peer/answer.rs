@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener};
 use crossdock_transport::LaneAddress;
 
 use super::rail::{self, Rail, Stuck};
-use super::talk::{Answer, Question, Talk, from_hex, to_hex};
+use super::talk::{Answer, QUESTION_PATIENCE, Question, Talk, from_hex, to_hex};
 use crate::output::say;
 
 /// Answers one doctor of another machine, and ends when that has gone.
@@ -19,40 +19,43 @@ pub fn answer(address: SocketAddr) -> io::Result<()> {
     for (name, error) in refused {
         say!("{name} cannot be opened: {error}");
     }
-    let mut talk = Talk::new(stream)?;
+    let mut talk = Talk::new(stream, QUESTION_PATIENCE)?;
     let mut at = 0;
-    while let Some(question) = talk.hear(rails.get_mut(at))? {
-        match question {
-            Question::Rails => talk.say(&Answer::Rails(rails.iter().map(Rail::offer).collect()))?,
-            Question::Open { rail, address } => {
-                at = rail;
-                match rails.get_mut(rail).map(|rail| open(rail, &address)) {
-                    Some(Ok((answer, to))) => {
-                        talk.say(&answer)?;
-                        // The other side connects when it has heard the address.
-                        let up = rails[rail].connect(&to, false).map_err(Stuck::from);
-                        talk.say(&told(up.and_then(|()| rails[rail].wait_up())))?;
-                    }
-                    Some(Err(stuck)) => talk.say(&told(Err(stuck)))?,
-                    None => return Err(io::ErrorKind::InvalidData.into()),
-                }
+    while let Some(question) = talk.question(rails.get_mut(at))? {
+        if let Question::Open { rail, .. } = question {
+            at = rail;
+        }
+        match (question, rails.get_mut(at)) {
+            (Question::Rails, _) => talk.say(&Answer::Rails(rails.iter().map(Rail::offer).collect()))?,
+            (_, None) => {
+                let says = format!("there is no rail {at} here");
+                talk.say(&Answer::Failed { says, advice: "run the same version on both sides".into() })?;
             }
-            Question::Verify { seed } => talk.say(&Answer::Done { good: rails[at].holds(seed) })?,
-            Question::Echo { rounds } => {
-                let begun = rails[at].arrived;
+            (Question::Open { address, .. }, Some(rail)) => match open(rail, &address) {
+                Ok((answer, to)) => {
+                    talk.say(&answer)?;
+                    // The other side connects when it has heard the address.
+                    let connected = rail.connect(&to, false).map_err(Stuck::from);
+                    talk.say(&told(connected.and_then(|()| rail.wait_up())))?;
+                }
+                Err(stuck) => talk.say(&told(Err(stuck)))?,
+            },
+            (Question::Verify { seed }, Some(rail)) => talk.say(&Answer::Done { good: rail.holds(seed) })?,
+            (Question::Echo { rounds }, Some(rail)) => {
+                let begun = rail.arrived;
                 talk.say(&Answer::Done { good: true })?;
                 let result = (1..=u64::from(rounds)).try_for_each(|round| {
-                    rails[at].wait(|rail| rail.arrived >= begun + round)?;
-                    rails[at].notify()
+                    rail.wait(|rail| rail.arrived >= begun + round)?;
+                    rail.notify()
                 });
                 talk.say(&told(result))?;
             }
-            Question::Count { arrivals } => {
+            (Question::Count { arrivals }, Some(rail)) => {
                 let until = u64::from(arrivals);
-                talk.say(&told(rails[at].wait(|rail| rail.arrived >= until)))?;
+                talk.say(&told(rail.wait(|rail| rail.arrived >= until)))?;
             }
-            Question::Close => {
-                rails[at].close();
+            (Question::Close, Some(rail)) => {
+                rail.close();
                 talk.say(&Answer::Done { good: true })?;
             }
         }

@@ -1,5 +1,6 @@
 //! The machine that asks.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossdock_transport::{Error, LaneAddress, RemoteKey};
 
 use super::rail::{self, Rail, Stuck};
-use super::talk::{Answer, Offer, PATIENCE, Question, Talk, from_hex, to_hex};
+use super::talk::{ANSWER_PATIENCE, Answer, Offer, Question, Talk, from_hex, to_hex};
 use super::{Alone, MEASURED_MS, Measured, Pair, Peer, Trouble, VERIFIED_BYTES};
 
 /// Tries every rail of this machine with every one of the peer's that it can reach.
@@ -20,13 +21,11 @@ pub fn ask(address: &str) -> Peer {
 }
 
 fn ask_all(peer: &mut Peer) -> io::Result<()> {
-    let to = peer.address.to_socket_addrs()?.next().ok_or(io::ErrorKind::AddrNotAvailable)?;
-    let stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    let stream = connect(&peer.address)?;
     let (mut rails, refused) = rail::all(stream.local_addr()?.ip());
     peer.alone.extend(refused.into_iter().map(|(rail, error)| Alone { rail, why: error.to_string() }));
-    let mut talk = Talk::new(stream)?;
-    talk.say(&Question::Rails)?;
-    let Some(Answer::Rails(theirs)) = talk.hear(None)? else { return Err(other_version()) };
+    let mut talk = Talk::new(stream, ANSWER_PATIENCE)?;
+    let Answer::Rails(theirs) = talk.ask(&Question::Rails, None)? else { return Err(other_version()) };
     for rail in &mut rails {
         let offer = rail.offer();
         let reached: Vec<(usize, &Offer)> = theirs
@@ -51,22 +50,34 @@ fn ask_all(peer: &mut Peer) -> io::Result<()> {
     Ok(())
 }
 
+/// To the first address of a name that answers.
+fn connect(address: &str) -> io::Result<TcpStream> {
+    let mut refused = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for to in address.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&to, CONNECT_TIMEOUT) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => refused = error,
+        }
+    }
+    Err(refused)
+}
+
 fn try_pair(rail: &mut Rail, theirs: usize, talk: &mut Talk) -> io::Result<Result<Measured, Trouble>> {
     let result = measure(rail, theirs, talk);
     rail.close();
     match result {
         Ok(measured) => {
-            talk.ask(&Question::Close, rail)?;
+            talk.ask(&Question::Close, Some(rail))?;
             Ok(Ok(measured))
         }
         Err(Failed::Talk(error)) => Err(error),
         Err(Failed::Here(stuck)) => {
             // The peer says how it went there, or that it has closed; either is only for the log.
-            talk.ask(&Question::Close, rail)?;
+            talk.ask(&Question::Close, Some(rail))?;
             Ok(Err(Trouble { says: stuck.to_string(), advice: stuck.advice().into() }))
         }
         Err(Failed::There(trouble)) => {
-            talk.ask(&Question::Close, rail)?;
+            talk.ask(&Question::Close, Some(rail))?;
             Ok(Err(trouble))
         }
     }
@@ -80,7 +91,7 @@ enum Failed {
 
 fn measure(rail: &mut Rail, theirs: usize, talk: &mut Talk) -> Result<Measured, Failed> {
     let address = to_hex(rail.open()?.bytes());
-    let (address, key) = match talk.ask(&Question::Open { rail: theirs, address }, rail)? {
+    let (address, key) = match talk.ask(&Question::Open { rail: theirs, address }, Some(rail))? {
         Answer::Opened { address, key } => (address, key),
         answer => return Err(unexpected(answer)),
     };
@@ -89,7 +100,7 @@ fn measure(rail: &mut Rail, theirs: usize, talk: &mut Talk) -> Result<Measured, 
         .map_err(Stuck::from)
         .and_then(|()| rail.wait_up());
     // The peer tells in any case whether it came up there.
-    let there = talk.answer(rail)?;
+    let there = talk.answer(Some(rail))?;
     connected?;
     good(there)?;
     rail.attach(&RemoteKey::new(&from_hex(&key).unwrap_or_default())?)?;
@@ -101,14 +112,15 @@ fn measure(rail: &mut Rail, theirs: usize, talk: &mut Talk) -> Result<Measured, 
 
 /// Writes a pattern, has it compared, and says how many immediates that took.
 fn verify(rail: &mut Rail, talk: &mut Talk) -> Result<u32, Failed> {
-    let seed = u64::from(std::process::id()) << 32 | 0x0c_de;
+    // The peer has cleared its region, and no other pair of this or another run writes the same.
+    let seed = RandomState::new().build_hasher().finish();
     rail.fill(seed);
     for number in 0..VERIFIED_BYTES / CHUNK_BYTES {
         rail.write(number * CHUNK_BYTES, CHUNK_BYTES, number)?;
     }
     let arrivals = (VERIFIED_BYTES / CHUNK_BYTES) as u32;
-    good(talk.ask(&Question::Count { arrivals }, rail)?)?;
-    match talk.ask(&Question::Verify { seed }, rail)? {
+    good(talk.ask(&Question::Count { arrivals }, Some(rail))?)?;
+    match talk.ask(&Question::Verify { seed }, Some(rail))? {
         Answer::Done { good: true } => Ok(arrivals),
         Answer::Done { good: false } => Err(Failed::There(Trouble {
             says: "other bytes arrived than were sent".into(),
@@ -130,14 +142,14 @@ fn bandwidth(rail: &mut Rail, talk: &mut Talk, arrivals: &mut u32) -> Result<f64
         rail.wait(|rail| number - rail.done.max(first) < OUT_AT_ONCE)?;
     }
     *arrivals = number as u32;
-    good(talk.ask(&Question::Count { arrivals: *arrivals }, rail)?)?;
+    good(talk.ask(&Question::Count { arrivals: *arrivals }, Some(rail))?)?;
     let bytes = (number - first) * LARGE_BYTES;
     Ok(bytes as f64 / begun.elapsed().as_secs_f64() / 1e9)
 }
 
 /// Small writes that the peer answers, one at a time; the median of half the time of each.
 fn latency(rail: &mut Rail, talk: &mut Talk) -> Result<f64, Failed> {
-    good(talk.ask(&Question::Echo { rounds: ROUNDS }, rail)?)?;
+    good(talk.ask(&Question::Echo { rounds: ROUNDS }, Some(rail))?)?;
     let begun = rail.arrived;
     let mut times = Vec::with_capacity(ROUNDS as usize);
     for round in 1..=u64::from(ROUNDS) {
@@ -146,7 +158,7 @@ fn latency(rail: &mut Rail, talk: &mut Talk) -> Result<f64, Failed> {
         rail.wait(|rail| rail.arrived >= begun + round)?;
         times.push(sent.elapsed());
     }
-    good(talk.answer(rail)?)?;
+    good(talk.answer(Some(rail))?)?;
     times.sort_unstable();
     Ok(times[times.len() / 2].as_secs_f64() * 1e6 / 2.0)
 }
@@ -189,6 +201,7 @@ impl From<Error> for Failed {
     }
 }
 
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const CHUNK_BYTES: u64 = 64 << 10;
 const LARGE_BYTES: u64 = 1 << 20;
 /// How many large writes are under way.

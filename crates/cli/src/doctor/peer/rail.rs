@@ -87,6 +87,8 @@ impl Rail {
 
     /// Opens a lane, whose address the peer is told.
     pub fn open(&mut self) -> Result<LaneAddress, Error> {
+        self.close();
+        self.memory.fill(0, VERIFIED_BYTES as usize, 0).expect("the whole region");
         let (lane, address) = self.port.open_lane(PEER)?;
         (self.lane, self.remote) = (Some(lane), None);
         (self.up, self.down, self.arrived, self.done) = (false, None, 0, 0);
@@ -125,10 +127,12 @@ impl Rail {
         self.port.poll(&mut self.events);
         for event in self.events.drain() {
             match event {
-                Event::Up { .. } => self.up = true,
-                Event::Done { token, .. } => self.done = token.0 + 1,
-                Event::Arrived { .. } => self.arrived += 1,
-                Event::Down { cause, .. } => self.down = Some(cause),
+                Event::Up { lane } if Some(lane) == self.lane => self.up = true,
+                Event::Done { lane, token } if Some(lane) == self.lane => self.done = token.0 + 1,
+                Event::Arrived { lane, .. } if Some(lane) == self.lane => self.arrived += 1,
+                Event::Down { lane, cause } if Some(lane) == self.lane => self.down = Some(cause),
+                // Of a lane that has been closed.
+                _ => {}
             }
         }
     }
@@ -189,12 +193,13 @@ impl Rail {
 
     /// Ends the lane.
     pub fn close(&mut self) {
-        let Some(lane) = self.lane.take() else { return };
+        let Some(lane) = self.lane else { return };
         self.port.close(lane);
         let begun = Instant::now();
         while self.down.is_none() && begun.elapsed() < Duration::from_secs(3) {
             self.poll();
         }
+        self.lane = None;
     }
 }
 

@@ -58,25 +58,55 @@ pub struct Talk {
     reader: BufReader<TcpStream>,
     /// What has come of the next line.
     line: Vec<u8>,
+    /// How many questions were asked, or the number of the one that is answered.
+    asked: u64,
+    /// How long the other side is waited for.
+    patience: Duration,
+}
+
+/// A question, or one of its answers, with the number of the question: what answers an earlier one is passed over.
+#[derive(Serialize, Deserialize)]
+struct Line<T> {
+    number: u64,
+    says: T,
 }
 
 impl Talk {
-    pub fn new(stream: TcpStream) -> io::Result<Self> {
+    /// Over a connection; the side that asks has less patience than the one that waits to be asked.
+    pub fn new(stream: TcpStream, patience: Duration) -> io::Result<Self> {
         stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(GLANCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Self { reader: BufReader::new(stream), line: Vec::new() })
+        stream.set_write_timeout(Some(ANSWER_PATIENCE))?;
+        Ok(Self { reader: BufReader::new(stream), line: Vec::new(), asked: 0, patience })
     }
 
-    pub fn say(&mut self, line: &impl Serialize) -> io::Result<()> {
-        let mut text = serde_json::to_string(line)?;
+    /// Answers the question that was heard last.
+    pub fn say(&mut self, answer: &Answer) -> io::Result<()> {
+        self.send(answer)
+    }
+
+    fn send(&mut self, says: &impl Serialize) -> io::Result<()> {
+        let mut text = serde_json::to_string(&Line { number: self.asked, says })?;
         text.push('\n');
         self.reader.get_mut().write_all(text.as_bytes())
     }
 
-    /// The next line; `None` when the other side has gone. Meanwhile the rail is polled, again and again: some ports send
-    /// and take only then.
-    pub fn hear<T: DeserializeOwned>(&mut self, rail: Option<&mut Rail>) -> io::Result<Option<T>> {
+    /// The next question; `None` when the other side has gone.
+    pub fn question(&mut self, rail: Option<&mut Rail>) -> io::Result<Option<Question>> {
+        let Some(line) = self.hear(rail)? else { return Ok(None) };
+        let line: Line<Question> = line;
+        self.asked = line.number;
+        Ok(Some(line.says))
+    }
+
+    /// The next line. Meanwhile the rail is polled, again and again: some ports send and take only then.
+    fn hear<T: DeserializeOwned>(&mut self, rail: Option<&mut Rail>) -> io::Result<Option<T>> {
+        self.reader.get_ref().set_nonblocking(true)?;
+        let line = self.read(rail);
+        self.reader.get_ref().set_nonblocking(false)?;
+        line
+    }
+
+    fn read<T: DeserializeOwned>(&mut self, rail: Option<&mut Rail>) -> io::Result<Option<T>> {
         let (begun, mut rail) = (Instant::now(), rail);
         loop {
             // A line of rails is the longest, and far shorter than this.
@@ -89,24 +119,35 @@ impl Talk {
                 Ok(_) if self.line.is_empty() => return Ok(None),
                 Ok(_) => return Err(ErrorKind::UnexpectedEof.into()),
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                    if begun.elapsed() > PATIENCE {
+                    if begun.elapsed() > self.patience {
                         return Err(ErrorKind::TimedOut.into());
                     }
-                    rail.iter_mut().for_each(|rail| rail.poll());
+                    match &mut rail {
+                        Some(rail) => rail.poll(),
+                        None => std::thread::sleep(Duration::from_millis(1)),
+                    }
                 }
                 Err(error) => return Err(error),
             }
         }
     }
 
-    pub fn ask(&mut self, question: &Question, rail: &mut Rail) -> io::Result<Answer> {
-        self.say(question)?;
+    pub fn ask(&mut self, question: &Question, rail: Option<&mut Rail>) -> io::Result<Answer> {
+        self.asked += 1;
+        self.send(question)?;
         self.answer(rail)
     }
 
-    /// An answer that has to come.
-    pub fn answer(&mut self, rail: &mut Rail) -> io::Result<Answer> {
-        self.hear(Some(rail))?.ok_or_else(|| ErrorKind::UnexpectedEof.into())
+    /// The next answer to the last question.
+    pub fn answer(&mut self, mut rail: Option<&mut Rail>) -> io::Result<Answer> {
+        loop {
+            let line: Option<Line<Answer>> = self.hear(rail.as_deref_mut())?;
+            match line {
+                None => return Err(ErrorKind::UnexpectedEof.into()),
+                Some(line) if line.number == self.asked => return Ok(line.says),
+                Some(_) => {}
+            }
+        }
     }
 }
 
@@ -121,10 +162,12 @@ pub fn from_hex(text: &str) -> Option<Vec<u8>> {
     Some(digits.chunks(2).map(|pair| (pair[0] << 4 | pair[1]) as u8).collect())
 }
 
-/// How long either side waits for the other.
-pub const PATIENCE: Duration = Duration::from_secs(20);
-/// How long the other side is listened to before the rail has its turn.
-const GLANCE: Duration = Duration::from_millis(1);
+/// How long a rail is waited for.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the side that asks waits for an answer, before which the other may have to wait for a rail several times.
+pub const ANSWER_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the side that answers waits for a question.
+pub const QUESTION_PATIENCE: Duration = Duration::from_secs(120);
 const LONGEST_LINE: u64 = 1 << 20;
 
 #[cfg(test)]
