@@ -33,25 +33,19 @@ impl Probe<'_> {
         let mut lane = Loopback::new(self)?;
         let bytes = region.bytes().min(PROBE_BYTES as u64) as usize;
         for offset in [0, region.bytes() - bytes as u64] {
-            let (keep, put) = (0, PROBE_BYTES as u64);
             // What is there is fetched and put back through the device as well: a GPU's memory has no other way.
-            lane.go(self.scratch, keep, region, offset, bytes, Way::Read)?;
+            lane.go(self.scratch, 0, region, offset, bytes, Way::Read)?;
             let scratch = self.scratch.memory();
             let mut before = [0; PROBE_BYTES];
             scratch.read(0, &mut before[..bytes]).expect("the scratch is long enough");
-            let pattern = before.map(|byte| !byte);
-            scratch.write(PROBE_BYTES, &pattern).expect("the scratch is long enough");
-            lane.go(self.scratch, put, region, offset, bytes, Way::Write)?;
-            let mut found = pattern;
-            if let Some(memory) = region.host() {
-                memory.read(offset as usize, &mut found[..bytes]).expect("inside the region");
+            let moved = self.try_pattern(&mut lane, region, offset, bytes, &before.map(|byte| !byte));
+            // Whatever came of it, what was there is put back: by the device, or if that cannot by the processor.
+            if lane.go(self.scratch, 0, region, offset, bytes, Way::Write).is_err()
+                && let Some(memory) = region.host()
+            {
+                memory.write(offset as usize, &before[..bytes]).expect("inside the region");
             }
-            let written = found == pattern;
-            scratch.fill(PROBE_BYTES, PROBE_BYTES, 0).expect("the scratch is long enough");
-            lane.go(self.scratch, put, region, offset, bytes, Way::Read)?;
-            scratch.read(PROBE_BYTES, &mut found[..bytes]).expect("the scratch is long enough");
-            let read = found == pattern;
-            lane.go(self.scratch, keep, region, offset, bytes, Way::Write)?;
+            let (written, read) = moved?;
             if !written || !read {
                 return Err(Error::Unsupported {
                     what: "RDMA with this memory: the device moved other bytes than it was told",
@@ -60,6 +54,32 @@ impl Probe<'_> {
             }
         }
         Ok(())
+    }
+}
+
+impl Probe<'_> {
+    /// Whether a pattern is there after it was written, and whether it comes back when it is read.
+    fn try_pattern(
+        &self,
+        lane: &mut Loopback,
+        region: &MemoryRegion,
+        offset: u64,
+        bytes: usize,
+        pattern: &[u8; PROBE_BYTES],
+    ) -> Result<(bool, bool)> {
+        let scratch = self.scratch.memory();
+        let second = PROBE_BYTES as u64;
+        scratch.write(PROBE_BYTES, pattern).expect("the scratch is long enough");
+        lane.go(self.scratch, second, region, offset, bytes, Way::Write)?;
+        let mut found = *pattern;
+        if let Some(memory) = region.host() {
+            memory.read(offset as usize, &mut found[..bytes]).expect("inside the region");
+        }
+        let written = found == *pattern;
+        scratch.fill(PROBE_BYTES, PROBE_BYTES, 0).expect("the scratch is long enough");
+        lane.go(self.scratch, second, region, offset, bytes, Way::Read)?;
+        scratch.read(PROBE_BYTES, &mut found[..bytes]).expect("the scratch is long enough");
+        Ok((written, found == *pattern))
     }
 }
 

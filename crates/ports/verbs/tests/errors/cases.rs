@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crossdock_memory::{AllocateOptions, HugePages, Memory};
 use crossdock_transport::{Direction, DownCause, Op, Port, Token};
 
 use crate::network::Network;
@@ -17,6 +18,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("a_link_that_loses_packets", a_link_that_loses_packets),
     ("a_bye_says_who_has_closed", a_bye_says_who_has_closed),
     ("memory_is_probed", memory_is_probed),
+    ("huge_pages_are_registered", huge_pages_are_registered),
     ("one_lane_ends_and_the_other_goes_on", one_lane_ends_and_the_other_goes_on),
 ];
 
@@ -136,8 +138,7 @@ fn memory_is_probed(network: &mut dyn Network) {
     let pair = Pair::new(network, options.clone());
     let mut port = network.open(0, options);
     for bytes in [1, 63, 64, 65, 5000] {
-        let memory =
-            crossdock_memory::Memory::allocate(bytes, &Default::default()).expect("memory for a test");
+        let memory = Memory::allocate(bytes, &AllocateOptions::default()).expect("memory for a test");
         memory.fill(0, bytes, 0x5A).expect("the whole");
         port.register(&memory).expect("memory that the device can reach");
         let mut found = vec![0; bytes];
@@ -145,6 +146,17 @@ fn memory_is_probed(network: &mut dyn Network) {
         assert!(found.iter().all(|&byte| byte == 0x5A), "a probe has changed memory of {bytes} bytes");
     }
     drop(pair);
+}
+
+/// Where the host has some reserved; else pages that the kernel may make huge.
+fn huge_pages_are_registered(network: &mut dyn Network) {
+    let mut options = impatient();
+    options.probe_regions = true;
+    let mut port = network.open(0, options);
+    let pages = AllocateOptions { huge_pages: HugePages::Try, prefault: true, ..AllocateOptions::default() };
+    let memory = Memory::allocate(3 << 20, &pages).expect("memory for a test");
+    let (region, _) = port.register(&memory).expect("memory that the device can reach");
+    assert_eq!(port.deregister(region), Ok(()));
 }
 
 /// Lanes share queues of receives and completions, and nothing else.

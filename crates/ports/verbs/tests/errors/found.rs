@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crossdock_transport::{Direction, Event, Events, GrantId, LaneTags, Op, PeerId, Port, Shape, Token};
+use crossdock_transport::{
+    Direction, DownCause, Event, Events, GrantId, LaneTags, Op, PeerId, Port, Shape, Token,
+};
 use crossdock_verbs::fake::{Fabric, FabricOptions, Failure, Function, Pace};
 
 use crate::network::{Network, SoftwareFabric};
@@ -141,6 +143,23 @@ fn a_device_that_has_failed_makes_no_lanes() {
     assert!(pair.ports[0].open_lane(PeerId(1)).is_err());
 }
 
+/// A queue pair that its device pushes into error: named by the event where there is one, else by what becomes of the next
+/// request. The peer's end finds out by itself.
+#[test]
+fn a_queue_pair_that_breaks_by_itself_is_named() {
+    for (event, name) in [(Some(QP_FATAL), "IBV_EVENT_QP_FATAL"), (None, "IBV_WC_WR_FLUSH_ERR")] {
+        let mut network = SoftwareFabric::new();
+        let mut pair = Pair::new(&mut network, impatient());
+        let broken = network.0.queue_pairs().into_iter().find(|found| found.device == 0).expect("one each");
+        network.0.break_queue_pair(0, broken.number, event);
+        let endings = pair.endings();
+        assert_eq!(endings, [name, "IBV_WC_RETRY_EXC_ERR"]);
+        let Some(DownCause::Device(error)) = pair.down(0) else { unreachable!("it has a name") };
+        assert_eq!(error.queue_pair, broken.number);
+        assert!(!error.meaning.advice.is_empty());
+    }
+}
+
 /// Memory that the device does not let go of stays registered, and can be let go of later.
 #[test]
 fn memory_that_is_not_deregistered_stays() {
@@ -151,3 +170,6 @@ fn memory_that_is_not_deregistered_stays() {
     assert!(pair.ports[0].deregister(region).is_err());
     assert_eq!(pair.ports[0].deregister(region), Ok(()));
 }
+
+/// `IBV_EVENT_QP_FATAL`.
+const QP_FATAL: u32 = 1;
