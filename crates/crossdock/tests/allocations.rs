@@ -440,6 +440,8 @@ impl Side {
 }
 
 /// Memory of the program's own, of which no peer has a descriptor.
+// A suppression of tests/lsan-suppressions.txt names it.
+#[inline(never)]
 fn private(bytes: usize) -> Memory {
     let base: *mut [u8] = Box::into_raw(vec![0; bytes].into_boxed_slice());
     // SAFETY: the box is never taken back, so its bytes stay as long as the process, and nobody else knows them.

@@ -87,6 +87,8 @@ impl Memory {
     /// deregister the memory everywhere, or to drop the ports, is not enough. A port keeps its handle for as long as a
     /// peer could still write by itself; a port that is dropped while such a peer is still connected never lets go of
     /// it, and the bytes must then stay as they are until the process ends.
+    // A suppression of tests/lsan-suppressions.txt names it.
+    #[inline(never)]
     pub unsafe fn from_raw(base: *mut u8, bytes: usize) -> Result<Memory, MemoryError> {
         check_length(bytes)?;
         let base = NonNull::new(base).ok_or(MemoryError::NullBase)?;

@@ -79,6 +79,7 @@ fn pci(device: &PciDevice) -> Value {
         "driver": device.driver,
         "node": device.node,
         "link": device.link.as_ref().map(link),
+        "relaxed_ordering": device.relaxed_ordering,
     })
 }
 

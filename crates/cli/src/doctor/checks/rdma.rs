@@ -23,6 +23,7 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
     for device in devices {
         checks.push(access(facts, device).of(&device.name));
         checks.extend(pcie(device).map(|check| check.of(&device.name)));
+        checks.extend(ordering(device).map(|check| check.of(&device.name)));
         for port in &device.ports {
             let of = format!("{}/{}", device.name, port.number);
             checks.push(state(port).of(&of));
@@ -133,6 +134,19 @@ fn pcie(device: &RdmaDevice) -> Option<Check> {
             ),
         )
         .advice("a slot with more lanes or of a later generation, if there is one"),
+    })
+}
+
+/// Whether the device's writes may pass each other on their way into memory, as the verbs port asks for.
+fn ordering(device: &RdmaDevice) -> Option<Check> {
+    let name = "rdma-ordering";
+    Some(match device.pci.as_ref()?.relaxed_ordering? {
+        true => Check::good(name, "PCIe relaxed ordering is on"),
+        false => Check::note(
+            name,
+            "PCIe relaxed ordering is off: writes into memory of another socket or of a GPU wait for each other",
+        )
+        .advice("the adapter's PCI_WR_ORDERING (mlxconfig) and the BIOS decide; some platforms switch it off for a bug"),
     })
 }
 

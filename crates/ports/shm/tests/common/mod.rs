@@ -127,6 +127,8 @@ pub fn shared(bytes: usize) -> Memory {
 }
 
 /// Memory of another origin.
+// A suppression of tests/lsan-suppressions.txt names it.
+#[inline(never)]
 pub fn private(bytes: usize) -> Memory {
     let leaked = Box::leak(vec![0u8; bytes].into_boxed_slice());
     // SAFETY: the bytes are leaked, so they stay mapped, and no reference to them is kept.

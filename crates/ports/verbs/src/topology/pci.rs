@@ -1,6 +1,7 @@
 //! The PCI tree: who hangs where, and what lies between two devices.
 
 use std::fmt;
+use std::fs;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -38,6 +39,8 @@ pub struct PciDevice {
     pub path: Vec<PciAddress>,
     /// Its PCIe link; a virtual function has none of its own.
     pub link: Option<PcieLink>,
+    /// Whether it may mark its writes as ones that pass others; only root is told.
+    pub relaxed_ordering: Option<bool>,
 }
 
 /// A PCIe link as it runs and as it could.
@@ -140,6 +143,7 @@ pub fn at(folder: &Path) -> Option<PciDevice> {
         driver: target_name(&folder.join("driver")),
         node: node_of(&folder),
         link: link_of(&folder, path.len() > 1),
+        relaxed_ordering: fs::read(folder.join("config")).ok().and_then(|config| relaxed_ordering(&config)),
         root,
         path,
     })
@@ -148,6 +152,29 @@ pub fn at(folder: &Path) -> Option<PciDevice> {
 /// The NUMA node in a device's folder; -1 is none.
 pub fn node_of(folder: &Path) -> Option<u32> {
     number(&folder.join("numa_node"))
+}
+
+/// Bit 4 of the Device Control register in the PCI Express capability, by the list of capabilities (PCI Express Base
+/// Specification, 7.5.3.4). Others than root are given the first 64 bytes alone, in which it does not lie.
+fn relaxed_ordering(config: &[u8]) -> Option<bool> {
+    const STATUS_HAS_LIST: u8 = 1 << 4;
+    const PCI_EXPRESS: u8 = 0x10;
+    let byte = |at: usize| config.get(at).copied();
+    if byte(0x06)? & STATUS_HAS_LIST == 0 {
+        return None;
+    }
+    let mut at = usize::from(byte(0x34)? & !3);
+    // A list that leads back to its beginning is no list.
+    for _ in 0..48 {
+        if at < 0x40 {
+            return None;
+        }
+        if byte(at)? == PCI_EXPRESS {
+            return Some(byte(at + 8)? & 1 << 4 != 0);
+        }
+        at = usize::from(byte(at + 1)? & !3);
+    }
+    None
 }
 
 /// Host bridge and path below it, by the names of the folders: `.../pci0000:15/0000:15:01.0/0000:16:00.0`.
@@ -254,10 +281,38 @@ const NVIDIA: u32 = 0x10de;
 mod tests {
     use super::*;
 
+    #[test]
+    fn relaxed_ordering_is_found_behind_other_capabilities() {
+        let mut config = vec![0; 256];
+        (config[0x06], config[0x34]) = (0x10, 0x60);
+        (config[0x60], config[0x61]) = (0x01, 0x48);
+        (config[0x48], config[0x49]) = (0x10, 0x00);
+        assert_eq!(relaxed_ordering(&config), Some(false));
+        config[0x50] = 0x10;
+        assert_eq!(relaxed_ordering(&config), Some(true));
+        assert_eq!(relaxed_ordering(&config[..64]), None, "what others than root are told");
+        assert_eq!(relaxed_ordering(&[]), None);
+        config[0x48] = 0x05;
+        config[0x49] = 0x60;
+        assert_eq!(relaxed_ordering(&config), None, "a list without an end");
+        config[0x06] = 0;
+        assert_eq!(relaxed_ordering(&config), None);
+    }
+
     fn device(path: &str) -> PciDevice {
         let (root, path) = place(Path::new(path));
         let address = *path.last().expect("a device");
-        PciDevice { address, vendor: 0, class: 0, driver: None, node: None, root, path, link: None }
+        PciDevice {
+            address,
+            vendor: 0,
+            class: 0,
+            driver: None,
+            node: None,
+            root,
+            path,
+            link: None,
+            relaxed_ordering: None,
+        }
     }
 
     #[test]
