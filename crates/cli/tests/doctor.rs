@@ -358,7 +358,12 @@ fn roce_is_judged_by_its_interface() {
     told.expect("rdma-gid", "mlx5_2/1", "degraded", "RoCE v1 does not leave the switch", "IPv4 address");
     told.expect("rdma-port", "mlx5_3/1", "degraded", "its interface is not up", "ip link set rail3 up");
     let ready = told.json["follows"].as_array().and_then(|lines| lines.last()).and_then(Value::as_str);
-    assert_eq!(ready, Some("Ready for RDMA: mlx5_0/1, mlx5_1/1, together 800 Gbit/s."));
+    assert_eq!(
+        ready,
+        Some(
+            "Ready for RDMA: mlx5_0/1, mlx5_1/1, together 800 Gbit/s; used where a node names a verbs port (docs/rdma.md)."
+        )
+    );
 }
 
 #[test]

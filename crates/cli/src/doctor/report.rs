@@ -61,7 +61,7 @@ fn follows(facts: &Facts) -> Vec<String> {
         let names: Vec<String> =
             rails.iter().map(|(device, port)| format!("{}/{}", device.name, port.number)).collect();
         let speed: f64 = rails.iter().filter_map(|(_, port)| port.gbit_per_s).sum();
-        lines.push(format!("Ready for RDMA: {}, together {speed} Gbit/s.", names.join(", ")));
+        lines.push(format!("Ready for RDMA: {}, together {speed} Gbit/s; used where a node names a verbs port (docs/rdma.md).", names.join(", ")));
     } else if !facts.topology.devices.is_empty() {
         lines.push("Ready for RDMA: no port, for what the checks say.".to_owned());
     }

@@ -55,9 +55,7 @@ impl Probe<'_> {
         }
         Ok(())
     }
-}
 
-impl Probe<'_> {
     /// Whether a pattern is there after it was written, and whether it comes back when it is read.
     fn try_pattern(
         &self,

@@ -1,7 +1,7 @@
 //! Which devices a node uses as its rails.
 
 use crate::options::VerbsOptions;
-use crate::topology::{Distance, LinkLayer, PciAddress, RdmaDevice, RdmaPort, Topology};
+use crate::topology::{LinkLayer, PciAddress, RdmaDevice, RdmaPort, Topology};
 
 /// What the rails of a node are to be near to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub fn rails(topology: &Topology, near: Near, like: &VerbsOptions) -> Vec<VerbsO
         (Some(name), _) => topology.devices.iter().filter(|device| device.name == *name).collect(),
         (None, Near::Anything) => topology.devices.iter().collect(),
         (None, Near::Gpu(address)) => near_gpu(topology, address),
-        (None, Near::NumaNode(node)) => near_node(topology, node),
+        (None, Near::NumaNode(node)) => topology.near_node_among(node, is_usable),
     };
     let wanted = |port: &&RdmaPort| {
         port.is_usable()
@@ -48,25 +48,13 @@ pub fn rails(topology: &Topology, near: Near, like: &VerbsOptions) -> Vec<VerbsO
         .collect()
 }
 
-/// The usable devices at the least distance from a GPU.
+/// The usable devices at the least distance from a GPU; where none has a place on the PCI bus, all that are usable.
 fn near_gpu(topology: &Topology, address: PciAddress) -> Vec<&RdmaDevice> {
     let Some(gpu) = topology.gpus.iter().find(|gpu| gpu.pci.address == address) else { return Vec::new() };
-    let distance = |device: &RdmaDevice| Some(topology.distance(&gpu.pci, device.pci.as_ref()?));
-    nearest(topology, distance)
+    let near = topology.near_gpu_among(gpu, is_usable);
+    if near.is_empty() { topology.devices.iter().filter(|device| is_usable(device)).collect() } else { near }
 }
 
-/// The usable devices of a NUMA node, or those whose place is not known; of another node where it has none.
-fn near_node(topology: &Topology, node: u32) -> Vec<&RdmaDevice> {
-    let near: Vec<&RdmaDevice> = topology.near_node(node).into_iter().filter(usable).collect();
-    if near.is_empty() { topology.devices.iter().filter(usable).collect() } else { near }
-}
-
-fn nearest(topology: &Topology, distance: impl Fn(&RdmaDevice) -> Option<Distance>) -> Vec<&RdmaDevice> {
-    let usable = || topology.devices.iter().filter(usable);
-    let least = usable().filter_map(&distance).min();
-    usable().filter(|device| distance(device) == least).collect()
-}
-
-fn usable(device: &&RdmaDevice) -> bool {
+fn is_usable(device: &RdmaDevice) -> bool {
     device.ports.iter().any(RdmaPort::is_usable)
 }

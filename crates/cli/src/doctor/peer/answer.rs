@@ -1,9 +1,11 @@
 //! The machine that is asked.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
 
 use crossdock_transport::LaneAddress;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::rail::{self, Rail, Stuck};
 use super::talk::{Answer, QUESTION_PATIENCE, Question, Talk, from_hex, to_hex};
@@ -13,7 +15,7 @@ use crate::output::say;
 pub fn answer(address: SocketAddr) -> io::Result<()> {
     let listener = TcpListener::bind(address)?;
     say!("waiting at {} for `crossdock doctor --peer` of another machine", listener.local_addr()?);
-    let (stream, peer) = listener.accept()?;
+    let (stream, peer) = accept(&listener)?;
     say!("{peer} asks");
     let (mut rails, refused) = rail::all(stream.local_addr()?.ip());
     for (name, error) in refused {
@@ -63,6 +65,15 @@ pub fn answer(address: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
+/// Whoever comes first, if that is soon enough.
+fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    let timeout = Timespec::try_from(LISTEN_TIMEOUT).expect("a time that fits");
+    match poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&timeout))? {
+        0 => Err(io::Error::new(io::ErrorKind::TimedOut, "nobody has asked for half an hour")),
+        _ => listener.accept(),
+    }
+}
+
 fn open(rail: &mut Rail, address: &str) -> Result<(Answer, LaneAddress), Stuck> {
     let bytes = from_hex(address).unwrap_or_default();
     let to = LaneAddress::new(&bytes)?;
@@ -76,3 +87,6 @@ fn told(result: Result<(), Stuck>) -> Answer {
         Err(stuck) => Answer::Failed { says: stuck.to_string(), advice: stuck.advice().into() },
     }
 }
+
+/// How long the doctor waits for the other: somebody has to type there.
+const LISTEN_TIMEOUT: Duration = Duration::from_secs(30 * 60);

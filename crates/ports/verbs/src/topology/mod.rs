@@ -52,9 +52,15 @@ impl Topology {
     /// The RDMA devices that are nearest to a GPU, all those at the same distance. Devices without a place on the PCI
     /// bus are never near.
     pub fn near_gpu(&self, gpu: &Gpu) -> Vec<&RdmaDevice> {
+        self.near_gpu_among(gpu, |_| true)
+    }
+
+    /// The same, of the devices that are `wanted`.
+    pub fn near_gpu_among(&self, gpu: &Gpu, wanted: impl Fn(&RdmaDevice) -> bool) -> Vec<&RdmaDevice> {
         let placed = self
             .devices
             .iter()
+            .filter(|device| wanted(device))
             .filter_map(|device| Some((self.distance(&gpu.pci, device.pci.as_ref()?), device)));
         let placed: Vec<(Distance, &RdmaDevice)> = placed.collect();
         let least = placed.iter().map(|(distance, _)| *distance).min();
@@ -68,6 +74,11 @@ impl Topology {
     /// The RDMA devices of a NUMA node; those of the node that is nearest, where it has none. A device whose node is
     /// not known is as near to one node as to another.
     pub fn near_node(&self, node: u32) -> Vec<&RdmaDevice> {
+        self.near_node_among(node, |_| true)
+    }
+
+    /// The same, of the devices that are `wanted`.
+    pub fn near_node_among(&self, node: u32, wanted: impl Fn(&RdmaDevice) -> bool) -> Vec<&RdmaDevice> {
         let distances =
             self.nodes.iter().find(|known| known.number == node).map(|known| &known.distances[..]);
         let far = |device: &RdmaDevice| match device.node() {
@@ -79,7 +90,8 @@ impl Topology {
                 Some(at.and_then(|at| distances?.get(at).copied()).unwrap_or(u32::MAX))
             }
         };
-        let least = self.devices.iter().filter_map(far).min();
-        self.devices.iter().filter(|device| far(device).is_none_or(|far| Some(far) == least)).collect()
+        let devices: Vec<&RdmaDevice> = self.devices.iter().filter(|device| wanted(device)).collect();
+        let least = devices.iter().copied().filter_map(far).min();
+        devices.into_iter().filter(|device| far(device).is_none_or(|far| Some(far) == least)).collect()
     }
 }
