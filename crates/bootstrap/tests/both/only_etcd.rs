@@ -17,7 +17,7 @@ use crossdock_bootstrap::{
 };
 use serde_json::{Value, json};
 
-use crate::cases::{eventually, member, nodes, topology, worker};
+use crate::cases::{eventually, member, nodes, sees_it_away, topology, worker};
 use crate::etcd::Process;
 use crate::front::{Front, Say};
 use crate::{Home, SHORT_MS, SOON};
@@ -41,7 +41,7 @@ fn workers_outlive_an_etcd_that_is_killed_and_comes_back() {
     for round in 0..3 {
         home.kill();
         eventually("every worker sees that it is away", || {
-            registrations.iter().all(|one| matches!(one.status(), Status::Retrying { .. }))
+            registrations.iter().all(|one| sees_it_away(&one.status()))
         });
         let Home::Etcd(process) = &mut home else { unreachable!("it is one") };
         process.start_again();
@@ -324,7 +324,7 @@ fn an_etcd_that_hangs_costs_a_call_its_deadline_and_no_more() {
         assert!(matches!(late, Error::Deadline { .. }) && late.retry_helps(), "{late}");
     }
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
-    eventually("it is noticed", || matches!(registration.status(), Status::Retrying { .. }));
+    eventually("it is noticed", || sees_it_away(&registration.status()));
     process.signal("CONT");
     registration.wait(SOON).unwrap();
     registration.deregister().unwrap();
