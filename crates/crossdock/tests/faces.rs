@@ -222,6 +222,60 @@ fn either_side_may_cancel() {
     }
 }
 
+/// Rooms of one peer share its lanes. Some are cancelled while bytes move, and their pages come home; the others do not notice:
+/// no lane ends for it, and nothing is sent twice.
+#[test]
+fn cancelling_one_room_costs_the_others_nothing() {
+    const ROOMS: u64 = 6;
+    for carrier in Carrier::all() {
+        let prefill = worker_with("prefill", Dtype::Bf16, |config| config.ports = vec![carrier.port(0)]);
+        let decode = worker_with("decode", Dtype::Bf16, |config| config.ports = vec![carrier.port(1)]);
+        let peer = decode.connect(&prefill);
+        for round in 0..4 {
+            let number = |room: u64| round * ROOMS + room;
+            let mut rooms: Vec<(u64, Receiving, Sending)> = (0..ROOMS)
+                .map(|room| {
+                    (room, decode.receive(peer, number(room), WAIT), prefill.send(number(room), WAIT))
+                })
+                .collect();
+            for (_, _, sending) in &mut rooms {
+                sending.send_layers(0..1).unwrap();
+            }
+            let (cancelled, mut others): (Vec<_>, Vec<_>) =
+                rooms.into_iter().partition(|&(room, ..)| room % 3 == round % 3);
+            for (room, mut receiving, mut sending) in cancelled {
+                match room < 3 {
+                    true => receiving.cancel().unwrap(),
+                    false => sending.cancel().unwrap(),
+                }
+                let ended = |end: End| assert!(matches!(end, End::Cancelled { .. }), "{carrier:?}: {end}");
+                ended(receiving.end.wait_until(Instant::now() + WAIT).unwrap().ended.end);
+                ended(sending.end.wait_until(Instant::now() + WAIT).unwrap().end);
+                // Its pages are home while the others' rooms are open.
+                drop(receiving.pages.wait_until(Instant::now() + WAIT).unwrap());
+            }
+            for (_, _, sending) in &mut others {
+                sending.send_layers(1..3).unwrap();
+                sending.finish(vec![]).unwrap();
+            }
+            for (_, receiving, mut sending) in others {
+                assert_eq!(end_of(receiving), End::Delivered, "{carrier:?}");
+                assert_eq!(sending.end.wait_until(Instant::now() + WAIT).unwrap().end, End::Delivered);
+            }
+            for worker in [&prefill, &decode] {
+                let stats = worker.node.handle().stats().unwrap().wait_until(Instant::now() + WAIT).unwrap();
+                let counters = stats.counters;
+                assert_eq!(
+                    (counters.lanes_back, counters.further_attempts, counters.sessions),
+                    (0, 0, 1),
+                    "{carrier:?}"
+                );
+                worker.settles();
+            }
+        }
+    }
+}
+
 #[test]
 fn deadlines_hold_at_every_stage() {
     let prefill = worker("prefill");

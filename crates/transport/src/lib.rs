@@ -19,6 +19,7 @@ mod event;
 mod grant;
 mod op;
 mod port;
+mod remainder;
 mod slab;
 
 pub use error::{DeviceError, DeviceName, DeviceStatus, DownCause, Error, Result};
@@ -29,4 +30,5 @@ pub use port::{
     Arm, Attached, Fence, LaneAddress, LaneId, LaneTags, LocalId, MappedBytes, Mapping, PeerId, Port,
     PortInfo, RemoteId, RemoteKey,
 };
+pub use remainder::Remainder;
 pub use slab::Slab;

@@ -17,7 +17,7 @@ use crossdock_bootstrap::{
 };
 use serde_json::{Value, json};
 
-use crate::cases::{eventually, member, nodes, sees_it_away, topology, worker};
+use crate::cases::{eventually, member, nodes, sees_it_away, soon_told, topology, worker};
 use crate::etcd::Process;
 use crate::front::{Front, Say};
 use crate::{Home, SHORT_MS, SOON};
@@ -31,7 +31,7 @@ fn workers_outlive_an_etcd_that_is_killed_and_comes_back() {
     let registrations: Vec<Registration> = (0..3)
         .map(|rank| {
             let member = member("g", &topology(3), Ranks::tp(rank));
-            let worker = Worker { ttl_ms: 3 * SHORT_MS, member, ..worker(&format!("w{rank}"), 7) };
+            let worker = Worker { ttl_ms: 6 * SHORT_MS, member, ..worker(&format!("w{rank}"), 7) };
             Registration::start(client.clone(), worker).unwrap()
         })
         .collect();
@@ -51,7 +51,11 @@ fn workers_outlive_an_etcd_that_is_killed_and_comes_back() {
         // What it had on disk is there again, with all leases.
         let complete = client.group(&group, Counted::Ready).unwrap();
         assert!(complete.complete, "round {round}: {complete}");
-        assert_eq!(watch.next(Duration::from_millis(300)).unwrap(), [], "round {round}: nobody came or left");
+        assert_eq!(
+            soon_told(&mut watch, Duration::from_millis(300)),
+            [],
+            "round {round}: nobody came or left"
+        );
     }
     for registration in registrations {
         registration.deregister().unwrap();

@@ -3,14 +3,13 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 
-use crossdock_transport::{DownCause, Event, Events, GrantId, LaneId, LocalId, PeerId, Token};
+use crossdock_transport::{DownCause, Event, Events, GrantId, LaneId, LocalId, PeerId, Remainder, Token};
 use rustix::io::Errno;
 
 use crate::domain::{Counters, Domain};
 use crate::frame::{Frame, Hello, misbehaved};
 use crate::receive::{Inbox, TURN_BYTES_MAX};
 use crate::requests::{REQUESTS_MAX, Requests};
-use crate::send::Continuation;
 use crate::vectored::{Gather, Payload, Sent, discard};
 
 /// The connected state of a lane. Sending is in `send`, receiving in `receive`; this file is about turns and ends.
@@ -37,7 +36,7 @@ pub(crate) struct Connection {
 
     pub(crate) gather: Gather,
     /// A post that came short, and would go on where it stopped.
-    pub(crate) continuation: Option<Continuation>,
+    pub(crate) continuation: Option<Remainder>,
     /// Tokens that wait for their op's end, in order.
     pub(crate) dones: VecDeque<WaitingToken>,
     /// Sending failed. The lane ends when what had arrived before is read: the peer's last words may explain it.

@@ -1,7 +1,7 @@
 //! The outgoing half of a connection: from ops to frames in the queue, and from there to the socket.
 
 use crossdock_memory::Memory;
-use crossdock_transport::{Direction, Error, GrantId, LocalId, Op, RemoteId, Result, Shape};
+use crossdock_transport::{Direction, Error, GrantId, LocalId, Op, Remainder, RemoteId, Result, Shape};
 
 use crate::connection::{AttachedRegion, Connection, TOKENS_MAX, WaitingToken};
 use crate::domain::Domain;
@@ -16,28 +16,10 @@ pub(crate) enum Taken {
     Within(u64),
 }
 
-/// A paged op that was taken in part, by the ends of its lists. They were scanned to these ends, and what is posted
-/// next is most likely the rest of it: scanning that each time would make the cost of an op grow with its square.
-///
-/// This is about cost and order only. The entries of each frame are checked when the frame is made: a caller that
-/// changes the lists in between gets its error later, and no byte goes astray.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Continuation {
-    local_end: usize,
-    remote_end: usize,
-    /// How many pages are left in each list. Lists that end in the same places and are not of one length are not the
-    /// rest of an op, and have to be refused.
-    local_left: usize,
-    remote_left: usize,
-    sides: [Side; 2],
-    piece_bytes: u64,
-}
-
 /// One side of a paged op, without its list.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 struct Side {
     name: &'static str,
-    region: u32,
     region_bytes: u64,
     offset: u64,
     stride_bytes: u64,
@@ -134,7 +116,7 @@ impl Connection {
     fn take_pages(
         &mut self,
         op: &Op<'_>,
-        resumed: Option<Continuation>,
+        resumed: Option<Remainder>,
         share: &mut PostShare,
         domain: &mut Domain,
     ) -> Result<Taken> {
@@ -156,27 +138,17 @@ impl Connection {
         let attached = self.remote_region(remote)?;
         let here = Side {
             name: "local",
-            region: local.0,
             region_bytes: memory.bytes() as u64,
             offset: local_offset,
             stride_bytes: local_stride_bytes,
         };
         let there = Side {
             name: "remote",
-            region: attached.region,
             region_bytes: attached.bytes,
             offset: remote_offset,
             stride_bytes: remote_stride_bytes,
         };
-        let this = Continuation {
-            local_end: local_pages.as_ptr_range().end.addr(),
-            remote_end: remote_pages.as_ptr_range().end.addr(),
-            local_left: local_pages.len(),
-            remote_left: remote_pages.len(),
-            sides: [here, there],
-            piece_bytes,
-        };
-        let scanned = resumed != Some(this);
+        let scanned = resumed.is_none() || resumed != Remainder::of(op, 0);
         if scanned {
             let (local_end, remote_end) = op.extents()?;
             within("local", local_end, here.region_bytes)?;
@@ -197,8 +169,7 @@ impl Connection {
         while at < local_pages.len() {
             let wanted = frame_pages.min(local_pages.len() - at);
             let Some(room) = self.room(op.direction, wanted, share, domain) else {
-                let left = local_pages.len() - at;
-                self.continuation = Some(Continuation { local_left: left, remote_left: left, ..this });
+                self.continuation = Remainder::of(op, at);
                 return Ok(Taken::Within(at as u64));
             };
             let end = at + room;

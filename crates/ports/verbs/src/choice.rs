@@ -9,6 +9,7 @@ use crate::address::{Gid, Link};
 use crate::ibverbs::context::{Context, devices};
 use crate::ibverbs::sys::*;
 use crate::options::VerbsOptions;
+use crate::topology::rdma::{GidKind, GidReach, best};
 use crate::verbs::Verbs;
 
 /// What was found.
@@ -19,7 +20,7 @@ pub(crate) struct Chosen {
     pub link: Link,
     pub gid: Gid,
     pub gid_index: u8,
-    pub gid_kind: GidKind,
+    pub gid_reach: GidReach,
     pub lid: u16,
     pub partition_key: u16,
     /// As the device counts it.
@@ -29,28 +30,15 @@ pub(crate) struct Chosen {
     pub numa_node: Option<u32>,
 }
 
-/// What kind of name a GID is, from the worst to the best.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum GidKind {
-    RoceV1,
-    /// RoCE v2, an address that only the link knows.
-    LinkLocal,
-    /// RoCE v2, IPv6.
-    Ipv6,
-    /// RoCE v2, IPv4.
-    Ipv4,
-    InfiniBand,
-}
-
 impl Chosen {
     /// Ports connect whose links carry the same kind of packets.
     pub fn reach(&self) -> String {
-        match self.gid_kind {
-            GidKind::InfiniBand => "infiniband",
-            GidKind::RoceV1 => "roce-v1",
-            GidKind::LinkLocal => "roce-v2 link-local",
-            GidKind::Ipv6 => "roce-v2 ipv6",
-            GidKind::Ipv4 => "roce-v2 ipv4",
+        match self.gid_reach {
+            GidReach::Subnet => "infiniband",
+            GidReach::Link => "roce-v1",
+            GidReach::LinkLocal => "roce-v2 link-local",
+            GidReach::Ipv6 => "roce-v2 ipv6",
+            GidReach::Ipv4 => "roce-v2 ipv4",
         }
         .into()
     }
@@ -118,7 +106,7 @@ fn look_at(context: &Context, device: ibv_device_attr, port: u8, options: &Verbs
         IBV_LINK_LAYER_ETHERNET => Link::Ethernet,
         _ => Link::InfiniBand,
     };
-    let (gid_index, gid, gid_kind) = choose_gid(context, port, link, &attributes, options)?;
+    let (gid_index, gid, gid_reach) = choose_gid(context, port, link, &attributes, options)?;
     let mtu = match options.mtu_bytes {
         Some(bytes) => (bytes.trailing_zeros() - 7).min(attributes.active_mtu),
         None => attributes.active_mtu,
@@ -129,7 +117,7 @@ fn look_at(context: &Context, device: ibv_device_attr, port: u8, options: &Verbs
         link,
         gid,
         gid_index,
-        gid_kind,
+        gid_reach,
         lid: attributes.lid,
         partition_key: context.partition_key(port, options.partition_key_index)?,
         mtu: mtu.clamp(IBV_MTU_256, IBV_MTU_4096) as u8,
@@ -145,12 +133,11 @@ fn choose_gid(
     link: Link,
     attributes: &ibv_port_attr,
     options: &VerbsOptions,
-) -> Result<(u8, Gid, GidKind)> {
+) -> Result<(u8, Gid, GidReach)> {
     let table = gids(context, port, link, attributes);
     let chosen = match options.gid_index {
         Some(index) => table.iter().find(|(at, ..)| *at == index),
-        // The first of the best kind.
-        None => table.iter().rev().max_by_key(|(_, _, kind)| *kind),
+        None => best(&table, |(_, _, reach)| *reach),
     };
     chosen.copied().ok_or(Error::Unsupported {
         what: "RDMA over a port without a usable GID",
@@ -159,13 +146,13 @@ fn choose_gid(
 }
 
 /// The GIDs of a port that are set, with their index.
-fn gids(context: &Context, port: u8, link: Link, attributes: &ibv_port_attr) -> Vec<(u8, Gid, GidKind)> {
+fn gids(context: &Context, port: u8, link: Link, attributes: &ibv_port_attr) -> Vec<(u8, Gid, GidReach)> {
     let set = |gid: &Gid| gid.0 != [0; 16];
     if let Some(table) = context.gid_table() {
         let of_port = table.iter().filter(|entry| entry.port_num == u32::from(port));
         let entries = of_port.filter_map(|entry| {
             let (index, gid) = (u8::try_from(entry.gid_index).ok()?, Gid(entry.gid.raw));
-            set(&gid).then(|| (index, gid, kind(link, entry.gid_type, gid)))
+            set(&gid).then(|| (index, gid, reach(link, entry.gid_type, gid)))
         });
         return entries.collect();
     }
@@ -176,20 +163,18 @@ fn gids(context: &Context, port: u8, link: Link, attributes: &ibv_port_attr) -> 
         let file = format!("/sys/class/infiniband/{}/ports/{port}/gid_attrs/types/{index}", context.name());
         let roce_v2 = fs::read_to_string(file).is_ok_and(|kind| kind.contains("v2"));
         let gid_type = if roce_v2 { IBV_GID_TYPE_ROCE_V2 } else { IBV_GID_TYPE_IB };
-        set(&gid).then(|| (index, gid, kind(link, gid_type, gid)))
+        set(&gid).then(|| (index, gid, reach(link, gid_type, gid)))
     });
     entries.collect()
 }
 
-fn kind(link: Link, gid_type: u32, gid: Gid) -> GidKind {
-    let address = std::net::Ipv6Addr::from(gid.0);
-    match (link, gid_type) {
+fn reach(link: Link, gid_type: u32, gid: Gid) -> GidReach {
+    let kind = match (link, gid_type) {
         (Link::InfiniBand, _) => GidKind::InfiniBand,
-        (Link::Ethernet, IBV_GID_TYPE_ROCE_V2) if address.to_ipv4_mapped().is_some() => GidKind::Ipv4,
-        (Link::Ethernet, IBV_GID_TYPE_ROCE_V2) if address.is_unicast_link_local() => GidKind::LinkLocal,
-        (Link::Ethernet, IBV_GID_TYPE_ROCE_V2) => GidKind::Ipv6,
+        (Link::Ethernet, IBV_GID_TYPE_ROCE_V2) => GidKind::RoceV2,
         (Link::Ethernet, _) => GidKind::RoceV1,
-    }
+    };
+    GidReach::of(kind, gid.0.into())
 }
 
 /// What a port carries, from the width and the speed that it has negotiated.

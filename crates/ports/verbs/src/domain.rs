@@ -26,6 +26,8 @@ pub(crate) struct Domain {
     pub post_failed: Option<Failed>,
     /// A lane on which a post came short has room again: its owner is not to sleep before it has tried.
     pub room_made: bool,
+    /// The shared receive queue holds what all lanes have brought into it.
+    pub restocked: bool,
     /// How often the completion queue was found empty.
     pub emptied: u64,
     pub counters: VerbsCounters,

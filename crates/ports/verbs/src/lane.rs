@@ -148,6 +148,12 @@ impl Lane {
         self.queue_pair.as_ref().expect("it is destroyed only when the lane has ended")
     }
 
+    #[cfg(feature = "fake")]
+    pub fn push_into_error(&self) {
+        // One that was destroyed is in error for good.
+        let _ = self.queue_pair.as_ref().map(QueuePair::to_error);
+    }
+
     /// Whether ops can be posted, and what to say if not.
     pub fn check_up(&self) -> Result<()> {
         match self.state {
@@ -501,6 +507,10 @@ impl Lane {
                 State::Open | State::Meeting(_) => return After::Sleep,
                 State::Up => {
                     if self.owes_credits() {
+                        // A credit is a receive that is posted: else the peer's device would find none.
+                        if !domain.restocked {
+                            return After::Again;
+                        }
                         let word = Word::Credits(self.heard).encode();
                         if self.say(Work::Send(word), None, domain) {
                             domain.counters.credit_messages += 1;

@@ -65,6 +65,9 @@ pub struct VerbsOptions {
     /// A lane on which nothing was sent for this long asks whether the peer's device still answers; at least a
     /// millisecond, and at most a day.
     pub keepalive: Duration,
+    /// Says keys that the device does not know, as a peer does that is wrong or means harm.
+    #[cfg(feature = "fake")]
+    pub wrong_keys: bool,
 }
 
 impl Default for VerbsOptions {
@@ -94,6 +97,8 @@ impl Default for VerbsOptions {
             connect_timeout: Duration::from_secs(10),
             close_timeout: Duration::from_millis(250),
             keepalive: Duration::from_secs(1),
+            #[cfg(feature = "fake")]
+            wrong_keys: false,
         }
     }
 }

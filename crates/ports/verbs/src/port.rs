@@ -153,6 +153,7 @@ impl VerbsPort {
                 request_bytes: options.request_bytes.min(chosen.max_message_bytes).max(1),
                 post_failed: None,
                 room_made: false,
+                restocked: true,
                 emptied: 0,
                 counters: VerbsCounters::default(),
             },
@@ -184,6 +185,14 @@ impl VerbsPort {
     /// The device, its port and its GID, for people.
     pub fn describe(&self) -> String {
         format!("{} gid {} ({})", self.info.name, self.chosen.gid, self.chosen.reach())
+    }
+
+    /// Puts a lane's queue pair into the error state without a word to the port, as a device does that gives it up.
+    #[cfg(feature = "fake")]
+    pub fn push_into_error(&mut self, lane: LaneId) {
+        if let Some(lane) = self.lanes.get_mut(lane.0) {
+            lane.push_into_error();
+        }
     }
 
     fn enqueue(ready: &mut VecDeque<u32>, lane: &mut Lane) {
@@ -437,8 +446,10 @@ impl VerbsPort {
     }
 
     fn keep(&mut self, region: MemoryRegion) -> Result<(LocalId, RemoteKey)> {
-        let key =
-            Key { key: region.remote_key, base: region.base(), bytes: region.bytes(), nonce: self.nonce };
+        let key = region.remote_key;
+        #[cfg(feature = "fake")]
+        let key = if self.options.wrong_keys { !key } else { key };
+        let key = Key { key, base: region.base(), bytes: region.bytes(), nonce: self.nonce };
         let id = self.domain.regions.insert(region);
         Ok((LocalId(id.ok_or(self.domain.regions.full("regions"))?), key.encode()))
     }
@@ -635,7 +646,7 @@ impl Port for VerbsPort {
             self.look_around();
         }
         self.take_completions(events);
-        self.receives.restock();
+        self.domain.restocked = self.receives.restock();
         self.take_turns(events);
     }
 

@@ -67,8 +67,9 @@ impl Receives {
         }
     }
 
-    /// Posts what was given back. What the device does not take now is offered again.
-    pub fn restock(&mut self) {
+    /// Posts what was given back; whether all of it is there now. What the device does not take is offered again, and
+    /// until then no peer may be told that there is room.
+    pub fn restock(&mut self) -> bool {
         while !self.waiting.is_empty() {
             let from = self.waiting.len().saturating_sub(RESTOCKED_MAX);
             let taken = match self.queue.post(&self.waiting[from..]) {
@@ -77,9 +78,10 @@ impl Receives {
             };
             self.waiting.drain(from..from + taken);
             if self.waiting.len() > from {
-                return;
+                return false;
             }
         }
+        true
     }
 
     pub fn read(&self, buffer: u32, into: &mut [u8]) {

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use crossdock_transport::{Direction, Error, LocalId, Op, RemoteId, Result, Shape, Token};
+use crossdock_transport::{Direction, Error, LocalId, Op, Remainder, RemoteId, Result, Shape, Token};
 
 use crate::address::Key;
 use crate::domain::Domain;
@@ -32,7 +32,7 @@ pub(crate) struct Sending {
     /// The peer's regions.
     attached: Vec<Key>,
     /// Where a paged op stopped for want of room: its lists need not be searched for pages outside again.
-    stopped: Option<Stop>,
+    stopped: Option<Remainder>,
     /// The last post came short.
     pub came_short: bool,
     /// It came short because the peer has no room for another immediate.
@@ -45,17 +45,6 @@ pub(crate) enum Taken {
     Whole,
     /// Bytes of a span, pieces of a paged op.
     Within(u64),
-}
-
-/// What a paged op looks like when what is left of it is offered again.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Stop {
-    lists_end: (usize, usize),
-    left: (usize, usize),
-    regions: (LocalId, RemoteId),
-    offsets: (u64, u64),
-    strides: (u64, u64),
-    piece_bytes: u64,
 }
 
 impl Sending {
@@ -171,7 +160,7 @@ impl Sending {
         }
         if op.imm.is_some() && self.credits == 0 {
             self.wants_credits = true;
-            self.stopped = Stop::of(op, 0);
+            self.stopped = Remainder::of(op, 0);
             return Ok(Taken::Within(0));
         }
         let taken = match op.shape {
@@ -180,7 +169,7 @@ impl Sending {
         }?;
         match taken {
             Taken::Whole => self.end_op(op, &mut domain.chain),
-            Taken::Within(within) => self.stopped = Stop::of(op, within as usize),
+            Taken::Within(within) => self.stopped = Remainder::of(op, within as usize),
         }
         Ok(taken)
     }
@@ -416,8 +405,8 @@ impl Sending {
     }
 
     /// Whether an op keeps to its regions. One that was stopped was looked at before.
-    fn check_regions(&self, op: &Op<'_>, resumed: Option<Stop>, domain: &Domain) -> Result<()> {
-        if resumed.is_some() && resumed == Stop::of(op, 0) {
+    fn check_regions(&self, op: &Op<'_>, resumed: Option<Remainder>, domain: &Domain) -> Result<()> {
+        if resumed.is_some() && resumed == Remainder::of(op, 0) {
             return Ok(());
         }
         self.check_extents(op, domain)
@@ -440,34 +429,6 @@ impl Sending {
             }
         }
         Ok(())
-    }
-}
-
-impl Stop {
-    /// What `op` will look like after `within` more of its pieces were taken.
-    fn of(op: &Op<'_>, within: usize) -> Option<Self> {
-        let Shape::Pages {
-            local,
-            local_offset,
-            local_stride_bytes,
-            local_pages,
-            remote,
-            remote_offset,
-            remote_stride_bytes,
-            remote_pages,
-            piece_bytes,
-        } = op.shape
-        else {
-            return None;
-        };
-        Some(Self {
-            lists_end: (local_pages.as_ptr_range().end.addr(), remote_pages.as_ptr_range().end.addr()),
-            left: (local_pages.len() - within, remote_pages.len() - within),
-            regions: (local, remote),
-            offsets: (local_offset, remote_offset),
-            strides: (local_stride_bytes, remote_stride_bytes),
-            piece_bytes,
-        })
     }
 }
 

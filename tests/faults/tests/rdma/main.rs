@@ -63,6 +63,51 @@ fn packets_that_are_lost_are_sent_again() {
     }
 }
 
+/// What is pushed into memory whose key is wrong is refused by the owner's device, again and again: no such room is delivered,
+/// each ends, and every page comes home. Pulls out of memory whose key is right go on in between.
+#[test]
+fn a_wrong_key_is_named_and_costs_no_page() {
+    let _cable = CABLE.lock().unwrap_or_else(|poison| poison.into_inner());
+    for network in Network::all() {
+        let pair = Pair::open([vec![network.impatient_port(0)], vec![network.wrong_port(1)]], 1);
+        let push = |room| Plan { is_pull: false, ..short(room) };
+        let told = pair.rooms(push, |rooms| rooms.wait_for_ended(LANES));
+        println!("a wrong key, {}: {}", network.name(), told.in_words());
+        assert!(told.ends.keys().all(|(_, word)| *word != "delivered"), "{:?}", told.ends);
+        let first = told.first.expect("an end names what the device said");
+        // Of the poster's device or of the owner's: both say it.
+        let said = ["IBV_WC_REM_ACCESS_ERR", "IBV_EVENT_QP_ACCESS_ERR", "IBV_WC_WR_FLUSH_ERR"];
+        assert!(said.iter().any(|word| first.contains(word)) && first.contains("for queue pair"), "{first}");
+        pair.parts();
+    }
+}
+
+/// Lanes whose queue pairs end up in error while rooms are under way.
+#[test]
+fn queue_pairs_that_are_pushed_into_error_are_replaced() {
+    let _cable = CABLE.lock().unwrap_or_else(|poison| poison.into_inner());
+    for network in Network::all() {
+        let pair = Pair::open([0, 1].map(|device| vec![network.impatient_port(device)]), 2);
+        let mut can = true;
+        let told = pair.rooms(short, |rooms| {
+            for _ in 0..3 {
+                rooms.wait_for_delivered(2);
+                can = network.break_queue_pairs();
+            }
+        });
+        println!("queue pairs in error, {}: {}", network.name(), told.in_words());
+        if can {
+            assert!(told.devices > 0, "no end names what the device said: {:?}", told.ends);
+        } else {
+            eprintln!(
+                "SKIPPED: queue pairs in error, by nodes: of real devices only their owner can do that (the port's tests do)"
+            );
+        }
+        pair.recovers();
+        pair.parts();
+    }
+}
+
 /// One of two rails dies: the other carries what is left, until the first comes back. The second one is from a device to itself, which needs no cable.
 #[test]
 fn a_rail_that_dies_leaves_the_rooms_to_the_other() {

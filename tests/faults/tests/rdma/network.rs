@@ -49,6 +49,22 @@ impl Network {
         PortConfig::Verbs(options)
     }
 
+    /// The same, which says keys that its device does not know.
+    pub fn wrong_port(&self, device: usize) -> PortConfig {
+        let mut options = self.options(device);
+        options.wrong_keys = true;
+        PortConfig::Verbs(options)
+    }
+
+    /// Pushes every queue pair of the second device into error; false where only its owner can.
+    pub fn break_queue_pairs(&self) -> bool {
+        let Network::Fabric(fabric) = self else { return false };
+        for pair in fabric.queue_pairs().iter().filter(|pair| pair.device == 1) {
+            fabric.break_queue_pair(pair.device, pair.number, None);
+        }
+        true
+    }
+
     fn options(&self, device: usize) -> VerbsOptions {
         let mut options = VerbsOptions::default();
         match self {

@@ -9,7 +9,7 @@ mod files;
 mod gpu;
 mod numa;
 mod pci;
-mod rdma;
+pub(crate) mod rdma;
 
 use std::path::Path;
 

@@ -81,6 +81,37 @@ pub enum GidKind {
     Unknown,
 }
 
+/// Where a GID is understood, from the worst to the best.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum GidReach {
+    /// RoCE v1, or what the driver does not say.
+    Link,
+    /// RoCE v2, by an address that only the link knows.
+    LinkLocal,
+    /// RoCE v2, by IPv6.
+    Ipv6,
+    /// RoCE v2, by IPv4.
+    Ipv4,
+    Subnet,
+}
+
+impl GidReach {
+    pub fn of(kind: GidKind, address: Ipv6Addr) -> Self {
+        match kind {
+            GidKind::InfiniBand => Self::Subnet,
+            GidKind::RoceV2 if address.to_ipv4_mapped().is_some() => Self::Ipv4,
+            GidKind::RoceV2 if address.is_unicast_link_local() => Self::LinkLocal,
+            GidKind::RoceV2 => Self::Ipv6,
+            GidKind::RoceV1 | GidKind::Unknown => Self::Link,
+        }
+    }
+}
+
+/// The first of the best.
+pub(crate) fn best<T>(gids: &[T], reach: impl Fn(&T) -> GidReach) -> Option<&T> {
+    gids.iter().rev().max_by_key(|gid| reach(gid))
+}
+
 /// Whether a port can carry data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PortState {
@@ -125,17 +156,10 @@ impl RdmaPort {
         self.state == PortState::Active && !self.gids.is_empty()
     }
 
-    /// The GID that peers in other subnets reach too: of RoCE v2 with an IPv4 address, then with a global one of IPv6, then
-    /// with one of the link alone; of other kinds the first.
+    /// The GID that a port takes where none is asked for, which peers in other subnets reach too: of RoCE v2 with an IPv4
+    /// address, then with a global one of IPv6, then with one of the link alone; of other kinds the first.
     pub fn best_gid(&self) -> Option<&Gid> {
-        let rank = |gid: &&Gid| match gid.kind {
-            GidKind::RoceV2 if gid.ipv4().is_some() => 0,
-            GidKind::RoceV2 if !gid.address.is_unicast_link_local() => 1,
-            GidKind::RoceV2 => 2,
-            GidKind::InfiniBand | GidKind::Unknown => 3,
-            GidKind::RoceV1 => 4,
-        };
-        self.gids.iter().min_by_key(rank)
+        best(&self.gids, |gid| GidReach::of(gid.kind, gid.address))
     }
 }
 

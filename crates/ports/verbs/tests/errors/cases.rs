@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crossdock_memory::{AllocateOptions, HugePages, Memory};
-use crossdock_transport::{Direction, DownCause, Op, Port, Token};
+use crossdock_transport::{Direction, DownCause, Event, Events, Op, Port, Token};
 
 use crate::network::Network;
 use crate::pair::{BYTES, Pair, impatient};
@@ -20,6 +20,13 @@ pub const CASES: &[(&str, Case)] = &[
     ("memory_is_probed", memory_is_probed),
     ("huge_pages_are_registered", huge_pages_are_registered),
     ("one_lane_ends_and_the_other_goes_on", one_lane_ends_and_the_other_goes_on),
+    ("a_queue_pair_that_is_pushed_into_error", a_queue_pair_that_is_pushed_into_error),
+    ("all_that_is_out_on_many_lanes_comes_back_at_once", all_that_is_out_on_many_lanes_comes_back_at_once),
+    (
+        "a_peer_that_does_not_poll_is_sent_what_it_has_room_for",
+        a_peer_that_does_not_poll_is_sent_what_it_has_room_for,
+    ),
+    ("each_lane_keeps_its_order", each_lane_keeps_its_order),
 ];
 
 /// The poster names memory that its owner has deregistered: its device says so, with everything that one needs to know;
@@ -179,4 +186,142 @@ fn one_lane_ends_and_the_other_goes_on(network: &mut dyn Network) {
     let write = pair.op(0, Direction::Write, 0, 100);
     pair.post(0, Op { imm: Some(2), token: Some(Token(9)), ..write });
     pair.wait("a write on the other lane", |pair| pair.arrived(1) == 1 && pair.done(0, 9));
+}
+
+/// What is out is flushed: it is not told as done, and what was done before is a beginning of it, all of which has arrived.
+/// The peer's device is not answered any more.
+fn a_queue_pair_that_is_pushed_into_error(network: &mut dyn Network) {
+    const OPS: u64 = 40;
+    let mut pair = Pair::new(network, impatient());
+    pair.memory[0].fill(0, BYTES, 0x3C).expect("the whole");
+    for at in 0..OPS {
+        let write = pair.op(0, Direction::Write, at * 20_000, 20_000);
+        pair.post(0, Op { imm: Some(at as u32), token: Some(Token(at)), ..write });
+    }
+    pair.ports[0].push_into_error(pair.lanes[0]);
+    let [poster, peer] = pair.endings();
+    assert_eq!(poster, "IBV_WC_WR_FLUSH_ERR");
+    assert_eq!(peer, "IBV_WC_RETRY_EXC_ERR");
+    let Some(DownCause::Device(error)) = pair.down(0) else { unreachable!("it has a name") };
+    assert!(!error.meaning.advice.is_empty() && error.queue_pair != 0);
+    let done = (0..OPS).take_while(|&at| pair.done(0, at)).count();
+    assert!((done as u64..OPS).all(|at| !pair.done(0, at)), "told as done after one that was not");
+    assert!(pair.arrived(1) >= done, "{done} were done and {} arrived", pair.arrived(1));
+    let mut found = vec![0; pair.arrived(1) * 20_000];
+    pair.memory[1].read(0, &mut found).expect("inside");
+    assert!(found.iter().all(|&byte| byte == 0x3C), "an arrival was told before its bytes");
+    pair.connect();
+}
+
+/// The queue of completions holds what every lane has out, and every receive, though none of them was asked for: nothing of
+/// it is lost, every lane ends, and there is room for new ones.
+fn all_that_is_out_on_many_lanes_comes_back_at_once(network: &mut dyn Network) {
+    const LANES: usize = 6;
+    let mut options = impatient();
+    (options.requests_per_lane, options.immediates_per_lane, options.max_lanes) = (64, 16, LANES as u32);
+    let mut pair = Pair::new(network, options);
+    let mut lanes = vec![(pair.lanes, pair.remotes)];
+    while lanes.len() < LANES {
+        pair.connect();
+        lanes.push((pair.lanes, pair.remotes));
+    }
+    for _ in 0..3 {
+        for side in [0, 1] {
+            for &(lane, remotes) in &lanes {
+                (pair.lanes, pair.remotes) = (lane, remotes);
+                for at in 0..64 {
+                    let write = pair.op(side, Direction::Write, at * 5000, 5000);
+                    let imm = (at < 16).then_some(at as u32);
+                    let posted = pair.ports[side].post(lane[side], &[Op { imm, ..write }]);
+                    assert_eq!(
+                        posted.map(|posted| posted.ops),
+                        Ok(1),
+                        "a lane has room for as much as it says"
+                    );
+                }
+            }
+        }
+        for (lane, _) in lanes.drain(..) {
+            pair.ports[0].push_into_error(lane[0]);
+            pair.ports[1].push_into_error(lane[1]);
+            pair.lanes = lane;
+            let endings = pair.endings();
+            assert_eq!(endings, ["IBV_WC_WR_FLUSH_ERR", "IBV_WC_WR_FLUSH_ERR"]);
+        }
+        while lanes.len() < LANES {
+            pair.connect();
+            lanes.push((pair.lanes, pair.remotes));
+        }
+    }
+}
+
+/// A device without a receive answers that it is not ready; that costs time and, more often than a few times, the lane. So it
+/// is never asked without: the poster keeps back what the peer has no room for.
+fn a_peer_that_does_not_poll_is_sent_what_it_has_room_for(network: &mut dyn Network) {
+    const ROOM: usize = 8;
+    const OPS: usize = 50;
+    let mut options = impatient();
+    options.immediates_per_lane = ROOM as u32;
+    // The peer hears nothing for long.
+    options.keepalive = Duration::from_secs(60);
+    let mut pair = Pair::new(network, options);
+    let lane = pair.lanes[0];
+    let mut events = Events::with_capacity(64);
+    let mut taken = 0;
+    for _ in 0..200 {
+        let (imm, token) = (Some(taken as u32), Some(Token(taken as u64)));
+        let op = Op { imm, token, ..Op::notify(0) };
+        taken += pair.ports[0].post(lane, &[op]).expect("a good op").ops;
+        pair.ports[0].poll(&mut events);
+        pair.said[0].extend(events.drain());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(taken, ROOM, "no more than the peer has room for");
+    while taken < OPS {
+        let (imm, token) = (Some(taken as u32), Some(Token(taken as u64)));
+        pair.post(0, Op { imm, token, ..Op::notify(0) });
+        taken += 1;
+    }
+    pair.wait("all to arrive", |pair| pair.arrived(1) == OPS && pair.done(0, OPS as u64 - 1));
+    assert!((0..OPS as u64).all(|at| pair.done(0, at)));
+    assert_eq!((pair.down(0), pair.down(1)), (None, None));
+}
+
+/// Packets of two lanes overtake each other, and those that are lost come again: of each lane everything arrives and is done
+/// in the order of its posting, once.
+fn each_lane_keeps_its_order(network: &mut dyn Network) {
+    const OPS: u32 = 40;
+    let mut options = impatient();
+    options.retries = 6;
+    let mut pair = Pair::new(network, options);
+    let first = (pair.lanes, pair.remotes);
+    pair.connect();
+    let lanes = [first, (pair.lanes, pair.remotes)];
+    network.set_loss(2);
+    for at in 0..OPS {
+        for (which, lane) in lanes.iter().enumerate() {
+            (pair.lanes, pair.remotes) = *lane;
+            let offset = (u64::from(at) * 2 + which as u64) * 4000;
+            // Long and short ones, so that neither lane is always ahead.
+            let bytes = if (at as usize + which).is_multiple_of(2) { 4000 } else { 40 };
+            let write = pair.op(0, Direction::Write, offset, bytes);
+            pair.post(0, Op { imm: Some(at), token: Some(Token(at.into())), ..write });
+        }
+    }
+    pair.wait("all writes on both lanes", |pair| pair.arrived(1) == 2 * OPS as usize);
+    network.set_loss(0);
+    for (lane, _) in lanes {
+        pair.lanes = lane;
+        pair.wait("the last token", |pair| pair.done(0, u64::from(OPS) - 1));
+        let arrived = pair.said[1].iter().filter_map(|event| match event {
+            Event::Arrived { lane: of, imm, .. } if *of == lane[1] => Some(*imm),
+            _ => None,
+        });
+        assert!(arrived.eq(0..OPS), "{:?}", pair.said[1]);
+        let done = pair.said[0].iter().filter_map(|event| match event {
+            Event::Done { lane: of, token } if *of == lane[0] => Some(token.0),
+            _ => None,
+        });
+        assert!(done.eq((0..OPS).map(u64::from)), "{:?}", pair.said[0]);
+    }
 }

@@ -160,6 +160,26 @@ fn a_queue_pair_that_breaks_by_itself_is_named() {
     }
 }
 
+/// A peer is told of room when the receives for it are posted, and not while the device refuses them.
+#[test]
+fn credits_follow_receives() {
+    let mut options = impatient();
+    options.immediates_per_lane = 4;
+    let mut network = at_once();
+    let mut pair = Pair::new(&mut network, options);
+    network.0.fail(Failure { times: 200, ..Failure::next(Function::PostSrqRecv, libc::ENOMEM) });
+    let mut taken = 0;
+    for at in 0..2000 {
+        if taken < 60 {
+            let lane = pair.lanes[0];
+            taken += pair.ports[0].post(lane, &[Op::notify(at)]).expect("a good op").ops;
+        }
+        pair.poll();
+    }
+    assert_eq!((taken, pair.arrived(1)), (60, 60));
+    assert_eq!(network.0.counters().receivers_not_ready, 0, "a credit came before its receive");
+}
+
 /// Memory that the device does not let go of stays registered, and can be let go of later.
 #[test]
 fn memory_that_is_not_deregistered_stays() {
