@@ -69,8 +69,9 @@ struct Again {
     due_ns: Option<u64>,
     /// What was waited for last; 0: this is the first time.
     pause_ns: u64,
-    /// A lane is on its way, from its opening here until it can be used or is lost.
-    is_trying: bool,
+    /// A lane is on its way, from its opening here until it can be used or is lost; and until when that is waited for: a
+    /// peer that does not answer costs the session this lane and no other.
+    until_ns: Option<u64>,
     /// Since when the lane that came back can be used.
     back_ns: Option<u64>,
 }
@@ -363,7 +364,7 @@ impl Proto {
         let Some(s) = self.sessions.get_mut(&session) else { return };
         let Some(entry) = s.slots.get_mut(usize::from(slot)) else { return };
         let again = &mut entry.again;
-        again.is_trying = false;
+        again.until_ns = None;
         if s.side == Side::Acceptor || least_ns == 0 || is_planted(Planted::LaneNeverBack) {
             return;
         }
@@ -375,16 +376,14 @@ impl Proto {
         self.arm_lanes(session);
     }
 
-    /// Arms the time of the next offer, unless a lane is on its way already.
+    /// Arms the time of the next offer; while a lane is on its way, the end of the wait for it.
     fn arm_lanes(&mut self, session: SessionId) {
         self.disarm_lanes(session);
         let Some(s) = self.sessions.get_mut(&session) else { return };
-        if s.slots.iter().any(|slot| slot.again.is_trying) {
-            return;
-        }
+        let trying_ns = s.slots.iter().filter_map(|slot| slot.again.until_ns).min();
         // What has waited for the one on its way is next; a clock that stands still must not see all of them fail.
         let soonest_ns = self.now_ns + 1;
-        let due_ns = s.slots.iter().filter_map(|slot| slot.again.due_ns).min();
+        let due_ns = trying_ns.or_else(|| s.slots.iter().filter_map(|slot| slot.again.due_ns).min());
         s.lanes_due_ns = due_ns.map(|due_ns| due_ns.max(soonest_ns));
         if let Some(due_ns) = s.lanes_due_ns {
             self.arm(due_ns, Timer::Lanes(session));
@@ -397,13 +396,20 @@ impl Proto {
         }
     }
 
-    /// It is time to open a lane again: first for a pair of rails that has none.
+    /// It is time to open a lane again: first for a pair of rails that has none. Or to wait no longer for one.
     pub(crate) fn lanes_due(&mut self, session: SessionId) {
-        let now_ns = self.now_ns;
+        let (now_ns, timeout_ns) = (self.now_ns, self.config.handshake_timeout_ns);
         let Some(s) = self.sessions.get_mut(&session) else { return };
         s.lanes_due_ns = None;
         if !s.is_live() || s.has_peer_died {
             return;
+        }
+        if let Some(slot) = s.slots.iter().position(|slot| slot.again.until_ns.is_some()) {
+            if s.slots[slot].again.until_ns <= Some(now_ns) {
+                s.slots[slot].again.until_ns = None;
+                self.close_lane(session, slot as u8);
+            }
+            return self.arm_lanes(session);
         }
         let has_lane = |rail: u8| s.slots.iter().any(|slot| slot.rail == rail && slot.is_usable());
         let due = (0u8..).zip(&s.slots).filter_map(|(at, slot)| {
@@ -412,12 +418,13 @@ impl Proto {
         });
         let Some((_, _, slot)) = due.min() else { return self.arm_lanes(session) };
         let entry = &mut s.slots[usize::from(slot)];
-        (entry.again.due_ns, entry.again.is_trying) = (None, true);
+        (entry.again.due_ns, entry.again.until_ns) = (None, Some(now_ns.saturating_add(timeout_ns)));
         entry.state = SlotState::Opening;
         // Nothing can have been posted on it yet; and until the peer hears of it, it is lost.
         (entry.here.ready, entry.there.ready) = (false, false);
         let rail = entry.rail;
         self.act(Action::OpenLane { session, slot, rail });
+        self.arm_lanes(session);
     }
 
     /// Our end of a lane that is to come back is open.
@@ -512,7 +519,7 @@ impl Proto {
         if !entry.is_usable() {
             return;
         }
-        (entry.again.is_trying, entry.again.back_ns) = (false, Some(now_ns));
+        (entry.again.until_ns, entry.again.back_ns) = (None, Some(now_ns));
         self.counters.lanes_back += 1;
         self.note_session(session, None, What::LaneBack { slot });
         self.act(Action::UseLane { session, slot });

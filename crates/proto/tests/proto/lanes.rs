@@ -514,6 +514,25 @@ fn a_pair_of_rails_without_a_lane_goes_first() {
     world.finish();
 }
 
+/// A peer that lives and says nothing to an offer: the lane is given up after a while, and those that wait for it come back.
+#[test]
+fn an_offer_that_is_not_answered_keeps_no_other_lane_away() {
+    let mut world = World::pair(3);
+    world.nodes[P].silent_slot = Some(0);
+    break_lane(&mut world, 0);
+    break_lane(&mut world, 1);
+    world.run_for(5 * S);
+    assert_eq!(usable(&world), [1, 1], "the first one is waited for");
+    world.run_for(3 * S);
+    assert_eq!(usable(&world), [2, 2]);
+    assert_eq!(tries(&world, 0).len(), 1, "its number is not free before the peer has said that it is lost");
+    // What is said too late is heard and changes nothing; then the lane is offered anew.
+    world.speak(P);
+    world.run_for(10 * S);
+    assert_eq!(usable(&world), [3, 3]);
+    world.finish();
+}
+
 /// Between the offer and the first use everything can happen, at either end and in any order.
 #[test]
 fn a_lane_is_lost_at_any_moment_of_its_return() {

@@ -137,6 +137,9 @@ impl World {
             let error = Error::Limit { what: "lanes", limit: 0 };
             return n.proto.lane_opened(self.now_ns, session, slot, Err(error));
         }
+        if n.silent_slot == Some(slot) {
+            return n.unspoken.push((session, slot, rail));
+        }
         let key = LaneKey { node, session, slot };
         let end = LaneEnd {
             tags: None,
@@ -158,6 +161,14 @@ impl World {
         let address = [node as u32, session.0, slot.into()].map(u32::to_le_bytes).concat();
         let address = LaneAddress::new(&address).expect("a short address");
         self.nodes[node].proto.lane_opened(self.now_ns, session, slot, Ok(address));
+    }
+
+    /// It says now what it has not said so far.
+    pub fn speak(&mut self, node: usize) {
+        self.nodes[node].silent_slot = None;
+        for (session, slot, rail) in std::mem::take(&mut self.nodes[node].unspoken) {
+            self.open_lane(node, session, slot, rail);
+        }
     }
 
     pub fn connect_lane(

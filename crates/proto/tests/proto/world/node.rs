@@ -29,6 +29,9 @@ pub struct Node {
     pub refuses_grants: bool,
     /// The lane of this number cannot be opened.
     pub broken_slot: Option<u8>,
+    /// It says nothing to an offer of this lane, until [`World::speak`].
+    pub silent_slot: Option<u8>,
+    pub unspoken: Vec<(SessionId, u8, u8)>,
     /// Its lanes cannot be connected.
     pub is_unplugged: bool,
     /// When which lanes were opened.
@@ -96,6 +99,8 @@ impl Node {
             offers: true,
             refuses_grants: false,
             broken_slot: None,
+            silent_slot: None,
+            unspoken: Vec::new(),
             is_unplugged: false,
             opened: Vec::new(),
             holds_downs: false,
