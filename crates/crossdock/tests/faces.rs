@@ -227,10 +227,12 @@ fn either_side_may_cancel() {
 #[test]
 fn cancelling_one_room_costs_the_others_nothing() {
     const ROOMS: u64 = 6;
+    const LAYER_BYTES: u64 = 100 * (512 + 64);
     for carrier in Carrier::all() {
         let prefill = worker_with("prefill", Dtype::Bf16, |config| config.ports = vec![carrier.port(0)]);
         let decode = worker_with("decode", Dtype::Bf16, |config| config.ports = vec![carrier.port(1)]);
         let peer = decode.connect(&prefill);
+        let mut written_bytes = 0;
         for round in 0..4 {
             let number = |room: u64| round * ROOMS + room;
             let mut rooms: Vec<(u64, Receiving, Sending)> = (0..ROOMS)
@@ -240,6 +242,21 @@ fn cancelling_one_room_costs_the_others_nothing() {
                 .collect();
             for (_, _, sending) in &mut rooms {
                 sending.send_layers(0..1).unwrap();
+            }
+            // Of every room bytes have moved: both sides know of it.
+            let moved = |worker: &Worker| {
+                let mut stats = worker.node.handle().stats().unwrap();
+                stats.wait_until(Instant::now() + WAIT).unwrap().rails[0].written_bytes
+            };
+            let deadline = Instant::now() + WAIT;
+            let wanted = written_bytes + ROOMS * LAYER_BYTES;
+            while moved(&prefill) < wanted {
+                assert!(
+                    Instant::now() < deadline,
+                    "{carrier:?}: {} of {wanted} bytes moved",
+                    moved(&prefill)
+                );
+                std::thread::sleep(Duration::from_millis(1));
             }
             let (cancelled, mut others): (Vec<_>, Vec<_>) =
                 rooms.into_iter().partition(|&(room, ..)| room % 3 == round % 3);
@@ -272,6 +289,7 @@ fn cancelling_one_room_costs_the_others_nothing() {
                 );
                 worker.settles();
             }
+            written_bytes = moved(&prefill);
         }
     }
 }

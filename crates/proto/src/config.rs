@@ -35,7 +35,7 @@ pub struct Config {
     pub heartbeats_missed: u32,
     /// After a session has begun, silence is not counted for this long (first step, kernel compilation).
     pub warm_up_grace_ns: u64,
-    /// For the whole handshake, lanes included.
+    /// For the whole handshake, lanes included; and for a lane that is to come back, from its offer on.
     pub handshake_timeout_ns: u64,
     /// How long ops of a room that has ended may stay at its session's lanes before the session is given up, so that the
     /// pages come home.

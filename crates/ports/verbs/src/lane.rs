@@ -115,6 +115,8 @@ pub(crate) struct Habits {
     pub immediates: u32,
     pub depth: u32,
     pub close_timeout: Duration,
+    #[cfg(feature = "fake")]
+    pub floods: bool,
 }
 
 impl Lane {
@@ -335,6 +337,8 @@ impl Lane {
                     DownCause::NotAuthentic
                 } else {
                     self.sending.credit(hello.immediates);
+                    #[cfg(feature = "fake")]
+                    self.sending.credit(if domain.habits.floods { u32::MAX >> 1 } else { 0 });
                     if !meeting.first {
                         self.say_hello(domain);
                     }

@@ -68,6 +68,9 @@ pub struct VerbsOptions {
     /// Says keys that the device does not know, as a peer does that is wrong or means harm.
     #[cfg(feature = "fake")]
     pub wrong_keys: bool,
+    /// Sends immediates whether the peer has room for them or not.
+    #[cfg(feature = "fake")]
+    pub floods: bool,
 }
 
 impl Default for VerbsOptions {
@@ -99,6 +102,8 @@ impl Default for VerbsOptions {
             keepalive: Duration::from_secs(1),
             #[cfg(feature = "fake")]
             wrong_keys: false,
+            #[cfg(feature = "fake")]
+            floods: false,
         }
     }
 }

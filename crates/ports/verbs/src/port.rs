@@ -123,6 +123,8 @@ impl VerbsPort {
             immediates: options.immediates_per_lane,
             depth,
             close_timeout: options.close_timeout,
+            #[cfg(feature = "fake")]
+            floods: options.floods,
         };
         let info = PortInfo {
             kind: "verbs",

@@ -180,6 +180,62 @@ fn credits_follow_receives() {
     assert_eq!(network.0.counters().receivers_not_ready, 0, "a credit came before its receive");
 }
 
+/// Whoever sends more immediates than it may is cut off; the lanes that share the receives with it go on.
+#[test]
+fn a_peer_that_floods_is_cut_off_and_costs_the_others_nothing() {
+    for seed in 0..8 {
+        let pace = Pace::Stepped { most: 30 };
+        let fabric = Fabric::new(FabricOptions { seed, pace, ..FabricOptions::default() });
+        let mut network = SoftwareFabric(fabric);
+        let mut options = impatient();
+        options.immediates_per_lane = 8;
+        let mut pair = Pair::new(&mut network, options.clone());
+        let honest = (pair.lanes, pair.remotes);
+        options.floods = true;
+        let mut flooder = network.open(0, options);
+        std::mem::swap(&mut flooder, &mut pair.ports[0]);
+        // The lane that the honest one has with the second port goes on beside that of the flooder.
+        let (up, tags) = (
+            [0, 1].map(|side| pair.ports[side].open_lane(PeerId(2)).expect("a lane can be opened")),
+            [LaneTags { ours: [1; 32], theirs: [2; 32] }, LaneTags { ours: [2; 32], theirs: [1; 32] }],
+        );
+        let flooded = [up[0].0, up[1].0];
+        for side in [0, 1] {
+            let connected = pair.ports[side].connect(flooded[side], &up[1 - side].1, &tags[side]);
+            connected.expect("a fresh lane connects");
+        }
+        // Both are polled, whoever sits in the pair.
+        let mut events = Events::with_capacity(64);
+        let (mut sent, mut flood, mut taken, mut is_cut_off) = (Vec::new(), 0, 0, false);
+        for round in 0..20_000 {
+            pair.poll();
+            flooder.poll(&mut events);
+            sent.extend(events.drain());
+            // In the pair is the flooder, and `flooder` is the honest one.
+            flood += pair.ports[0].post(flooded[0], &[Op::notify(7); 40]).map_or(0, |posted| posted.ops);
+            if round % 4 == 0 && taken < 200 {
+                let op = Op { token: Some(Token(taken)), ..Op::notify(9) };
+                taken += flooder.post(honest.0[0], &[op]).expect("an honest lane stays up").ops as u64;
+            }
+            is_cut_off = pair.said[1].iter().any(|event| {
+                matches!(event, Event::Down { lane, cause: DownCause::PeerMisbehaved { .. } } if *lane == flooded[1])
+            });
+            let done = sent.iter().filter(|event| matches!(event, Event::Done { .. })).count();
+            if is_cut_off && done == 200 {
+                break;
+            }
+        }
+        assert!(is_cut_off, "seed {seed}: {flood} were sent, and it is not cut off: {:?}", pair.said[1]);
+        let told = |lane| {
+            let of = |event: &&Event| matches!(event, Event::Arrived { lane: at, .. } if *at == lane);
+            pair.said[1].iter().filter(of).count()
+        };
+        assert_eq!(told(honest.0[1]), 200, "seed {seed}: of the honest one, everything arrives");
+        assert!(!sent.iter().any(|event| matches!(event, Event::Down { .. })), "seed {seed}: {sent:?}");
+        assert!(told(flooded[1]) < flood, "seed {seed}");
+    }
+}
+
 /// Memory that the device does not let go of stays registered, and can be let go of later.
 #[test]
 fn memory_that_is_not_deregistered_stays() {
