@@ -219,6 +219,8 @@ fn all_that_is_out_on_many_lanes_comes_back_at_once(network: &mut dyn Network) {
     const LANES: usize = 6;
     let mut options = impatient();
     (options.requests_per_lane, options.immediates_per_lane, options.max_lanes) = (64, 16, LANES as u32);
+    // A sign of life would take the place of a request.
+    options.keepalive = Duration::from_secs(60);
     let mut pair = Pair::new(network, options);
     let mut lanes = vec![(pair.lanes, pair.remotes)];
     while lanes.len() < LANES {
