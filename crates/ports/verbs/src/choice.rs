@@ -76,6 +76,12 @@ pub(crate) fn choose(verbs: &Verbs, options: &VerbsOptions) -> Result<(Arc<Conte
 
 fn choose_port(verbs: &Verbs, name: &str, options: &VerbsOptions) -> Result<(Arc<Context>, Chosen)> {
     let context = Context::open(verbs.library(), name)?;
+    if !context.is_infiniband_transport() {
+        return Err(Error::Unsupported {
+            what: "RDMA over a device that speaks neither InfiniBand nor RoCE",
+            advice: "name a device that does: iWARP, EFA and usNIC connect by other means",
+        });
+    }
     let device = context.attributes()?;
     let ports = match options.port {
         Some(port) => port..=port,
@@ -94,7 +100,12 @@ fn choose_port(verbs: &Verbs, name: &str, options: &VerbsOptions) -> Result<(Arc
     Err(refused)
 }
 
-fn look_at(context: &Context, device: ibv_device_attr, port: u8, options: &VerbsOptions) -> Result<Chosen> {
+pub(crate) fn look_at(
+    context: &Context,
+    device: ibv_device_attr,
+    port: u8,
+    options: &VerbsOptions,
+) -> Result<Chosen> {
     let attributes = context.port(port)?;
     if attributes.state != IBV_PORT_ACTIVE {
         return Err(Error::Unsupported {

@@ -71,7 +71,7 @@ pub(crate) enum State {
 /// What a lane waits for before its queue pair is destroyed.
 pub(crate) struct Drain {
     cause: DownCause,
-    /// The device has said that the queue pair takes no more of the shared receives.
+    /// The device has said that the queue pair takes no more of the shared receives, or has had time to.
     is_last_receive_taken: bool,
     /// Until when that is waited for: not every device says so.
     quiet: Instant,
@@ -172,7 +172,7 @@ impl Lane {
         match &self.state {
             State::Meeting(meeting) => Some(meeting.deadline),
             State::Closing { deadline, .. } => Some(*deadline),
-            State::Draining(drain) if drain.quiet > Instant::now() => Some(drain.quiet),
+            State::Draining(drain) if !drain.is_last_receive_taken => Some(drain.quiet.min(drain.deadline)),
             State::Draining(drain) => Some(drain.deadline),
             State::Open | State::Up | State::Ended(_) => None,
         }
@@ -298,6 +298,11 @@ impl Lane {
 
     /// The device has put the queue pair into error by itself.
     pub fn gave_up(&mut self, event: u32, domain: &mut Domain) {
+        match self.state {
+            State::Draining(_) | State::Ended(_) => return,
+            State::Closing { cause, .. } => return self.fail(cause),
+            State::Open | State::Meeting(_) | State::Up => {}
+        }
         domain.counters.device_errors += 1;
         let meaning = status::of_event(event);
         let peer = self.remote.map_or([0; 16], |remote| remote.gid.0);
@@ -336,9 +341,10 @@ impl Lane {
                 if !bool::from(hello.tag[..].ct_eq(&meeting.tags.theirs[..])) {
                     DownCause::NotAuthentic
                 } else {
-                    self.sending.credit(hello.immediates);
+                    let immediates = hello.immediates;
                     #[cfg(feature = "fake")]
-                    self.sending.credit(if domain.habits.floods { u32::MAX >> 1 } else { 0 });
+                    let immediates = if domain.habits.floods { u32::MAX } else { immediates };
+                    self.sending.begin(immediates);
                     if !meeting.first {
                         self.say_hello(domain);
                     }
@@ -369,7 +375,7 @@ impl Lane {
                 domain.room_made |= self.sending.came_short && self.sending.has_room();
             }
             Ok(Word::Credits(_)) => {
-                let cause = DownCause::PeerMisbehaved { what: "it gave more credits than can be counted" };
+                let cause = DownCause::PeerMisbehaved { what: "it gave more credits than it has room" };
                 self.part(cause, domain);
             }
             Err(cause) => self.part(cause, domain),
@@ -400,6 +406,11 @@ impl Lane {
             State::Closing { .. } | State::Draining(_) => self.sending.out() == 0,
             State::Ended(_) => true,
         }
+    }
+
+    /// The peer has done what it must not do.
+    pub fn misbehaved(&mut self, what: &'static str, domain: &mut Domain) {
+        self.part(DownCause::PeerMisbehaved { what }, domain);
     }
 
     /// Tells the peer and ends. Only once: whatever the peer does meanwhile, its time is limited.
@@ -481,8 +492,9 @@ impl Lane {
     fn drain(&mut self, domain: &mut Domain) -> Option<After> {
         let State::Draining(drain) = &mut self.state else { return None };
         let now = Instant::now();
+        drain.is_last_receive_taken |= now >= drain.quiet;
         if now < drain.deadline {
-            if self.sending.out() > 0 || (!drain.is_last_receive_taken && now < drain.quiet) {
+            if self.sending.out() > 0 || !drain.is_last_receive_taken {
                 return Some(After::Sleep);
             }
             if *drain.emptied.get_or_insert(domain.emptied) == domain.emptied {

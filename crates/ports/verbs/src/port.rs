@@ -16,12 +16,12 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::address::{End, Key};
 use crate::alarm::Alarm;
-use crate::choice::{Chosen, choose};
+use crate::choice::{Chosen, choose, look_at};
 use crate::counters::VerbsCounters;
 use crate::domain::Domain;
 use crate::ibverbs::chain::SendChain;
 use crate::ibverbs::context::{Context, DeviceEvent, EventOf, Failed};
-use crate::ibverbs::device_memory::{DeviceMemory, Means, OutOfReach, RegisterError};
+use crate::ibverbs::device_memory::{DeviceMemory, Means, OutOfReach, RegisterError, Why};
 use crate::ibverbs::objects::{
     CompletionQueue, Completions, MemoryRegion, POLLED_MAX, Path, ProtectionDomain, QueuePair, RECEIVE_BYTES,
     WorkId,
@@ -65,6 +65,8 @@ pub struct VerbsPort {
     armed: bool,
     /// Polls since the last look at clock and events.
     polls: u32,
+    /// The port's addresses may have changed since they were looked at.
+    has_moved: bool,
     /// The device is gone for good.
     dead: Option<Failed>,
 }
@@ -168,6 +170,7 @@ impl VerbsPort {
             next_keepalive: None,
             armed: false,
             polls: 0,
+            has_moved: false,
             dead: None,
             chosen,
             options,
@@ -184,9 +187,20 @@ impl VerbsPort {
         self.max_lanes
     }
 
-    /// The device, its port and its GID, for people.
+    /// The device and its port, and by what its lanes are reached, for people: as it is now.
     pub fn describe(&self) -> String {
-        format!("{} gid {} ({})", self.info.name, self.chosen.gid, self.chosen.reach())
+        let (chosen, options) = (&self.chosen, &self.options);
+        format!(
+            "{}, gid {} {} ({}), mtu {}, pkey {:#06x}, service level {}, traffic class {}",
+            self.info.name,
+            chosen.gid_index,
+            chosen.gid,
+            chosen.reach(),
+            128_u32 << chosen.mtu,
+            chosen.partition_key,
+            options.service_level,
+            options.traffic_class
+        )
     }
 
     /// Puts a lane's queue pair into the error state without a word to the port, as a device does that gives it up.
@@ -210,22 +224,33 @@ impl VerbsPort {
         &mut self,
         memory: &DeviceMemory,
     ) -> std::result::Result<(LocalId, RemoteKey, Means), RegisterError> {
-        // A dma-buf takes no optional flags, and kernels refuse those that they do not know.
-        let plain = self.access() & !IBV_ACCESS_OPTIONAL_RANGE;
-        let (region, means) = match MemoryRegion::of_dma_buf(&self.protection, memory, plain) {
+        let (region, means) = match self.by_dma_buf(memory) {
             Ok(region) => (region, Means::DmaBuf),
-            Err(dma_buf) => match MemoryRegion::of_peer(&self.protection, memory, self.access()) {
+            Err(dma_buf) => match self.by_peer_memory(memory) {
                 Ok(region) => (region, Means::PeerMemory { dma_buf }),
-                Err(failed) => {
-                    return Err(OutOfReach { dma_buf, peer_memory: failed.into() }.into());
-                }
+                Err(peer_memory) => return Err(OutOfReach { dma_buf, peer_memory }.into()),
             },
         };
-        if self.options.probe_regions {
-            self.probe(&region)?;
-        }
         let (id, key) = self.keep(region)?;
         Ok((id, key, means))
+    }
+
+    fn by_dma_buf(&self, memory: &DeviceMemory) -> std::result::Result<MemoryRegion, Why> {
+        let of = |access| MemoryRegion::of_dma_buf(&self.protection, memory, access);
+        // For host memory the library leaves out what the kernel does not know; here nobody does.
+        let plain = self.access() & !IBV_ACCESS_OPTIONAL_RANGE;
+        self.probed(of(self.access()).or_else(|_| of(plain))?)
+    }
+
+    fn by_peer_memory(&self, memory: &DeviceMemory) -> std::result::Result<MemoryRegion, Why> {
+        self.probed(MemoryRegion::of_peer(&self.protection, memory, self.access())?)
+    }
+
+    fn probed(&self, region: MemoryRegion) -> std::result::Result<MemoryRegion, Why> {
+        match self.options.probe_regions {
+            true => self.probe(&region).map(|()| region).map_err(|_| Why::ProbeFailed),
+            false => Ok(region),
+        }
     }
 
     /// Looks at what does not come by completions: deadlines, signs of life, and what the device says by itself.
@@ -306,6 +331,16 @@ impl VerbsPort {
                     Self::enqueue(&mut self.ready, lane);
                 }
             }
+            // How peers reach this port may be another from now on. Lanes that are up keep to what they were told.
+            (
+                IBV_EVENT_PORT_ACTIVE
+                | IBV_EVENT_LID_CHANGE
+                | IBV_EVENT_PKEY_CHANGE
+                | IBV_EVENT_SM_CHANGE
+                | IBV_EVENT_CLIENT_REREGISTER
+                | IBV_EVENT_GID_CHANGE,
+                EventOf::Port(port),
+            ) if port == self.chosen.port => self.has_moved = true,
             // A link that is down shows in what its lanes do not hear, and may come back before they notice.
             _ => {}
         }
@@ -394,7 +429,10 @@ impl VerbsPort {
                     events.push(Event::Up { lane: lane.id });
                 }
             }
-            _ => lane.word(imm, domain),
+            _ if completion.byte_len == 0 && completion.wc_flags & IBV_WC_WITH_IMM != 0 => {
+                lane.word(imm, domain)
+            }
+            _ => lane.misbehaved("it sent what is neither a hello nor a word", domain),
         }
     }
 
@@ -439,6 +477,21 @@ impl VerbsPort {
             self.completion_queue.resize(entries)?;
         }
         Ok(())
+    }
+
+    /// Lanes are opened at the addresses that the port has now. One without a link keeps those that it had; and peers have
+    /// been told the kind of network, which stays.
+    fn look_at_addresses(&mut self) {
+        if !self.has_moved {
+            return;
+        }
+        let found = look_at(&self.context, self.chosen.device, self.chosen.port, &self.options);
+        if let Ok(found) = found
+            && found.reach() == self.chosen.reach()
+        {
+            self.chosen = found;
+            self.has_moved = false;
+        }
     }
 
     /// What peers and this port may do in registered memory.
@@ -533,6 +586,7 @@ impl Port for VerbsPort {
                 limit: UNUSED_MAX as u64,
             });
         }
+        self.look_at_addresses();
         self.make_room_for_lane()?;
         let queue_pair = self.make_queue_pair()?;
         let first_packet = u32::from_ne_bytes(random()?) & PACKETS;
@@ -577,6 +631,13 @@ impl Port for VerbsPort {
         }
         if remote.link != self.chosen.link {
             return Err(Error::BadAddress { reason: "InfiniBand and Ethernet do not reach each other" });
+        }
+        // Two limited members of a partition do not hear each other either.
+        let (here, there) = (self.chosen.partition_key, remote.partition_key);
+        if (here ^ there) & PARTITION != 0 || (here | there) & FULL_MEMBER == 0 {
+            return Err(Error::BadAddress {
+                reason: "its partition key is not one that this port's goes with: see partition_key_index",
+            });
         }
         if ours == theirs {
             return Err(Error::BadAddress { reason: "a lane cannot be connected to itself" });
@@ -731,6 +792,9 @@ fn random<const N: usize>() -> Result<[u8; N]> {
     Ok(bytes)
 }
 
+/// A partition key is a partition's number, and whether the port is more than a limited member of it.
+const PARTITION: u16 = FULL_MEMBER - 1;
+const FULL_MEMBER: u16 = 1 << 15;
 /// Packets are numbered by 24 bits.
 const PACKETS: u32 = (1 << 24) - 1;
 /// So many completions, of 64 bytes or so, the queue has room for at first.

@@ -26,14 +26,15 @@ pub fn rails(topology: &Topology, near: Near, like: &VerbsOptions) -> Vec<VerbsO
         (None, Near::Gpu(address)) => near_gpu(topology, address),
         (None, Near::NumaNode(node)) => topology.near_node_among(node, is_usable),
     };
+    // An iWARP adapter has ports that look usable, and another way to connect.
+    let devices = devices.into_iter().filter(|device| device.node_type.as_deref() != Some("RNIC"));
     let wanted = |port: &&RdmaPort| {
         port.is_usable()
             && port.link_layer != LinkLayer::Other
             && like.port.is_none_or(|number| u32::from(number) == port.number)
     };
     let ports: Vec<(&RdmaDevice, &RdmaPort)> = devices
-        .iter()
-        .flat_map(|device| device.ports.iter().filter(wanted).map(move |port| (*device, port)))
+        .flat_map(|device| device.ports.iter().filter(wanted).map(move |port| (device, port)))
         .collect();
     let rate = |port: &RdmaPort| port.gbit_per_s.unwrap_or(0.0);
     let fastest = ports.iter().map(|(_, port)| rate(port)).fold(0.0, f64::max);

@@ -27,8 +27,9 @@ pub(crate) struct Sending {
     tokens: VecDeque<(u32, Token)>,
     /// Which region the requests up to that number use. Neighbours with one region are one entry.
     uses: VecDeque<(u32, LocalId)>,
-    /// How many more immediates the peer has room for.
+    /// How many more immediates the peer has room for, and for how many when none is on its way.
     credits: u32,
+    most_credits: u32,
     /// The peer's regions.
     attached: Vec<Key>,
     /// Where a paged op stopped for want of room: its lists need not be searched for pages outside again.
@@ -59,6 +60,7 @@ impl Sending {
             tokens: VecDeque::with_capacity(depth as usize),
             uses: VecDeque::with_capacity(depth as usize),
             credits: 0,
+            most_credits: 0,
             attached: Vec::new(),
             stopped: None,
             came_short: false,
@@ -66,11 +68,17 @@ impl Sending {
         }
     }
 
-    /// The peer lets so many more immediates come; false if that is more than can be counted.
+    /// The peer has room for so many immediates.
+    pub fn begin(&mut self, credits: u32) {
+        (self.credits, self.most_credits) = (credits, credits);
+    }
+
+    /// The peer lets so many more immediates come; false if it cannot have heard as many.
     pub fn credit(&mut self, count: u32) -> bool {
-        let sum = self.credits.checked_add(count);
-        self.credits = sum.unwrap_or(self.credits);
-        sum.is_some()
+        let sum = self.credits.saturating_add(count);
+        let is_owed = sum <= self.most_credits;
+        self.credits = if is_owed { sum } else { self.credits };
+        is_owed
     }
 
     /// How many requests are out.
@@ -449,3 +457,20 @@ pub(crate) const OWN_REQUESTS: u32 = 8;
 const SILENT_MAX: u32 = 256;
 /// How many regions of its peer a lane knows.
 const ATTACHED_MAX: usize = 1 << 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever gives back what it has not taken floods the queue of receives with its words.
+    #[test]
+    fn no_more_credits_are_taken_than_were_used() {
+        let mut sending = Sending::new(0, 16);
+        sending.begin(8);
+        assert!(!sending.credit(1));
+        sending.credits -= 3;
+        assert!(!sending.credit(4) && !sending.credit(u32::MAX) && sending.credit(2) && sending.credit(1));
+        assert!(!sending.credit(1));
+        assert_eq!(sending.credits, 8);
+    }
+}

@@ -90,18 +90,46 @@ pub struct QueuePairView {
     pub peer: u32,
     /// Requests that are not done.
     pub outstanding: usize,
+    /// The place of its address in the port's table.
+    pub gid_index: u8,
+    /// The place of its partition key.
+    pub partition_key_index: u16,
+    /// The largest packet in bytes.
+    pub mtu_bytes: u32,
+    /// The service level.
+    pub service_level: u8,
+    /// The traffic class.
+    pub traffic_class: u8,
+    /// Through how many routers its packets go.
+    pub hop_limit: u8,
+}
+
+/// A region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionView {
+    /// The context that it is of.
+    pub context: u32,
+    /// How long it is.
+    pub bytes: u64,
+    /// `IBV_ACCESS_*`.
+    pub access: u32,
 }
 
 impl Fabric {
     /// A fabric in which nothing is open yet.
     pub fn new(options: FabricOptions) -> Self {
-        let (pace, is_old, devices) = (options.pace, options.old_library, options.devices.len());
+        let (pace, is_old) = (options.pace, options.old_library);
+        let iwarp: Vec<bool> = options.devices.iter().map(|device| device.iwarp).collect();
         let world = World::new(options);
         let shared = Arc::new_cyclic(|fabric: &Weak<Shared>| Shared {
             world: Mutex::new(world),
             acknowledged: Condvar::new(),
-            devices: (0..devices)
-                .map(|index| RawDevice { head: table::device_struct(index), fabric: fabric.clone(), index })
+            devices: (0..)
+                .zip(&iwarp)
+                .map(|(index, &iwarp)| {
+                    let head = table::device_struct(index, iwarp);
+                    RawDevice { head, fabric: fabric.clone(), index }
+                })
                 .collect(),
             thread: OnceLock::new(),
         });
@@ -150,6 +178,14 @@ impl Fabric {
                 let kind = if is_up { IBV_EVENT_PORT_ACTIVE } else { IBV_EVENT_PORT_ERR };
                 world.report_to_all(device, kind);
             }
+        });
+    }
+
+    /// Gives a device's port other addresses: of the earlier ones nobody answers, except on queue pairs that know them.
+    pub fn readdress(&self, device: usize) {
+        self.change(|world| {
+            world.devices[device].moves += 1;
+            world.report_to_all(device, IBV_EVENT_GID_CHANGE);
         });
     }
 
@@ -240,8 +276,25 @@ impl Fabric {
             state: pair.state,
             peer: pair.attributes.dest_qp_num,
             outstanding: pair.works.len(),
+            gid_index: pair.attributes.ah_attr.grh.sgid_index,
+            partition_key_index: pair.attributes.pkey_index,
+            mtu_bytes: 128 << pair.attributes.path_mtu,
+            service_level: pair.attributes.ah_attr.sl,
+            traffic_class: pair.attributes.ah_attr.grh.traffic_class,
+            hop_limit: pair.attributes.ah_attr.grh.hop_limit,
         });
         views.collect()
+    }
+
+    /// Regions that are registered.
+    pub fn regions(&self) -> Vec<RegionView> {
+        let world = self.world();
+        let view = |region: &world::Region| RegionView {
+            context: region.context,
+            bytes: region.bytes,
+            access: region.access,
+        };
+        world.regions.values().map(view).collect()
     }
 
     /// What was counted so far.

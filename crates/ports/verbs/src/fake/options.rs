@@ -39,11 +39,15 @@ pub struct DeviceOptions {
     pub mtu_bytes: u32,
     /// The port has a link when the fabric is made.
     pub link_up: bool,
+    /// It is of iWARP, which connects by other means.
+    pub iwarp: bool,
+    /// It tells when a queue pair takes no more of the shared receives, as the specification wants; soft-RoCE does not.
+    pub tells_last_receive: bool,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { ethernet: true, mtu_bytes: 1024, link_up: true }
+        Self { ethernet: true, mtu_bytes: 1024, link_up: true, iwarp: false, tells_last_receive: true }
     }
 }
 

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use bytemuck::Zeroable;
 
 use super::raw::Raw;
+use super::table::PARTITION_KEYS;
 use super::wire::{Answer, Flow, Incoming};
 use super::world::{Completion, DeviceEvent, Errno, EventOf, Held, World};
 use crate::ibverbs::sys::*;
@@ -346,7 +347,7 @@ impl World {
         let given = |bit| mask & bit != 0;
         let path = &wanted.ah_attr;
         let wrong = given(IBV_QP_PORT) && wanted.port_num != 1
-            || given(IBV_QP_PKEY_INDEX) && wanted.pkey_index != 0
+            || given(IBV_QP_PKEY_INDEX) && usize::from(wanted.pkey_index) >= PARTITION_KEYS.len()
             || given(IBV_QP_PATH_MTU) && !(1..=5).contains(&wanted.path_mtu)
             || given(IBV_QP_PATH_MTU) && 128 << wanted.path_mtu > device.mtu_bytes
             || given(IBV_QP_DEST_QPN) && wanted.dest_qp_num > PSN_MASK
@@ -442,7 +443,8 @@ impl World {
         pair.state = IBV_QPS_ERR;
         pair.answers.clear();
         pair.deadline = None;
-        let (context, has_shared, queue) = (pair.context, pair.shared.is_some(), pair.receive_queue);
+        let (context, device) = (pair.context, pair.device);
+        let (has_shared, queue) = (pair.shared.is_some(), pair.receive_queue);
         let incoming = pair.incoming.take();
         self.is_idle = false;
         if let Some(Incoming::Send { receive, of, .. }) = incoming {
@@ -452,7 +454,7 @@ impl World {
         if let Some(kind) = event {
             self.report(context, DeviceEvent { kind, of: EventOf::Pair(id) });
         }
-        if has_shared {
+        if has_shared && self.devices[device].tells_last_receive {
             let event = DeviceEvent { kind: IBV_EVENT_QP_LAST_WQE_REACHED, of: EventOf::Pair(id) };
             self.report(context, event);
         }

@@ -197,7 +197,7 @@ unsafe extern "C" fn query_device(context: *mut ibv_context, attr: *mut ibv_devi
         found.max_srq = 1024;
         found.max_srq_wr = limits.max_srq_wr as c_int;
         found.max_srq_sge = limits.max_sge as c_int;
-        found.max_pkeys = 1;
+        found.max_pkeys = PARTITION_KEYS.len() as u16;
         found.phys_port_cnt = 1;
         // SAFETY: the caller gives a place for the struct.
         unsafe { *attr = found };
@@ -225,7 +225,7 @@ unsafe extern "C" fn query_port(context: *mut ibv_context, port_num: u8, attr: *
                 max_msg_sz: call.world.options.limits.max_msg_sz,
                 bad_pkey_cntr: 0,
                 qkey_viol_cntr: 0,
-                pkey_tbl_len: 1,
+                pkey_tbl_len: PARTITION_KEYS.len() as u16,
                 lid: if device.ethernet { 0 } else { lid(index) },
                 sm_lid: 0,
                 lmc: 0,
@@ -264,7 +264,7 @@ unsafe extern "C" fn query_gid(
             return Err(libc::EINVAL);
         }
         // SAFETY: the caller gives a place for it.
-        unsafe { *into = ibv_gid { raw: gid(device, index) } };
+        unsafe { *into = ibv_gid { raw: gid(device, index, call.world.devices[device].moves) } };
         Ok(())
     }))
 }
@@ -279,13 +279,13 @@ unsafe extern "C" fn query_gid_table(
     // SAFETY: the context is open.
     let filled = unsafe { begin(context, Function::QueryGidTable) }.and_then(|call| {
         let device = call.world.contexts[&call.context].device;
-        let kinds = call.world.devices[device].gids();
+        let (kinds, moves) = (call.world.devices[device].gids(), call.world.devices[device].moves);
         if flags != 0 || entry_size < size_of::<ibv_gid_entry>() || kinds.len() > max_entries {
             return Err(libc::EINVAL);
         }
         for (index, &gid_type) in kinds.iter().enumerate() {
             let entry = ibv_gid_entry {
-                gid: ibv_gid { raw: gid(device, index) },
+                gid: ibv_gid { raw: gid(device, index, moves) },
                 gid_index: index as u32,
                 port_num: 1,
                 gid_type,
@@ -307,14 +307,16 @@ unsafe extern "C" fn query_pkey(
 ) -> c_int {
     // SAFETY: the context is open.
     minus_one(unsafe { begin(context, Function::QueryPkey) }.and_then(|_call| {
-        if port_num != 1 || index != 0 {
-            return Err(libc::EINVAL);
-        }
+        let index = usize::try_from(index).map_err(|_| libc::EINVAL)?;
+        let &key = PARTITION_KEYS.get(index).filter(|_| port_num == 1).ok_or(libc::EINVAL)?;
         // SAFETY: the caller gives a place for it.
-        unsafe { *pkey = 0xffff };
+        unsafe { *pkey = key.to_be() };
         Ok(())
     }))
 }
+
+/// Of each port: the partition that every port is in, and two ways to be in another.
+pub(super) const PARTITION_KEYS: [u16; 3] = [0xffff, 0x8001, 0x0001];
 
 // Memory.
 
@@ -882,7 +884,7 @@ unsafe extern "C" fn ack_async_event(event: *mut ibv_async_event) {
 }
 
 /// What the structs of a device say of it.
-pub(super) fn device_struct(index: usize) -> ibv_device {
+pub(super) fn device_struct(index: usize, iwarp: bool) -> ibv_device {
     let text = |text: String| {
         let mut chars = [0 as c_char; 64];
         chars.iter_mut().zip(text.bytes()).for_each(|(to, from)| *to = from as c_char);
@@ -890,8 +892,8 @@ pub(super) fn device_struct(index: usize) -> ibv_device {
     };
     ibv_device {
         _ops: [ptr::null_mut(); 2],
-        node_type: IBV_NODE_CA,
-        transport_type: IBV_TRANSPORT_IB,
+        node_type: if iwarp { IBV_NODE_RNIC } else { IBV_NODE_CA },
+        transport_type: if iwarp { IBV_TRANSPORT_IWARP } else { IBV_TRANSPORT_IB },
         name: text(format!("fake{index}")),
         dev_name: text(format!("uverbs{index}")),
         dev_path: [0; 256],

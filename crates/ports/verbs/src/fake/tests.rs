@@ -152,7 +152,7 @@ impl Node {
         (attributes.qp_state, attributes.dest_qp_num, attributes.rq_psn) = (IBV_QPS_RTR, number, wiring.psn);
         (attributes.path_mtu, attributes.max_dest_rd_atomic) = (IBV_MTU_1024, wiring.reads_served);
         (attributes.ah_attr.port_num, attributes.ah_attr.is_global) = (1, 1);
-        attributes.ah_attr.grh.dgid.raw = wire::gid(remote.device(), 3);
+        attributes.ah_attr.grh.dgid.raw = wire::gid(remote.device(), 3, 0);
         attributes.ah_attr.grh.sgid_index = 3;
         self.modify(pair, &attributes, RTR_MASK)
     }

@@ -153,15 +153,16 @@ impl Device {
     }
 }
 
-/// The address of a device at this index: link-local ones, then those of IPv4.
-pub(super) fn gid(device: usize, index: usize) -> [u8; 16] {
+/// The address of a device at this index, when its addresses have changed so often: link-local ones, then those of IPv4.
+pub(super) fn gid(device: usize, index: usize, moves: u8) -> [u8; 16] {
     let mut gid = [0; 16];
     let number = (device as u16 + 1).to_be_bytes();
     if index < 2 {
         gid[..2].copy_from_slice(&[0xfe, 0x80]);
         gid[8..12].copy_from_slice(&[0x02, 0xfa, 0xce, 0xff]);
+        gid[12] = moves;
     } else {
-        gid[10..14].copy_from_slice(&[0xff, 0xff, 10, 77]);
+        gid[10..14].copy_from_slice(&[0xff, 0xff, 10, 77 + moves]);
     }
     gid[14..].copy_from_slice(&number);
     gid
@@ -180,10 +181,10 @@ impl World {
     /// The device that a path leads to.
     pub fn device_at(&self, path: &ibv_ah_attr) -> Option<usize> {
         (0..self.devices.len()).find(|&device| {
-            let indices = 0..self.devices[device].gids().len();
+            let (indices, moves) = (0..self.devices[device].gids().len(), self.devices[device].moves);
             match path.is_global {
                 0 => !self.devices[device].ethernet && lid(device) == path.dlid,
-                _ => indices.into_iter().any(|index| gid(device, index) == path.grh.dgid.raw),
+                _ => indices.into_iter().any(|index| gid(device, index, moves) == path.grh.dgid.raw),
             }
         })
     }

@@ -83,6 +83,9 @@ pub(super) struct Device {
     pub ethernet: bool,
     pub mtu_bytes: u32,
     pub link_up: bool,
+    pub tells_last_receive: bool,
+    /// How often its addresses have changed.
+    pub moves: u8,
     pub frozen_until: u64,
     pub is_fatal: bool,
     /// Queue pairs by number.
@@ -201,6 +204,8 @@ impl World {
             ethernet: device.ethernet,
             mtu_bytes: device.mtu_bytes,
             link_up: device.link_up,
+            tells_last_receive: device.tells_last_receive,
+            moves: 0,
             frozen_until: 0,
             is_fatal: false,
             numbers: BTreeMap::new(),

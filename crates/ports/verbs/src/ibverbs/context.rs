@@ -75,6 +75,8 @@ pub(crate) struct Context {
     pub(super) library: Arc<Library>,
     pub(super) raw: NonNull<ibv_context>,
     name: String,
+    /// `IBV_TRANSPORT_*`.
+    transport: i32,
 }
 
 // SAFETY: libibverbs allows calls from any thread, several at a time, on one context.
@@ -91,7 +93,9 @@ impl Context {
             };
             // SAFETY: the list that the device is of has not been freed.
             let raw = object("ibv_open_device", unsafe { (library.ibv_open_device)(device) })?;
-            let context = Self { library: library.clone(), raw, name: name.to_owned() };
+            // SAFETY: as above.
+            let transport = unsafe { (*device).transport_type };
+            let context = Self { library: library.clone(), raw, name: name.to_owned(), transport };
             nonblocking(context.async_fd())?;
             Ok(Arc::new(context))
         })
@@ -99,6 +103,11 @@ impl Context {
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether queue pairs connect by what InfiniBand and RoCE have in common.
+    pub fn is_infiniband_transport(&self) -> bool {
+        matches!(self.transport, IBV_TRANSPORT_IB | IBV_TRANSPORT_UNKNOWN)
     }
 
     pub fn attributes(&self) -> Result<ibv_device_attr, Failed> {

@@ -89,6 +89,8 @@ pub enum Why {
     NotExported,
     /// The library is older than rdma-core 34.
     LibraryTooOld,
+    /// It was registered, and then the device did not move its bytes.
+    ProbeFailed,
     /// The kernel or the driver refused, with an error number.
     Refused {
         /// The call.
@@ -116,7 +118,7 @@ pub enum RegisterError {
     /// By no means.
     #[error(transparent)]
     OutOfReach(#[from] OutOfReach),
-    /// It was registered, and then the port could not keep it, or the device did not move its bytes.
+    /// It was registered, and then the port could not keep it.
     #[error(transparent)]
     Port(#[from] Error),
 }
@@ -133,6 +135,9 @@ impl OutOfReach {
                  nvidia_peermem"
             }
             (Why::LibraryTooOld, _) => "install rdma-core 34 or newer, or load nvidia_peermem",
+            (Why::ProbeFailed, _) | (_, Why::ProbeFailed) => {
+                "look at IOMMU and ACS settings (the device and the GPU have to reach each other), and at the kernel log"
+            }
             _ => "load nvidia_peermem, and look at the kernel log for why dma-buf was refused",
         }
     }
@@ -143,6 +148,9 @@ impl fmt::Display for Why {
         match self {
             Why::NotExported => f.write_str("the memory is not exported"),
             Why::LibraryTooOld => f.write_str("libibverbs is older than rdma-core 34"),
+            Why::ProbeFailed => {
+                f.write_str("the device was told to move its bytes, and moved none or others")
+            }
             Why::Refused { call, errno } => Failed { call, errno: *errno }.fmt(f),
         }
     }

@@ -41,7 +41,8 @@ fn what_dma_buf_refuses_the_vendors_module_may_take() {
         let mut network = SoftwareFabric(fabric.clone());
         let mut pair = Pair::new(&mut network, impatient());
         if errno != 0 {
-            fabric.fail(Failure::next(Function::RegDmabufMr, errno));
+            // With the flags that it may not know, and without.
+            fabric.fail(Failure { times: 2, ..Failure::next(Function::RegDmabufMr, errno) });
         }
         let (_stand_in, memory) = device_memory(true);
         let (.., means) = pair.ports[0].register_device(&memory).expect("the second means");
@@ -60,7 +61,7 @@ fn what_no_means_reaches_says_why_of_each() {
     let mut pair = Pair::new(&mut network, impatient());
     for exported in [true, false] {
         if exported {
-            fabric.fail(Failure::next(Function::RegDmabufMr, libc::EOPNOTSUPP));
+            fabric.fail(Failure { times: 2, ..Failure::next(Function::RegDmabufMr, libc::EOPNOTSUPP) });
         }
         fabric.fail(Failure::next(Function::RegMrIova2, libc::EFAULT));
         let (_stand_in, memory) = device_memory(exported);
@@ -76,6 +77,51 @@ fn what_no_means_reaches_says_why_of_each() {
         assert!(why.to_string().contains("host memory") && why.advice().contains("nvidia_peermem"), "{why}");
     }
 }
+
+/// Relaxed ordering is asked for, and done without where the kernel does not know it.
+#[test]
+fn a_dma_buf_is_written_in_any_order_where_that_is_known() {
+    for is_known in [true, false] {
+        let mut network = SoftwareFabric::new();
+        let fabric = network.0.clone();
+        let mut pair = Pair::new(&mut network, impatient());
+        let before = fabric.regions().len();
+        if !is_known {
+            fabric.fail(Failure::next(Function::RegDmabufMr, libc::EINVAL));
+        }
+        let (_stand_in, memory) = device_memory(true);
+        let (.., means) = pair.ports[0].register_device(&memory).expect("an exported range");
+        assert_eq!(means, Means::DmaBuf);
+        let regions = fabric.regions();
+        assert_eq!(regions.len(), before + 1);
+        assert_eq!(regions.last().is_some_and(|region| region.access & RELAXED_ORDERING != 0), is_known);
+    }
+}
+
+/// A device that registers memory and then does not move it does not reach it: the next means is tried.
+#[test]
+fn what_a_probe_finds_dead_is_reached_by_the_next_means_or_by_none() {
+    for means in [1, 2] {
+        let mut network = SoftwareFabric::new();
+        let fabric = network.0.clone();
+        let mut options = impatient();
+        options.probe_regions = true;
+        let mut pair = Pair::new(&mut network, options);
+        fabric.fail(Failure { times: means, ..Failure::next(Function::CreateQp, libc::ENOMEM) });
+        let (_stand_in, memory) = device_memory(true);
+        match (means, pair.ports[0].register_device(&memory)) {
+            (1, Ok((.., found))) => assert_eq!(found, Means::PeerMemory { dma_buf: Why::ProbeFailed }),
+            (2, Err(RegisterError::OutOfReach(why))) => {
+                assert_eq!(why, OutOfReach { dma_buf: Why::ProbeFailed, peer_memory: Why::ProbeFailed });
+                assert!(why.advice().contains("IOMMU"), "{}", why.advice());
+            }
+            (_, told) => panic!("{means}: {told:?}"),
+        }
+    }
+}
+
+/// `IBV_ACCESS_RELAXED_ORDERING`.
+const RELAXED_ORDERING: u32 = 1 << 20;
 
 /// A range that says it is not the host's, and the file behind it.
 #[allow(unsafe_code)]

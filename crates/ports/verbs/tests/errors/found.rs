@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use crossdock_transport::{
-    Direction, DownCause, Event, Events, GrantId, LaneTags, Op, PeerId, Port, Shape, Token,
+    Direction, DownCause, Error, Event, Events, GrantId, LaneTags, Op, PeerId, Port, Shape, Token,
 };
-use crossdock_verbs::fake::{Fabric, FabricOptions, Failure, Function, Pace};
+use crossdock_verbs::VerbsPort;
+use crossdock_verbs::fake::{DeviceOptions, Fabric, FabricOptions, Failure, Function, Pace};
 
 use crate::network::{Network, SoftwareFabric};
 use crate::pair::{Pair, impatient};
@@ -234,6 +235,112 @@ fn a_peer_that_floods_is_cut_off_and_costs_the_others_nothing() {
         assert!(!sent.iter().any(|event| matches!(event, Event::Down { .. })), "seed {seed}: {sent:?}");
         assert!(told(flooded[1]) < flood, "seed {seed}");
     }
+}
+
+/// Soft-RoCE does not tell when a queue pair takes no more of the shared receives. That is waited for a moment, and not until
+/// the draining as a whole has had its time.
+#[test]
+fn a_lane_ends_soon_where_the_device_does_not_tell_of_its_last_receive() {
+    let mut took = Duration::MAX;
+    for _ in 0..5 {
+        let device = DeviceOptions { tells_last_receive: false, ..DeviceOptions::default() };
+        let devices = vec![device; 2];
+        let mut network = SoftwareFabric(Fabric::new(FabricOptions {
+            devices,
+            pace: Pace::AtOnce,
+            ..FabricOptions::default()
+        }));
+        let mut pair = Pair::new(&mut network, impatient());
+        let lane = pair.lanes[0];
+        let begun = Instant::now();
+        pair.ports[0].close(lane);
+        assert_eq!(pair.endings(), ["ClosedHere", "ClosedByPeer"]);
+        took = took.min(begun.elapsed());
+    }
+    // 10 ms are meant, and 500 would be too long.
+    assert!(took < Duration::from_millis(250), "{took:?}");
+}
+
+/// A port whose address changes (a lease, another subnet manager) is reached at the new one from then on; lanes that are up
+/// stay up.
+#[test]
+fn new_lanes_are_opened_at_the_addresses_of_now() {
+    let mut network = SoftwareFabric::new();
+    let mut pair = Pair::new(&mut network, impatient());
+    let before = pair.ports[0].describe();
+    let first = (pair.lanes, pair.remotes);
+    network.0.readdress(0);
+    network.0.readdress(1);
+    // A port that does not sleep looks at what its device reports now and then.
+    pair.settle(Duration::from_millis(50));
+    pair.connect();
+    let after = pair.ports[0].describe();
+    assert!(before.contains("10.77.0.1") && after.contains("10.78.0.1"), "{before}; {after}");
+    for (at, lane) in [(pair.lanes, pair.remotes), first].into_iter().enumerate() {
+        (pair.lanes, pair.remotes) = lane;
+        let write = pair.op(0, Direction::Write, 0, 5000);
+        pair.post(0, Op { imm: Some(1), token: Some(Token(1)), ..write });
+        pair.wait("a write on each lane", |pair| pair.arrived(1) == at + 1 && pair.done(0, 1));
+    }
+}
+
+/// What a user asks for is what the device is told, and what is shown.
+#[test]
+fn what_is_asked_for_reaches_the_queue_pair() {
+    let mut network = SoftwareFabric::new();
+    let mut options = impatient();
+    (options.gid_index, options.partition_key_index, options.mtu_bytes) = (Some(1), 1, Some(512));
+    (options.service_level, options.traffic_class, options.hop_limit) = (5, 104, 3);
+    let mut pair = Pair::new(&mut network, options);
+    for found in network.0.queue_pairs() {
+        assert_eq!((found.gid_index, found.partition_key_index, found.mtu_bytes), (1, 1, 512), "{found:?}");
+        assert_eq!((found.service_level, found.traffic_class, found.hop_limit), (5, 104, 3), "{found:?}");
+    }
+    let shown = pair.ports[0].describe();
+    for part in
+        ["fake0:1", "gid 1 ", "fe80", "mtu 512", "pkey 0x8001", "service level 5", "traffic class 104"]
+    {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    let write = pair.op(0, Direction::Write, 0, 5000);
+    pair.post(0, Op { imm: Some(1), ..write });
+    pair.wait("a write", |pair| pair.arrived(1) == 1);
+}
+
+/// Ports of different partitions, and two limited members of one, hear nothing of each other: that is told at once.
+#[test]
+fn ports_of_different_partitions_do_not_connect() {
+    let mut network = SoftwareFabric::new();
+    for (ours, theirs, fits) in [(0, 0, true), (0, 1, false), (1, 1, true), (1, 2, true), (2, 2, false)] {
+        let mut ports = [(0, ours), (1, theirs)].map(|(device, index)| {
+            let mut options = impatient();
+            options.partition_key_index = index;
+            network.open(device, options)
+        });
+        let opened = ports.each_mut().map(|port| port.open_lane(PeerId(1)).expect("a lane can be opened"));
+        let connected =
+            ports[0].connect(opened[0].0, &opened[1].1, &LaneTags { ours: [1; 32], theirs: [2; 32] });
+        match (fits, connected) {
+            (true, Ok(())) => {}
+            (false, Err(Error::BadAddress { reason })) => assert!(reason.contains("partition"), "{reason}"),
+            (_, told) => panic!("{ours} and {theirs}: {told:?}"),
+        }
+    }
+}
+
+/// An iWARP device has ports that look usable, and connects by other means.
+#[test]
+fn a_device_of_another_transport_is_passed_over() {
+    let iwarp = DeviceOptions { iwarp: true, ..DeviceOptions::default() };
+    let devices = vec![iwarp, DeviceOptions::default()];
+    let mut network = SoftwareFabric(Fabric::new(FabricOptions { devices, ..FabricOptions::default() }));
+    assert_eq!(network.open(1, impatient()).info().name, "fake1:1");
+    let mut options = impatient();
+    options.verbs = Some(network.0.verbs());
+    assert_eq!(VerbsPort::open(options.clone()).map(|port| port.info().name.clone()), Ok("fake1:1".into()));
+    options.device = Some("fake0".into());
+    let refused = VerbsPort::open(options).map(|_| ()).expect_err("it is iWARP");
+    assert!(matches!(refused, Error::Unsupported { advice, .. } if advice.contains("iWARP")), "{refused}");
 }
 
 /// Memory that the device does not let go of stays registered, and can be let go of later.

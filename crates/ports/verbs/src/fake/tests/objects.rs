@@ -173,7 +173,7 @@ fn a_fabric_lives_as_long_as_what_is_open() {
 #[test]
 fn ports_and_addresses_are_described() {
     for ethernet in [true, false] {
-        let device = DeviceOptions { ethernet, mtu_bytes: 4096, link_up: true };
+        let device = DeviceOptions { ethernet, mtu_bytes: 4096, ..DeviceOptions::default() };
         let fabric = Fabric::new(FabricOptions { devices: vec![device], ..manual() });
         let node = Node::new(&fabric, 0);
         let (library, context) = (&node.library, node.context);
