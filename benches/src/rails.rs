@@ -5,14 +5,9 @@ use crossdock::{PortConfig, VerbsOptions};
 /// The devices of one of several processes, each of which has an entry of its own, or of which several share one: the rails
 /// of an entry are joined by `+`. Without any entry, the first device that is found.
 pub fn rails(devices: &[String], process: usize) -> Vec<VerbsOptions> {
-    let of_device = |device: Option<&str>| {
-        let mut options = VerbsOptions::default();
-        options.device = device.map(str::to_owned);
-        options
-    };
     match devices.len() {
-        0 => vec![of_device(None)],
-        count => devices[process % count].split('+').map(|name| of_device(Some(name))).collect(),
+        0 => vec![VerbsOptions::default()],
+        count => VerbsOptions::of_devices(&devices[process % count]),
     }
 }
 

@@ -440,6 +440,12 @@ fn two_machines_try_their_rails() {
     assert!(peer["error"].is_null(), "{peer}");
     let pairs = peer["pairs"].as_array().expect("a list");
     assert!(pairs.iter().any(|pair| pair["kind"] == "tcp"), "{peer}");
+    // In the VM each of two devices writes to each, one of them the peer's.
+    let rdma = pairs.iter().filter(|pair| pair["kind"] == "verbs").count();
+    if let Ok(devices) = std::env::var("CROSSDOCK_VERBS_DEVICES") {
+        let count = devices.split(',').count();
+        assert_eq!(rdma, count * count, "{peer}");
+    }
     for pair in pairs {
         assert!(pair["error"].is_null(), "{pair}");
         assert_eq!(pair["measured"]["verified_bytes"], 4 << 20, "{pair}");

@@ -1,6 +1,7 @@
 //! What a node is told when it is opened.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::time::Duration;
 
 use crossdock_flight::FolderOptions;
@@ -9,7 +10,8 @@ use crossdock_memory::Memory;
 use crossdock_proto::flight::FlightLimits;
 use crossdock_shm::ShmOptions;
 use crossdock_tcp::TcpOptions;
-use crossdock_verbs::VerbsOptions;
+use crossdock_verbs::topology::Topology;
+use crossdock_verbs::{Near, VerbsOptions, rails};
 
 /// The configuration of a [`Node`](crate::Node). [`Config::new`] gives one that works between processes of one host;
 /// between hosts, set `bind` (and `advertise`) to an address that the peers reach.
@@ -122,6 +124,24 @@ pub enum PortConfig {
     /// A lane keeps queues for all that may be under way; [`max_lanes`](VerbsOptions::max_lanes) times
     /// [`immediates_per_lane`](VerbsOptions::immediates_per_lane) is what the device's receive queue must hold.
     Verbs(VerbsOptions),
+}
+
+impl PortConfig {
+    /// A port on each RDMA device of this machine that is usable and nearest to a GPU or a NUMA node, as the kernel tells
+    /// it: with `like`, but for device and port. One that `like` names is taken wherever it is. Empty where there is none.
+    ///
+    /// ```
+    /// use crossdock::{Near, PortConfig, VerbsOptions};
+    /// // The rails of the worker of one GPU, by the address that `nvidia-smi` shows.
+    /// let gpu = "0000:8a:00.0".parse()?;
+    /// let mut ports = PortConfig::rdma_near(Near::Gpu(gpu), &VerbsOptions::default());
+    /// ports.push(PortConfig::Tcp(None));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn rdma_near(near: Near, like: &VerbsOptions) -> Vec<PortConfig> {
+        let machine = Topology::read(Path::new("/"));
+        rails(&machine, near, like).into_iter().map(PortConfig::Verbs).collect()
+    }
 }
 
 /// Who makes progress.

@@ -87,4 +87,5 @@ pub use crossdock_proto::{
 pub use crossdock_shm::ShmOptions;
 pub use crossdock_tcp::TcpOptions;
 pub use crossdock_transport::{DownCause, Error as PortError, PortInfo};
-pub use crossdock_verbs::{Verbs, VerbsOptions};
+pub use crossdock_verbs::topology::PciAddress;
+pub use crossdock_verbs::{Near, Verbs, VerbsOptions};

@@ -206,7 +206,10 @@ pub(crate) fn open_ports(
                 }
             }
             PortConfig::Verbs(options) => match VerbsPort::open(options.clone()) {
-                Ok(port) => Ok(Box::new(port)),
+                Ok(port) => {
+                    tracing::info!(rail = port.describe(), "opened");
+                    Ok(Box::new(port))
+                }
                 Err(error) => Err(Error::Port { port: "verbs", error }),
             },
         }

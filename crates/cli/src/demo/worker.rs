@@ -141,15 +141,7 @@ pub fn work(options: &WorkerOptions) -> Result<ExitCode, Box<dyn Error>> {
 
 /// A port for each device; without any, the first that is found.
 pub fn rails(devices: Option<&str>) -> Vec<VerbsOptions> {
-    let rail = |device: Option<&str>| {
-        let mut options = VerbsOptions::default();
-        options.device = device.map(str::to_owned);
-        options
-    };
-    match devices {
-        Some(devices) => devices.split('+').map(|device| rail(Some(device))).collect(),
-        None => vec![rail(None)],
-    }
+    devices.map_or_else(|| vec![VerbsOptions::default()], VerbsOptions::of_devices)
 }
 
 /// One rank that holds all of the cache.

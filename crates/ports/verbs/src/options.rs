@@ -109,6 +109,11 @@ impl Default for VerbsOptions {
 }
 
 impl VerbsOptions {
+    /// Options for a port of each device, in a text in which names are joined by `+`: `mlx5_0+mlx5_1`.
+    pub fn of_devices(names: &str) -> Vec<Self> {
+        names.split('+').map(|name| Self { device: Some(name.to_owned()), ..Self::default() }).collect()
+    }
+
     /// What is refused because nothing sensible can be made of it.
     pub(crate) fn check(&self) -> Result<()> {
         let bad = |what, advice| Err(Error::Unsupported { what, advice });

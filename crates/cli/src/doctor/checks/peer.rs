@@ -6,7 +6,8 @@ use crate::doctor::peer::Pair;
 
 pub fn checks(facts: &Facts) -> Vec<Check> {
     let Some(peer) = &facts.peer else { return Vec::new() };
-    let mut checks: Vec<Check> = peer.pairs.iter().map(pair).collect();
+    let works = |rail: &str| peer.pairs.iter().any(|pair| pair.ours == rail && pair.error.is_none());
+    let mut checks: Vec<Check> = peer.pairs.iter().map(|one| pair(one, works(&one.ours))).collect();
     checks.extend(peer.alone.iter().map(|alone| {
         let advice = "open a port of the same kind on both machines; see the checks of both";
         Check::degraded("peer", format!("not tried: {}", alone.why), advice).of(&alone.rail)
@@ -18,9 +19,14 @@ pub fn checks(facts: &Facts) -> Vec<Check> {
     checks
 }
 
-fn pair(pair: &Pair) -> Check {
+/// Where each rail has a switch of its own, it reaches the peer's rail of the same place and no other: a pair that fails is
+/// no fault as long as the rail has one that works.
+fn pair(pair: &Pair, works: bool) -> Check {
     let of = format!("{} {} -> {}", pair.kind, pair.ours, pair.theirs);
     let check = match (&pair.error, &pair.measured) {
+        (Some(trouble), _) if works => {
+            Check::note("peer", format!("{}; this rail reaches another of the peer's", trouble.says))
+        }
         (Some(trouble), _) => Check::degraded("peer", trouble.says.clone(), trouble.advice.clone()),
         (None, Some(measured)) => Check::good(
             "peer",
