@@ -130,8 +130,8 @@ fn a_close_does_not_wait_for_a_peer_that_stands_still() {
     let op = Op { direction: Direction::Write, grant, shape, imm: None, token: None };
     let posted = raw.end.port.post(raw.end.lane, &[op]).unwrap();
     assert_eq!(posted.ops, 0);
-    raw.end.port.close(raw.end.lane);
     let begin = Instant::now();
+    raw.end.port.close(raw.end.lane);
     while raw.end.down().is_none() {
         assert!(sleep(&mut raw.end.port, Duration::from_secs(5)), "the deadline wakes a sleeper");
         raw.end.poll();
