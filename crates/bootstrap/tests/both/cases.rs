@@ -389,8 +389,8 @@ pub fn a_worker_that_warms_up_is_not_judged_by_its_silence(home: &mut Home) {
 pub fn a_warm_up_ends_by_its_time_and_is_not_prolonged(home: &mut Home) {
     let client = home.client();
     let warming = Worker { warm_up_ms: 2_000, ..worker("w", 1) };
-    client.register(&warming).unwrap();
     let began = Instant::now();
+    client.register(&warming).unwrap();
     let state = || client.worker(&warming.node).unwrap().map(|listed| listed.state);
     eventually("it is taken for ready", || {
         // It asks for more, again and again.
