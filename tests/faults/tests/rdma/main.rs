@@ -294,6 +294,15 @@ struct Rooms<'a> {
     delivered: AtomicU64,
 }
 
+/// No more rooms are begun once it is gone.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// How they ended.
 #[derive(Default)]
 struct Told {
@@ -318,8 +327,10 @@ impl<'a> Rooms<'a> {
             let threads: Vec<_> = lanes
                 .map(|(lane, (bench, side))| scope.spawn(move || self.lane(bench, lane, side)))
                 .collect();
+            // Also where something fails meanwhile: else the rooms would go on for ever.
+            let over = Over(&self.is_over);
             meanwhile(self);
-            self.is_over.store(true, Ordering::Relaxed);
+            drop(over);
             let mut told = Told::default();
             threads.into_iter().for_each(|thread| told.add(thread.join().expect("a room's thread")));
             told
