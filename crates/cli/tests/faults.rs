@@ -259,13 +259,11 @@ fn a_timeline_names_what_happened_to_a_worker() {
         ]);
         assert!(demo.reads("room 5 begins", Duration::from_secs(40)), "{}", demo.text);
         let id = children(&demo.text)["prefill"];
-        if dies {
-            send(id, Signal::KILL);
-        } else {
-            send(id, Signal::STOP);
-            demo.reads("\u{0}", Duration::from_secs(4));
-            send(id, Signal::CONT);
-        }
+        // Stopped first: rooms begin and none of them ends, so that some are open when it dies.
+        send(id, Signal::STOP);
+        let (stopped, then) = if dies { (1, Signal::KILL) } else { (4, Signal::CONT) };
+        demo.reads("\u{0}", Duration::from_secs(stopped));
+        send(id, then);
         let ended = demo.end(Duration::from_secs(90));
         // As the decode side has told its user.
         let reason = ended.text.lines().find_map(|line| {
