@@ -18,7 +18,7 @@ impl Verbs {
             Ok(library) => Ok(Self(Arc::new(library))),
             Err(_) => Err(Error::Unsupported {
                 what: "RDMA",
-                advice: "install rdma-core's libibverbs (Debian: libibverbs1 and ibverbs-providers)",
+                advice: "install rdma-core's libibverbs (Debian: libibverbs1 and ibverbs-providers), then see `crossdock doctor`",
             }),
         }
     }
