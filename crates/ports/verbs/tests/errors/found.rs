@@ -272,7 +272,7 @@ fn new_lanes_are_opened_at_the_addresses_of_now() {
     network.0.readdress(0);
     network.0.readdress(1);
     // A port that does not sleep looks at what its device reports now and then.
-    pair.settle(Duration::from_millis(50));
+    pair.wait("the new addresses", |pair| pair.ports.iter().all(|port| port.describe().contains("10.78.0.")));
     pair.connect();
     let after = pair.ports[0].describe();
     assert!(before.contains("10.77.0.1") && after.contains("10.78.0.1"), "{before}; {after}");
