@@ -21,7 +21,7 @@ pub struct Pair {
     pub remotes: [RemoteId; 2],
     /// By side: what it has said of any lane.
     pub said: [Vec<Event>; 2],
-    patience: Duration,
+    pub patience: Duration,
 }
 
 pub const BYTES: usize = 1 << 20;
