@@ -28,6 +28,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("crossdock-ep", &["crossdock-memory", "crossdock-transport", "crossdock-proto", "crossdock-engine"]),
+    ("crossdock-xfer", &["crossdock-memory", "crossdock-transport", "crossdock-proto", "crossdock-engine"]),
     ("crossdock-bootstrap", &[]),
     ("crossdock-replay", &["crossdock-memory", "crossdock-kv"]),
     (
@@ -40,6 +41,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "crossdock-flight",
             "crossdock-kv",
             "crossdock-ep",
+            "crossdock-xfer",
             "crossdock-bootstrap",
             "crossdock-shm",
             "crossdock-tcp",
@@ -52,8 +54,14 @@ const ARROWS: &[(&str, &[&str])] = &[
 const PORT: &[&str] = &["crossdock-memory", "crossdock-transport"];
 
 /// Programs, examples and tests stand on top: nothing depends on them.
-const TOPS: &[&str] =
-    &["crossdock-cli", "crossdock-benches", "crossdock-examples", "crossdock-tests", "crossdock-faults"];
+const TOPS: &[&str] = &[
+    "crossdock-cli",
+    "crossdock-ffi",
+    "crossdock-benches",
+    "crossdock-examples",
+    "crossdock-tests",
+    "crossdock-faults",
+];
 
 /// A crate with such a name has no idea of its own.
 const NAMES_FOR_NOTHING: &[&str] = &["common", "util", "utils", "base", "core", "helpers", "misc", "shared"];

@@ -27,6 +27,7 @@ const DATA_PATH: &[&str] = &[
     "crates/flight",
     "crates/kv",
     "crates/ep",
+    "crates/xfer",
     "crates/crossdock",
     "crates/ports/shm",
     "crates/ports/tcp",

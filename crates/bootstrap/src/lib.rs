@@ -71,7 +71,7 @@ pub use client::{Client, ClientConfig};
 pub use error::{Error, ForeignAnswer, InvalidServer, Stage, WaitError};
 pub use group::{Counted, Group, GroupId, Member, Misfit, Ranks, RoomPolicy, Tag, Topology};
 pub use problem::{ErrorCode, Problem};
-pub use query::Query;
+pub use query::{InvalidQuery, Query};
 pub use registration::{NotRegistered, Registration, Status};
 pub use registry::{Limits, Refusal, Registered, Registry, Tally};
 pub use rooms::{DpRank, ROOMS_PER_CALL_MAX, RoomRefusal};

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -98,6 +99,34 @@ impl Query {
         fits && self.group.as_ref().is_none_or(|group| group == member.group())
             && ranks.iter().zip(own).all(|(wanted, own)| wanted.is_none_or(|wanted| wanted == own))
     }
+}
+
+/// Reads a query as it stands in the URL of a list: `role=decode&tp_rank=0&label.zone=a`. An empty text asks for every
+/// worker.
+///
+/// ```
+/// use crossdock_bootstrap::{Query, Role};
+///
+/// assert_eq!("role=decode&tp_rank=0".parse(), Ok(Query::all().role(Role::Decode).tp_rank(0)));
+/// assert!("rank=0".parse::<Query>().is_err());
+/// ```
+impl FromStr for Query {
+    type Err = InvalidQuery;
+
+    fn from_str(text: &str) -> Result<Query, InvalidQuery> {
+        match read(text) {
+            Ok((query, None)) => Ok(query),
+            Ok((_, Some(_))) => Err(InvalidQuery { why: "a query does not say how long to wait".into() }),
+            Err(fault) => Err(InvalidQuery { why: fault.to_string() }),
+        }
+    }
+}
+
+/// A text that is no [`Query`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{why}")]
+pub struct InvalidQuery {
+    why: String,
 }
 
 /// Until when an answer is kept back.
@@ -332,7 +361,7 @@ fn pairs(text: &str) -> Result<BTreeMap<String, String>, QueryFault> {
     Ok(pairs)
 }
 
-fn number<N: std::str::FromStr>(name: &str, value: &str) -> Result<N, QueryFault> {
+fn number<N: FromStr>(name: &str, value: &str) -> Result<N, QueryFault> {
     let fault = || QueryFault::Number { name: name.to_owned(), given: value.chars().take(32).collect() };
     value.parse().map_err(|_| fault())
 }

@@ -52,6 +52,7 @@ mod config;
 mod error;
 pub mod experts;
 mod node;
+pub mod xfer;
 
 /// Where the peers are: a registry server, its client, and the same over etcd. The node does not need it: whoever knows
 /// its peers' addresses may leave the feature `bootstrap` out.

@@ -53,6 +53,9 @@ pub struct Engine {
     options: EngineOptions,
 }
 
+/// In the place of a region that was taken back; never valid in an op.
+const NO_REGION: LocalId = LocalId(u32::MAX);
+
 /// The limits of an engine.
 #[derive(Clone, Debug)]
 pub struct EngineOptions {
@@ -183,6 +186,26 @@ impl Engine {
         self.region_bytes.push(bytes);
         self.proto.announce(Region { region, bytes, keys });
         Ok(region)
+    }
+
+    /// Takes a region back: it is not announced any more, and its number is not used again. Refused while something uses it: a
+    /// session that began when it was announced, as long as that is not [quiet](Engine::is_quiet).
+    pub fn withdraw(&mut self, region: u32) -> Result<(), Error> {
+        for rail in &mut self.rails {
+            let Some(&local) = rail.regions.get(region as usize) else {
+                return Err(Error::UnknownRegion { side: "local", region });
+            };
+            // One that a port has let go of already, when another one refused.
+            if local != NO_REGION {
+                rail.port.deregister(local)?;
+                let kept =
+                    |(at, &known): (usize, &LocalId)| if at == region as usize { NO_REGION } else { known };
+                rail.regions = rail.regions.iter().enumerate().map(kept).collect();
+            }
+        }
+        self.region_bytes[region as usize] = 0;
+        self.proto.withdraw(region);
+        Ok(())
     }
 
     /// The protocol, to open and end rooms. What it decides is carried out by the next [`turn`](Engine::turn).

@@ -223,8 +223,8 @@ impl GroupConfig {
         if found.is_empty() { Ok(()) } else { Err(Violations(found)) }
     }
 
-    /// Lists what is wrong with a form of rows, in this group.
-    pub(crate) fn check_payload(&self, payload: Payload) -> Result<(), Violations> {
+    /// Lists what is wrong with a form of rows, in this group. That it may be larger than the group's own is not looked at.
+    pub fn check_payload(&self, payload: Payload) -> Result<(), Violations> {
         let mut found = Vec::new();
         let mut check = |what, value: u32, least: u32, of: u32, why| {
             if !(least..=MAX_ROW_BYTES).contains(&value) {

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use crossdock_engine::{Engine, OsError, now_ns};
 use crossdock_memory::Memory;
 use crossdock_proto::{Notice, SessionEnd, SessionId, TargetId};
-use crossdock_transport::Mapping;
+use crossdock_transport::{Access, Mapping};
 
 use crate::arena::Arena;
 use crate::error::GroupError;
@@ -299,7 +299,8 @@ impl Keeper {
             Some(Err(error)) => return self.tell(Err(GroupError::Memory { rank, error }.into())),
             None => {
                 let parts = self.regions[self.rank as usize].written_by(rank);
-                if let Err(error) = self.engine.allow(session, rank, REGION, &parts) {
+                let parts: Vec<_> = parts.into_iter().map(|part| (REGION, part)).collect();
+                if let Err(error) = self.engine.allow(session, rank, Access::Write, &parts) {
                     return self.tell(Err(error.into()));
                 }
                 let calls = vec![0; self.slots as usize];

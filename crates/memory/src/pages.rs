@@ -257,6 +257,10 @@ pub struct PageRef {
 }
 
 impl PageRef {
+    pub(crate) fn lent(pool: PagePool, ids: &[u32]) -> PageRef {
+        PageRef { pool, ids: ids.into(), range: 0..ids.len() }
+    }
+
     /// The pages, in order.
     pub fn ids(&self) -> &[u32] {
         &self.ids[self.range.clone()]

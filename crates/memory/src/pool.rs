@@ -12,7 +12,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 
 pub use self::quarantine::{QuarantineEntry, QuarantineReason, Until};
-use crate::pages::PageSet;
+use crate::pages::{PageRef, PageSet};
 use ledger::Ledger;
 
 /// Owner of the pages of one region; a clone is another handle.
@@ -33,7 +33,7 @@ impl PagePool {
         PagePool { ledger: Arc::new(Mutex::new(Ledger::new(pages, options))) }
     }
 
-    /// A pool over `pages` pages that the engine's own allocator hands out: see [`adopt`](PagePool::adopt).
+    /// A pool over `pages` pages that the engine's own allocator hands out: see [`adopt`](PagePool::adopt) and [`lend`](PagePool::lend).
     ///
     /// # Panics
     /// When `pages` is more than [`MAX_PAGES`].
@@ -53,6 +53,24 @@ impl PagePool {
     pub fn adopt(&self, ids: &[u32]) -> Result<PageSet, PoolError> {
         self.ledger().adopt(ids)?;
         Ok(PageSet::owned(self.clone(), ids.to_vec()))
+    }
+
+    /// References to exactly these pages, which the engine's allocator holds and has filled: all of them or, with an error,
+    /// none. Others may have been lent before, of a prefix that several requests share; a page that is named twice is
+    /// counted twice. A page that a peer may write is refused.
+    ///
+    /// ```
+    /// # use crossdock_memory::{PagePool, PoolError};
+    /// let pool = PagePool::external(8);
+    /// let (first, second) = (pool.lend(&[0, 1, 2])?, pool.lend(&[0, 1, 5])?);
+    /// assert_eq!(pool.adopt(&[1]).unwrap_err(), PoolError::PageInUse { page: 1 });
+    /// drop((first, second));
+    /// assert_eq!(pool.stats().free, 8);
+    /// # Ok::<(), PoolError>(())
+    /// ```
+    pub fn lend(&self, ids: &[u32]) -> Result<PageRef, PoolError> {
+        self.ledger().lend(ids)?;
+        Ok(PageRef::lent(self.clone(), ids))
     }
 
     /// The counts, all of one moment.
@@ -105,7 +123,7 @@ pub struct PoolOptions {
 pub struct PoolStats {
     /// All pages.
     pub pages: u32,
-    /// Pages that can be taken, or, in an external pool, adopted.
+    /// Pages that can be taken, or, in an external pool, adopted or lent.
     pub free: u32,
     /// Pages in a [`PageSet`].
     pub owned: u32,
@@ -123,7 +141,7 @@ pub struct PoolStats {
     pub lowest_free: u32,
     /// Whether the free pages fell below the low watermark and have not come up to the high one since.
     pub under_pressure: bool,
-    /// How often pages were taken or adopted.
+    /// How often pages were taken, adopted or lent.
     pub takes: u64,
     /// How often they could not be.
     pub failed_takes: u64,

@@ -240,7 +240,23 @@ fn adoption_says_what_is_wrong_and_takes_all_or_nothing() {
 }
 
 #[test]
+fn what_the_engine_lends_is_counted_and_never_what_a_peer_may_write() {
+    let pool = PagePool::external(6);
+    let (first, second) = (pool.lend(&[0, 1, 1]).unwrap(), pool.lend(&[1, 2]).unwrap());
+    assert_eq!((pool.stats().shared, pool.stats().free), (3, 3));
+    let granted = pool.adopt(&[4]).unwrap().grant();
+    assert_eq!(pool.lend(&[1, 3, 4]).unwrap_err(), PoolError::PageInUse { page: 4 });
+    assert_eq!(pool.lend(&[3, 6]).unwrap_err(), PoolError::PageOutOfRange { page: 6, pages: 6 });
+    assert_eq!((pool.stats().shared, pool.stats().free), (3, 2), "a refused call leaves nothing behind");
+    drop(first);
+    assert_eq!(pool.adopt(&[1]).unwrap_err(), PoolError::PageInUse { page: 1 });
+    drop((second, granted.come_home()));
+    assert_eq!(pool.stats().free, 6);
+}
+
+#[test]
 fn a_pool_either_allocates_or_adopts() {
+    assert_eq!(pool(4).lend(&[0]).unwrap_err(), PoolError::PoolAllocates);
     assert_eq!(PagePool::external(4).take(1).unwrap_err(), PoolError::PoolIsExternal);
     assert_eq!(pool(4).adopt(&[0]).unwrap_err(), PoolError::PoolAllocates);
 }

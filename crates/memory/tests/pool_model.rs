@@ -15,6 +15,7 @@ use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 enum Step {
     Take { pages: u32 },
     Adopt { ids: Vec<u32> },
+    Lend { ids: Vec<u32> },
     DropSet { set: Index },
     Split { set: Index, at: Index },
     Join { set: Index, other: Index },
@@ -38,6 +39,7 @@ fn step(most_pages: u32) -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => (0..most_pages).prop_map(|pages| Step::Take { pages }),
         8 => prop::collection::vec(0u32..70, 0..5).prop_map(|ids| Step::Adopt { ids }),
+        4 => prop::collection::vec(0u32..66, 0..5).prop_map(|ids| Step::Lend { ids }),
         4 => index().prop_map(|set| Step::DropSet { set }),
         4 => (index(), index()).prop_map(|(set, at)| Step::Split { set, at }),
         3 => (index(), index()).prop_map(|(set, other)| Step::Join { set, other }),
@@ -124,6 +126,7 @@ impl History {
         match step {
             Step::Take { pages } => self.take_pages(pages),
             Step::Adopt { ids } => self.adopt(ids),
+            Step::Lend { ids } => self.lend(ids),
             Step::DropSet { set } => {
                 if let Some((set, ids)) = pick(&mut self.sets, set) {
                     drop(set);
@@ -293,6 +296,40 @@ impl History {
                 assert_eq!(refusal, None);
                 self.set(&ids, Page::Free, Page::Owned);
                 self.sets.push((set, ids));
+                self.takes += 1;
+            }
+            Err(error) => {
+                assert_eq!(Some(error), refusal);
+                self.failed_takes += 1;
+            }
+        }
+    }
+
+    fn lend(&mut self, ids: Vec<u32>) {
+        if self.allocates {
+            assert_eq!(self.pool.lend(&ids).unwrap_err(), PoolError::PoolAllocates);
+            return;
+        }
+        let refusal = ids.iter().find_map(|&page| match self.pages.get(page as usize) {
+            None => Some(PoolError::PageOutOfRange { page, pages: self.pages.len() as u32 }),
+            Some(Page::Free | Page::Shared(_)) => None,
+            Some(Page::Quarantined { peer, since_ns }) => {
+                Some(PoolError::PageInQuarantine { page, peer: peer.clone(), since_ns: *since_ns })
+            }
+            Some(Page::Abandoned) => Some(PoolError::PageAbandoned { page }),
+            Some(Page::Owned | Page::Granted) => Some(PoolError::PageInUse { page }),
+        });
+        match self.pool.lend(&ids) {
+            Ok(shared) => {
+                assert_eq!((refusal, shared.ids()), (None, &ids[..]));
+                for &page in &ids {
+                    let references = match self.pages[page as usize] {
+                        Page::Shared(references) => references,
+                        _ => 0,
+                    };
+                    self.put(page, Page::Shared(references + 1));
+                }
+                self.shared.push((shared, ids));
                 self.takes += 1;
             }
             Err(error) => {

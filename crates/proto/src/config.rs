@@ -27,6 +27,9 @@ pub struct Config {
     pub lanes_per_rail: u8,
     /// Told to each peer as it is: the cache layout.
     pub app: Vec<u8>,
+    /// Whether the session's number on this side follows it, in 4 bytes: by that both sides can name what is the session's
+    /// own.
+    pub app_numbers_sessions: bool,
     /// Where peers send heartbeats.
     pub pulse_address: String,
     /// How often to send them.
@@ -107,6 +110,7 @@ impl Config {
             rails: Vec::new(),
             lanes_per_rail: 1,
             app: Vec::new(),
+            app_numbers_sessions: false,
             pulse_address: String::new(),
             heartbeat_ns: 200 * MS,
             heartbeats_missed: 10,

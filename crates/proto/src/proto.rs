@@ -197,6 +197,16 @@ impl Proto {
         self.regions.push(region);
     }
 
+    /// Announces a region no more.
+    pub fn withdraw(&mut self, region: u32) {
+        self.regions.retain(|known| known.region != region);
+    }
+
+    /// What peers that connect from now on are told as [`app`](Config::app).
+    pub fn set_app(&mut self, app: Vec<u8>) {
+        self.config.app = app;
+    }
+
     /// How the rank of each peer that connects from now on is found in its [`app`](Config::app): rooms may be for one rank
     /// only.
     pub fn know_ranks(&mut self, rank_of: fn(&[u8]) -> Option<u32>) {

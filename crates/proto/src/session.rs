@@ -214,7 +214,10 @@ impl Proto {
             .map(|(grant, _)| grant)
             .take(HELD_AT_ONCE)
             .collect();
-        let app = self.config.app.clone();
+        let mut app = self.config.app.clone();
+        if self.config.app_numbers_sessions {
+            app.extend(session.0.to_le_bytes());
+        }
         self.send(session, &Message::Setup { lanes, regions, app, held });
         self.connect_lanes(session);
     }

@@ -1,4 +1,4 @@
-//! Writes outside rooms: what a session's peer may always write, and what is posted to it without a room.
+//! Writes and reads outside rooms: what a session's peer may always reach, and what is posted to it without a room.
 //!
 //! Both sides know each standing grant by its number; no message tells of it. It lasts as long as the session, and so
 //! does the promise that an immediate is told and a token comes back: where a lane that has carried such writes goes
@@ -101,7 +101,7 @@ impl SessionLanes {
 }
 
 impl Engine {
-    /// Allows a session's peer to write all pages of these layouts in one region, under
+    /// Allows a session's peer to write, or to read, all pages of these layouts, each in the region beside it, under
     /// [`GrantId::standing(number)`](GrantId::standing), as long as the session lasts. All layouts have as many pages.
     ///
     /// A number is for one session at a time. It is free again when nothing can land under it any more. No message tells
@@ -110,8 +110,8 @@ impl Engine {
         &mut self,
         session: SessionId,
         number: u32,
-        region: u32,
-        parts: &[PageLayout],
+        access: Access,
+        parts: &[(u32, PageLayout)],
     ) -> Result<(), Error> {
         let bad = |reason| Err(Error::BadGrant { reason });
         if number >= GrantId::STANDING {
@@ -123,14 +123,14 @@ impl Engine {
         if self.sessions.get(&session).is_none_or(|lanes| lanes.side.is_over) {
             return bad("the session is unknown or over");
         }
-        let Some(&region_bytes) = self.region_bytes.get(region as usize) else {
-            return Err(Error::UnknownRegion { side: "local", region });
-        };
-        let Some(count) = parts.first().map(|part| part.pages) else { return bad("there are no parts") };
-        if parts.iter().any(|part| part.pages != count) {
+        let Some(count) = parts.first().map(|(_, part)| part.pages) else { return bad("there are no parts") };
+        if parts.iter().any(|(_, part)| part.pages != count) {
             return bad("the parts have different numbers of pages");
         }
-        for part in parts {
+        for &(region, part) in parts {
+            let Some(&region_bytes) = self.region_bytes.get(region as usize) else {
+                return Err(Error::UnknownRegion { side: "local", region });
+            };
             match part.validate(region_bytes) {
                 Ok(()) => {}
                 Err(LayoutError::OutsideRegion { end, region_bytes }) => {
@@ -140,7 +140,7 @@ impl Engine {
             }
         }
         self.side.standing.insert(number, Standing { session, revoked: None });
-        let granted = self.grant_on_rails(session, number, region, parts);
+        let granted = self.grant_on_rails(session, number, access, parts);
         if granted.is_err() {
             // No write was allowed yet, and yet a rail may have taken it.
             self.revoke_standing(session, number);
@@ -153,19 +153,18 @@ impl Engine {
         &mut self,
         session: SessionId,
         number: u32,
-        region: u32,
-        parts: &[PageLayout],
+        access: Access,
+        parts: &[(u32, PageLayout)],
     ) -> Result<(), Error> {
-        let pages: Vec<u32> = (0..parts[0].pages).collect();
+        let pages: Vec<u32> = (0..parts[0].1.pages).collect();
         for at in self.rails_of(session) {
             let rail = &mut self.rails[at];
-            let region = rail.regions[region as usize];
-            let buffers: Vec<GrantedBuffer> =
-                parts.iter().map(|&layout| GrantedBuffer { region, layout }).collect();
+            let buffer = |&(region, layout)| GrantedBuffer { region: rail.regions[region as usize], layout };
+            let buffers: Vec<GrantedBuffer> = parts.iter().map(buffer).collect();
             rail.port.grant(&Grant {
                 id: GrantId::standing(number),
                 peer: PeerId(session.0),
-                access: Access::Write,
+                access,
                 buffers: &buffers,
                 pages: &pages,
             })?;
@@ -189,8 +188,8 @@ impl Engine {
         Some(LaneRegions { slot: lane, local, remote: slot.remote.clone() })
     }
 
-    /// Posts writes on a lane of a session. The caller has set their shapes, and the grants as the peer
-    /// [allowed](Engine::allow) them; the engine puts the immediate and the token on the last one, and takes them from all
+    /// Posts writes, or reads, on a lane of a session. The caller has set their shapes, and the grants as the peer
+    /// [allowed](Engine::allow) them; with reads there is no immediate. The engine puts the immediate and the token on the last one, and takes them from all
     /// others. A short post is back-pressure: the caller offers the rest again later, with the same immediate and token.
     /// So it is on a lane that is not up, and for a token while too many are
     /// [out](super::EngineOptions::max_side_tokens).
@@ -208,8 +207,9 @@ impl Engine {
         if imm.is_some_and(|imm| imm != Imm::new(Kind::Experts, imm).value()) {
             return Err(Error::BadOp { reason: "an immediate has 30 bits" });
         }
-        if ops.iter().any(|op| op.direction != Direction::Write) {
-            return Err(Error::BadOp { reason: "outside rooms there are only writes" });
+        let reads = ops.iter().filter(|op| op.direction == Direction::Read).count();
+        if reads > 0 && (reads < ops.len() || imm.is_some()) {
+            return Err(Error::BadOp { reason: "reads come without writes, and without an immediate" });
         }
         let most_tokens = self.options.max_side_tokens;
         let has_room =
@@ -237,7 +237,10 @@ impl Engine {
         };
         let part = ops.get(posted.ops).map_or(0, |op| op.part_bytes(posted.within));
         let bytes = part + ops[..posted.ops].iter().filter_map(Op::bytes).sum::<u64>();
-        rail.stats.written_bytes += bytes;
+        match reads {
+            0 => rail.stats.written_bytes += bytes,
+            _ => rail.stats.read_bytes += bytes,
+        }
         slot.load += (bytes as f64 + 64.0) / rail.bytes_per_second as f64;
         slot.side.is_used |= posted != Posted::default();
         if token.is_some() && posted.ops == ops.len() {

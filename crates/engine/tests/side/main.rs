@@ -5,13 +5,13 @@ mod pair;
 
 use std::time::Duration;
 
-use crossdock_engine::EngineOptions;
+use crossdock_engine::{EngineOptions, now_ns};
 use crossdock_memory::PageLayout;
 use crossdock_proto::SessionEnd;
 use crossdock_shm::{ShmOptions, ShmPort};
 use crossdock_sim::{Fabric, FabricOptions, Semantics};
 use crossdock_tcp::{TcpOptions, TcpPort};
-use crossdock_transport::{Direction, DownCause, Error, GrantId, Op, Port, Posted};
+use crossdock_transport::{Access, Direction, DownCause, Error, GrantId, Op, Port, Posted, Shape};
 
 use pair::*;
 
@@ -127,7 +127,12 @@ fn what_makes_no_sense_is_refused() {
     let read = Op { direction: Direction::Read, ..span(&with, 0, 8) };
     let post =
         |pair: &mut Pair, op: Op<'_>, imm| pair.writer.engine.post_side(session, 0, &mut [op], imm, None);
-    assert!(matches!(post(&mut pair, read, None), Err(Error::BadOp { .. })));
+    assert!(matches!(post(&mut pair, read, Some(1)), Err(Error::BadOp { .. })));
+    let mut both = [read, span(&with, 0, 8)];
+    assert!(matches!(
+        pair.writer.engine.post_side(session, 0, &mut both, None, None),
+        Err(Error::BadOp { .. })
+    ));
     assert!(matches!(post(&mut pair, Op::notify(0), Some(1 << 30)), Err(Error::BadOp { .. })));
     let beyond = span(&with, BYTES as u64 - 4, 8);
     assert!(matches!(post(&mut pair, beyond, None), Err(Error::OutOfRange { .. })));
@@ -136,7 +141,8 @@ fn what_makes_no_sense_is_refused() {
 
     let session = pair.reader.session();
     let mut allow = |number, region, parts: &[PageLayout]| {
-        let allowed = pair.reader.engine.allow(session, number, region, parts);
+        let parts: Vec<_> = parts.iter().map(|&part| (region, part)).collect();
+        let allowed = pair.reader.engine.allow(session, number, Access::Write, &parts);
         allowed.expect_err("refused").to_string()
     };
     for (number, region, parts, expected) in [
@@ -155,7 +161,52 @@ fn what_makes_no_sense_is_refused() {
     ] {
         assert_eq!(allow(number, region, parts), expected);
     }
-    pair.reader.engine.allow(session, 6, 0, &[PAGES, PAGES]).expect("nothing of the refused ones is left");
+    pair.reader
+        .engine
+        .allow(session, 6, Access::Write, &[(0, PAGES), (0, PAGES)])
+        .expect("nothing of the refused ones is left");
+}
+
+/// Reads outside rooms: their token says that the bytes are here. What is allowed to be written is not to be read.
+#[test]
+fn what_is_allowed_is_read() {
+    for carrier in Carrier::all() {
+        let mut pair = Pair::allowed(carrier, &Setting::default());
+        let reader = pair.reader.session();
+        pair.reader.engine.allow(reader, NUMBER + 1, Access::Read, &[(0, PAGES)]).unwrap();
+        pair.reader.memory.write(PAGES.offset as usize, &[7; 64]).unwrap();
+        let (session, with) = (pair.writer.session(), pair.writer.regions(0));
+        let of = span(&with, 0, 64);
+        let read = Op { direction: Direction::Read, grant: GrantId::standing(NUMBER + 1), ..of };
+        let Shape::Span { local_offset, .. } = read.shape else { unreachable!("it is a span") };
+        assert_eq!(
+            pair.writer.engine.post_side(session, 0, &mut [read], None, Some(9)),
+            Ok(Posted { ops: 1, within: 0 })
+        );
+        let mut done = None;
+        pair.turn_until("the read is done", |pair| {
+            done = done.or(pair.writer.engine.next_side_done());
+            done.is_some()
+        });
+        assert_eq!(done.map(|done| done.token), Some(9));
+        let mut bytes = [0; 64];
+        pair.writer.memory.read(local_offset as usize, &mut bytes).unwrap();
+        assert_eq!(bytes, [7; 64], "{carrier:?}");
+    }
+}
+
+/// A region that was taken back is told to nobody any more, and is refused while a session that was told of it lasts.
+#[test]
+fn a_region_is_withdrawn_when_nobody_can_use_it() {
+    let mut pair = Pair::allowed(Carrier::Tcp, &Setting::default());
+    let session = pair.reader.session();
+    assert!(matches!(pair.reader.engine.withdraw(0), Err(Error::RegionInUse { .. })));
+    assert!(matches!(pair.reader.engine.withdraw(1), Err(Error::UnknownRegion { .. })));
+    pair.reader.engine.close_session(now_ns(), session);
+    pair.turn_until("the session is over", |pair| pair.reader.engine.is_quiet(session));
+    pair.reader.engine.withdraw(0).unwrap();
+    pair.reader.engine.withdraw(0).unwrap();
+    assert!(pair.reader.memory.is_last_handle());
 }
 
 /// A write that was never allowed lands nowhere; one beyond what was allowed ends the lane, and with it the session.
@@ -217,7 +268,10 @@ fn nothing_lands_after_a_session_is_quiet() {
             pair.turn_until("the end there", |pair| !pair.writer.ends.is_empty());
             pair.turn_for(Duration::from_millis(50));
             assert!(!pair.reader.engine.is_quiet(session));
-            let again = pair.reader.session.map(|again| pair.reader.engine.allow(again, NUMBER, 0, &[PAGES]));
+            let again = pair
+                .reader
+                .session
+                .map(|again| pair.reader.engine.allow(again, NUMBER, Access::Write, &[(0, PAGES)]));
             assert!(again.is_none_or(|again| again.is_err()), "the number is not free");
             continue;
         }
@@ -230,7 +284,7 @@ fn nothing_lands_after_a_session_is_quiet() {
         assert!(pair.reader.is_all(3), "{carrier:?}");
         let again = pair.reader.session();
         assert_ne!(again, session);
-        pair.reader.engine.allow(again, NUMBER, 0, &[PAGES]).unwrap();
+        pair.reader.engine.allow(again, NUMBER, Access::Write, &[(0, PAGES)]).unwrap();
         let with = pair.writer.regions(0);
         assert_eq!(pair.writer.post(&mut [span(&with, 0, 8)], Some(1), None).ops, 1);
         pair.turn_until("a write", |pair| !pair.reader.arrivals().is_empty());

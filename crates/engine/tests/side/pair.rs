@@ -10,7 +10,7 @@ use crossdock_proto::{Config, Identity, Notice, Proto, Rail, SessionEnd, Session
 use crossdock_shm::{ShmOptions, ShmPort};
 use crossdock_sim::{Fabric, FabricOptions, NodeId, Semantics, SimPort, SimPortOptions};
 use crossdock_tcp::{TcpOptions, TcpPort};
-use crossdock_transport::{Direction, GrantId, Op, Port, Posted, Shape};
+use crossdock_transport::{Access, Direction, GrantId, Op, Port, Posted, Shape};
 use crossdock_verbs::{Verbs, VerbsOptions, VerbsPort, fake};
 
 pub const WAIT: Duration = Duration::from_secs(60);
@@ -119,7 +119,7 @@ impl Pair {
     pub fn allowed(carrier: Carrier, setting: &Setting) -> Self {
         let mut pair = Self::open(carrier, setting);
         let session = pair.reader.session();
-        pair.reader.engine.allow(session, NUMBER, 0, &[PAGES]).unwrap();
+        pair.reader.engine.allow(session, NUMBER, Access::Write, &[(0, PAGES)]).unwrap();
         pair
     }
 

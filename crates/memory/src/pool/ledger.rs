@@ -96,6 +96,33 @@ impl Ledger {
         Ok(())
     }
 
+    /// Free to shared, or one reference more: exactly these pages or none.
+    pub(super) fn lend(&mut self, ids: &[u32]) -> Result<(), PoolError> {
+        if self.runs.is_some() {
+            return Err(PoolError::PoolAllocates);
+        }
+        for (at, &page) in ids.iter().enumerate() {
+            match self.states.get(page as usize).map(|word| word.state()) {
+                Some(PageState::Free) => {
+                    self.states[page as usize] = StateWord::shared(1);
+                    self.free -= 1;
+                    self.shared += 1;
+                }
+                Some(PageState::Shared { references }) => {
+                    self.states[page as usize] = StateWord::shared(references + 1);
+                }
+                _ => {
+                    self.drop_references(&ids[..at]);
+                    self.failed_takes += 1;
+                    return Err(self.refusal(page));
+                }
+            }
+        }
+        self.takes += 1;
+        self.lowest_free = self.lowest_free.min(self.free);
+        Ok(())
+    }
+
     /// Owned to free.
     pub(crate) fn put(&mut self, ids: &[u32]) {
         self.owned -= ids.len() as u32;

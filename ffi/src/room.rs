@@ -1,0 +1,884 @@
+//! Hand-overs: pages from a prefill worker's memory into a decode worker's.
+
+use std::ffi::c_char;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+use bytemuck::Zeroable;
+use crossdock::{
+    Abandoned, End, Ended, GatherRequest, NotTaken, PageSet, PagesTicket, Parts, Received, Receiving,
+    ScatterRequest, ScatterServeRequest, SendError, Sending, Serving, SessionEnd, Source, Stage, Who,
+};
+use parking_lot::Mutex;
+
+use crate::arguments::{copy_out, deadline, list, milliseconds, not_null, put, text_out};
+use crate::bell::Bell;
+use crate::events::{CROSSDOCK_EVENT_ENDED, CROSSDOCK_EVENT_PAGES_HOME, crossdock_event};
+use crate::handles::Table;
+use crate::layout::{CROSSDOCK_ALL_PARTS, CROSSDOCK_SHARED_PARTS};
+use crate::node::{Shared, crossdock_node, shared_of};
+use crate::peer::{crossdock_peer, peer_of};
+use crate::pool::{self, crossdock_page_list, crossdock_pages};
+use crate::sized::{self, Sized as _};
+use crate::status::{
+    CROSSDOCK_ABANDONED, CROSSDOCK_FINISHED, CROSSDOCK_PENDING, CROSSDOCK_TIMED_OUT, CROSSDOCK_WRONG_KIND,
+    Fault, call, crossdock_status,
+};
+
+/// One hand-over, seen from one side. 0 is none.
+pub type crossdock_room = u64;
+
+/// All bytes are in the decode side's pages, and both sides may rely on it.
+pub const CROSSDOCK_DELIVERED: u32 = 1;
+/// A user cancelled it.
+pub const CROSSDOCK_CANCELLED: u32 = 2;
+/// A deadline passed.
+pub const CROSSDOCK_EXPIRED: u32 = 3;
+/// The session with the peer ended.
+pub const CROSSDOCK_PEER_LOST: u32 = 4;
+/// The room was never begun.
+pub const CROSSDOCK_ROOM_REFUSED: u32 = 5;
+/// A rail, a port or the bytes failed.
+pub const CROSSDOCK_FAILED: u32 = 6;
+
+/// Who decided how a room ended: this side.
+pub const CROSSDOCK_BY_HERE: u32 = 1;
+/// The other side did.
+pub const CROSSDOCK_BY_PEER: u32 = 2;
+
+/// How far a room had come: it waited for a session with the peer.
+pub const CROSSDOCK_STAGE_SESSION: u32 = 1;
+/// It waited for the other side of the room.
+pub const CROSSDOCK_STAGE_GRANT: u32 = 2;
+/// Bytes were moving.
+pub const CROSSDOCK_STAGE_TRANSFER: u32 = 3;
+/// All bytes were sent.
+pub const CROSSDOCK_STAGE_CONFIRM: u32 = 4;
+/// All bytes have landed.
+pub const CROSSDOCK_STAGE_VERIFY: u32 = 5;
+
+/// A rank of the prefill side. It never grows.
+#[repr(C)]
+#[derive(Clone, Copy, Zeroable)]
+pub struct crossdock_source {
+    /// The node.
+    pub peer: crossdock_peer,
+    /// Its rank.
+    pub rank: u32,
+    /// `CROSSDOCK_ALL_PARTS` or `CROSSDOCK_SHARED_PARTS`.
+    pub parts: u32,
+}
+
+/// What the decode side asks for.
+#[repr(C)]
+#[derive(Clone, Copy, Zeroable)]
+pub struct crossdock_receive_options {
+    /// `sizeof(crossdock_receive_options)`.
+    pub size: usize,
+    /// From whom. Together they bring each byte of the layers once.
+    pub sources: *const crossdock_source,
+    /// How many they are.
+    pub source_count: usize,
+    /// The router's number for the request.
+    pub room: u64,
+    /// Which use of that number.
+    pub use_count: u32,
+    /// Tokens of the request.
+    pub tokens: u32,
+    /// Tokens of a prefix that is here already and is not to be sent.
+    pub skip_tokens: u32,
+    /// The first layer that the sources bring, where that is not all that this node keeps.
+    pub first_layer: u32,
+    /// How many they bring; 0 for all that this node keeps.
+    pub layers: u32,
+    /// 0.
+    pub reserved: u32,
+    /// For each pool of the node's layout, pages for what moves; the first page holds the first token that does.
+    pub pages: *const crossdock_page_list,
+    /// How many lists; one for each pool of the layout.
+    pub page_lists: usize,
+    /// From this call; 0 for 30 seconds.
+    pub deadline_ms: u64,
+    /// Told with the room's events.
+    pub user_data: u64,
+}
+
+// SAFETY: `size` is its first field, it has no padding, and any bytes are a value.
+unsafe impl sized::Sized for crossdock_receive_options {
+    const FIRST_BYTES: usize = 88;
+}
+
+/// What the prefill side offers.
+#[repr(C)]
+#[derive(Clone, Copy, Zeroable)]
+pub struct crossdock_send_options {
+    /// `sizeof(crossdock_send_options)`.
+    pub size: usize,
+    /// The ranks of the decode side that take their shares; NULL for rank 0 alone.
+    pub ranks: *const u32,
+    /// How many they are.
+    pub rank_count: usize,
+    /// The router's number for the request.
+    pub room: u64,
+    /// Which use of that number.
+    pub use_count: u32,
+    /// Tokens of the request.
+    pub tokens: u32,
+    /// For each pool of the node's layout, the pages, from the first token on.
+    pub pages: *const crossdock_page_list,
+    /// How many lists; one for each pool of the layout.
+    pub page_lists: usize,
+    /// Of a room that is served: handed to the reader with the bytes. NULL for nothing.
+    pub aux: *const u8,
+    /// How long it is.
+    pub aux_bytes: usize,
+    /// From this call; 0 for 30 seconds.
+    pub deadline_ms: u64,
+    /// Told with the room's events.
+    pub user_data: u64,
+}
+
+// SAFETY: as above.
+unsafe impl sized::Sized for crossdock_send_options {
+    const FIRST_BYTES: usize = 88;
+}
+
+/// How a room ended on this side.
+#[repr(C)]
+#[derive(Clone, Copy, Zeroable)]
+pub struct crossdock_end {
+    /// `sizeof(crossdock_end)`, set by the caller.
+    pub size: usize,
+    /// One of `CROSSDOCK_DELIVERED` to `CROSSDOCK_FAILED`.
+    pub outcome: u32,
+    /// `CROSSDOCK_BY_HERE` or `CROSSDOCK_BY_PEER`; 0 where nobody decided.
+    pub by: u32,
+    /// One of `CROSSDOCK_STAGE_…`, where the outcome has one, else 0.
+    pub stage: u32,
+    /// 1 if the same request may succeed in another room, else 0.
+    pub is_retryable: u32,
+    /// How long `crossdock_room_aux` is.
+    pub aux_bytes: u64,
+    /// What the caller gave the room.
+    pub user_data: u64,
+}
+
+// SAFETY: as above.
+unsafe impl sized::Sized for crossdock_end {
+    const FIRST_BYTES: usize = 40;
+}
+
+const USUAL_DEADLINE: Duration = Duration::from_secs(30);
+
+struct Room {
+    node: Arc<Shared>,
+    handle: u64,
+    user_data: u64,
+    bell: Bell,
+    state: Mutex<State>,
+}
+
+struct State {
+    control: Control,
+    end: Option<Received>,
+    /// Of a room that receives, by pool.
+    lists: Vec<List>,
+    /// Events that were not handed out yet.
+    news: Vec<u32>,
+}
+
+enum Control {
+    Sending(Sending),
+    Serving(Serving),
+    Receiving(Receiving),
+    /// The handle is closed; what was waited for is left to the progress loop.
+    Closed,
+}
+
+/// The pages of one pool.
+struct List {
+    /// They were named by a handle, and are given back by one; others go to their pool.
+    is_kept: bool,
+    pages: Home,
+}
+
+enum Home {
+    Waiting(PagesTicket),
+    Here(PageSet),
+    /// Back in their pool, or taken.
+    Gone,
+    /// The node is gone, and nothing has proven that nobody writes them.
+    Abandoned,
+}
+
+static ROOMS: Table<Room> = Table::new(7, "room");
+
+pub(crate) fn is_open(handle: u64) -> bool {
+    ROOMS.get(handle).is_ok()
+}
+
+/// Adds what this room has to tell, as far as it fits; whether there is more.
+pub(crate) fn news(handle: u64, into: &mut Vec<crossdock_event>, most: usize) -> bool {
+    let Ok(room) = ROOMS.get(handle) else { return false };
+    let mut state = room.state.lock();
+    state.look();
+    while into.len() < most && !state.news.is_empty() {
+        let kind = state.news.remove(0);
+        into.push(crossdock_event { kind, reserved: 0, handle, user_data: room.user_data });
+    }
+    !state.news.is_empty()
+}
+
+impl State {
+    /// Asks the tickets.
+    fn look(&mut self) {
+        if self.end.is_none() {
+            let told = match &mut self.control {
+                Control::Sending(room) => room.end.poll().map(|end| end.map(plain)),
+                Control::Serving(room) => room.end.poll().map(|end| end.map(plain)),
+                Control::Receiving(room) => room.end.poll(),
+                Control::Closed => Ok(None),
+            };
+            if let Some(end) = told.unwrap_or_else(|Abandoned| Some(node_gone())) {
+                self.ended(end);
+            }
+        }
+        let mut waiting = 0;
+        let mut is_news = false;
+        for list in &mut self.lists {
+            if let Home::Waiting(ticket) = &mut list.pages {
+                match ticket.poll() {
+                    Ok(None) => waiting += 1,
+                    told => {
+                        is_news = true;
+                        list.told(told.map(|pages| pages.expect("not pending")));
+                    }
+                }
+            }
+        }
+        if is_news && waiting == 0 {
+            self.news.push(CROSSDOCK_EVENT_PAGES_HOME);
+        }
+    }
+
+    fn ended(&mut self, end: Received) {
+        self.end = Some(end);
+        self.news.push(CROSSDOCK_EVENT_ENDED);
+    }
+
+    fn is_home(&self) -> bool {
+        !self.lists.iter().any(|list| matches!(list.pages, Home::Waiting(_)))
+    }
+
+    /// Leaves a waker with each ticket that has not told yet, and takes what the others tell.
+    fn listen(&mut self, waker: &Waker) {
+        let mut context = Context::from_waker(waker);
+        fn first<T>(
+            ticket: &mut (impl Future<Output = Result<T, Abandoned>> + Unpin),
+            context: &mut Context<'_>,
+        ) -> Option<Result<T, Abandoned>> {
+            match Pin::new(ticket).poll(context) {
+                Poll::Ready(told) => Some(told),
+                Poll::Pending => None,
+            }
+        }
+        let told = match &mut self.control {
+            Control::Sending(room) => first(&mut room.end, &mut context).map(|end| end.map(plain)),
+            Control::Serving(room) => first(&mut room.end, &mut context).map(|end| end.map(plain)),
+            Control::Receiving(room) => first(&mut room.end, &mut context),
+            Control::Closed => None,
+        };
+        if let Some(end) = told {
+            self.ended(end.unwrap_or_else(|Abandoned| node_gone()));
+        }
+        let mut is_news = false;
+        for list in &mut self.lists {
+            if let Home::Waiting(ticket) = &mut list.pages
+                && let Some(told) = first(ticket, &mut context)
+            {
+                is_news = true;
+                list.told(told);
+            }
+        }
+        if is_news && self.is_home() {
+            self.news.push(CROSSDOCK_EVENT_PAGES_HOME);
+        }
+    }
+}
+
+impl List {
+    fn told(&mut self, told: Result<PageSet, Abandoned>) {
+        self.pages = match told {
+            Ok(pages) if self.is_kept => Home::Here(pages),
+            // Dropped: its pool may hand them out again.
+            Ok(_) => Home::Gone,
+            Err(Abandoned) => Home::Abandoned,
+        };
+    }
+}
+
+fn plain(ended: Ended) -> Received {
+    Received { ended, aux: Vec::new() }
+}
+
+fn node_gone() -> Received {
+    plain(Ended { end: End::PeerLost { cause: SessionEnd::ClosedHere }, peer: None, port: None })
+}
+
+impl Wake for Room {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    /// Called by the progress loop, and by calls that find it gone, under this room's lock as well: so it takes none.
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.bell.ring();
+        self.node.events.tell(self.handle);
+    }
+}
+
+/// Opens the decode end of a push: the prefill side writes into the pages. Pages that were given by a handle are the room's
+/// when the answer is `CROSSDOCK_OK`; with `CROSSDOCK_BUSY` and `CROSSDOCK_STOPPED` they are back in their pool, and the
+/// handle is closed too; with other answers it stays.
+///
+/// # Safety
+/// `options` points to a structure that says its size, and what it points to can be read; `room` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_receive(
+    node: crossdock_node,
+    options: *const crossdock_receive_options,
+    room: *mut crossdock_room,
+) -> crossdock_status {
+    // SAFETY: as the caller promises.
+    call(|| unsafe { decode(node, options, room, false) })
+}
+
+/// Opens the decode end of a pull: this side reads from the pages that the prefill side serves.
+///
+/// # Safety
+/// As [`crossdock_receive`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_fetch(
+    node: crossdock_node,
+    options: *const crossdock_receive_options,
+    room: *mut crossdock_room,
+) -> crossdock_status {
+    // SAFETY: as the caller promises.
+    call(|| unsafe { decode(node, options, room, true) })
+}
+
+/// # Safety
+/// As [`crossdock_receive`].
+unsafe fn decode(
+    node: crossdock_node,
+    options: *const crossdock_receive_options,
+    room: *mut crossdock_room,
+    pull: bool,
+) -> Result<(), Fault> {
+    not_null("room", room)?;
+    let node = shared_of(node)?;
+    // SAFETY: as the caller promises, here and below.
+    let options = unsafe { crossdock_receive_options::read(options) }?;
+    // SAFETY: as above.
+    let sources = unsafe { list("sources", options.sources, options.source_count) }?;
+    let source = |source: &crossdock_source| {
+        let parts = match source.parts {
+            CROSSDOCK_ALL_PARTS => Parts::All,
+            CROSSDOCK_SHARED_PARTS => Parts::Shared,
+            other => return Err(Fault::argument(format!("parts is {other}, which this library has not"))),
+        };
+        Ok(Source { peer: peer_of(source.peer)?, rank: source.rank, parts })
+    };
+    let sources = sources.iter().map(source).collect::<Result<Vec<_>, _>>()?;
+    if sources.is_empty() {
+        return Err(Fault::argument("sources is empty: a room needs somebody to bring something"));
+    }
+    // SAFETY: as above.
+    let lists = unsafe { list("pages", options.pages, options.page_lists) }?;
+    if lists.is_empty() {
+        return Err(Fault::argument("pages is empty: a room needs a list for each pool of the layout"));
+    }
+    let mut taken = Vec::with_capacity(lists.len());
+    for list in lists {
+        // SAFETY: as above.
+        match unsafe { pool::take(list) } {
+            Ok(pages) => taken.push(pages),
+            Err(fault) => {
+                taken.into_iter().for_each(pool::Taken::put_back);
+                return Err(fault);
+            }
+        }
+    }
+    let is_kept: Vec<bool> = lists.iter().map(|list| list.pages != 0).collect();
+    let layers = options.first_layer..options.first_layer.saturating_add(options.layers);
+    let request = GatherRequest {
+        sources,
+        room: options.room,
+        use_count: options.use_count,
+        tokens: options.tokens,
+        skip_tokens: options.skip_tokens,
+        layers: (options.layers != 0).then_some(layers),
+        pages: taken.into_iter().map(pool::Taken::give).collect(),
+        deadline: milliseconds(options.deadline_ms, USUAL_DEADLINE),
+    };
+    let mut receiving = match pull {
+        true => node.handle.fetch(request)?,
+        false => node.handle.receive(request)?,
+    };
+    let first = std::mem::take(&mut receiving.pages);
+    let tickets = std::iter::once(first).chain(std::mem::take(&mut receiving.state));
+    let pages = tickets.zip(is_kept).map(|(ticket, is_kept)| List { is_kept, pages: Home::Waiting(ticket) });
+    let state =
+        State { control: Control::Receiving(receiving), end: None, lists: pages.collect(), news: Vec::new() };
+    // SAFETY: as above.
+    unsafe { begin(node, options.user_data, state, room) }
+}
+
+/// Opens the prefill end of a push: layers are sent by `crossdock_room_send_layers` as they are computed, then
+/// `crossdock_room_finish` finishes it.
+///
+/// # Safety
+/// As [`crossdock_receive`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_send(
+    node: crossdock_node,
+    options: *const crossdock_send_options,
+    room: *mut crossdock_room,
+) -> crossdock_status {
+    call(|| {
+        not_null("room", room)?;
+        let node = shared_of(node)?;
+        // SAFETY: as the caller promises.
+        let (options, request) = unsafe { offered(options) }?;
+        if options.aux_bytes != 0 {
+            return Err(Fault::argument("aux is given by crossdock_room_finish where layers are sent"));
+        }
+        let sending = node.handle.open(request)?;
+        let state =
+            State { control: Control::Sending(sending), end: None, lists: Vec::new(), news: Vec::new() };
+        // SAFETY: as the caller promises.
+        unsafe { begin(node, options.user_data, state, room) }
+    })
+}
+
+/// Opens the prefill end of a pull: pages that are filled, for the peer that asks for the room to read.
+///
+/// # Safety
+/// As [`crossdock_receive`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_serve(
+    node: crossdock_node,
+    options: *const crossdock_send_options,
+    room: *mut crossdock_room,
+) -> crossdock_status {
+    call(|| {
+        not_null("room", room)?;
+        let node = shared_of(node)?;
+        // SAFETY: as the caller promises, here and below.
+        let (options, request) = unsafe { offered(options) }?;
+        // SAFETY: as above.
+        let aux = unsafe { list("aux", options.aux, options.aux_bytes) }?.to_vec();
+        let serving = node.handle.serve(ScatterServeRequest { request, aux })?;
+        let state =
+            State { control: Control::Serving(serving), end: None, lists: Vec::new(), news: Vec::new() };
+        // SAFETY: as above.
+        unsafe { begin(node, options.user_data, state, room) }
+    })
+}
+
+/// # Safety
+/// As [`crossdock_receive`].
+unsafe fn offered(
+    options: *const crossdock_send_options,
+) -> Result<(crossdock_send_options, ScatterRequest), Fault> {
+    // SAFETY: as the caller promises, here and below.
+    let options = unsafe { crossdock_send_options::read(options) }?;
+    // SAFETY: as above.
+    let (ranks, lists) = unsafe {
+        (list("ranks", options.ranks, options.rank_count)?, list("pages", options.pages, options.page_lists)?)
+    };
+    if lists.is_empty() {
+        return Err(Fault::argument("pages is empty: a room needs a list for each pool of the layout"));
+    }
+    let request = ScatterRequest {
+        ranks: if ranks.is_empty() { vec![0] } else { ranks.to_vec() },
+        room: options.room,
+        use_count: options.use_count,
+        tokens: options.tokens,
+        // SAFETY: as above.
+        pages: lists.iter().map(|list| unsafe { pool::lend(list) }).collect::<Result<_, _>>()?,
+        deadline: milliseconds(options.deadline_ms, USUAL_DEADLINE),
+    };
+    Ok((options, request))
+}
+
+/// # Safety
+/// `to` can be written.
+unsafe fn begin(
+    node: Arc<Shared>,
+    user_data: u64,
+    state: State,
+    to: *mut crossdock_room,
+) -> Result<(), Fault> {
+    let mut state = Some(state);
+    let shared = node.clone();
+    let handle = ROOMS
+        .insert(|handle| {
+            let state = Mutex::new(state.take().expect("made once"));
+            Arc::new(Room { node: shared, handle, user_data, bell: Bell::new(), state })
+        })
+        .inspect_err(|_| {
+            // Nobody could name it: it ends, and its pages go home to their pool.
+            state.iter().for_each(|state| drop(state.control.cancel()));
+        })?;
+    node.events.opened();
+    let room = ROOMS.get(handle)?;
+    let mut state = room.state.lock();
+    state.listen(&Waker::from(room.clone()));
+    if !state.news.is_empty() {
+        node.events.tell(handle);
+    }
+    // SAFETY: as the caller promises.
+    unsafe { put("room", to, handle) }
+}
+
+impl Control {
+    fn cancel(&self) -> Result<(), NotTaken> {
+        match self {
+            Control::Sending(room) => room.cancel(),
+            Control::Serving(room) => room.cancel(),
+            Control::Receiving(room) => room.cancel(),
+            Control::Closed => Ok(()),
+        }
+    }
+}
+
+/// Sends all tokens of these layers, whose pages are filled.
+#[unsafe(no_mangle)]
+pub extern "C" fn crossdock_room_send_layers(
+    room: crossdock_room,
+    first_layer: u32,
+    layers: u32,
+) -> crossdock_status {
+    call(|| sending(room, |room| room.send_layers(first_layer..first_layer.saturating_add(layers))))
+}
+
+/// Sends these tokens of these layers, whose pages are filled: a chunk of a prompt that is computed in pieces. Each layer's
+/// tokens go in order, each once.
+#[unsafe(no_mangle)]
+pub extern "C" fn crossdock_room_send_tokens(
+    room: crossdock_room,
+    first_layer: u32,
+    layers: u32,
+    first_token: u32,
+    tokens: u32,
+) -> crossdock_status {
+    call(|| {
+        let layers = first_layer..first_layer.saturating_add(layers);
+        sending(room, |room| room.send(layers, first_token..first_token.saturating_add(tokens)))
+    })
+}
+
+/// Everything has been sent: the peer may rely on the pages once it has them all. `aux` travels with it: the first token,
+/// its probabilities.
+///
+/// # Safety
+/// So many bytes can be read.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_finish(
+    room: crossdock_room,
+    aux: *const u8,
+    aux_bytes: usize,
+) -> crossdock_status {
+    call(|| {
+        // SAFETY: as the caller promises.
+        let aux = unsafe { list("aux", aux, aux_bytes) }?.to_vec();
+        sending(room, |room| room.finish(aux))
+    })
+}
+
+fn sending(
+    room: crossdock_room,
+    act: impl FnOnce(&mut Sending) -> Result<(), SendError>,
+) -> Result<(), Fault> {
+    let room = ROOMS.get(room)?;
+    let mut state = room.state.lock();
+    match &mut state.control {
+        Control::Sending(sending) => Ok(act(sending)?),
+        _ => Err(Fault::new(
+            CROSSDOCK_WRONG_KIND,
+            "nothing is sent in this room from here",
+            "send in a room that crossdock_send has opened",
+        )),
+    }
+}
+
+/// Ends a room here. Its end is told as ever; pages of a room that receives come home when the peer has stopped.
+#[unsafe(no_mangle)]
+pub extern "C" fn crossdock_room_cancel(room: crossdock_room) -> crossdock_status {
+    call(|| Ok(ROOMS.get(room)?.state.lock().control.cancel()?))
+}
+
+/// Whether a room has ended: `CROSSDOCK_PENDING`, or `CROSSDOCK_OK` with how it did. It may be asked again.
+///
+/// # Safety
+/// `end` is NULL or points to a structure that says its size.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_poll(
+    room: crossdock_room,
+    end: *mut crossdock_end,
+) -> crossdock_status {
+    call(|| {
+        let room = ROOMS.get(room)?;
+        // SAFETY: as the caller promises.
+        unsafe { tell(room.end().ok_or(Fault::quiet(CROSSDOCK_PENDING))?, end) }
+    })
+}
+
+/// As `crossdock_room_poll`, and waits for the end.
+///
+/// # Safety
+/// As [`crossdock_room_poll`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_wait(
+    room: crossdock_room,
+    timeout_ms: u64,
+    end: *mut crossdock_end,
+) -> crossdock_status {
+    call(|| {
+        let room = ROOMS.get(room)?;
+        let told = room.bell.wait(deadline(timeout_ms), || room.end());
+        // SAFETY: as the caller promises.
+        unsafe { tell(told.ok_or(Fault::quiet(CROSSDOCK_TIMED_OUT))?, end) }
+    })
+}
+
+/// Waits until nobody else can write the pages of a room that receives: until then they must not be used for anything
+/// else. `timeout_ms` of 0 only asks. `CROSSDOCK_ABANDONED` if they never come home.
+#[unsafe(no_mangle)]
+pub extern "C" fn crossdock_room_wait_pages(room: crossdock_room, timeout_ms: u64) -> crossdock_status {
+    call(|| {
+        let room = ROOMS.get(room)?;
+        let home = || {
+            let mut state = room.state.lock();
+            state.look();
+            let is_lost = state.lists.iter().any(|list| matches!(list.pages, Home::Abandoned));
+            state.is_home().then_some(is_lost)
+        };
+        match room.bell.wait(deadline(timeout_ms), home) {
+            None => Err(Fault::quiet(CROSSDOCK_TIMED_OUT)),
+            Some(false) => Ok(()),
+            Some(true) => Err(abandoned()),
+        }
+    })
+}
+
+fn abandoned() -> Fault {
+    let words = "the node was closed before anything had proven that nobody writes these pages";
+    Fault::new(CROSSDOCK_ABANDONED, words, "make a new pool, over other memory")
+}
+
+/// The pages of a room that received, once they are home, of the list at `list`: those that were given by a handle. They are
+/// the caller's again, by a new handle.
+///
+/// # Safety
+/// `pages` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_take_pages(
+    room: crossdock_room,
+    list: usize,
+    pages: *mut crossdock_pages,
+) -> crossdock_status {
+    call(|| {
+        not_null("pages", pages)?;
+        let room = ROOMS.get(room)?;
+        let mut state = room.state.lock();
+        state.look();
+        let Some(found) = state.lists.get_mut(list) else {
+            return Err(Fault::argument(format!("the room has {} lists of pages", state.lists.len())));
+        };
+        match std::mem::replace(&mut found.pages, Home::Gone) {
+            Home::Here(home) => {
+                let handle = pool::insert(home)?;
+                // SAFETY: as the caller promises.
+                unsafe { put("pages", pages, handle) }
+            }
+            Home::Gone => {
+                let words = "these pages are back in their pool, or were taken";
+                Err(Fault::new(CROSSDOCK_FINISHED, words, "name pages that the pool allocates by a handle"))
+            }
+            home @ Home::Waiting(_) => {
+                found.pages = home;
+                Err(Fault::quiet(CROSSDOCK_PENDING))
+            }
+            Home::Abandoned => {
+                found.pages = Home::Abandoned;
+                Err(abandoned())
+            }
+        }
+    })
+}
+
+/// What the prefill side sent beside the pages, of a room that received and was delivered.
+///
+/// # Safety
+/// `buffer` is NULL or `capacity` bytes can be written there; `length` is NULL or can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_aux(
+    room: crossdock_room,
+    buffer: *mut u8,
+    capacity: usize,
+    length: *mut usize,
+) -> crossdock_status {
+    call(|| {
+        let room = ROOMS.get(room)?;
+        let mut state = room.state.lock();
+        state.look();
+        let end = state.end.as_ref().ok_or(Fault::quiet(CROSSDOCK_PENDING))?;
+        // SAFETY: as the caller promises.
+        unsafe { copy_out(&end.aux, buffer, capacity, length) }
+    })
+}
+
+/// How a room ended, in words, with peer and port: for logs. With a NUL, which `length` does not count.
+///
+/// # Safety
+/// `buffer` is NULL or `capacity` bytes can be written there; `length` is NULL or can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_message(
+    room: crossdock_room,
+    buffer: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+) -> crossdock_status {
+    // SAFETY: as the caller promises.
+    call(|| unsafe { words(room, buffer, capacity, length, |ended| ended.to_string()) })
+}
+
+/// What a person can do about how a room ended.
+///
+/// # Safety
+/// As [`crossdock_room_message`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_advice(
+    room: crossdock_room,
+    buffer: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+) -> crossdock_status {
+    // SAFETY: as the caller promises.
+    call(|| unsafe { words(room, buffer, capacity, length, |ended| ended.end.advice().to_owned()) })
+}
+
+/// # Safety
+/// As [`crossdock_room_message`].
+unsafe fn words(
+    room: crossdock_room,
+    buffer: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+    say: impl FnOnce(&Ended) -> String,
+) -> Result<(), Fault> {
+    let room = ROOMS.get(room)?;
+    let mut state = room.state.lock();
+    state.look();
+    let end = state.end.as_ref().ok_or(Fault::quiet(CROSSDOCK_PENDING))?;
+    // SAFETY: as the caller promises.
+    unsafe { text_out(&say(&end.ended), buffer, capacity, length) }
+}
+
+/// How many batches have landed in the current attempt of a room that receives: grows while the room moves.
+///
+/// # Safety
+/// `arrivals` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_arrivals(
+    room: crossdock_room,
+    arrivals: *mut u64,
+) -> crossdock_status {
+    call(|| {
+        let found = match &ROOMS.get(room)?.state.lock().control {
+            Control::Receiving(receiving) => receiving.arrivals(),
+            _ => 0,
+        };
+        // SAFETY: as the caller promises.
+        unsafe { put("arrivals", arrivals, found) }
+    })
+}
+
+/// Forgets a room; one that has not ended is cancelled. Pages that nobody has taken go back to their pool when they come
+/// home.
+#[unsafe(no_mangle)]
+pub extern "C" fn crossdock_room_close(room: crossdock_room) -> crossdock_status {
+    call(|| {
+        let room = ROOMS.remove(room)?;
+        let mut state = room.state.lock();
+        state.look();
+        if state.end.is_none() {
+            // A full queue: the room goes on to its deadline, unheard. A node that has stopped has ended it.
+            let _ = state.control.cancel();
+        }
+        // The tickets hold on to this room until they are told: they are let go here.
+        let left = (std::mem::replace(&mut state.control, Control::Closed), std::mem::take(&mut state.lists));
+        drop(state);
+        drop(left);
+        room.node.events.closed();
+        Ok(())
+    })
+}
+
+impl Room {
+    fn end(&self) -> Option<crossdock_end> {
+        let mut state = self.state.lock();
+        state.look();
+        let Received { ended, aux } = state.end.as_ref()?;
+        let (outcome, by, stage) = match &ended.end {
+            End::Delivered => (CROSSDOCK_DELIVERED, 0, 0),
+            End::Cancelled { by } => (CROSSDOCK_CANCELLED, who(*by), 0),
+            End::Expired { by, stage } => (CROSSDOCK_EXPIRED, who(*by), stage_number(*stage)),
+            End::PeerLost { .. } => (CROSSDOCK_PEER_LOST, 0, 0),
+            End::Refused { by, .. } => (CROSSDOCK_ROOM_REFUSED, who(*by), 0),
+            End::Failed { by, stage, .. } => (CROSSDOCK_FAILED, who(*by), stage_number(*stage)),
+            _ => (CROSSDOCK_FAILED, 0, 0),
+        };
+        Some(crossdock_end {
+            size: 0,
+            outcome,
+            by,
+            stage,
+            is_retryable: ended.end.is_retryable().into(),
+            aux_bytes: aux.len() as u64,
+            user_data: self.user_data,
+        })
+    }
+}
+
+fn who(who: Who) -> u32 {
+    match who {
+        Who::Here => CROSSDOCK_BY_HERE,
+        Who::Peer => CROSSDOCK_BY_PEER,
+    }
+}
+
+fn stage_number(stage: Stage) -> u32 {
+    match stage {
+        Stage::Session => CROSSDOCK_STAGE_SESSION,
+        Stage::Grant => CROSSDOCK_STAGE_GRANT,
+        Stage::Transfer => CROSSDOCK_STAGE_TRANSFER,
+        Stage::Confirm => CROSSDOCK_STAGE_CONFIRM,
+        Stage::Verify => CROSSDOCK_STAGE_VERIFY,
+    }
+}
+
+/// # Safety
+/// `to` is NULL or points to a structure that says its size.
+unsafe fn tell(end: crossdock_end, to: *mut crossdock_end) -> Result<(), Fault> {
+    if to.is_null() {
+        return Ok(());
+    }
+    // SAFETY: as the caller promises.
+    unsafe { crossdock_end::write(to, end) }
+}
