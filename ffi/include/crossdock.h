@@ -151,7 +151,7 @@
 #define CROSSDOCK_SCALES_BY_COLUMN 1
 
 // A pool is over at most this many pages.
-#define CROSSDOCK_MOST_PAGES (1 << 28)
+#define CROSSDOCK_MOST_PAGES 268435456
 
 // All bytes are in the decode side's pages, and both sides may rely on it.
 #define CROSSDOCK_DELIVERED 1
@@ -1393,7 +1393,8 @@ crossdock_status crossdock_node_poll(crossdock_node node,
                                      size_t capacity,
                                      size_t *count);
 
-// As `crossdock_node_poll`, and waits for the first event; `CROSSDOCK_TIMED_OUT` if there is none.
+// As `crossdock_node_poll`, and waits for the first event; `CROSSDOCK_TIMED_OUT` if there is none, `CROSSDOCK_STOPPED` when the
+// node is closed meanwhile.
 //
 // Obligations:
 // As `crossdock_node_poll`.

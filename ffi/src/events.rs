@@ -1,7 +1,8 @@
 //! What a node tells: which of its rooms and peers have something new.
 
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::time::Instant;
 
 use bytemuck::Zeroable;
@@ -43,6 +44,8 @@ pub(crate) struct Events {
     descriptor: EventFd,
     /// Somebody waits on the descriptor.
     is_watched: AtomicBool,
+    /// The node is closed: nobody waits any more.
+    is_closed: AtomicBool,
     /// A descriptor is armed by one at a time.
     arming: Mutex<()>,
 }
@@ -60,6 +63,7 @@ impl Events {
             bell: Bell::new(),
             descriptor: EventFd::new()?,
             is_watched: AtomicBool::new(false),
+            is_closed: AtomicBool::new(false),
             arming: Mutex::new(()),
         })
     }
@@ -106,11 +110,22 @@ impl Events {
         }
     }
 
-    /// As [`take`](Events::take), and waits for the first one.
+    /// Whoever waits for events is to wait no longer.
+    pub fn close(&self) {
+        self.is_closed.store(true, SeqCst);
+        self.bell.ring();
+        self.descriptor.raise();
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.is_closed.load(SeqCst)
+    }
+
+    /// As [`take`](Events::take), and waits for the first one, as long as the node is open.
     pub fn wait(&self, into: &mut Vec<crossdock_event>, most: usize, deadline: Instant) {
         self.bell.wait(deadline, || {
             self.take(into, most);
-            (!into.is_empty()).then_some(())
+            (!into.is_empty() || self.is_closed()).then_some(())
         });
     }
 

@@ -143,6 +143,8 @@ pub(crate) struct Shared {
     number: u64,
     incarnation: u64,
     rails: String,
+    /// Of its layout.
+    pools: usize,
     /// `None` once it is closed.
     node: Mutex<Option<Node>>,
     is_driven_by_caller: bool,
@@ -167,6 +169,7 @@ pub unsafe extern "C" fn crossdock_node_open(
         not_null("node", node)?;
         // SAFETY: as the caller promises.
         let config = unsafe { config(&crossdock_node_options::read(options)?) }?;
+        let pools = config.layout.pools().len();
         let is_driven_by_caller = config.progress == Progress::Caller;
         let events = Events::new().map_err(|error| Fault::new(CROSSDOCK_OS, error.to_string(), ""))?;
         let opened = Node::open(config)?;
@@ -179,6 +182,7 @@ pub unsafe extern "C" fn crossdock_node_open(
             number: identity.node,
             incarnation: identity.incarnation,
             rails: rails.join(","),
+            pools,
             node: Mutex::new(Some(opened)),
             is_driven_by_caller,
         };
@@ -318,9 +322,14 @@ pub(crate) fn unknown(name: &str, value: u32) -> Fault {
 pub extern "C" fn crossdock_node_close(node: crossdock_node) -> crossdock_status {
     call(|| {
         let shared = NODES.remove(node)?;
-        // Outside of the lock: who asks meanwhile is told that it has stopped.
+        if shared.is_driven_by_caller {
+            // Whoever is parked there is woken: the lock is free then. Where the queue is full, so is the loop awake.
+            let _ = shared.handle.stop();
+        }
+        // Dropped outside of the lock: who asks meanwhile is told that it has stopped.
         let opened = shared.node.lock().take();
         drop(opened);
+        shared.events.close();
         Ok(())
     })
 }
@@ -407,7 +416,8 @@ pub unsafe extern "C" fn crossdock_node_poll(
     })
 }
 
-/// As `crossdock_node_poll`, and waits for the first event; `CROSSDOCK_TIMED_OUT` if there is none.
+/// As `crossdock_node_poll`, and waits for the first event; `CROSSDOCK_TIMED_OUT` if there is none, `CROSSDOCK_STOPPED` when the
+/// node is closed meanwhile.
 ///
 /// # Safety
 /// As [`crossdock_node_poll`].
@@ -426,6 +436,9 @@ pub unsafe extern "C" fn crossdock_node_wait(
         unsafe { hand_out(events, capacity, count, wait) }?;
         // SAFETY: it was written just now.
         match unsafe { count.read_unaligned() } {
+            0 if shared.events.is_closed() => {
+                Err(Fault::new(CROSSDOCK_STOPPED, "the node was closed", "open a new node"))
+            }
             0 => Err(Fault::quiet(CROSSDOCK_TIMED_OUT)),
             _ => Ok(()),
         }
@@ -485,6 +498,17 @@ pub extern "C" fn crossdock_node_park(node: crossdock_node, longest_ms: u64) -> 
 }
 
 impl Shared {
+    /// A room has a list of pages for each pool.
+    pub fn check_lists(&self, lists: usize) -> Result<(), Fault> {
+        match lists == self.pools {
+            true => Ok(()),
+            false => {
+                let words = format!("{lists} lists of pages for {} pools of the layout", self.pools);
+                Err(Fault::argument(words))
+            }
+        }
+    }
+
     fn driven<T>(&self, drive: impl FnOnce(&mut Node) -> Result<T, Fault>) -> Result<T, Fault> {
         if !self.is_driven_by_caller {
             let words = "a thread of this node's own makes progress";

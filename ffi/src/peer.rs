@@ -121,8 +121,9 @@ impl Wake for Dialed {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.bell.ring();
+        // Who hears the peer's bell finds the event.
         self.node.events.tell(self.handle);
+        self.bell.ring();
     }
 }
 

@@ -19,7 +19,7 @@ pub type crossdock_pool = u64;
 pub type crossdock_pages = u64;
 
 /// A pool is over at most this many pages.
-pub const CROSSDOCK_MOST_PAGES: u32 = 1 << 28;
+pub const CROSSDOCK_MOST_PAGES: u32 = 268_435_456;
 
 /// How a pool is made.
 #[repr(C)]

@@ -335,8 +335,9 @@ impl Wake for Room {
 
     /// Called by the progress loop, and by calls that find it gone, under this room's lock as well: so it takes none.
     fn wake_by_ref(self: &Arc<Self>) {
-        self.bell.ring();
+        // Who hears the room's bell finds the event.
         self.node.events.tell(self.handle);
+        self.bell.ring();
     }
 }
 
@@ -398,9 +399,7 @@ unsafe fn decode(
     }
     // SAFETY: as above.
     let lists = unsafe { list("pages", options.pages, options.page_lists) }?;
-    if lists.is_empty() {
-        return Err(Fault::argument("pages is empty: a room needs a list for each pool of the layout"));
-    }
+    node.check_lists(lists.len())?;
     let mut taken = Vec::with_capacity(lists.len());
     for list in lists {
         // SAFETY: as above.
@@ -452,7 +451,7 @@ pub unsafe extern "C" fn crossdock_send(
         not_null("room", room)?;
         let node = shared_of(node)?;
         // SAFETY: as the caller promises.
-        let (options, request) = unsafe { offered(options) }?;
+        let (options, request) = unsafe { offered(&node, options) }?;
         if options.aux_bytes != 0 {
             return Err(Fault::argument("aux is given by crossdock_room_finish where layers are sent"));
         }
@@ -478,7 +477,7 @@ pub unsafe extern "C" fn crossdock_serve(
         not_null("room", room)?;
         let node = shared_of(node)?;
         // SAFETY: as the caller promises, here and below.
-        let (options, request) = unsafe { offered(options) }?;
+        let (options, request) = unsafe { offered(&node, options) }?;
         // SAFETY: as above.
         let aux = unsafe { list("aux", options.aux, options.aux_bytes) }?.to_vec();
         let serving = node.handle.serve(ScatterServeRequest { request, aux })?;
@@ -492,6 +491,7 @@ pub unsafe extern "C" fn crossdock_serve(
 /// # Safety
 /// As [`crossdock_receive`].
 unsafe fn offered(
+    node: &Shared,
     options: *const crossdock_send_options,
 ) -> Result<(crossdock_send_options, ScatterRequest), Fault> {
     // SAFETY: as the caller promises, here and below.
@@ -500,9 +500,7 @@ unsafe fn offered(
     let (ranks, lists) = unsafe {
         (list("ranks", options.ranks, options.rank_count)?, list("pages", options.pages, options.page_lists)?)
     };
-    if lists.is_empty() {
-        return Err(Fault::argument("pages is empty: a room needs a list for each pool of the layout"));
-    }
+    node.check_lists(lists.len())?;
     let request = ScatterRequest {
         ranks: if ranks.is_empty() { vec![0] } else { ranks.to_vec() },
         room: options.room,

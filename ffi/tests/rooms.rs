@@ -316,6 +316,17 @@ fn every_width_of_page_numbers_is_taken_and_what_no_pool_has_is_not() {
     }
     list.id_bytes = 3;
     assert_eq!(worker.try_receive(peer, 3, &list, PATIENCE_MS).0, CROSSDOCK_WRONG_KIND);
+    list.id_bytes = 4;
+    let (two, source) = ([list, list], crossdock_source { peer, rank: 0, parts: CROSSDOCK_ALL_PARTS });
+    let options = sized(|options: &mut crossdock_receive_options, size| {
+        (options.size, options.room, options.tokens) = (size, 3, TOKENS);
+        (options.sources, options.source_count) = (&raw const source, 1);
+        (options.pages, options.page_lists) = (two.as_ptr(), 2);
+    });
+    let mut handle = 0;
+    // SAFETY: what they point to lives.
+    let refused = unsafe { crossdock_receive(worker.node, &raw const options, &raw mut handle) };
+    assert_eq!(refused, CROSSDOCK_BAD_ARGUMENT, "one pool has one list");
     assert_eq!(worker.free(), PAGES - 16);
     ok(crossdock_room_close(room));
     ok(crossdock_room_cancel(other));
@@ -394,6 +405,23 @@ fn whoever_waits_hears_that_the_node_is_closed() {
                 ok(crossdock_room_wait_pages(room, PATIENCE_MS));
             });
         }
+        scope.spawn(|| {
+            let mut event = [crossdock_event { kind: 0, reserved: 0, handle: 0, user_data: 0 }; 4];
+            let (mut count, mut seen) = (0, 0);
+            // The room's end and its pages; then there is nothing more to wait for.
+            let stopped = loop {
+                // SAFETY: so many can be written.
+                let answer = unsafe {
+                    crossdock_node_wait(worker.node, PATIENCE_MS, event.as_mut_ptr(), 4, &raw mut count)
+                };
+                match answer {
+                    CROSSDOCK_OK => seen += count,
+                    other => break other,
+                }
+            };
+            assert!(seen <= 2);
+            assert!(stopped == CROSSDOCK_STOPPED || stopped == CROSSDOCK_BAD_HANDLE, "{stopped}");
+        });
         std::thread::sleep(Duration::from_millis(30));
         ok(crossdock_node_close(worker.node));
     });
@@ -470,9 +498,20 @@ fn a_caller_can_make_progress_itself() {
     ok(crossdock_node_park(decode.node, 1));
     let threaded = Worker::open(c"other", Options::default());
     assert_eq!(crossdock_node_park(threaded.node, 1), CROSSDOCK_WRONG_KIND);
+    // Who is parked does not keep the node from being closed.
+    std::thread::scope(|scope| {
+        let parked = scope.spawn(|| crossdock_node_park(decode.node, PATIENCE_MS));
+        std::thread::sleep(Duration::from_millis(50));
+        ok(crossdock_node_close(decode.node));
+        assert!([CROSSDOCK_OK, CROSSDOCK_STOPPED].contains(&parked.join().unwrap()));
+    });
+    assert!(Instant::now() < deadline);
     ok(crossdock_room_close(sending));
     ok(crossdock_room_close(receiving));
-    [threaded, decode, prefill].into_iter().for_each(Worker::close);
+    ok(crossdock_memory_close(decode.memory));
+    ok(crossdock_pool_close(decode.pool));
+    ok(crossdock_layout_close(decode.layout));
+    [threaded, prefill].into_iter().for_each(Worker::close);
 }
 
 #[test]

@@ -244,6 +244,29 @@ fn whoever_waits_hears_that_the_endpoint_is_closed() {
     assert!(handle.transfer(Transfer { peer: "127.0.0.1:1".into(), ..probe() }).is_err());
 }
 
+/// Memory of the caller's own, too, which shared memory's port reaches by the kernel.
+#[test]
+fn memory_is_the_callers_again_when_the_endpoint_is_closed() {
+    for port in ["shm", "tcp"] {
+        let (here, there) = (endpoint("here", port), endpoint("there", port));
+        let (mut source, mut target) = (vec![3u8; 1 << 20], vec![0u8; 1 << 20]);
+        let own = |bytes: &mut Vec<u8>| {
+            // SAFETY: the vector outlives the memory, as the test shows, and nobody looks at it meanwhile.
+            unsafe { Memory::from_raw(bytes.as_mut_ptr(), bytes.len()) }.unwrap()
+        };
+        let (mut local, mut remote) = (own(&mut source), own(&mut target));
+        register(&here, &local).unwrap();
+        register(&there, &remote).unwrap();
+        let block = Block { local: address(&local, 0), remote: address(&remote, 0), bytes: 1 << 20 };
+        moved(&here, &there, Direction::Write, vec![block]).unwrap();
+        drop(here);
+        assert!(local.is_last_handle(), "{port}");
+        drop(there);
+        assert!(remote.is_last_handle(), "{port}");
+        assert!(target.iter().all(|&byte| byte == 3), "{port}");
+    }
+}
+
 /// Both sides write to each other at once, from several threads, while sessions are renewed under them.
 #[test]
 fn many_threads_write_both_ways_while_sessions_are_renewed() {

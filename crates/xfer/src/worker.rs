@@ -148,8 +148,43 @@ impl Worker {
             }
         };
         self.shared.close();
+        if ended.is_ok() {
+            self.part();
+        }
         self.engine.shut_down(now_ns());
         ended
+    }
+
+    /// Says goodbye and waits, not for long, until no peer can reach what is registered here: then the memory is its owner's
+    /// again when this has ended.
+    fn part(&mut self) {
+        let sessions: Vec<SessionId> = self.sessions.keys().copied().collect();
+        for &session in &sessions {
+            self.engine.close_session(now_ns(), session);
+        }
+        let until = now_ns().saturating_add(LONGEST_PARTING_NS);
+        let leaving: Vec<u32> = self.leaving.iter().map(|leaving| leaving.stretch.region).collect();
+        let mut regions: Vec<u32> =
+            self.table.iter().map(|(_, stretch)| stretch.region).chain(leaving).collect();
+        while now_ns() < until {
+            let active = self.engine.turn(now_ns());
+            // Whoever comes now is told of nothing that lasts.
+            while let Some(notice) = self.engine.next_notice() {
+                if let Notice::SessionUp { session, .. } = notice {
+                    self.engine.close_session(now_ns(), session);
+                }
+            }
+            if sessions.iter().all(|&session| self.engine.is_quiet(session)) {
+                regions.retain(|&region| self.engine.withdraw(region).is_err());
+                if regions.is_empty() {
+                    return;
+                }
+            }
+            let shared = self.shared.clone();
+            if !active && self.engine.park(now_ns(), &shared.doorbell, SHORT_SLEEP_NS, || true).is_err() {
+                return;
+            }
+        }
     }
 
     fn park(&mut self) -> Result<(), OsError> {
@@ -665,3 +700,5 @@ const MOST_CHUNKS_OUT: usize = 512;
 /// The doorbell wakes the loop earlier.
 const LONGEST_SLEEP_NS: u64 = 1_000_000_000;
 const SHORT_SLEEP_NS: u64 = 1_000_000;
+/// A peer that is alive answers a goodbye within a moment.
+const LONGEST_PARTING_NS: u64 = 2_000_000_000;

@@ -1,0 +1,504 @@
+"""The names, arguments and return codes of Mooncake's `mooncake.engine`, over crossdock.
+
+A program that says `from mooncake.engine import TransferEngine` runs with `from crossdock.mooncake import TransferEngine`
+instead; or unchanged, after `crossdock.mooncake.install()`, which makes `mooncake.engine` mean this module. `python -m
+crossdock.mooncake program.py ...` does that for a program.
+
+What is different, because nothing here knows what Mooncake's metadata server does: peers are always named by `"ip:port"`,
+as with `P2PHANDSHAKE`. Host memory alone is registered as long as there is no CUDA port. Notifications are not carried:
+`get_notifies` has none, and a transfer that is to bring one fails. `CROSSDOCK_KEY` holds the key that all processes share;
+without it anybody who can reach a process may write its registered memory, as with Mooncake.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import json
+import logging
+import os
+import socket
+import sys
+import threading
+import types
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from .endpoint import Endpoint, Transfer
+from .errors import Error, Late
+from .memory import Memory
+
+_log = logging.getLogger("crossdock.mooncake")
+
+SUPPORT_EFA = SUPPORT_HIP = SUPPORT_MNNVL = SUPPORT_INTRA_NVLINK = SUPPORT_CUDA = False
+
+
+class TransferOpcode(enum.IntEnum):
+    """Which way bytes move."""
+
+    Read = 0
+    Write = 1
+
+
+Read, Write = TransferOpcode.Read, TransferOpcode.Write
+
+
+class TransferNotify:
+    """What a transfer would tell the peer."""
+
+    def __init__(self, name: str = "", msg: str = "") -> None:
+        self.name = name
+        self.msg = msg
+
+
+class TransferEngine:
+    """One process's end: initialize, register memory, transfer. Calls answer 0 for success and do not raise."""
+
+    TransferOpcode = TransferOpcode
+
+    def __init__(self) -> None:
+        # As Mooncake reads it: at least 5 seconds.
+        self._seconds = max(5.0, float(os.environ.get("MC_TRANSFER_TIMEOUT", 30)))
+        self._endpoint: Optional[Endpoint] = None
+        self._lock = threading.Lock()
+        self._memories: Dict[int, Memory] = {}
+        self._batches: Dict[int, Transfer] = {}
+        self._next_batch = 1
+        # Transfers that have failed and may still move; with what they move.
+        self._restless: List[Transfer] = []
+
+    def initialize(self, local_hostname: str, metadata_server: str, protocol: str, device_name: Optional[str]) -> int:
+        """Opens the ports of a protocol (`"rdma"`, `"tcp"`) at this host's address. -1 if that cannot be."""
+        if metadata_server != "P2PHANDSHAKE":
+            _log.warning("metadata server %r is not asked: peers are named by ip:port", metadata_server)
+        try:
+            endpoint = Endpoint(
+                f"{local_hostname}-{os.getpid()}",
+                key=_key(),
+                bind=_bind_of(local_hostname),
+                ports=_ports_of(protocol, device_name or ""),
+            )
+        except (Error, OSError, ValueError) as error:
+            _log.error("initialize: %s", error)
+            return -1
+        with self._lock:
+            if self._endpoint is not None:
+                endpoint.close()
+                _log.error("initialize: this engine is initialized already")
+                return -1
+            self._endpoint = endpoint
+        return 0
+
+    def initialize_ext(
+        self, local_hostname: str, metadata_server: str, protocol: str, device_name: Optional[str], metadata_type: str
+    ) -> int:
+        del metadata_type
+        return self.initialize(local_hostname, metadata_server, protocol, device_name)
+
+    def get_rpc_port(self) -> int:
+        """The port of `"ip:port"`, by which peers name this process."""
+        return 0 if self._endpoint is None else int(self._endpoint.address.rpartition(":")[2])
+
+    def register_memory(self, buffer_addr: int, capacity: int, location: str = "*") -> int:
+        """Registers memory of this process, which stays where it is until it is unregistered. 0, or -1."""
+        del location
+        return self.batch_register_memory([buffer_addr], [capacity])
+
+    def unregister_memory(self, buffer_addr: int) -> int:
+        return self.batch_unregister_memory([buffer_addr])
+
+    def batch_register_memory(
+        self, buffer_addresses: Sequence[int], capacities: Sequence[int], location: str = "*"
+    ) -> int:
+        """All of them or, with -1, none."""
+        del location
+        registered: List[int] = []
+        try:
+            if len(buffer_addresses) != len(capacities):
+                raise ValueError(f"{len(buffer_addresses)} addresses and {len(capacities)} capacities")
+            for address, nbytes in zip(buffer_addresses, capacities):
+                self._register(int(address), int(nbytes))
+                registered.append(int(address))
+        except (Error, OSError, ValueError) as error:
+            _log.error("register_memory: %s", error)
+            self.batch_unregister_memory(registered)
+            return -1
+        return 0
+
+    def _register(self, address: int, nbytes: int) -> None:
+        _require_host_memory(address, nbytes)
+        memory = Memory.at(address, nbytes)
+        try:
+            self._opened().register(memory)
+        except Error:
+            memory.close()
+            raise
+        with self._lock:
+            self._memories[address] = memory
+
+    def batch_unregister_memory(self, buffer_addresses: Sequence[int]) -> int:
+        """Waits until nobody can reach them any more. 0, or -1 if that is so of some of them."""
+        failed = 0
+        for address in buffer_addresses:
+            try:
+                self._opened().unregister(int(address))
+                with self._lock:
+                    memory = self._memories.pop(int(address), None)
+                if memory is not None:
+                    memory.close()
+            except (Error, KeyError, ValueError) as error:
+                _log.error("unregister_memory: %s", error)
+                failed = -1
+        return failed
+
+    def transfer_sync_write(
+        self, target_hostname: str, buffer: int, peer_buffer_address: int, length: int, transport_hint: str = ""
+    ) -> int:
+        """Writes to the peer, and waits. 0, or -1."""
+        return self.transfer_sync(target_hostname, buffer, peer_buffer_address, length, Write)
+
+    def transfer_sync_read(
+        self, target_hostname: str, buffer: int, peer_buffer_address: int, length: int, transport_hint: str = ""
+    ) -> int:
+        """Reads from the peer, and waits. 0, or -1."""
+        return self.transfer_sync(target_hostname, buffer, peer_buffer_address, length, Read)
+
+    def transfer_sync(
+        self,
+        target_hostname: str,
+        buffer: int,
+        peer_buffer_address: int,
+        length: int,
+        opcode: int,
+        notify: Optional[TransferNotify] = None,
+        transport_hint: str = "",
+    ) -> int:
+        return self.batch_transfer_sync(target_hostname, [buffer], [peer_buffer_address], [length], opcode, notify)
+
+    def batch_transfer_sync_write(
+        self,
+        target_hostname: str,
+        buffers: Sequence[int],
+        peer_buffer_addresses: Sequence[int],
+        lengths: Sequence[int],
+        transport_hint: str = "",
+    ) -> int:
+        """Writes blocks to the peer, and waits for all of them. 0, or -1."""
+        return self.batch_transfer_sync(target_hostname, buffers, peer_buffer_addresses, lengths, Write)
+
+    def batch_transfer_sync_read(
+        self,
+        target_hostname: str,
+        buffers: Sequence[int],
+        peer_buffer_addresses: Sequence[int],
+        lengths: Sequence[int],
+        transport_hint: str = "",
+    ) -> int:
+        return self.batch_transfer_sync(target_hostname, buffers, peer_buffer_addresses, lengths, Read)
+
+    def batch_transfer_sync(
+        self,
+        target_hostname: str,
+        buffers: Sequence[int],
+        peer_buffer_addresses: Sequence[int],
+        lengths: Sequence[int],
+        opcode: int,
+        notify: Optional[TransferNotify] = None,
+        transport_hint: str = "",
+    ) -> int:
+        if notify is not None:
+            _log.error("transfer: notifications are not carried")
+            return -1
+        try:
+            transfer = self._begin(target_hostname, buffers, peer_buffer_addresses, lengths, opcode)
+        except (Error, OSError, ValueError, OverflowError) as error:
+            _log.error("transfer to %s: %s", target_hostname, error)
+            return -1
+        return self._finish(transfer)
+
+    def batch_transfer_async_write(
+        self,
+        target_hostname: str,
+        buffers: Sequence[int],
+        peer_buffer_addresses: Sequence[int],
+        lengths: Sequence[int],
+        transport_hint: str = "",
+    ) -> int:
+        """Begins to write, and gives the batch's number; 0 if it was not begun."""
+        return self.batch_transfer_async(target_hostname, buffers, peer_buffer_addresses, lengths, Write)
+
+    def batch_transfer_async_read(
+        self,
+        target_hostname: str,
+        buffers: Sequence[int],
+        peer_buffer_addresses: Sequence[int],
+        lengths: Sequence[int],
+        transport_hint: str = "",
+    ) -> int:
+        return self.batch_transfer_async(target_hostname, buffers, peer_buffer_addresses, lengths, Read)
+
+    def batch_transfer_async(
+        self,
+        target_hostname: str,
+        buffers: Sequence[int],
+        peer_buffer_addresses: Sequence[int],
+        lengths: Sequence[int],
+        opcode: int,
+        transport_hint: str = "",
+    ) -> int:
+        try:
+            transfer = self._begin(target_hostname, buffers, peer_buffer_addresses, lengths, opcode)
+        except (Error, OSError, ValueError, OverflowError) as error:
+            _log.error("transfer to %s: %s", target_hostname, error)
+            return 0
+        with self._lock:
+            batch = self._next_batch
+            self._next_batch += 1
+            self._batches[batch] = transfer
+        return batch
+
+    def get_batch_transfer_status(self, batch_ids: Sequence[int]) -> int:
+        """Waits until all of them have ended: 0, or -1 if one has failed. They are forgotten with that."""
+        failed = 0
+        for batch in batch_ids:
+            with self._lock:
+                transfer = self._batches.pop(batch, None)
+            if transfer is None or self._finish(transfer) != 0:
+                failed = -1
+        return failed
+
+    def transfer_submit_write(
+        self, target_hostname: str, buffer: int, peer_buffer_address: int, length: int, transport_hint: str = ""
+    ) -> int:
+        """Begins to write, and gives the batch's number; -1 if it was not begun."""
+        return self.batch_transfer_async(target_hostname, [buffer], [peer_buffer_address], [length], Write) or -1
+
+    def transfer_check_status(self, batch_id: int) -> int:
+        """1 when it is done, 0 while it is not, -1 if it has failed, -2 if its time is over. It is forgotten with the first
+        answer but 0."""
+        with self._lock:
+            transfer = self._batches.get(batch_id)
+        if transfer is None:
+            return -1
+        answer = 1
+        try:
+            if not transfer.poll():
+                return 0
+        except Late:
+            answer = -2
+        except Error as error:
+            _log.error("transfer: %s", error)
+            answer = -1
+        with self._lock:
+            self._batches.pop(batch_id, None)
+        self._forget(transfer, answer == 1)
+        return answer
+
+    def send_probe(self, peer_server_name: str) -> int:
+        """0 if the peer answers."""
+        return self.batch_transfer_sync(peer_server_name, [], [], [], Write)
+
+    def get_notifies(self) -> List[TransferNotify]:
+        return []
+
+    def get_local_topology(self, device_name: Optional[str] = None) -> str:
+        """Which devices are near to which memory, as JSON in Mooncake's form; here, one entry for all memory."""
+        devices = [name for name in (device_name or "").split(",") if name] or _rdma_devices()
+        return json.dumps({"cpu:0": [devices, []]})
+
+    def allocate_managed_buffer(self, length: int) -> int:
+        """Memory that peers on this host can map, registered; its address, or 0."""
+        try:
+            memory = Memory(length)
+            self._opened().register(memory)
+        except (Error, ValueError) as error:
+            _log.error("allocate_managed_buffer: %s", error)
+            return 0
+        with self._lock:
+            self._memories[memory.address] = memory
+        return memory.address
+
+    def free_managed_buffer(self, buffer_addr: int, length: int) -> int:
+        del length
+        return self.unregister_memory(buffer_addr)
+
+    def write_bytes_to_buffer(self, dest_address: int, src_ptr: bytes, length: int) -> int:
+        from ._abi import ffi
+
+        ffi.memmove(ffi.cast("char *", dest_address), src_ptr, length)
+        return 0
+
+    def read_bytes_from_buffer(self, source_address: int, length: int) -> bytes:
+        from ._abi import ffi
+
+        return bytes(ffi.buffer(ffi.cast("char *", source_address), length))
+
+    def get_engine(self) -> TransferEngine:
+        return self
+
+    def close(self) -> None:
+        """Not one of Mooncake's calls: says goodbye to all peers."""
+        with self._lock:
+            endpoint, self._endpoint = self._endpoint, None
+            memories, self._memories = self._memories, {}
+        if endpoint is not None:
+            endpoint.close()
+        for memory in memories.values():
+            try:
+                memory.close()
+            except Error as error:
+                _log.error("close: %s", error)
+
+    def __del__(self) -> None:
+        try:
+            self.close()
+        except Exception:
+            # At the end of the interpreter there is nobody to tell.
+            pass
+
+    def _opened(self) -> Endpoint:
+        if self._endpoint is None:
+            raise ValueError("the engine is not initialized")
+        return self._endpoint
+
+    def _begin(
+        self,
+        target: str,
+        buffers: Sequence[int],
+        peers: Sequence[int],
+        lengths: Sequence[int],
+        opcode: int,
+    ) -> Transfer:
+        endpoint = self._opened()
+        begin = endpoint.write if opcode == Write else endpoint.read
+        # As Mooncake counts: its time, and a second for each GiB.
+        seconds = self._seconds + float(sum(lengths)) / 2**30
+        return begin(_peer_of(target), buffers, peers, lengths, deadline=seconds)
+
+    def _finish(self, transfer: Transfer) -> int:
+        try:
+            transfer.wait()
+        except Error as error:
+            _log.error("transfer: %s", error)
+            self._forget(transfer, False)
+            return -1
+        self._forget(transfer, True)
+        return 0
+
+    def _forget(self, transfer: Transfer, is_good: bool) -> None:
+        if is_good:
+            return transfer.close()
+        # Mooncake's callers use the memory again after a failure: nothing may touch it then.
+        try:
+            transfer.wait_quiet(self._seconds)
+        except Error as error:
+            _log.error("a failed transfer may still touch this process's memory: %s", error)
+            self._restless.append(transfer)
+            return
+        transfer.close()
+
+
+def install() -> None:
+    """Makes `mooncake.engine` mean this module, for the programs of this process that import it from now on."""
+    package = sys.modules.get("mooncake") or types.ModuleType("mooncake")
+    if not hasattr(package, "__path__"):
+        package.__path__ = []
+    setattr(package, "engine", sys.modules[__name__])
+    sys.modules["mooncake"] = package
+    sys.modules["mooncake.engine"] = sys.modules[__name__]
+
+
+def _key() -> Optional[bytes]:
+    key = os.environ.get("CROSSDOCK_KEY")
+    if not key:
+        _log.warning("CROSSDOCK_KEY is not set: anybody who can reach this process may write its registered memory")
+        return None
+    return key.encode()
+
+
+def _bind_of(hostname: str) -> str:
+    """`"ip:port"` of `"host"` or `"host:port"`; what is not numbered takes any free port."""
+    host, port = _split(hostname)
+    address = _resolved(host or "127.0.0.1")
+    return f"[{address}]:{port or 0}" if ":" in address else f"{address}:{port or 0}"
+
+
+def _peer_of(session: str) -> str:
+    host, port = _split(session)
+    if not port:
+        raise ValueError(f"{session!r} is not host:port")
+    address = _resolved(host)
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _split(name: str) -> Tuple[str, int]:
+    if name.startswith("["):
+        host, _, rest = name[1:].partition("]")
+        return host, int(rest.lstrip(":") or 0)
+    if name.count(":") == 1:
+        host, _, port = name.partition(":")
+        return host, int(port or 0)
+    return name, 0
+
+
+def _resolved(host: str) -> str:
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+
+
+def _ports_of(protocol: str, devices: str) -> str:
+    """Peers on this host are reached through memory in any case."""
+    if protocol == "tcp" or os.environ.get("MC_FORCE_TCP"):
+        return "shm,tcp"
+    if protocol != "rdma":
+        raise ValueError(f"protocol {protocol!r}: there are rdma and tcp")
+    named = [f"verbs:{device}" for device in devices.split(",") if device]
+    if not named and not _rdma_devices():
+        _log.warning("no RDMA device is here: peers on other hosts are reached by TCP")
+        return "shm,tcp"
+    return ",".join(["shm", *(named or ["verbs"]), "tcp"])
+
+
+def _rdma_devices() -> List[str]:
+    try:
+        return sorted(os.listdir("/sys/class/infiniband"))
+    except OSError:
+        return []
+
+
+def _require_host_memory(address: int, nbytes: int) -> None:
+    """Raises OSError where the first or the last byte cannot be read, as those of a GPU cannot: the kernel looks, which is
+    harmless."""
+    from ._abi import ffi
+
+    if nbytes <= 0:
+        raise ValueError(f"a memory of {nbytes} bytes")
+    reader, writer = os.pipe()
+    try:
+        for at in (address, address + nbytes - 1):
+            try:
+                os.write(writer, ffi.buffer(ffi.cast("char *", at), 1))
+            except OSError as error:
+                raise OSError(error.errno, f"{nbytes} bytes at {address:#x} are no host memory") from None
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def _main() -> None:
+    import runpy
+
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m crossdock.mooncake PROGRAM.py [ARGUMENT...]")
+    # This file runs as `__main__`: the module that programs share is another one.
+    from crossdock import mooncake
+
+    mooncake.install()
+    sys.argv = sys.argv[1:]
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    _main()
