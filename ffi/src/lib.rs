@@ -1,8 +1,8 @@
 //! The C ABI of crossdock: what `include/crossdock.h` declares.
 //!
 //! Each function checks what it is given, calls the facade, and turns the answer into a status. Objects are named by
-//! [handles](handles), numbers that are looked up: one that is stale, of another kind or made up gets an error. Structures
-//! that may grow say their [size](sized). A Rust panic never crosses the boundary. `docs/abi.md` states what may change and
+//! handles (`handles.rs`), numbers that are looked up: one that is stale, of another kind or made up gets an error. Structures
+//! that may grow say their size (`sized.rs`). A Rust panic never crosses the boundary. `docs/abi.md` states what may change and
 //! what never does.
 
 // The types are named as the header names them.
