@@ -3,6 +3,9 @@
 Order of use: a `Layout`, `Memory` for its regions, a `Pool` over its pages, a `Node` over both, a `Peer`, rooms:
 `Node.receive` and `Node.send` push, `Node.serve` and `Node.fetch` pull. A room is polled, waited for, or awaited.
 
+`crossdock.experts` sends tokens to their experts and back. An `Endpoint` moves memory by address. `crossdock.mooncake` and
+`crossdock.deep_ep` have the names of those libraries.
+
 Everything may be used from any thread. Nothing works in a process that was forked after it was made.
 """
 

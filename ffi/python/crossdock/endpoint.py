@@ -7,7 +7,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union, cast
 
 from ._abi import OK, PENDING, check, failure, ffi, forked, lib, made, milliseconds, process, text_bytes
 from ._abi import text_or_null, told_text, waited
-from .errors import BadArgument, BadHandle
+from .errors import BadArgument, BadHandle, Busy
 from .memory import Memory
 
 Numbers = Union[Sequence[int], Any]
@@ -177,7 +177,11 @@ class Endpoint:
             memories, self._memories = self._memories, {}
             for mine, is_own in memories.values():
                 if is_own:
-                    mine.close()
+                    try:
+                        mine.close()
+                    except Busy:
+                        # A peer that does not answer can reach it still: it is kept until it cannot.
+                        pass
 
     def __enter__(self) -> Endpoint:
         return self

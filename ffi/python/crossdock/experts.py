@@ -66,7 +66,9 @@ def _report(told: Any) -> Report:
 def _view(pointer: Any, nbytes: int, form: str, owner: object) -> memoryview:
     """Numbers that C owns; they stay as long as anybody looks at them."""
     kept = ffi.gc(ffi.cast("char *", pointer), lambda _: _keep(owner))
-    return memoryview(ffi.buffer(kept, nbytes)).cast("B").cast(form)
+    view: Any = memoryview(ffi.buffer(kept, nbytes)).cast("B")
+    typed: memoryview = view.cast(form)
+    return typed
 
 
 def _keep(owner: object) -> None:
@@ -336,6 +338,17 @@ class Group(_Handle):
             self._met = info
         return self._met
 
+    @staticmethod
+    def needed_bytes(
+        *, max_tokens: Sequence[int], experts: int, top_k: int, hidden: int, rows: Union[Rows, str] = Rows.BF16, slots: int = 1
+    ) -> int:
+        """What memory a rank of such a group needs in the worst case, in which every token goes to it."""
+        options, kept = _options(0, max_tokens, experts, top_k, hidden, rows, 0, 0, slots, False, 0)
+        sizes = made("crossdock_group_sizes")
+        check(lib.crossdock_group_needs(options, sizes))
+        del kept
+        return int(sizes.dispatch_arenas_bytes + sizes.combine_arenas_bytes + sizes.outputs_bytes)
+
     def masked(self) -> List[int]:
         """The ranks that this one does not wait for any more."""
         ranks = self.info.ranks
@@ -484,6 +497,13 @@ class Slot:
         else:
             check(lib.crossdock_throughput_results(group, self._slot, pointer, rows))
         return memoryview(ffi.buffer(pointer[0], rows[0] * self._group.info.hidden * 2)).cast("B").cast("H")
+
+    def all_results(self, outputs: LatencyOutputs) -> memoryview:
+        """Latency mode: the results of all local experts, `[local experts, rows, hidden]` as the outputs have them."""
+        pointer = ffi.new("void **")
+        check(lib.crossdock_latency_results(self._group.handle(), self._slot, 0, pointer, ffi.NULL))
+        nbytes = outputs.experts * outputs.rows * self._group.info.hidden * 2
+        return memoryview(ffi.buffer(pointer[0], nbytes)).cast("B").cast("H")
 
     def copy_results(self, results: Any) -> None:
         """Latency mode: copies results from `[local experts, rows, hidden]`, as the outputs have them."""
