@@ -1099,13 +1099,14 @@ crossdock_status crossdock_endpoint_address(crossdock_endpoint endpoint,
                                             size_t *length);
 
 // Registers a memory: peers that connect from now on may write and read all of it for as long as they are connected, and
-// transfers may name its addresses.
+// transfers may name its addresses. With `CROSSDOCK_TIMED_OUT` it is registered later.
 crossdock_status crossdock_endpoint_register(crossdock_endpoint endpoint,
                                              crossdock_memory memory,
                                              uint64_t timeout_ms);
 
 // Takes memory back, by the address at which it begins, and waits until nobody can reach it through this endpoint any more.
-// Sessions of peers that were told of it end, and begin anew without it.
+// Sessions of peers that were told of it end, and begin anew without it. With `CROSSDOCK_TIMED_OUT`, and with `CROSSDOCK_BUSY`,
+// which says that a peer can still reach it after 30 seconds, it goes on leaving: asking again waits for that.
 crossdock_status crossdock_endpoint_unregister(crossdock_endpoint endpoint,
                                                uint64_t address,
                                                uint64_t timeout_ms);

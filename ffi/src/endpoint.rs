@@ -150,6 +150,7 @@ impl State {
         self.look();
         match &self.end {
             Some(end) => Some(end.clone().map_err(Fault::from)),
+            None if self.moving.is_none() => Some(Err(closed())),
             None if self.is_abandoned => Some(Err(Abandoned.into())),
             None => None,
         }
@@ -242,7 +243,7 @@ pub unsafe extern "C" fn crossdock_endpoint_address(
 }
 
 /// Registers a memory: peers that connect from now on may write and read all of it for as long as they are connected, and
-/// transfers may name its addresses.
+/// transfers may name its addresses. With `CROSSDOCK_TIMED_OUT` it is registered later.
 #[unsafe(no_mangle)]
 pub extern "C" fn crossdock_endpoint_register(
     endpoint: crossdock_endpoint,
@@ -257,7 +258,8 @@ pub extern "C" fn crossdock_endpoint_register(
 }
 
 /// Takes memory back, by the address at which it begins, and waits until nobody can reach it through this endpoint any more.
-/// Sessions of peers that were told of it end, and begin anew without it.
+/// Sessions of peers that were told of it end, and begin anew without it. With `CROSSDOCK_TIMED_OUT`, and with `CROSSDOCK_BUSY`,
+/// which says that a peer can still reach it after 30 seconds, it goes on leaving: asking again waits for that.
 #[unsafe(no_mangle)]
 pub extern "C" fn crossdock_endpoint_unregister(
     endpoint: crossdock_endpoint,
@@ -378,6 +380,7 @@ pub extern "C" fn crossdock_transfer_wait_quiet(
             state.look();
             match (state.is_quiet, state.is_abandoned) {
                 (true, _) => Some(Ok(())),
+                (false, _) if state.moving.is_none() => Some(Err(closed())),
                 (false, true) => Some(Err(Fault::from(Abandoned))),
                 (false, false) => None,
             }
@@ -393,9 +396,16 @@ pub extern "C" fn crossdock_transfer_close(transfer: crossdock_transfer) -> cros
         let moving = TRANSFERS.remove(transfer)?;
         // The tickets hold on to it until they are told: they are let go here.
         let tickets = moving.state.lock().moving.take();
+        moving.bell.ring();
         drop(tickets);
         Ok(())
     })
+}
+
+/// Another thread has closed the handle meanwhile.
+fn closed() -> Fault {
+    let words = "the transfer was closed meanwhile";
+    Fault::new(crate::CROSSDOCK_BAD_HANDLE, words, "use a handle only until it is closed")
 }
 
 const USUAL_DEADLINE: Duration = Duration::from_secs(30);

@@ -85,7 +85,8 @@ impl Events {
         if self.queue.len() > MOST_TELLINGS * (open + 16) {
             for handle in (0..SWEPT).map_while(|_| self.queue.pop()) {
                 if room::is_open(handle) || peer::is_open(handle) {
-                    self.queue.push(handle);
+                    // Who has found the queue empty meanwhile looks again.
+                    self.tell(handle);
                 }
             }
         }
@@ -140,7 +141,8 @@ impl Events {
             let Some(handle) = self.queue.pop() else { return };
             let has_more = room::news(handle, into, most) || peer::news(handle, into);
             if has_more {
-                self.queue.push(handle);
+                // For another one that waits, too.
+                self.tell(handle);
             }
         }
     }

@@ -17,8 +17,8 @@ use crate::handles::Table;
 use crate::node::{Shared, crossdock_node, shared_of};
 use crate::sized::{self, Sized as _};
 use crate::status::{
-    CROSSDOCK_ABANDONED, CROSSDOCK_PENDING, CROSSDOCK_REFUSED, CROSSDOCK_TIMED_OUT, CROSSDOCK_WRONG_KIND,
-    Fault, call, crossdock_status,
+    CROSSDOCK_ABANDONED, CROSSDOCK_BAD_HANDLE, CROSSDOCK_PENDING, CROSSDOCK_REFUSED, CROSSDOCK_TIMED_OUT,
+    CROSSDOCK_WRONG_KIND, Fault, call, crossdock_status,
 };
 
 /// A peer of a node. 0 is none.
@@ -52,6 +52,8 @@ struct Dialed {
 enum Up {
     /// It was named by its number, and dials itself.
     NotDialed,
+    /// Its handle is closed.
+    Closed,
     Waiting(Ticket<Result<PeerUp, SessionEnd>>),
     /// `None`: the node is gone.
     Told {
@@ -99,6 +101,10 @@ impl Dialed {
         self.look(&mut up);
         match &*up {
             Up::Waiting(_) => None,
+            Up::Closed => {
+                let words = "the peer was closed meanwhile";
+                Some(Err(Fault::new(CROSSDOCK_BAD_HANDLE, words, "use a handle only until it is closed")))
+            }
             Up::NotDialed => {
                 let words = "this peer was named by its number: it dials this node";
                 Some(Err(Fault::new(CROSSDOCK_WRONG_KIND, words, "ask only about a peer that was dialed")))
@@ -258,7 +264,8 @@ pub extern "C" fn crossdock_peer_close(peer: crossdock_peer) -> crossdock_status
     call(|| {
         let dialed = PEERS.remove(peer)?;
         // What is left of it lets go of the ticket, and so of itself.
-        let up = std::mem::replace(&mut *dialed.up.lock(), Up::NotDialed);
+        let up = std::mem::replace(&mut *dialed.up.lock(), Up::Closed);
+        dialed.bell.ring();
         dialed.node.events.closed();
         if !matches!(up, Up::NotDialed) {
             // A node that has stopped dials nobody.

@@ -24,8 +24,8 @@ use crate::peer::{crossdock_peer, peer_of};
 use crate::pool::{self, crossdock_page_list, crossdock_pages};
 use crate::sized::{self, Sized as _};
 use crate::status::{
-    CROSSDOCK_ABANDONED, CROSSDOCK_FINISHED, CROSSDOCK_PENDING, CROSSDOCK_TIMED_OUT, CROSSDOCK_WRONG_KIND,
-    Fault, call, crossdock_status,
+    CROSSDOCK_ABANDONED, CROSSDOCK_BAD_HANDLE, CROSSDOCK_FINISHED, CROSSDOCK_PENDING, CROSSDOCK_TIMED_OUT,
+    CROSSDOCK_WRONG_KIND, Fault, call, crossdock_status,
 };
 
 /// One hand-over, seen from one side. 0 is none.
@@ -632,7 +632,7 @@ pub unsafe extern "C" fn crossdock_room_poll(
     call(|| {
         let room = ROOMS.get(room)?;
         // SAFETY: as the caller promises.
-        unsafe { tell(room.end().ok_or(Fault::quiet(CROSSDOCK_PENDING))?, end) }
+        unsafe { tell(room.end().ok_or(Fault::quiet(CROSSDOCK_PENDING))??, end) }
     })
 }
 
@@ -650,7 +650,7 @@ pub unsafe extern "C" fn crossdock_room_wait(
         let room = ROOMS.get(room)?;
         let told = room.bell.wait(deadline(timeout_ms), || room.end());
         // SAFETY: as the caller promises.
-        unsafe { tell(told.ok_or(Fault::quiet(CROSSDOCK_TIMED_OUT))?, end) }
+        unsafe { tell(told.ok_or(Fault::quiet(CROSSDOCK_TIMED_OUT))??, end) }
     })
 }
 
@@ -663,15 +663,19 @@ pub extern "C" fn crossdock_room_wait_pages(room: crossdock_room, timeout_ms: u6
         let home = || {
             let mut state = room.state.lock();
             state.look();
+            if matches!(state.control, Control::Closed) {
+                return Some(Err(closed()));
+            }
             let is_lost = state.lists.iter().any(|list| matches!(list.pages, Home::Abandoned));
-            state.is_home().then_some(is_lost)
+            state.is_home().then(|| if is_lost { Err(abandoned()) } else { Ok(()) })
         };
-        match room.bell.wait(deadline(timeout_ms), home) {
-            None => Err(Fault::quiet(CROSSDOCK_TIMED_OUT)),
-            Some(false) => Ok(()),
-            Some(true) => Err(abandoned()),
-        }
+        room.bell.wait(deadline(timeout_ms), home).ok_or(Fault::quiet(CROSSDOCK_TIMED_OUT))?
     })
+}
+
+/// Another thread has closed the handle meanwhile.
+fn closed() -> Fault {
+    Fault::new(CROSSDOCK_BAD_HANDLE, "the room was closed meanwhile", "use a handle only until it is closed")
 }
 
 fn abandoned() -> Fault {
@@ -822,6 +826,7 @@ pub extern "C" fn crossdock_room_close(room: crossdock_room) -> crossdock_status
         // The tickets hold on to this room until they are told: they are let go here.
         let left = (std::mem::replace(&mut state.control, Control::Closed), std::mem::take(&mut state.lists));
         drop(state);
+        room.bell.ring();
         drop(left);
         room.node.events.closed();
         Ok(())
@@ -829,10 +834,12 @@ pub extern "C" fn crossdock_room_close(room: crossdock_room) -> crossdock_status
 }
 
 impl Room {
-    fn end(&self) -> Option<crossdock_end> {
+    fn end(&self) -> Option<Result<crossdock_end, Fault>> {
         let mut state = self.state.lock();
         state.look();
-        let Received { ended, aux } = state.end.as_ref()?;
+        let Some(Received { ended, aux }) = &state.end else {
+            return matches!(state.control, Control::Closed).then(|| Err(closed()));
+        };
         let (outcome, by, stage) = match &ended.end {
             End::Delivered => (CROSSDOCK_DELIVERED, 0, 0),
             End::Cancelled { by } => (CROSSDOCK_CANCELLED, who(*by), 0),
@@ -842,7 +849,7 @@ impl Room {
             End::Failed { by, stage, .. } => (CROSSDOCK_FAILED, who(*by), stage_number(*stage)),
             _ => (CROSSDOCK_FAILED, 0, 0),
         };
-        Some(crossdock_end {
+        Some(Ok(crossdock_end {
             size: 0,
             outcome,
             by,
@@ -850,7 +857,7 @@ impl Room {
             is_retryable: ended.end.is_retryable().into(),
             aux_bytes: aux.len() as u64,
             user_data: self.user_data,
-        })
+        }))
     }
 }
 

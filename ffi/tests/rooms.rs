@@ -432,6 +432,40 @@ fn whoever_waits_hears_that_the_node_is_closed() {
     assert_eq!(worker.free(), PAGES);
 }
 
+/// Pages that are not home are not told as such, whoever closes the room.
+#[test]
+fn whoever_waits_for_a_room_hears_that_it_is_closed() {
+    let worker = Worker::open(c"decode", Options::default());
+    // SAFETY: valid pointers, here and below.
+    let peer = made(|to| unsafe { crossdock_peer_by_number(worker.node, 9, to) });
+    let room = worker.receive(peer, 1, &named(&worker, &[1, 2, 3, 4, 5, 6, 7, 8]), PATIENCE_MS);
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        let pages = scope.spawn(|| crossdock_room_wait_pages(room, PATIENCE_MS));
+        // SAFETY: NULL is allowed.
+        let end = scope.spawn(|| unsafe { crossdock_room_wait(room, PATIENCE_MS, ptr::null_mut()) });
+        std::thread::sleep(Duration::from_millis(30));
+        ok(crossdock_room_close(room));
+        assert_eq!(
+            (pages.join().unwrap(), end.join().unwrap()),
+            (CROSSDOCK_BAD_HANDLE, CROSSDOCK_BAD_HANDLE)
+        );
+    });
+    let dialed = worker.connect(&worker);
+    std::thread::scope(|scope| {
+        // SAFETY: as above.
+        let waits = scope.spawn(|| unsafe { crossdock_peer_wait(dialed, PATIENCE_MS, ptr::null_mut()) });
+        std::thread::sleep(Duration::from_millis(30));
+        ok(crossdock_peer_close(dialed));
+        // It dials itself, which is refused, if that was quicker.
+        assert!([CROSSDOCK_BAD_HANDLE, CROSSDOCK_REFUSED].contains(&waits.join().unwrap()));
+    });
+    assert!(begun.elapsed() < Duration::from_millis(PATIENCE_MS));
+    ok(crossdock_peer_close(peer));
+    worker.wait_until_free(PAGES);
+    worker.close();
+}
+
 #[test]
 fn a_room_that_is_closed_early_is_cancelled_and_its_pages_come_home() {
     let (prefill, decode) =

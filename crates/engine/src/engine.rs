@@ -178,17 +178,31 @@ impl Engine {
                 }
             }
         }
+        let bytes = memory.bytes() as u64;
+        // A number that was withdrawn means nothing to anybody any more.
+        let region = match self.region_bytes.iter().position(|&bytes| bytes == 0) {
+            Some(free) => {
+                self.region_bytes[free] = bytes;
+                free
+            }
+            None => {
+                self.region_bytes.push(bytes);
+                self.region_bytes.len() - 1
+            }
+        };
         for (at, local) in taken {
             let rail = &mut self.rails[at];
-            rail.regions = rail.regions.iter().copied().chain([local]).collect();
+            let mut regions = rail.regions.to_vec();
+            regions.resize(self.region_bytes.len(), NO_REGION);
+            regions[region] = local;
+            rail.regions = regions.into();
         }
-        let (region, bytes) = (self.region_bytes.len() as u32, memory.bytes() as u64);
-        self.region_bytes.push(bytes);
+        let region = region as u32;
         self.proto.announce(Region { region, bytes, keys });
         Ok(region)
     }
 
-    /// Takes a region back: it is not announced any more, and its number is not used again. Refused while something uses it: a
+    /// Takes a region back: it is not announced any more, and its number may be given to another one. Refused while something uses it: a
     /// session that began when it was announced, as long as that is not [quiet](Engine::is_quiet).
     pub fn withdraw(&mut self, region: u32) -> Result<(), Error> {
         for rail in &mut self.rails {

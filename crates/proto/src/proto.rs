@@ -207,6 +207,11 @@ impl Proto {
         self.config.app = app;
     }
 
+    /// The number of the next session: those that have begun have lower ones.
+    pub fn next_session(&self) -> u32 {
+        self.next_session.saturating_add(1)
+    }
+
     /// How the rank of each peer that connects from now on is found in its [`app`](Config::app): rooms may be for one rank
     /// only.
     pub fn know_ranks(&mut self, rank_of: fn(&[u8]) -> Option<u32>) {

@@ -46,8 +46,18 @@ pub struct Worker {
     deadlines: BTreeSet<(u64, u64)>,
     next_transfer: u64,
     /// Sessions that are over, until their lanes touch this side's memory no more; with whom that is to be told.
-    closing: Vec<(SessionId, Vec<Promise<()>>)>,
+    closing: Vec<(SessionId, Vec<Quieting>)>,
     leaving: Vec<Leaving>,
+    /// Sessions with lower numbers may have been told of memory that was taken back since.
+    told_before: u32,
+    /// Sessions that are not up here yet, and whose peer is ready.
+    ready_early: BTreeSet<SessionId>,
+}
+
+/// A transfer that has ended, and is to be told when the last of its sessions is quiet.
+struct Quieting {
+    promise: Promise<()>,
+    sessions: Vec<SessionId>,
 }
 
 /// Somebody whom transfers name.
@@ -57,6 +67,9 @@ struct Peer {
     session: Option<SessionId>,
     /// Transfers that wait for a session.
     waiting: VecDeque<u64>,
+    /// It is not dialed before this: sessions with it have ended without moving anything.
+    not_before_ns: u64,
+    pause_ns: u64,
 }
 
 struct Session {
@@ -73,8 +86,8 @@ struct Session {
     queue: VecDeque<Queued>,
     /// What is to be said, and on which lane, where that matters.
     notes: VecDeque<(Option<u8>, Note)>,
-    /// Chunks that are posted and not answered, by number; whose they are.
-    out: BTreeMap<u32, u64>,
+    /// Chunks that are posted and not answered, by number: whose they are, and which way they go.
+    out: BTreeMap<u32, (u64, Direction)>,
     next_chunk: u32,
     next_lane: usize,
 }
@@ -95,9 +108,11 @@ struct Moving {
     promises: Promises,
     deadline_ns: u64,
     session: Option<SessionId>,
+    /// Sessions in which it was begun before: it is begun anew when they are quiet.
+    before: Vec<SessionId>,
     chunks_left: usize,
-    /// It was begun anew once, because its session was renewed.
-    was_renewed: bool,
+    /// The peer was met anew once, because it had not told of an address.
+    has_asked_anew: bool,
 }
 
 /// Memory that is to be taken back.
@@ -105,7 +120,8 @@ struct Leaving {
     address: u64,
     stretch: Stretch,
     until_ns: u64,
-    told: Promise<Result<(), RegisterError>>,
+    /// Nobody, once it has been said that it takes too long; it goes on leaving.
+    told: Vec<Promise<Result<(), RegisterError>>>,
 }
 
 impl Worker {
@@ -128,6 +144,8 @@ impl Worker {
             next_transfer: 0,
             closing: Vec::new(),
             leaving: Vec::new(),
+            told_before: 0,
+            ready_early: BTreeSet::new(),
         };
         Ok((worker, handle))
     }
@@ -174,7 +192,7 @@ impl Worker {
                     self.engine.close_session(now_ns(), session);
                 }
             }
-            if sessions.iter().all(|&session| self.engine.is_quiet(session)) {
+            if sessions.iter().all(|&session| self.engine.is_quiet(session) && self.engine.is_down(session)) {
                 regions.retain(|&region| self.engine.withdraw(region).is_err());
                 if regions.is_empty() {
                     return;
@@ -193,6 +211,7 @@ impl Worker {
         // What waits for lanes to go down, or to take more, is looked at again soon.
         let is_waiting = !self.closing.is_empty()
             || !self.leaving.is_empty()
+            || self.peers.values().any(|peer| peer.not_before_ns > now && !peer.waiting.is_empty())
             || self.sessions.values().any(|session| !session.queue.is_empty() || !session.notes.is_empty());
         let longest = next.min(if is_waiting { SHORT_SLEEP_NS } else { LONGEST_SLEEP_NS });
         let shared = self.shared.clone();
@@ -221,6 +240,7 @@ impl Worker {
         }
         active |= self.expire(now);
         self.settle(now);
+        self.dial_again(now);
         active | self.post(now)
     }
 
@@ -230,26 +250,41 @@ impl Worker {
                 let registered = self.register(&memory);
                 drop(told.tell(registered));
             }
-            Command::Unregister(address, told) => match self.table.remove(address) {
-                None => drop(told.tell(Err(RegisterError::Unknown { address }))),
-                Some(stretch) => {
-                    self.engine.proto().set_app(self.table.encode());
-                    // Whoever is connected may have been told of it.
-                    let sessions: Vec<SessionId> = self.sessions.keys().copied().collect();
-                    for session in sessions {
-                        self.close(now, session, SessionEnd::ClosedHere, true);
-                    }
-                    let until_ns = now.saturating_add(self.options.drain_ns);
-                    self.leaving.push(Leaving { address, stretch, until_ns, told });
-                }
-            },
+            Command::Unregister(address, told) => self.unregister(now, address, told),
             Command::Transfer(transfer, promises) => self.begin(now, transfer, promises),
         }
+    }
+
+    fn unregister(&mut self, now: u64, address: u64, told: Promise<Result<(), RegisterError>>) {
+        if let Some(leaving) = self.leaving.iter_mut().find(|leaving| leaving.address == address) {
+            leaving.until_ns = now.saturating_add(self.options.drain_ns);
+            return leaving.told.push(told);
+        }
+        let Some(stretch) = self.table.remove(address) else {
+            return drop(told.tell(Err(RegisterError::Unknown { address })));
+        };
+        self.engine.proto().set_app(self.table.encode());
+        // Whoever is connected, or connects right now, may have been told of it.
+        self.told_before = self.engine.proto().next_session();
+        let sessions: Vec<SessionId> = self.sessions.keys().copied().collect();
+        for session in sessions {
+            self.close(now, session, SessionEnd::ClosedHere);
+        }
+        let until_ns = now.saturating_add(self.options.drain_ns);
+        self.leaving.push(Leaving { address, stretch, until_ns, told: vec![told] });
     }
 
     fn register(&mut self, memory: &Memory) -> Result<(), RegisterError> {
         let (address, bytes) = (memory.base().addr() as u64, memory.bytes() as u64);
         self.table.check(address, bytes)?;
+        // What leaves can still be reached.
+        let end = address.saturating_add(bytes);
+        let overlaps = |leaving: &&Leaving| {
+            leaving.address < end && address < leaving.address.saturating_add(leaving.stretch.bytes)
+        };
+        if let Some(other) = self.leaving.iter().find(overlaps).map(|leaving| leaving.address) {
+            return Err(RegisterError::Overlaps { address, bytes, other });
+        }
         let region = self.engine.register(memory).map_err(RegisterError::Port)?;
         self.table.put(address, Stretch { bytes, region });
         self.engine.proto().set_app(self.table.encode());
@@ -267,8 +302,15 @@ impl Worker {
         let deadline_ns = now.saturating_add(duration_ns(transfer.deadline));
         self.deadlines.insert((deadline_ns, number));
         let peer = transfer.peer.clone();
-        let moving =
-            Moving { transfer, promises, deadline_ns, session: None, chunks_left: 0, was_renewed: false };
+        let moving = Moving {
+            transfer,
+            promises,
+            deadline_ns,
+            session: None,
+            before: Vec::new(),
+            chunks_left: 0,
+            has_asked_anew: false,
+        };
         self.transfers.insert(number, moving);
         self.peers.entry(peer.clone()).or_default().waiting.push_back(number);
         self.serve(now, &peer);
@@ -281,7 +323,7 @@ impl Worker {
             return;
         }
         let Some(session) = peer.session else {
-            if peer.target.is_none() {
+            if peer.target.is_none() && peer.not_before_ns <= now {
                 let target = self.engine.proto().connect(now, address);
                 peer.target = Some(target);
                 self.targets.insert(target, address.to_owned());
@@ -299,20 +341,36 @@ impl Worker {
         self.renew_if_drained(now, session);
     }
 
+    /// Dials peers whose pause is over.
+    fn dial_again(&mut self, now: u64) {
+        let is_due = |peer: &Peer| {
+            peer.target.is_none()
+                && peer.session.is_none()
+                && !peer.waiting.is_empty()
+                && peer.not_before_ns <= now
+        };
+        let due: Vec<String> =
+            self.peers.iter().filter(|(_, peer)| is_due(peer)).map(|(address, _)| address.clone()).collect();
+        due.iter().for_each(|address| self.serve(now, address));
+    }
+
     /// Plans a transfer on a session that is ready.
     fn start(&mut self, address: &str, session: SessionId, number: u64) {
         let (Some(moving), Some(state)) = (self.transfers.get_mut(&number), self.sessions.get_mut(&session))
         else {
             return;
         };
-        if state.is_stale {
+        let closing = &self.closing;
+        let is_closing = |before: &SessionId| closing.iter().any(|(session, _)| session == before);
+        // What it has posted before must not come after what it posts now.
+        if state.is_stale || moving.before.iter().any(is_closing) {
             return self.wait_again(address, number);
         }
         let chunks = match plan(&moving.transfer.blocks, &self.table, &state.theirs, address) {
             Ok(chunks) => chunks,
-            Err(TransferError::UnknownRemote { .. }) if !moving.was_renewed => {
+            Err(TransferError::UnknownRemote { .. }) if !moving.has_asked_anew => {
                 // It may have registered that since it has connected.
-                moving.was_renewed = true;
+                moving.has_asked_anew = true;
                 state.is_stale = true;
                 return self.wait_again(address, number);
             }
@@ -346,7 +404,12 @@ impl Worker {
         match notice {
             Notice::SessionUp { session, target, app, .. } => {
                 let address = target.and_then(|target| self.targets.get(&target).cloned());
-                if !self.sessions.contains_key(&session) && !self.welcome(now, session, &app) {
+                if !self.sessions.contains_key(&session)
+                    && let Err(cause) = self.welcome(now, session, &app)
+                {
+                    if let Some(address) = address {
+                        self.turned_away(now, &address, cause);
+                    }
                     return;
                 }
                 if let Some(address) = address {
@@ -358,19 +421,17 @@ impl Worker {
                 }
             }
             Notice::SessionDown { session, target, cause, .. } => {
+                let address = target.and_then(|target| self.targets.get(&target).cloned());
+                let mut addresses: BTreeSet<String> = address.into_iter().collect();
                 if let Some(session) = session {
-                    self.over(now, session, &cause);
+                    self.ready_early.remove(&session);
+                    addresses.extend(
+                        self.sessions.get(&session).into_iter().flat_map(|state| state.peers.clone()),
+                    );
+                    self.leave(now, session, &cause, matches!(cause, SessionEnd::ClosedByPeer));
                 }
-                let Some(address) = target.and_then(|target| self.targets.get(&target).cloned()) else {
-                    return;
-                };
                 if !cause.is_retryable() {
-                    // It is dialed no more.
-                    self.forget_target(&address);
-                    let waiting = self.peers.remove(&address).map(|peer| peer.waiting).unwrap_or_default();
-                    for number in waiting {
-                        self.end(number, Err(TransferError::PeerLost { cause: cause.clone() }));
-                    }
+                    addresses.iter().for_each(|address| self.give_up(address, &cause));
                 }
             }
             // There are no rooms.
@@ -378,12 +439,42 @@ impl Worker {
         }
     }
 
-    /// Lets a peer reach what is registered here. False if that cannot be.
-    fn welcome(&mut self, now: u64, session: SessionId, app: &[u8]) -> bool {
+    /// A peer that was dialed cannot be talked to: for good, or as things are.
+    fn turned_away(&mut self, now: u64, address: &str, cause: Option<SessionEnd>) {
+        self.forget_target(address);
+        match cause {
+            Some(cause) => self.give_up(address, &cause),
+            None => self.pause(now, address),
+        }
+    }
+
+    /// A peer is dialed no more, and nothing waits for it.
+    fn give_up(&mut self, address: &str, cause: &SessionEnd) {
+        self.forget_target(address);
+        let waiting = self.peers.remove(address).map(|peer| peer.waiting).unwrap_or_default();
+        for number in waiting {
+            self.end(number, Err(TransferError::PeerLost { cause: cause.clone() }));
+        }
+    }
+
+    /// The next dial waits, longer each time that a session moves nothing.
+    fn pause(&mut self, now: u64, address: &str) {
+        if let Some(peer) = self.peers.get_mut(address) {
+            peer.not_before_ns = now.saturating_add(peer.pause_ns);
+            peer.pause_ns = (2 * peer.pause_ns).clamp(SHORTEST_PAUSE_NS, LONGEST_PAUSE_NS);
+        }
+    }
+
+    /// Lets a peer reach what is registered here; or why that cannot be, `None` if it may be later.
+    fn welcome(&mut self, now: u64, session: SessionId, app: &[u8]) -> Result<(), Option<SessionEnd>> {
         let Some((theirs, their_number)) = Table::decode(app) else {
             self.engine.close_session(now, session);
-            return false;
+            return Err(Some(SessionEnd::Misbehaved { what: "is no endpoint that moves bytes by address" }));
         };
+        if session.0 < self.told_before {
+            self.engine.close_session(now, session);
+            return Err(None);
+        }
         let parts: Vec<(u32, PageLayout)> = self
             .table
             .iter()
@@ -394,13 +485,13 @@ impl Worker {
             if !parts.is_empty() && self.engine.allow(session, number, access, &parts).is_err() {
                 // A session that is not quiet yet has the number: the peer dials again, and gets another one.
                 self.engine.close_session(now, session);
-                return false;
+                return Err(None);
             }
         }
         let state = Session {
             theirs,
             their_number,
-            is_ready: false,
+            is_ready: self.ready_early.remove(&session),
             is_stale: false,
             peers: BTreeSet::new(),
             queue: VecDeque::new(),
@@ -410,32 +501,49 @@ impl Worker {
             next_lane: 0,
         };
         self.sessions.insert(session, state);
-        true
+        Ok(())
     }
 
     fn arrived(&mut self, now: u64, session: SessionId, lane: u8, note: Option<Note>) {
-        let Some(state) = self.sessions.get_mut(&session) else { return };
+        let Some(state) = self.sessions.get_mut(&session) else {
+            // A lane may be quicker than the stream that tells of the session.
+            if note == Some(Note::Ready) {
+                self.ready_early.insert(session);
+            }
+            return;
+        };
         match note {
             Some(Note::Ready) => {
                 state.is_ready = true;
                 let peers: Vec<String> = state.peers.iter().cloned().collect();
                 peers.iter().for_each(|peer| self.serve(now, peer));
             }
+            // It posts no more at once than this side would.
+            Some(Note::Landed(_)) if state.notes.len() > 2 * MOST_CHUNKS_OUT => {
+                self.close(now, session, SessionEnd::Misbehaved { what: "does not take answers" });
+            }
             Some(Note::Landed(chunk)) => state.notes.push_back((Some(lane), Note::Seen(chunk))),
-            Some(Note::Seen(chunk)) => self.chunk_done(now, session, chunk),
-            None => self.close(
-                now,
-                session,
-                SessionEnd::Misbehaved { what: "said what is not known here" },
-                false,
-            ),
+            Some(Note::Seen(chunk)) => match state.out.get(&chunk) {
+                Some((_, Direction::Write)) => self.chunk_done(now, session, chunk),
+                // It has failed here meanwhile.
+                None => {}
+                Some((_, Direction::Read)) => {
+                    self.close(now, session, SessionEnd::Misbehaved { what: "has seen what was read" });
+                }
+            },
+            None => self.close(now, session, SessionEnd::Misbehaved { what: "said what is not known here" }),
         }
     }
 
     /// A chunk of writes was seen at the peer, or one of reads is here.
     fn chunk_done(&mut self, now: u64, session: SessionId, chunk: u32) {
         let Some(state) = self.sessions.get_mut(&session) else { return };
-        let Some(number) = state.out.remove(&chunk) else { return };
+        let Some((number, _)) = state.out.remove(&chunk) else { return };
+        for address in &state.peers {
+            if let Some(peer) = self.peers.get_mut(address) {
+                (peer.pause_ns, peer.not_before_ns) = (0, 0);
+            }
+        }
         if let Some(moving) = self.transfers.get_mut(&number) {
             moving.chunks_left -= 1;
             if moving.chunks_left == 0 {
@@ -449,9 +557,20 @@ impl Worker {
     fn end(&mut self, number: u64, end: Result<(), TransferError>) {
         let Some(moving) = self.transfers.remove(&number) else { return };
         self.deadlines.remove(&(moving.deadline_ns, number));
+        self.tell_when_quiet(Quieting { promise: moving.promises.quiet, sessions: moving.before });
         // Where a ticket was dropped nobody looks.
-        let _ = moving.promises.quiet.tell(());
         let _ = moving.promises.end.tell(end);
+    }
+
+    /// Tells that a transfer is quiet when the last of its sessions is.
+    fn tell_when_quiet(&mut self, quieting: Quieting) {
+        let is_one = |(closing, _): &&mut (SessionId, Vec<Quieting>)| quieting.sessions.contains(closing);
+        match self.closing.iter_mut().find(is_one) {
+            Some((_, waiting)) => waiting.push(quieting),
+            None => {
+                let _ = quieting.promise.tell(());
+            }
+        }
     }
 
     /// Ends those whose time is over. What they have posted may still move: their sessions are ended with them.
@@ -468,14 +587,17 @@ impl Worker {
             if let Some(session) = session
                 && let Some(state) = self.sessions.get_mut(&session)
             {
-                let is_posted = state.out.values().any(|&of| of == number)
+                let is_posted = state.out.values().any(|&(of, _)| of == number)
                     || state.queue.iter().any(|queued| queued.transfer == number && queued.lane.is_some());
                 state.queue.retain(|queued| queued.transfer != number || queued.lane.is_some());
                 if is_posted {
                     self.fail(number, TransferError::Expired { is_connected });
-                    self.close(now, session, SessionEnd::ClosedHere, true);
+                    self.close(now, session, SessionEnd::ClosedHere);
                     continue;
                 }
+                self.end(number, Err(TransferError::Expired { is_connected }));
+                self.renew_if_drained(now, session);
+                continue;
             } else if let Some(moving) = self.transfers.get(&number) {
                 let address = moving.transfer.peer.clone();
                 if let Some(peer) = self.peers.get_mut(&address) {
@@ -492,45 +614,34 @@ impl Worker {
         any
     }
 
-    /// Tells how a transfer failed; that it is quiet is told with its session.
+    /// Tells how a transfer failed whose session is being closed, and later that it is quiet.
     fn fail(&mut self, number: u64, error: TransferError) {
-        let Some(moving) = self.transfers.remove(&number) else { return };
-        self.deadlines.remove(&(moving.deadline_ns, number));
-        let _ = moving.promises.end.tell(Err(error));
-        match moving.session {
-            Some(session) => self.quiet_with(session).push(moving.promises.quiet),
-            None => {
-                let _ = moving.promises.quiet.tell(());
-            }
+        if let Some(moving) = self.transfers.get_mut(&number)
+            && let Some(session) = moving.session
+        {
+            moving.before.push(session);
+            self.begin_closing(session);
+        }
+        self.end(number, Err(error));
+    }
+
+    fn begin_closing(&mut self, session: SessionId) {
+        if self.closing.iter().all(|(closing, _)| *closing != session) {
+            self.closing.push((session, Vec::new()));
         }
     }
 
-    fn quiet_with(&mut self, session: SessionId) -> &mut Vec<Promise<()>> {
-        let at = match self.closing.iter().position(|(closing, _)| *closing == session) {
-            Some(at) => at,
-            None => {
-                self.closing.push((session, Vec::new()));
-                self.closing.len() - 1
-            }
-        };
-        &mut self.closing[at].1
-    }
-
-    /// Ends a session from this side. With `again`, its transfers begin anew in the next one.
-    fn close(&mut self, now: u64, session: SessionId, cause: SessionEnd, again: bool) {
+    /// Ends a session from this side. Its transfers begin anew in the next one.
+    fn close(&mut self, now: u64, session: SessionId, cause: SessionEnd) {
         self.engine.close_session(now, session);
-        self.leave(now, session, &cause, again);
+        self.leave(now, session, &cause, true);
     }
 
-    /// A session was lost.
-    fn over(&mut self, now: u64, session: SessionId, cause: &SessionEnd) {
-        // Who says goodbye may have begun anew: what was under way does as well, once.
-        self.leave(now, session, cause, matches!(cause, SessionEnd::ClosedByPeer));
-    }
-
+    /// A session is over. With `again`, its transfers begin anew in the next one, when this one is quiet: who says goodbye may
+    /// have begun anew.
     fn leave(&mut self, now: u64, session: SessionId, cause: &SessionEnd, again: bool) {
         let Some(state) = self.sessions.remove(&session) else { return };
-        self.quiet_with(session);
+        self.begin_closing(session);
         let under_way: Vec<u64> = self
             .transfers
             .iter()
@@ -539,8 +650,8 @@ impl Worker {
             .collect();
         for number in under_way {
             let Some(moving) = self.transfers.get_mut(&number) else { continue };
-            if again && !moving.was_renewed {
-                moving.was_renewed = true;
+            if again {
+                moving.before.push(session);
                 (moving.session, moving.chunks_left) = (None, 0);
                 let peer = moving.transfer.peer.clone();
                 self.wait_again(&peer, number);
@@ -550,14 +661,20 @@ impl Worker {
         }
         for address in state.peers {
             let Some(peer) = self.peers.get_mut(&address) else { continue };
+            if peer.session != Some(session) {
+                // The next one has come already.
+                continue;
+            }
             peer.session = None;
             // A target whose session was closed from here is dialed no more; another one would be, though nobody asks.
             let waits = !peer.waiting.is_empty();
             self.forget_target(&address);
-            match waits {
-                true => self.serve(now, &address),
-                false => drop(self.peers.remove(&address)),
+            if !waits {
+                self.peers.remove(&address);
+                continue;
             }
+            self.pause(now, &address);
+            self.serve(now, &address);
         }
     }
 
@@ -572,27 +689,42 @@ impl Worker {
     fn renew_if_drained(&mut self, now: u64, session: SessionId) {
         let is_drained = |state: &Session| state.is_stale && state.out.is_empty() && state.queue.is_empty();
         if self.sessions.get(&session).is_some_and(is_drained) {
-            self.close(now, session, SessionEnd::ClosedHere, true);
+            self.close(now, session, SessionEnd::ClosedHere);
         }
     }
 
     /// Tells of sessions that are quiet, and lets memory go that was waiting for that.
     fn settle(&mut self, now: u64) {
-        let quiet: Vec<_> =
-            self.closing.extract_if(.., |(session, _)| self.engine.is_quiet(*session)).collect();
-        for promise in quiet.into_iter().flat_map(|(_, promises)| promises) {
-            let _ = promise.tell(());
+        let engine = &self.engine;
+        // Nothing comes in by it, and nothing of this side's memory goes out.
+        let is_over = |session: SessionId| engine.is_quiet(session) && engine.is_down(session);
+        let quiet: Vec<_> = self.closing.extract_if(.., |(session, _)| is_over(*session)).collect();
+        if !quiet.is_empty() {
+            quiet
+                .into_iter()
+                .flat_map(|(_, waiting)| waiting)
+                .for_each(|quieting| self.tell_when_quiet(quieting));
+            // Those that were to begin anew after it.
+            let addresses: Vec<String> = self.peers.keys().cloned().collect();
+            addresses.iter().for_each(|address| self.serve(now, address));
         }
-        for leaving in std::mem::take(&mut self.leaving) {
-            match self.engine.withdraw(leaving.stretch.region) {
-                Ok(()) => drop(leaving.told.tell(Ok(()))),
-                Err(Error::RegionInUse { .. }) if now < leaving.until_ns => self.leaving.push(leaving),
-                Err(Error::RegionInUse { .. }) => {
-                    // It stays registered: a later call may go better.
-                    self.table.put(leaving.address, leaving.stretch);
-                    drop(leaving.told.tell(Err(RegisterError::InUse)));
+        for mut leaving in std::mem::take(&mut self.leaving) {
+            let end = match self.engine.withdraw(leaving.stretch.region) {
+                Ok(()) => Ok(()),
+                Err(Error::RegionInUse { .. }) if now < leaving.until_ns => {
+                    self.leaving.push(leaving);
+                    continue;
                 }
-                Err(error) => drop(leaving.told.tell(Err(RegisterError::Port(error)))),
+                Err(Error::RegionInUse { .. }) => Err(RegisterError::InUse),
+                Err(error) => Err(RegisterError::Port(error)),
+            };
+            for told in leaving.told.drain(..) {
+                let _ = told.tell(end.clone());
+            }
+            if end == Err(RegisterError::InUse) {
+                // It goes on leaving, unasked.
+                leaving.until_ns = u64::MAX;
+                self.leaving.push(leaving);
             }
         }
     }
@@ -606,13 +738,12 @@ impl Worker {
                 Err(error) => failed.push((session, error)),
             }
         }
-        for (session, error) in failed {
-            let first = self.sessions.get(&session).and_then(|state| state.queue.front());
-            if let Some(number) = first.map(|queued| queued.transfer) {
+        for (session, (number, error)) in failed {
+            if let Some(number) = number {
                 self.fail(number, TransferError::Port(error));
             }
             // What was posted of it may still move.
-            self.close(now, session, SessionEnd::ClosedHere, true);
+            self.close(now, session, SessionEnd::ClosedHere);
         }
         active
     }
@@ -624,11 +755,12 @@ impl Session {
         engine: &mut Engine,
         session: SessionId,
         transfers: &BTreeMap<u64, Moving>,
-    ) -> Result<bool, Error> {
+    ) -> Result<bool, (Option<u64>, Error)> {
         let mut active = false;
         while let Some(&(lane, note)) = self.notes.front() {
             let Some(lane) = lane.or_else(|| engine.side_lane(session, 0)) else { break };
-            if engine.post_side(session, lane, &mut [Op::notify(0)], Some(note.bits()), None)?.ops == 0 {
+            let posted = engine.post_side(session, lane, &mut [Op::notify(0)], Some(note.bits()), None);
+            if posted.map_err(|error| (None, error))?.ops == 0 {
                 // A lane that is lost ends the session.
                 break;
             }
@@ -656,7 +788,8 @@ impl Session {
             let access = if direction == Direction::Write { Access::Write } else { Access::Read };
             let grant = GrantId::standing(grant_number(self.their_number, access));
             let Some(ops) = queued.chunk.ops(direction, grant, &regions.local, &regions.remote) else {
-                return Err(Error::BadOp { reason: "a region is not known on the lane" });
+                let reason = "a region is not known on the lane";
+                return Err((Some(queued.transfer), Error::BadOp { reason }));
             };
             let mut ops: Vec<Op<'_>> = ops.into_iter().skip(queued.ops_done).collect();
             if let Some(first) = ops.first_mut() {
@@ -666,9 +799,11 @@ impl Session {
                 Direction::Write => (Some(Note::Landed(queued.number).bits()), None),
                 Direction::Read => (None, Some(queued.number)),
             };
-            let posted = engine.post_side(session, lane, &mut ops, imm, token)?;
+            let posted = engine
+                .post_side(session, lane, &mut ops, imm, token)
+                .map_err(|error| (Some(queued.transfer), error))?;
             if posted.ops == ops.len() {
-                self.out.insert(queued.number, queued.transfer);
+                self.out.insert(queued.number, (queued.transfer, direction));
                 self.queue.pop_front();
                 self.next_lane = self.next_lane.wrapping_add(1);
                 active = true;
@@ -686,6 +821,13 @@ impl Session {
     }
 }
 
+/// However the loop ends: whoever asks is told.
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.close();
+    }
+}
+
 /// Each session has two numbers of standing grants, on the side that numbers it so.
 fn grant_number(session: u32, access: Access) -> u32 {
     let first = session % (GrantId::STANDING / 2) * 2;
@@ -700,5 +842,8 @@ const MOST_CHUNKS_OUT: usize = 512;
 /// The doorbell wakes the loop earlier.
 const LONGEST_SLEEP_NS: u64 = 1_000_000_000;
 const SHORT_SLEEP_NS: u64 = 1_000_000;
+/// After a session that has moved nothing.
+const SHORTEST_PAUSE_NS: u64 = 10_000_000;
+const LONGEST_PAUSE_NS: u64 = 1_000_000_000;
 /// A peer that is alive answers a goodbye within a moment.
 const LONGEST_PARTING_NS: u64 = 2_000_000_000;

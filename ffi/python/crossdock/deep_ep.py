@@ -8,8 +8,8 @@ gives every rank's object by rank; `comm` an mpi4py communicator.
 What is different: nothing here takes sizes from `num_nvl_bytes` and `num_rdma_bytes`: memory is taken where rows arrive.
 Ranks meet once for each shape (experts, choices, channels, and the token limit) at the first call that has it, so that call is
 collective, as all are. The normal mode takes at most `Buffer.max_tokens_per_rank` tokens of a rank in one call. There are no
-streams: every call is over when it returns, but for the hooks of the latency mode, and events say so. A masked rank cannot
-be taken back. The environment may set `CROSSDOCK_KEY`, which all ranks share, and `CROSSDOCK_BIND`, the address that
+streams: every call is over when it returns, but for the hooks of the latency mode, and events say so. A hook is to be called
+before the next eight calls of its shape. A masked rank cannot be taken back. The environment may set `CROSSDOCK_KEY`, which all ranks share, and `CROSSDOCK_BIND`, the address that
 the other ranks reach (`127.0.0.1` without it).
 """
 
@@ -122,6 +122,14 @@ class _Shape:
         self.seats[number].slot.abandon()
         return self.seats[number]
 
+    def dispatch(self, seat: _Seat, *rows: Any, **options: Any) -> None:
+        """A call that fails here was none: the other ranks wait for it still, in this seat."""
+        try:
+            seat.slot.dispatch(*rows, **options)
+        except Exception:
+            self._next = seat.number
+            raise
+
     def leave(self, number: int) -> None:
         holder, self.holders[number] = self.holders[number], None
         if holder is not None:
@@ -149,7 +157,7 @@ class _Shape:
                 self.group.latency_outputs(form, row_bytes=_PROBE_BYTES),
             )
         rows = bytes(max(1, handle.tokens) * _PROBE_BYTES)
-        seat.slot.dispatch(rows, count=handle.tokens, form=Rows.OPAQUE, row_bytes=_PROBE_BYTES, route=handle.route)
+        self.dispatch(seat, rows, count=handle.tokens, form=Rows.OPAQUE, row_bytes=_PROBE_BYTES, route=handle.route)
         seat.slot.receive(self._probe[1] if is_latency else self._probe[0])
         self.sit(seat, handle)
         return seat
@@ -310,7 +318,7 @@ class Buffer:
             shape = handle.shape
             seat = shape.take()
             outputs = shape.throughput(form)
-            seat.slot.dispatch(**arguments, count=tokens, form=form, route=handle.route)
+            shape.dispatch(seat, **arguments, count=tokens, form=form, route=handle.route)
             seat.slot.receive(outputs)
             if handle.seat is not None:
                 shape.leave(handle.seat.number)
@@ -337,7 +345,7 @@ class Buffer:
         seat = shape.take()
         outputs = shape.throughput(form)
         choices = numpy.ascontiguousarray(choices, numpy.int64)
-        seat.slot.dispatch(**arguments, choices=choices, weights=weights, count=tokens, form=form)
+        shape.dispatch(seat, **arguments, choices=choices, weights=weights, count=tokens, form=form)
         route = seat.slot.route()
         seat.slot.receive(outputs)
         count = outputs.count
@@ -437,7 +445,7 @@ class Buffer:
         seat = shape.take()
         outputs = shape.latency(form)
         choices = numpy.ascontiguousarray(kind.numbers(topk_idx), numpy.int64)
-        seat.slot.dispatch(kind.bits(x, 2), choices, count=tokens, form=form, scale_rule=rule)
+        shape.dispatch(seat, kind.bits(x, 2), choices, count=tokens, form=form, scale_rule=rule)
         route = seat.slot.route()
         experts, rows, ranks = outputs.experts, outputs.rows, self.group_size
         values = numpy.asarray(outputs.values).reshape(experts, rows, outputs.row_bytes)
@@ -462,6 +470,9 @@ class Buffer:
         shape.sit(seat, made)
 
         def receive() -> None:
+            if made.seat is not seat:
+                words = "the hook of a dispatch was called too late: its slot is used by a later call"
+                raise OutOfOrder(words, f"call it before the next {_SLOTS} calls", 22)
             seat.slot.receive(outputs)
             counts[:] = numpy.asarray(outputs.counts)
             ranges = numpy.array(outputs.ranges(), numpy.int64).reshape(experts, ranks, 2)
@@ -497,7 +508,11 @@ class Buffer:
             seat.slot.copy_results(kind.bits(x, 2))
         weights = numpy.ascontiguousarray(kind.numbers(topk_weights), numpy.float32)
         seat.slot.combine()
-        combined = numpy.zeros((handle.tokens, handle[3]), numpy.uint16) if out is None else kind.bits(out, 2)
+        combined = numpy.zeros((handle.tokens, handle[3]), numpy.uint16)
+        if out is not None:
+            combined = kind.bits(out, 2)
+            if not kind.is_contiguous(out):
+                raise BadArgument("out does not lie in one piece", "give it contiguous", 3)
         told = kind.like(combined, x) if out is None else out
 
         def receive() -> None:
@@ -640,7 +655,8 @@ def _bytes_of(array: Any) -> Any:
     if min(array.strides) < 0:
         raise BadArgument("scales that lie backwards", "give them forwards", 3)
     nbytes = sum((size - 1) * stride for size, stride in zip(array.shape, array.strides)) + array.itemsize
-    first = ffi.cast("char *", array.__array_interface__["data"][0])
+    # With the array, so that it stays as long as its bytes are looked at.
+    first = ffi.gc(ffi.cast("char *", array.__array_interface__["data"][0]), lambda _, kept=array: None)
     return ffi.buffer(first, nbytes if array.size else 0)
 
 
@@ -657,6 +673,10 @@ class _NumpyKind:
         if array.dtype.itemsize != nbytes:
             raise BadArgument(f"elements of {array.dtype} are not of {nbytes} bytes", "", 3)
         return array.view(numpy.uint16 if nbytes == 2 else numpy.uint8)
+
+    @staticmethod
+    def is_contiguous(tensor: Any) -> bool:
+        return bool(tensor.flags.c_contiguous)
 
     @staticmethod
     def tensor(array: Any) -> Any:
@@ -697,6 +717,10 @@ class _TorchKind:
         return whole.view(torch.int16 if nbytes == 2 else torch.uint8).numpy().view(
             numpy.uint16 if nbytes == 2 else numpy.uint8
         )
+
+    @staticmethod
+    def is_contiguous(tensor: Any) -> bool:
+        return bool(tensor.is_contiguous())
 
     @staticmethod
     def tensor(array: Any) -> Any:

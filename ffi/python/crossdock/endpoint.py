@@ -126,7 +126,7 @@ class Endpoint:
         self._memories[mine.address] = (mine, mine is not memory)
         return mine
 
-    def unregister(self, memory: Union[Memory, int], timeout: float = 30.0) -> None:
+    def unregister(self, memory: Union[Memory, int], timeout: float = 60.0) -> None:
         """Takes memory back, by itself or by where it begins, and waits until nobody can reach it through this endpoint
         any more. Sessions of peers that were told of it begin anew without it."""
         address = memory.address if isinstance(memory, Memory) else memory

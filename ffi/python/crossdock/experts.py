@@ -489,21 +489,22 @@ class Slot:
 
     def results(self, expert: Optional[int] = None) -> memoryview:
         """Where this rank's results go, `[rows, hidden]` in bfloat16 as 16-bit integers: of a local expert in the latency
-        mode, of all rows in the throughput mode. Valid until `combine`: the other ranks read them there."""
+        mode, of all rows in the throughput mode. Valid until `combine`, and as long as the group is open: the other ranks
+        read them there."""
         pointer, rows = ffi.new("void **"), ffi.new("size_t *")
         group = self._group.handle()
         if self._mode == "latency":
             check(lib.crossdock_latency_results(group, self._slot, expert or 0, pointer, rows))
         else:
             check(lib.crossdock_throughput_results(group, self._slot, pointer, rows))
-        return memoryview(ffi.buffer(pointer[0], rows[0] * self._group.info.hidden * 2)).cast("B").cast("H")
+        return _view(pointer[0], rows[0] * self._group.info.hidden * 2, "H", self._group)
 
     def all_results(self, outputs: LatencyOutputs) -> memoryview:
         """Latency mode: the results of all local experts, `[local experts, rows, hidden]` as the outputs have them."""
         pointer = ffi.new("void **")
         check(lib.crossdock_latency_results(self._group.handle(), self._slot, 0, pointer, ffi.NULL))
         nbytes = outputs.experts * outputs.rows * self._group.info.hidden * 2
-        return memoryview(ffi.buffer(pointer[0], nbytes)).cast("B").cast("H")
+        return _view(pointer[0], nbytes, "H", self._group)
 
     def copy_results(self, results: Any) -> None:
         """Latency mode: copies results from `[local experts, rows, hidden]`, as the outputs have them."""
@@ -615,7 +616,8 @@ def _numbers(form: str, given: Any) -> Any:
         view = memoryview(given)
     except TypeError:
         return ffi.new(form, list(given))
-    if view.itemsize != ffi.sizeof(form[:-2]) or not view.c_contiguous:
+    is_of_form = view.format == "f" if form == "float[]" else view.format in ("q", "l", "Q", "L")
+    if not is_of_form or view.itemsize != ffi.sizeof(form[:-2]) or not view.c_contiguous:
         advice = "give them in one piece, as int64 or float32"
         raise BadArgument(f"numbers of {view.itemsize} bytes with format {view.format!r} are no {form}", advice, 3)
     return _from_buffer(form, view)

@@ -24,7 +24,7 @@ import types
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .endpoint import Endpoint, Transfer
-from .errors import Error, Late
+from .errors import Error, Late, TimedOut
 from .memory import Memory
 
 _log = logging.getLogger("crossdock.mooncake")
@@ -63,8 +63,6 @@ class TransferEngine:
         self._memories: Dict[int, Memory] = {}
         self._batches: Dict[int, Transfer] = {}
         self._next_batch = 1
-        # Transfers that have failed and may still move; with what they move.
-        self._restless: List[Transfer] = []
 
     def initialize(self, local_hostname: str, metadata_server: str, protocol: str, device_name: Optional[str]) -> int:
         """Opens the ports of a protocol (`"rdma"`, `"tcp"`) at this host's address. -1 if that cannot be."""
@@ -275,22 +273,26 @@ class TransferEngine:
     def transfer_check_status(self, batch_id: int) -> int:
         """1 when it is done, 0 while it is not, -1 if it has failed, -2 if its time is over. It is forgotten with the first
         answer but 0."""
+        # One thread asks about it at a time: it is put back while it is under way.
         with self._lock:
-            transfer = self._batches.get(batch_id)
+            transfer = self._batches.pop(batch_id, None)
         if transfer is None:
             return -1
         answer = 1
         try:
-            if not transfer.poll():
-                return 0
+            is_over = transfer.poll()
         except Late:
-            answer = -2
+            answer, is_over = -2, _is_quiet(transfer)
         except Error as error:
-            _log.error("transfer: %s", error)
-            answer = -1
-        with self._lock:
-            self._batches.pop(batch_id, None)
-        self._forget(transfer, answer == 1)
+            answer, is_over = -1, _is_quiet(transfer)
+            if is_over:
+                _log.error("transfer: %s", error)
+        if not is_over:
+            # Mooncake's callers use the memory again after a failure: it is told when nothing can touch it any more.
+            with self._lock:
+                self._batches[batch_id] = transfer
+            return 0
+        transfer.close()
         return answer
 
     def send_probe(self, peer_server_name: str) -> int:
@@ -392,9 +394,17 @@ class TransferEngine:
             transfer.wait_quiet(self._seconds)
         except Error as error:
             _log.error("a failed transfer may still touch this process's memory: %s", error)
-            self._restless.append(transfer)
-            return
         transfer.close()
+
+
+def _is_quiet(transfer: Transfer) -> bool:
+    try:
+        transfer.wait_quiet(0)
+    except TimedOut:
+        return False
+    except Error:
+        pass
+    return True
 
 
 def install() -> None:

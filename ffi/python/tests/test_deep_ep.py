@@ -13,7 +13,7 @@ try:
 except ImportError:
     torch = None  # type: ignore[assignment]
 
-from crossdock.errors import BadArgument
+from crossdock.errors import BadArgument, OutOfOrder
 
 RANKS, EXPERTS, TOP_K, HIDDEN = 4, 16, 4, 256
 
@@ -271,6 +271,35 @@ class DeepEp(unittest.TestCase):
     def test_the_latency_mode_with_packed_scales(self) -> None:
         def work(buffer: Any, rank: int) -> None:
             self.low_latency(buffer, rank, "ue8m0", True)
+
+        on_every_rank(work, low_latency_mode=True)
+
+    def test_an_expert_that_nobody_chose_has_its_place(self) -> None:
+        def work(buffer: Any, rank: int) -> None:
+            # The last expert of each rank alone.
+            chosen = numpy.full((5, TOP_K), -1, numpy.int64)
+            chosen[:, 0] = 4 * ((numpy.arange(5) + rank) % RANKS) + 3
+            x = to_bf16(numpy.full((5, HIDDEN), rank + 1))
+            received, counts, handle, _, _ = buffer.low_latency_dispatch(x, chosen, 16, EXPERTS, use_fp8=False)
+            self.assertEqual(counts[:3].tolist(), [0, 0, 0])
+            buffer.get_next_low_latency_combine_buffer(handle)[:] = received
+            weights = numpy.full((5, TOP_K), 2, numpy.float32)
+            with self.assertRaisesRegex(BadArgument, "one piece"):
+                out = to_bf16(numpy.zeros((5, 2 * HIDDEN)))[:, ::2]
+                buffer.low_latency_combine(received, chosen, weights, handle, zero_copy=True, out=out)
+
+        on_every_rank(work, low_latency_mode=True)
+
+    def test_a_hook_that_comes_too_late_says_so(self) -> None:
+        def work(buffer: Any, rank: int) -> None:
+            x, chosen = to_bf16(numpy.zeros((2, HIDDEN))), choices_of(rank, 2)
+            hooks = []
+            for _ in range(9):
+                begun = buffer.low_latency_dispatch(x, chosen, 16, EXPERTS, use_fp8=False, return_recv_hook=True)
+                hooks.append(begun[4])
+            with self.assertRaises(OutOfOrder):
+                hooks[0]()
+            hooks[8]()
 
         on_every_rank(work, low_latency_mode=True)
 

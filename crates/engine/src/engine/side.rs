@@ -287,6 +287,11 @@ impl Engine {
         }
     }
 
+    /// Whether all lanes of a session are down: nothing of this node's memory is read for it any more.
+    pub fn is_down(&self, session: SessionId) -> bool {
+        self.sessions.get(&session).is_none_or(|lanes| lanes.slots.iter().all(|lane| lane.id.is_none()))
+    }
+
     /// A session is over: takes back what its peer was allowed.
     pub(super) fn end_side(&mut self, session: SessionId) {
         let Some(lanes) = self.sessions.get_mut(&session) else { return };
