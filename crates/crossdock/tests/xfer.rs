@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use crossdock::xfer::{
     Block, Direction, Endpoint, EndpointConfig, RegisterError, Transfer, TransferError, Transferring,
 };
-use crossdock::{AllocateOptions, Authentication, Memory, PortConfig, ShmOptions, TicketError};
+use crossdock::{
+    AllocateOptions, Authentication, Memory, PortConfig, PortError, SessionEnd, ShmOptions, TicketError,
+};
 
 const WAIT: Duration = Duration::from_secs(30);
 
@@ -258,7 +260,15 @@ fn memory_is_the_callers_again_when_the_endpoint_is_closed() {
         register(&here, &local).unwrap();
         register(&there, &remote).unwrap();
         let block = Block { local: address(&local, 0), remote: address(&remote, 0), bytes: 1 << 20 };
-        moved(&here, &there, Direction::Write, vec![block]).unwrap();
+        let end = moved(&here, &there, Direction::Write, vec![block]);
+        if let Err(TransferError::PeerLost {
+            cause: SessionEnd::Port(PortError::Unsupported { advice, .. }),
+        }) = end
+        {
+            println!("skipped: {port}: {advice}");
+            continue;
+        }
+        end.unwrap();
         drop(here);
         assert!(local.is_last_handle(), "{port}");
         drop(there);
