@@ -133,7 +133,8 @@ int main() {
   crossdock::Pages pages = decode.pool.take(count).value();
   const std::vector<std::uint32_t> target_ids = pages.ids().value();
 
-  // Pushed: the decode side opens its end, the prefill side sends layer by layer.
+  // Pushed: the decode side opens its end, the prefill side sends what is computed. It computes in two chunks, and knows the
+  // pages of the second one when its turn comes.
   const crossdock::Source source = peer;
   const crossdock::PageList to = pages;
   crossdock::ReceiveOptions wanted;
@@ -148,10 +149,17 @@ int main() {
   crossdock::SendOptions offered;
   offered.room = 7;
   offered.tokens = tokens;
-  offered.pages = from;
+  const std::vector<std::int64_t> first_ids(source_ids.begin(), source_ids.begin() + 1);
+  const std::vector<std::int64_t> more_ids(source_ids.begin() + 1, source_ids.end());
+  const crossdock::PageList first(prefill.pool, first_ids), more(prefill.pool, more_ids);
+  offered.pages = first;
   offered.deadline = timeout;
-  crossdock::Sending sending = prefill.node.send(offered).value();
-  for (std::uint32_t layer = 0; layer < layers; layer++) sending.send_layers(layer).value();
+  crossdock::Sending sending = prefill.node.send_ahead(offered).value();
+  for (std::uint32_t layer = 0; layer < layers; layer++) sending.send_tokens(layer, 1, 0, page_tokens).value();
+  sending.add_pages(more).value();
+  for (std::uint32_t layer = 0; layer < layers; layer++) {
+    sending.send_tokens(layer, 1, page_tokens, tokens - page_tokens).value();
+  }
   sending.finish(crossdock::as_bytes("first token")).value();
 
   // One descriptor tells of all rooms of a node, as an event loop wants it.
@@ -182,6 +190,7 @@ int main() {
   const std::vector<std::uint32_t> other_ids = others.ids().value();
   const crossdock::PageList to_others = others;
   wanted.pages = to_others;
+  offered.pages = from;
   wanted.room = offered.room = 8;
   crossdock::Serving serving = prefill.node.serve(offered).value();
   crossdock::Receiving fetching = decode.node.fetch(wanted).value();

@@ -1680,6 +1680,16 @@ crossdock_status crossdock_send(crossdock_node node,
                                 const struct crossdock_send_options *options,
                                 crossdock_room *room);
 
+// As `crossdock_send`, before all pages are known: the lists name the first ones, or none, and
+// `crossdock_room_add_pages` names the others, before their tokens are sent. So a prompt that is computed in chunks is sent
+// in chunks, of which each has its pages when its turn comes.
+//
+// Obligations:
+// As `crossdock_receive`.
+crossdock_status crossdock_send_ahead(crossdock_node node,
+                                      const struct crossdock_send_options *options,
+                                      crossdock_room *room);
+
 // Opens the prefill end of a pull: pages that are filled, for the peer that asks for the room to read.
 //
 // Obligations:
@@ -1687,6 +1697,15 @@ crossdock_status crossdock_send(crossdock_node node,
 crossdock_status crossdock_serve(crossdock_node node,
                                  const struct crossdock_send_options *options,
                                  crossdock_room *room);
+
+// Appends to the pages of a pool, in a room that `crossdock_send_ahead` has opened. They may be filled later than this, but
+// before their tokens are sent. With an answer that is not `CROSSDOCK_OK` the room has not got them.
+//
+// Obligations:
+// `pages` points to a list, and what it names can be read.
+crossdock_status crossdock_room_add_pages(crossdock_room room,
+                                          uint32_t pool,
+                                          const struct crossdock_page_list *pages);
 
 // Sends all tokens of these layers, whose pages are filled.
 crossdock_status crossdock_room_send_layers(crossdock_room room,

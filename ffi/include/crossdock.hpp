@@ -952,6 +952,7 @@ class PageList {
 
  private:
   friend class Node;
+  friend class Sending;
 
   crossdock_page_list plain() const noexcept {
     crossdock_page_list list = ids_;
@@ -1097,6 +1098,12 @@ class Room : public detail::Owned<crossdock_room_close> {
 class Sending : public Room {
  public:
   using Room::Room;
+
+  // Appends to the pages of a pool, in a room that Node::send_ahead has opened: before their tokens are sent.
+  Result<> add_pages(const PageList& pages, std::uint32_t pool = 0) {
+    const crossdock_page_list given = pages.plain();
+    return detail::done(crossdock_room_add_pages(handle(), pool, &given));
+  }
 
   // Sends all tokens of these layers, whose pages are filled. `Status::out_of_order` if some were sent before.
   Result<> send_layers(std::uint32_t first_layer, std::uint32_t layers = 1) {
@@ -1324,6 +1331,10 @@ class Node : public detail::Owned<crossdock_node_close> {
   Result<Receiving> fetch(const ReceiveOptions& options) { return decode(crossdock_fetch, options); }
   // The prefill end of a push.
   Result<Sending> send(const SendOptions& options) { return prefill<Sending>(crossdock_send, options); }
+  // The same before all pages are known: the lists name the first ones, or none, and Sending::add_pages the others.
+  Result<Sending> send_ahead(const SendOptions& options) {
+    return prefill<Sending>(crossdock_send_ahead, options);
+  }
   // The prefill end of a pull.
   Result<Serving> serve(const SendOptions& options) { return prefill<Serving>(crossdock_serve, options); }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytemuck::Zeroable;
 use crossdock::{
-    Abandoned, End, Ended, GatherRequest, NotTaken, PageSet, PagesTicket, Parts, Received, Receiving,
+    Abandoned, End, Ended, GatherRequest, Handle, NotTaken, PageSet, PagesTicket, Parts, Received, Receiving,
     ScatterRequest, ScatterServeRequest, SendError, Sending, Serving, SessionEnd, Source, Stage, Who,
 };
 use parking_lot::Mutex;
@@ -447,20 +447,45 @@ pub unsafe extern "C" fn crossdock_send(
     options: *const crossdock_send_options,
     room: *mut crossdock_room,
 ) -> crossdock_status {
-    call(|| {
-        not_null("room", room)?;
-        let node = shared_of(node)?;
-        // SAFETY: as the caller promises.
-        let (options, request) = unsafe { offered(&node, options) }?;
-        if options.aux_bytes != 0 {
-            return Err(Fault::argument("aux is given by crossdock_room_finish where layers are sent"));
-        }
-        let sending = node.handle.open(request)?;
-        let state =
-            State { control: Control::Sending(sending), end: None, lists: Vec::new(), news: Vec::new() };
-        // SAFETY: as the caller promises.
-        unsafe { begin(node, options.user_data, state, room) }
-    })
+    // SAFETY: as the caller promises.
+    call(|| unsafe { send(node, options, room, Handle::open) })
+}
+
+/// As `crossdock_send`, before all pages are known: the lists name the first ones, or none, and
+/// `crossdock_room_add_pages` names the others, before their tokens are sent. So a prompt that is computed in chunks is sent
+/// in chunks, of which each has its pages when its turn comes.
+///
+/// # Safety
+/// As [`crossdock_receive`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_send_ahead(
+    node: crossdock_node,
+    options: *const crossdock_send_options,
+    room: *mut crossdock_room,
+) -> crossdock_status {
+    // SAFETY: as the caller promises.
+    call(|| unsafe { send(node, options, room, Handle::open_ahead) })
+}
+
+/// # Safety
+/// As [`crossdock_receive`].
+unsafe fn send(
+    node: crossdock_node,
+    options: *const crossdock_send_options,
+    room: *mut crossdock_room,
+    open: impl FnOnce(&Handle, ScatterRequest) -> Result<Sending, NotTaken>,
+) -> Result<(), Fault> {
+    not_null("room", room)?;
+    let node = shared_of(node)?;
+    // SAFETY: as the caller promises, here and below.
+    let (options, request) = unsafe { offered(&node, options) }?;
+    if options.aux_bytes != 0 {
+        return Err(Fault::argument("aux is given by crossdock_room_finish where layers are sent"));
+    }
+    let sending = open(&node.handle, request)?;
+    let state = State { control: Control::Sending(sending), end: None, lists: Vec::new(), news: Vec::new() };
+    // SAFETY: as above.
+    unsafe { begin(node, options.user_data, state, room) }
 }
 
 /// Opens the prefill end of a pull: pages that are filled, for the peer that asks for the room to read.
@@ -552,6 +577,26 @@ impl Control {
             Control::Closed => Ok(()),
         }
     }
+}
+
+/// Appends to the pages of a pool, in a room that `crossdock_send_ahead` has opened. They may be filled later than this, but
+/// before their tokens are sent. With an answer that is not `CROSSDOCK_OK` the room has not got them.
+///
+/// # Safety
+/// `pages` points to a list, and what it names can be read.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_add_pages(
+    room: crossdock_room,
+    pool: u32,
+    pages: *const crossdock_page_list,
+) -> crossdock_status {
+    call(|| {
+        // SAFETY: as the caller promises.
+        let pages = unsafe { list("pages", pages, 1) }?;
+        // SAFETY: as above.
+        let pages = unsafe { pool::lend(&pages[0]) }?;
+        sending(room, |room| room.add_pages(pool as usize, pages))
+    })
 }
 
 /// Sends all tokens of these layers, whose pages are filled.

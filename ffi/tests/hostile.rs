@@ -469,9 +469,14 @@ fn step(draw: &mut Draw<'_>, call: usize) -> crossdock_status {
                 }
                 let options = draw.sized(options, |options, size| options.size = size);
                 draw.keep(|_, to| match call {
-                    45 => crossdock_send(handle, &raw const options, to),
+                    45 if number % 2 == 0 => crossdock_send(handle, &raw const options, to),
+                    45 => crossdock_send_ahead(handle, &raw const options, to),
                     _ => crossdock_serve(handle, &raw const options, to),
                 })
+            }
+            47 if draw.below(3) == 0 => {
+                let list = draw.page_list();
+                crossdock_room_add_pages(handle, number % 3, &raw const list)
             }
             47 if draw.below(2) == 0 => crossdock_room_send_layers(handle, number % 3, 1 + number % 2),
             47 => {

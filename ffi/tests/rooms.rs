@@ -582,6 +582,46 @@ fn what_is_sent_out_of_order_is_refused_and_the_room_goes_on() {
     prefill.close();
 }
 
+#[test]
+fn pages_may_follow_their_room() {
+    let (prefill, decode) =
+        (Worker::open(c"prefill", Options::default()), Worker::open(c"decode", Options::default()));
+    prefill.fill(5);
+    let peer = decode.connect(&prefill);
+    let ids = [3, 2, 1, 9, 8, 7, 6, 5];
+    let (known, more, none) =
+        (named(&prefill, &ids[..3]), named(&prefill, &ids[3..]), named(&prefill, &ids[..0]));
+    let options = sized(|options: &mut crossdock_send_options, size| {
+        (options.size, options.room, options.tokens) = (size, 5, TOKENS);
+        (options.pages, options.page_lists) = (&raw const none, 1);
+    });
+    // SAFETY: valid pointers, here and below.
+    let sending = made(|to| unsafe { crossdock_send_ahead(prefill.node, &raw const options, to) });
+    let receiving = decode.receive(peer, 5, &named(&decode, &ids), PATIENCE_MS);
+    // SAFETY: as above.
+    let add = |room, pool, list: *const _| unsafe { crossdock_room_add_pages(room, pool, list) };
+    ok(add(sending, 0, &raw const known));
+    ok(crossdock_room_send_tokens(sending, 0, LAYERS, 0, 10));
+    assert_eq!(add(sending, 1, &raw const more), CROSSDOCK_BAD_ARGUMENT);
+    assert_eq!(add(sending, 0, ptr::null()), CROSSDOCK_BAD_ARGUMENT);
+    assert_eq!(add(receiving, 0, &raw const more), CROSSDOCK_WRONG_KIND);
+    let strange = named(&prefill, &[PAGES]);
+    assert_eq!(add(sending, 0, &raw const strange), CROSSDOCK_PAGE_OUT_OF_RANGE);
+    ok(add(sending, 0, &raw const more));
+    ok(crossdock_room_send_tokens(sending, 0, LAYERS, 10, TOKENS - 10));
+    // SAFETY: NULL and nothing.
+    ok(unsafe { crossdock_room_finish(sending, ptr::null(), 0) });
+    assert_eq!(add(sending, 0, &raw const more), CROSSDOCK_FINISHED);
+    delivered(receiving);
+    delivered(sending);
+    assert!(decode.bytes(&ids[..7]).iter().all(|&byte| byte == 5));
+    ok(crossdock_room_close(sending));
+    ok(crossdock_room_close(receiving));
+    prefill.wait_until_free(PAGES);
+    decode.close();
+    prefill.close();
+}
+
 /// Threads that open, wait and close beside each other, on one pair of nodes.
 #[test]
 fn many_threads_share_a_node() {

@@ -74,6 +74,7 @@ impl World {
         if prefill.side.told.is_none() {
             return Ok(());
         }
+        prefill.to_come = None;
         let process = self.nodes[node].process.as_ref().expect("runs");
         let Some(set) = adopt(process.pool.adopt(&prefill.side.pages))? else { return Ok(()) };
         prefill.side.is_settled = true;

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crossdock_engine::Abandoned;
 use crossdock_kv::{Ended, Receiving, Sending, Serving};
+use crossdock_memory::PageRef;
 use crossdock_proto::{End, Who};
 
 use crate::chance::Chance;
@@ -94,6 +95,8 @@ pub struct Decode {
 pub struct Prefill {
     pub side: Side,
     pub ticket: PrefillTicket,
+    /// Pages that its user has, and has not yet given to the room.
+    pub to_come: Option<PageRef>,
 }
 
 pub enum PrefillTicket {

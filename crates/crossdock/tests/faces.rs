@@ -562,6 +562,53 @@ fn the_two_sides_must_speak_of_the_same_tokens() {
 }
 
 #[test]
+fn a_room_that_is_opened_ahead_of_its_pages_needs_them_when_it_sends() {
+    let (prefill, decode) = (worker("prefill"), worker("decode"));
+    let peer = decode.connect(&prefill);
+    let open = |room| {
+        let pages = prefill.pool.take(1).unwrap().share();
+        let request = SendRequest { room, use_count: 0, tokens: 100, pages, deadline: WAIT };
+        prefill.node.handle().open_ahead(request).unwrap()
+    };
+    let refused = |sending: &mut Sending, expected: Misfit| {
+        let end = sending.end.wait_until(Instant::now() + WAIT).unwrap().end;
+        assert_eq!(end, End::Refused { by: Who::Here, why: RoomRefusal::Mismatch(expected) });
+    };
+    let at_peer = End::Refused { by: Who::Peer, why: RoomRefusal::Mismatch(Misfit::AtPeer) };
+
+    // One page holds some of them.
+    let (mut sending, receiving) = (open(1), decode.receive(peer, 1, WAIT));
+    sending.send(0..3, 0..100).unwrap();
+    sending.finish(vec![]).unwrap();
+    refused(&mut sending, Misfit::Pages { whose: Who::Here });
+    assert_eq!(end_of(receiving), at_peer);
+
+    // A page of another pool, which nobody here has, and one after the end.
+    let (mut sending, receiving) = (open(2), decode.receive(peer, 2, WAIT));
+    let rest = || prefill.pool.take(prefill.layout.pages_for(100) - 1).unwrap().share();
+    let strange = sending.add_pages(1, rest()).unwrap_err();
+    assert_eq!(strange, SendError::NoSuchPool { pool: 1, pools: 1 });
+    assert!(!strange.is_retryable() && strange.advice().contains("from 0"), "{strange}");
+    sending.add_pages(0, rest()).unwrap();
+    sending.send_layers(0..3).unwrap();
+    sending.finish(vec![]).unwrap();
+    assert_eq!(sending.add_pages(0, rest()), Err(SendError::Finished));
+    assert_eq!(end_of(receiving), End::Delivered);
+
+    // Its pages come home however it ends, those that came later too.
+    let (mut sending, receiving) = (open(3), decode.receive(peer, 3, WAIT));
+    sending.add_pages(0, rest()).unwrap();
+    sending.send(0..3, 0..20).unwrap();
+    receiving.cancel().unwrap();
+    assert_eq!(end_of(receiving), End::Cancelled { by: Who::Here });
+    let sent = sending.end.wait_until(Instant::now() + WAIT).unwrap();
+    assert_eq!(sent.end, End::Cancelled { by: Who::Peer });
+    sending.add_pages(0, rest()).unwrap();
+    decode.settles();
+    prefill.settles();
+}
+
+#[test]
 fn a_room_in_too_many_pieces_ends_with_its_reason() {
     // Three layers of 24,000 tokens, token by token and the layers backwards: no piece continues the one before.
     let kind = CacheKind::Mla { latent_bytes: 4, rope_bytes: 0 };

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use crossdock::{
     Authentication, CacheKind, CacheLayout, CachePartOptions, CachePoolOptions, Config, Dtype, End, Ended,
     Extent, GatherRequest, HeadOrder, HeadShare, LayerBuffer, LayoutOptions, Memory, Misfit, Node, PagePool,
-    PageSet, Parallelism, Parts, Peer, Placement, PortConfig, Progress, RailStats, Receiving, RoomRefusal,
-    ScatterRequest, ScatterServeRequest, Sending, Serving, ShmOptions, Source, Ticket, Verify, Who,
-    even_stages,
+    PageRef, PageSet, Parallelism, Parts, Peer, Placement, PortConfig, Progress, RailStats, Receiving,
+    RoomRefusal, ScatterRequest, ScatterServeRequest, Sending, Serving, ShmOptions, Source, Ticket, Verify,
+    Who, even_stages,
 };
 
 const WAIT: Duration = Duration::from_secs(30);
@@ -187,13 +187,25 @@ fn extent(rank: &Rank, pool: usize, tokens: u32, skip: u32) -> (u32, u32, u32) {
 }
 
 enum Prefilling {
-    /// And the layers that are to be sent, and what goes with them.
-    Sending(Sending, Range<u32>, Vec<u8>),
+    /// And the pages of each pool that it is to learn of with each chunk, the layers that are to be sent, and what goes with
+    /// them.
+    Sending(Sending, Vec<Vec<PageRef>>, Range<u32>, Vec<u8>),
     Serving(Serving),
 }
 
+/// How a request goes from one side to the other.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Way {
+    Push,
+    /// The prefill side learns its pages while it goes.
+    Ahead,
+    Pull,
+}
+
+const WAYS: [Way; 3] = [Way::Push, Way::Ahead, Way::Pull];
+
 /// Hands one request over between all ranks, and compares every byte that a decode rank keeps.
-fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, tokens: u32, skip: u32) {
+fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, way: Way, tokens: u32, skip: u32) {
     let room = 11;
     let (prefills, decodes) = (prefill.open("prefill", port), decode.open("decode", port));
     let mut prefilling: Vec<Prefilling> = Vec::new();
@@ -209,15 +221,20 @@ fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, token
             rank.each(pool, first, end, set.ids(), |at, bytes| rank.memory.write(at, &bytes).unwrap());
             pages.push(set.share());
         }
+        // Nobody knows the state's pages before it is computed, nor those of the tokens that are not.
+        let mut to_come = vec![Vec::new(); if way == Way::Ahead { pages.len() } else { 0 }];
+        for (pool, (to_come, pages)) in to_come.iter_mut().zip(&mut pages).enumerate() {
+            let known = if pool == 0 { extent(rank, 0, tokens / 3, 0).2 as usize } else { 0 };
+            to_come.extend([pages.prefix(known), pages.slice(known..pages.len())]);
+            *pages = pages.prefix(0);
+        }
         let request = ScatterRequest { ranks, room, use_count: 0, tokens, pages, deadline: WAIT };
         let aux = format!("of {}", rank.layout.rank()).into_bytes();
-        prefilling.push(match pull {
-            true => {
-                Prefilling::Serving(rank.node.handle().serve(ScatterServeRequest { request, aux }).unwrap())
-            }
-            false => {
-                Prefilling::Sending(rank.node.handle().open(request).unwrap(), rank.layout.layers(), aux)
-            }
+        let (handle, layers) = (rank.node.handle(), rank.layout.layers());
+        prefilling.push(match way {
+            Way::Pull => Prefilling::Serving(handle.serve(ScatterServeRequest { request, aux }).unwrap()),
+            Way::Push => Prefilling::Sending(handle.open(request).unwrap(), to_come, layers, aux),
+            Way::Ahead => Prefilling::Sending(handle.open_ahead(request).unwrap(), to_come, layers, aux),
         });
     }
     // For each pool the tokens from where to where are kept, and in which pages.
@@ -247,15 +264,18 @@ fn hand_over(prefill: &Side, decode: &Side, port: &PortConfig, pull: bool, token
             deadline: WAIT,
         };
         let handle = rank.node.handle();
-        let receiving = if pull { handle.fetch(request) } else { handle.receive(request) };
+        let receiving = if way == Way::Pull { handle.fetch(request) } else { handle.receive(request) };
         receivings.push((nth, kept, receiving.unwrap()));
     }
     // In two chunks, each layer by layer, with time for each to leave by itself.
-    for (sending, layers, aux) in prefilling.iter_mut().filter_map(|prefilling| match prefilling {
-        Prefilling::Sending(sending, layers, aux) => Some((sending, layers, aux)),
+    for (sending, to_come, layers, aux) in prefilling.iter_mut().filter_map(|prefilling| match prefilling {
+        Prefilling::Sending(sending, to_come, layers, aux) => Some((sending, to_come, layers, aux)),
         Prefilling::Serving(_) => None,
     }) {
         for chunk in [0..tokens / 3, tokens / 3..tokens] {
+            for (pool, to_come) in to_come.iter_mut().enumerate() {
+                sending.add_pages(pool, to_come.remove(0)).unwrap();
+            }
             for layer in layers.clone() {
                 sending.send(layer..layer + 1, chunk.clone()).unwrap();
                 std::thread::sleep(Duration::from_millis(1));
@@ -322,14 +342,14 @@ fn heads_are_cut_and_joined() {
         (side(2, 8, HND), side(4, 8, HND), &shm),
         (side(2, 5, HND), side(1, 7, NHD), &shm),
     ] {
-        for pull in [false, true] {
-            hand_over(&from, &to, port, pull, 50, 0);
+        for way in WAYS {
+            hand_over(&from, &to, port, way, 50, 0);
         }
     }
     // More ranks than heads: each head comes from one of those that keep it.
     let few = |tp| Side::new(Parallelism::tensor(tp, LAYERS, Some(2)), 4, NHD);
-    hand_over(&few(4), &few(2), &shm, false, 33, 0);
-    hand_over(&few(1), &few(4), &shm, false, 33, 0);
+    hand_over(&few(4), &few(2), &shm, Way::Ahead, 33, 0);
+    hand_over(&few(1), &few(4), &shm, Way::Ahead, 33, 0);
 }
 
 #[test]
@@ -348,8 +368,8 @@ fn stages_and_turns_are_mapped() {
         (side(turns(2, 2, 3, None), 4), side(turns(4, 4, 1, None), 4), &tcp),
         (side(stages(4, 1, Some(2)), 4), side(turns(4, 2, 2, Some(2)), 4), &shm),
     ] {
-        for pull in [false, true] {
-            hand_over(&from, &to, port, pull, 41, if pull { 7 } else { 0 });
+        for way in WAYS {
+            hand_over(&from, &to, port, way, 41, if way == Way::Pull { 7 } else { 0 });
         }
     }
 }
@@ -362,8 +382,15 @@ fn what_is_kept_beside_the_tokens_comes_with_them() {
         (side(stages(2, 1, Some(4)), 8, NHD), side(stages(1, 1, Some(4)), 4, HND)),
         (side(stages(1, 1, Some(4)), 8, HND), side(stages(2, 1, Some(4)), 8, HND)),
     ] {
-        for (pull, skip) in [(false, 0), (true, 0), (false, 20), (true, 37)] {
-            hand_over(&from, &to, &shm, pull, 40, skip);
+        for (way, skip) in [
+            (Way::Push, 0),
+            (Way::Ahead, 0),
+            (Way::Pull, 0),
+            (Way::Push, 20),
+            (Way::Ahead, 20),
+            (Way::Pull, 37),
+        ] {
+            hand_over(&from, &to, &shm, way, 40, skip);
         }
     }
 }
@@ -505,7 +532,7 @@ fn ranks_that_do_not_bring_everything_are_refused() {
 #[test]
 fn turns_may_be_long() {
     let side = |ranks| Side::new(ranks, 1024, NHD);
-    hand_over(&side(stages(1, 1, None)), &side(turns(2, 2, 9_000, None)), &shm(), false, 25_000, 0);
+    hand_over(&side(stages(1, 1, None)), &side(turns(2, 2, 9_000, None)), &shm(), Way::Ahead, 25_000, 0);
 }
 
 /// Hands over from one prefill rank, which is named as the only source, what it has of these layers. How the decode side

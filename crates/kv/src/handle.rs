@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crossdock_engine::{AddressCheck, Doorbell, EventFd, Ticket, now_ns, ticket};
 use crossdock_flight::Dump;
+use crossdock_memory::PageRef;
 use crossdock_proto::SessionEnd;
 
 use crate::queue::{Queue, Rejected};
@@ -175,13 +176,22 @@ impl Handle {
 
     /// Opens the prefill end of a push, for a [`SendRequest`](crate::SendRequest) or a [`ScatterRequest`].
     pub fn open(&self, request: impl Into<ScatterRequest>) -> Result<Sending, NotTaken> {
+        self.open_sending(request.into(), false)
+    }
+
+    /// As [`open`](Handle::open), before all pages are known: the request names the first ones, or none, and
+    /// [`Sending::add_pages`] the others, before their tokens are sent.
+    pub fn open_ahead(&self, request: impl Into<ScatterRequest>) -> Result<Sending, NotTaken> {
+        self.open_sending(request.into(), true)
+    }
+
+    fn open_sending(&self, request: ScatterRequest, is_ahead: bool) -> Result<Sending, NotTaken> {
         let (end, end_ticket) = ticket();
         let control = self.control();
-        let request = request.into();
-        let tokens = request.tokens;
+        let (tokens, pools) = (request.tokens, request.pages.len());
         let asked_ns = self.shared.asked_ns();
-        self.push(Command::Open { key: control.key, request, asked_ns, end })?;
-        Ok(Sending::new(end_ticket, control, tokens, self.shared.layers.clone()))
+        self.push(Command::Open { key: control.key, request, is_ahead, asked_ns, end })?;
+        Ok(Sending::new(end_ticket, control, tokens, self.shared.layers.clone(), pools))
     }
 
     /// Opens the prefill end of a pull, for a [`ServeRequest`](crate::ServeRequest) or a [`ScatterServeRequest`].
@@ -211,6 +221,10 @@ impl Handle {
     /// The node's one event descriptor: see [`EventFd`].
     pub fn event_fd(&self) -> &EventFd {
         &self.shared.told
+    }
+
+    pub(crate) fn add_pages(&self, key: u64, pool: usize, pages: PageRef) -> Result<(), NotTaken> {
+        self.push(Command::AddPages { key, pool, pages })
     }
 
     pub(crate) fn send(&self, key: u64, layers: Range<u32>, tokens: Range<u32>) -> Result<(), NotTaken> {

@@ -268,6 +268,7 @@ pub struct Sending {
     pub(crate) control: RoomControl,
     tokens: u32,
     first_layer: u32,
+    pools: usize,
     /// For each layer, how many of the tokens have been sent.
     sent: Vec<u32>,
     finished: bool,
@@ -294,6 +295,14 @@ pub enum SendError {
         layers: Range<u32>,
         /// The tokens.
         tokens: Range<u32>,
+    },
+    /// The layout has no such pool.
+    #[error("pages for pool {pool} of {pools}")]
+    NoSuchPool {
+        /// Which pool.
+        pool: usize,
+        /// So many there are.
+        pools: usize,
     },
     /// The room cannot be finished before everything has been sent.
     #[error("layer {layer}: {sent} of {tokens} tokens have been sent")]
@@ -326,6 +335,7 @@ impl SendError {
                 "send each layer's tokens from the first one on, without gaps, each once"
             }
             Self::OutOfRange { .. } => "send layers that this node's cache has, and tokens of the request",
+            Self::NoSuchPool { .. } => "number the pools as the layout does, from 0",
             Self::NotComplete { .. } => "send all tokens of all layers before the room is finished",
             Self::Finished => "open another room for what comes next",
             Self::NotTaken(why) => why.advice(),
@@ -353,9 +363,27 @@ impl Serving {
 }
 
 impl Sending {
-    pub(crate) fn new(end: Ticket<Ended>, control: RoomControl, tokens: u32, layers: Range<u32>) -> Self {
+    pub(crate) fn new(
+        end: Ticket<Ended>,
+        control: RoomControl,
+        tokens: u32,
+        layers: Range<u32>,
+        pools: usize,
+    ) -> Self {
         let sent = vec![0; layers.len()];
-        Self { end, control, tokens, first_layer: layers.start, sent, finished: false }
+        Self { end, control, tokens, first_layer: layers.start, pools, sent, finished: false }
+    }
+
+    /// Appends to the pages of a pool, in a room that was [opened ahead](crate::Handle::open_ahead) of them. They may be
+    /// filled later than this, but before their tokens are sent; a room that sends tokens without pages is refused.
+    pub fn add_pages(&mut self, pool: usize, pages: PageRef) -> Result<(), SendError> {
+        if self.finished {
+            return Err(SendError::Finished);
+        }
+        if pool >= self.pools {
+            return Err(SendError::NoSuchPool { pool, pools: self.pools });
+        }
+        Ok(self.control.handle.add_pages(self.control.key, pool, pages)?)
     }
 
     /// Sends all tokens of these layers, whose pages are filled.
@@ -446,7 +474,8 @@ pub(crate) enum Command {
     Connect { key: u64, address: String, up: Promise<Result<PeerUp, SessionEnd>> },
     Disconnect { key: u64 },
     Receive { key: u64, request: GatherRequest, asked_ns: Option<u64>, pull: bool, told: DecodePromises },
-    Open { key: u64, request: ScatterRequest, asked_ns: Option<u64>, end: Promise<Ended> },
+    Open { key: u64, request: ScatterRequest, is_ahead: bool, asked_ns: Option<u64>, end: Promise<Ended> },
+    AddPages { key: u64, pool: usize, pages: PageRef },
     Send { key: u64, layers: Range<u32>, tokens: Range<u32> },
     Finish { key: u64, aux: Vec<u8> },
     Serve { key: u64, request: ScatterServeRequest, asked_ns: Option<u64>, end: Promise<Ended> },
@@ -471,6 +500,7 @@ impl Command {
             // Who asked finds the promise dropped.
             Command::Stats { .. } | Command::Flight { .. } => {}
             Command::Disconnect { .. }
+            | Command::AddPages { .. }
             | Command::Send { .. }
             | Command::Finish { .. }
             | Command::Cancel { .. }

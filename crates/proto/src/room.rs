@@ -50,7 +50,7 @@ pub struct Send {
     pub room: RoomName,
     /// The rank whose asking it waits for; `None`: any.
     pub rank: Option<u32>,
-    /// The pages; held until they are no longer read.
+    /// The pages; held until they are no longer read. More may be [added](crate::Proto::add_pages).
     pub pages: PageRef,
     /// On this node's clock.
     pub deadline_ns: u64,

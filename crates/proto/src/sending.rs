@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crossdock_memory::PageRef;
 use crossdock_transport::{Access, Direction, GrantId};
 
 use crate::end::{End, SessionEnd, Stage};
@@ -44,6 +45,17 @@ impl Proto {
                 down_lanes: 0,
             }),
         })
+    }
+
+    /// Adds pages to a sending room that was opened before all of them were known: held as the first ones are. Of a room that
+    /// is over they are let go, and so are those of a pool that is not the first ones'.
+    pub fn add_pages(&mut self, id: RoomId, more: PageRef) {
+        if let Some(Room { role: Role::Sending(Sending { pages: Some(pages), .. }), .. }) =
+            self.rooms.get_mut(&id)
+            && let Err(stranger) = pages.join(more)
+        {
+            drop(stranger);
+        }
     }
 
     /// All ops of a sending room's attempt have been posted, with this many immediates on each lane.

@@ -85,12 +85,23 @@ def lists_of(pools: Sequence[Pool], pages: PageList, more_pages: Sequence[PageLi
     lists = ffi.new(f"{LIST}[]", len(pools))
     kept: List[object] = [lists]
     for entry, pool, given in zip(lists, pools, (pages, *more_pages)):
-        if isinstance(given, Pages):
-            if given._pid != process.pid:
-                raise forked(given)
-            entry.pages = given._handle
-        else:
-            entry.ids, entry.count, entry.id_bytes = numbers = numbers_of(given)
-            kept.append(numbers)
-            entry.pool = pool._handle
+        kept.append(_fill(entry, pool, given))
     return kept, address_of(lists), len(lists)
+
+
+def list_of(pool: Pool, pages: PageList) -> Tuple[object, Any]:
+    """A list of pages of one pool: what keeps it alive, and a pointer to it."""
+    entry = ffi.new(f"{LIST} *")
+    return (entry, _fill(entry, pool, pages)), entry
+
+
+def _fill(entry: Any, pool: Pool, given: PageList) -> object:
+    """What keeps the numbers alive."""
+    if isinstance(given, Pages):
+        if given._pid != process.pid:
+            raise forked(given)
+        entry.pages = given._handle
+        return given
+    entry.ids, entry.count, entry.id_bytes = numbers = numbers_of(given)
+    entry.pool = pool._handle
+    return numbers

@@ -24,6 +24,7 @@ from .pool import Pages, Pool
 from .room import Receiving, Room, Sending, Serving
 
 _receive, _fetch, _send, _serve = lib.crossdock_receive, lib.crossdock_fetch, lib.crossdock_send, lib.crossdock_serve
+_send_ahead = lib.crossdock_send_ahead
 _pack_receive, _pack_send = receive_packer.into, send_packer.into
 _NO_SPIN = 2**64 - 1
 _NO_AUX = b""
@@ -340,6 +341,25 @@ class Node:
         """
         opened = Sending(self, room, tag)
         self._offer(_send, opened, tokens, pages, more_pages, ranks, use_count, _NO_AUX, deadline)
+        return opened
+
+    def send_ahead(
+        self,
+        room: int,
+        tokens: int,
+        pages: PageList = (),
+        *,
+        more_pages: Sequence[PageList] = (),
+        ranks: Optional[Sequence[int]] = None,
+        use_count: int = 0,
+        deadline: Optional[float] = None,
+        tag: object = None,
+    ) -> Sending:
+        """As `send`, before all pages are known: these are the first ones, or none, and `Sending.add_pages` adds the others
+        before their tokens are sent. So a prompt that is computed in chunks is sent in chunks."""
+        opened = Sending(self, room, tag)
+        more_pages = more_pages or [()] * (len(self._pools) - 1)
+        self._offer(_send_ahead, opened, tokens, pages, more_pages, ranks, use_count, _NO_AUX, deadline)
         return opened
 
     def serve(

@@ -25,7 +25,8 @@ from ._abi import (
     waited,
 )
 from ._events import Subject
-from .errors import NotDelivered
+from ._requests import PageList, list_of
+from .errors import BadArgument, NotDelivered
 from .kinds import By, Outcome, Stage
 from .layout import run_of
 from .pool import Pages
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .node import Node
 
 _poll, _wait = lib.crossdock_room_poll, lib.crossdock_room_wait
+_add_pages = lib.crossdock_room_add_pages
 _send_layers, _send_tokens = lib.crossdock_room_send_layers, lib.crossdock_room_send_tokens
 _finish, _close, _wait_pages = lib.crossdock_room_finish, lib.crossdock_room_close, lib.crossdock_room_wait_pages
 _message, _advice = lib.crossdock_room_message, lib.crossdock_room_advice
@@ -235,6 +237,18 @@ class Sending(Room):
     """The prefill end of a push."""
 
     __slots__ = ()
+
+    def add_pages(self, pages: PageList, *, pool: int = 0) -> None:
+        """Appends to the pages of a pool, in a room that `Node.send_ahead` has opened: before their tokens are sent. Those of
+        other pools than the first one are sent when the room is finished."""
+        if self._pid != process.pid:
+            raise forked(self)
+        pools = self._node._pools
+        if not 0 <= pool < len(pools):
+            raise BadArgument(f"pages for pool {pool} of {len(pools)}", "number the pools as the layout does, from 0", 3)
+        kept, address = list_of(pools[pool], pages)
+        check(_add_pages(self._handle, pool, address))
+        del kept
 
     def send(self, layers: Union[int, range], tokens: Optional[range] = None) -> None:
         """Sends these tokens of these layers, whose pages are filled: each layer's tokens in order, each once. All tokens

@@ -234,6 +234,8 @@ for one in (receiving, peer, pages, registry, worker):
                     f"""
 from support import *
 import signal, threading
+# What starts programs in the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 worker = Worker("worker")
 peer = worker.node.connect("127.0.0.1:9")
 receiving = worker.node.receive(peer, 1, 100, range(7))

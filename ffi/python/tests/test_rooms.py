@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import gc
 import os
 import pickle
@@ -66,6 +67,37 @@ class Ends(Case):
                 self.assertEqual((end.outcome, end.stage), (Outcome.EXPIRED, Stage.SESSION))
         with self.assertRaises(crossdock.BadArgument):
             self.decode.node.connect("nowhere")
+
+    def test_pages_may_follow_their_room(self) -> None:
+        pages, more = array.array("q", [9, 8, 7]), [6, 5, 4, 3]
+        with self.decode.node.receive(self.peer, 40, TOKENS, self.pages) as receiving:
+            with self.prefill.node.send_ahead(40, TOKENS, pages[:1]) as sending:
+                sending.add_pages(pages[1:])
+                sending.send(range(LAYERS), range(0, 48))
+                with self.assertRaises(crossdock.PageOutOfRange):
+                    sending.add_pages([PAGES])
+                with self.assertRaises(crossdock.BadArgument):
+                    sending.add_pages(more, pool=1)
+                with self.assertRaises(crossdock.BadArgument):
+                    sending.add_pages(more, pool=-1)
+                sending.add_pages(more)
+                sending.send(range(LAYERS), range(48, TOKENS))
+                sending.finish(b"aux")
+                self.assertEqual(receiving.wait(TIMEOUT).check().aux, b"aux")
+                receiving.wait_pages(TIMEOUT)
+                with self.assertRaises(crossdock.errors.Finished):
+                    sending.add_pages(more)
+        self.assertTrue(same_pages(self.prefill, [*pages, *more], self.decode, self.pages, TOKENS))
+
+    def test_tokens_without_pages_are_refused(self) -> None:
+        with self.decode.node.receive(self.peer, 41, TOKENS, self.pages) as receiving:
+            with self.prefill.node.send_ahead(41, TOKENS) as sending:
+                sending.send(range(LAYERS), range(0, 16))
+                end = sending.wait(TIMEOUT)
+                self.assertEqual((end.outcome, end.by), (Outcome.REFUSED, crossdock.By.HERE))
+                self.assertIn("do not hold", end.message)
+                self.assertEqual(receiving.wait(TIMEOUT).outcome, Outcome.REFUSED)
+                receiving.wait_pages(TIMEOUT)
 
     def test_the_node_is_closed_first(self) -> None:
         receiving = self.decode.node.receive(self.peer, 4, TOKENS, self.pages)

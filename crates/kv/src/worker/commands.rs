@@ -1,9 +1,11 @@
 //! What users ask for.
 
+use crossdock_memory::PageRef;
 use crossdock_proto::{LinkCause, Misfit, RoomId, SessionEnd};
 
 use super::Worker;
-use super::opening::Asked;
+use super::notices::same_tokens;
+use super::opening::{Asked, Offer};
 use super::room::{Item, Kind, MAX_ITEMS, Room};
 use crate::request::{Command, ScatterServeRequest};
 
@@ -38,14 +40,15 @@ impl Worker {
             Command::Receive { key, request, asked_ns, pull, told } => {
                 self.open_decode(&Asked { now, key, asked_ns }, request, pull, told);
             }
-            Command::Open { key, request, asked_ns, end } => {
-                self.open_prefill(&Asked { now, key, asked_ns }, request, None, end);
+            Command::Open { key, request, is_ahead, asked_ns, end } => {
+                self.open_prefill(&Asked { now, key, asked_ns }, request, &Offer::Send { is_ahead }, end);
             }
+            Command::AddPages { key, pool, pages } => self.add_pages(key, pool, &pages),
             Command::Send { key, layers, tokens } => self.send(now, key, &Item { layers, tokens }),
-            Command::Finish { key, aux } => self.finish(key, &aux),
+            Command::Finish { key, aux } => self.finish(now, key, &aux),
             Command::Serve { key, request, asked_ns, end } => {
                 let ScatterServeRequest { request, aux } = request;
-                self.open_prefill(&Asked { now, key, asked_ns }, request, Some(aux), end);
+                self.open_prefill(&Asked { now, key, asked_ns }, request, &Offer::Serve { aux }, end);
             }
             Command::Cancel { key } => self.cancel(now, key),
             Command::Stats { told } => {
@@ -54,6 +57,19 @@ impl Worker {
             }
             Command::Flight { told } => self.ask_for_dump(told),
             Command::Stop => self.stopped = true,
+        }
+    }
+
+    /// More of a pool's pages are known.
+    fn add_pages(&mut self, key: u64, pool: usize, pages: &PageRef) {
+        for nth in 0..self.shares(key) {
+            let Some((id, room)) = self.share_of(key, nth) else { continue };
+            if room.pool == pool
+                && let Kind::Sending(sending) = &mut room.kind
+            {
+                sending.pages.extend_from_slice(pages.ids());
+                self.engine.proto().add_pages(id, pages.clone());
+            }
         }
     }
 
@@ -77,17 +93,23 @@ impl Worker {
     }
 
     /// Nothing more of the tokens comes: what is kept beside them is whole now, and leaves, too.
-    fn finish(&mut self, key: u64, aux: &[u8]) {
+    fn finish(&mut self, now: u64, key: u64, aux: &[u8]) {
         let layers = self.layout.layers();
         for nth in 0..self.shares(key) {
             let Some((id, room)) = self.share_of(key, nth) else { continue };
             let pool = room.pool;
             if let Kind::Sending(sending) = &mut room.kind {
+                // Of entries, all pages are known now.
+                let tokens = *sending.tokens.get_or_insert(sending.pages.len() as u32);
                 if pool > 0 {
-                    sending.add(Item { layers: layers.clone(), tokens: 0..sending.tokens });
+                    sending.add(Item { layers: layers.clone(), tokens: 0..tokens });
                 }
                 sending.finish = Some(if pool == 0 { aux.to_vec() } else { Vec::new() });
-                self.wake(id);
+                // Until then the peer's number stood for it.
+                match sending.run.as_ref().map_or(Ok(()), |run| same_tokens(tokens, run.ask.tokens)) {
+                    Ok(()) => self.wake(id),
+                    Err(misfit) => self.engine.proto().mismatch(now, id, misfit),
+                }
             }
         }
     }

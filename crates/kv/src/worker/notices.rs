@@ -16,7 +16,7 @@ use super::room::{Kind, Room};
 use super::whole::{Tell, Whole};
 use crate::params::{Answer, Ask};
 use crate::request::{Ended, PeerUp};
-use crate::{CacheLayout, Plan};
+use crate::{CacheLayout, PageTable, PageTableError, Plan, PlanError, PlanInput};
 
 impl Worker {
     pub(super) fn take_notices(&mut self, now: u64) -> bool {
@@ -119,8 +119,10 @@ impl Worker {
         let local = local_table(&self.layout, pages, start.direction, &ask);
         let tokens = self.layout.moved(&ask);
         let input = plan_input(local, &cache, &start.remote_pages, start.direction, &ask, tokens);
-        let plan = match Plan::build(&input) {
-            Ok(plan) => plan,
+        let built =
+            if matches!(room.kind, Kind::Sending(_)) { planned_ahead(&input) } else { planned(&input) };
+        let (plan, noted) = match built {
+            Ok(built) => built,
             Err(error) => {
                 room.span.in_scope(|| tracing::warn!("the two sides' pages do not fit together: {error}"));
                 return self.engine.proto().mismatch(now, id, misfit(&error, start.direction));
@@ -136,7 +138,7 @@ impl Worker {
             ask,
             cache,
             remote_pages: start.remote_pages,
-            noted: Noted::new(&plan),
+            noted,
             plan,
             at: usize::from(start.attempt > 0 && is_planted(Planted::NotSentAgain)),
             cursor: None,
@@ -161,7 +163,7 @@ impl Worker {
         // What an earlier reader has asked for is of no use to this one.
         serving.sums = None;
         let cache = self.caches.get(&session).and_then(Option::as_ref);
-        let asked = asked(params, room.pool, serving.tokens)
+        let asked = asked(params, room.pool, Some(serving.tokens))
             .and_then(|ask| Ok((ask, cache.ok_or(Misfit::Unreadable)?)));
         let (ask, cache) = match asked {
             Ok(both) => both,
@@ -287,10 +289,36 @@ impl Worker {
     }
 }
 
-/// What a decode side asks for of a request that has so many tokens here.
-fn asked(params: &[u8], pool: usize, here: u32) -> Result<Ask, Misfit> {
+fn planned(input: &PlanInput<'_>) -> Result<(Plan, Noted), PlanError> {
+    let plan = Plan::build(input)?;
+    let noted = Noted::new(&plan);
+    Ok((plan, noted))
+}
+
+/// As [`planned`], where source pages may still be to come: then any others tell whether the two sides fit together, and
+/// how much it will be, and the plan is for no tokens until some are sent.
+fn planned_ahead(input: &PlanInput<'_>) -> Result<(Plan, Noted), PlanError> {
+    let PlanInput { source, tokens, .. } = input;
+    let Err(PageTableError::NotCovered { needed, given }) = source.covering(tokens) else {
+        return planned(input);
+    };
+    let count = needed.end.saturating_sub(given.start);
+    // A peer's number of entries is not yet compared with ours.
+    if count > source.of().pages() {
+        return planned(input);
+    }
+    let mut any = source.pages.to_vec();
+    any.resize(count as usize, 0);
+    let stand_in = PageTable { pages: &any, ..*source };
+    let (mut plan, noted) = planned(&PlanInput { source: stand_in, ..input.clone() })?;
+    plan.narrow(&PlanInput { tokens: tokens.start..tokens.start, ..input.clone() })?;
+    Ok((plan, noted))
+}
+
+/// What a decode side asks for of a request that has so many tokens here, if that is known yet.
+fn asked(params: &[u8], pool: usize, here: Option<u32>) -> Result<Ask, Misfit> {
     let ask = Ask::decode(params).filter(|ask| usize::from(ask.pool) == pool).ok_or(Misfit::Unreadable)?;
-    same_tokens(here, ask.tokens).map(|()| ask)
+    same_tokens(here.unwrap_or(ask.tokens), ask.tokens).map(|()| ask)
 }
 
 /// What a prefill side says of a request that has so many tokens here.
@@ -299,6 +327,6 @@ fn answered(params: &[u8], here: u32) -> Result<Answer, Misfit> {
     same_tokens(here, answer.tokens).map(|()| answer)
 }
 
-fn same_tokens(here: u32, peer: u32) -> Result<(), Misfit> {
+pub(super) fn same_tokens(here: u32, peer: u32) -> Result<(), Misfit> {
     if here == peer { Ok(()) } else { Err(Misfit::Tokens { here, peer }) }
 }

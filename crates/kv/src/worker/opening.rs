@@ -13,9 +13,17 @@ use crossdock_proto::{
 use super::Worker;
 use super::room::{Decode, Kind, Room, SendingRoom, ServingRoom};
 use super::whole::Whole;
-use crate::CacheLayout;
 use crate::params::Ask;
 use crate::request::{DecodePromises, Ended, GatherRequest, Peer, PeerKey, ScatterRequest, name};
+use crate::{CacheLayout, Extent};
+
+/// What the prefill side does with its pages.
+pub(super) enum Offer {
+    /// It sends them; ahead of some that it does not know yet.
+    Send { is_ahead: bool },
+    /// Readers fetch them, and are handed this with the bytes.
+    Serve { aux: Vec<u8> },
+}
 
 /// When a user has asked for a room, and by which number.
 pub(super) struct Asked {
@@ -141,32 +149,32 @@ impl Worker {
         if is_sound { Ok(()) } else { Err(misfit(Misfit::Ranks)) }
     }
 
-    fn check_scatter(&self, request: &ScatterRequest) -> Result<(), End> {
+    /// Of a room that is opened ahead of its pages, no list is too short.
+    fn check_scatter(&self, request: &ScatterRequest, is_ahead: bool) -> Result<(), End> {
         let ScatterRequest { ranks, tokens, pages, .. } = request;
         self.check_lists(pages.len(), ranks.iter().copied())?;
         for (pool, pages) in pages.iter().enumerate() {
             let ask = self.layout.ask(pool, *tokens, 0, pages.len());
             let table = self.layout.prefill_table(&ask, pages.ids());
-            if table.covering(&self.layout.moved(&ask)).is_err() {
+            if !is_ahead && table.covering(&self.layout.moved(&ask)).is_err() {
                 return Err(misfit(Misfit::Pages { whose: Who::Here }));
             }
         }
         Ok(())
     }
 
-    /// Opens a share for each rank and pool: one that is served, with this `aux`, or, without, one that is sent.
+    /// Opens a share for each rank and pool.
     pub(super) fn open_prefill(
         &mut self,
         asked: &Asked,
         request: ScatterRequest,
-        aux: Option<Vec<u8>>,
+        offer: &Offer,
         end: Promise<Ended>,
     ) {
         let &Asked { now, key, .. } = asked;
-        let role = if aux.is_some() { "serve" } else { "send" };
-        // What goes with the pages goes with those of the tokens.
-        let aux_of = |pool| aux.as_ref().map(|aux| if pool == 0 { aux.clone() } else { Vec::new() });
-        if let Err(why) = self.check_scatter(&request) {
+        let role = if matches!(offer, Offer::Serve { .. }) { "serve" } else { "send" };
+        let is_ahead = matches!(offer, Offer::Send { is_ahead: true });
+        if let Err(why) = self.check_scatter(&request, is_ahead) {
             return self.tell(end, Ended::alone(why));
         }
         let ScatterRequest { ranks, room, use_count, tokens, pages, deadline } = request;
@@ -174,24 +182,39 @@ impl Worker {
         let mut whole = Whole::prefill(end);
         for (pool, shared) in pages.into_iter().enumerate() {
             let ask = self.layout.ask(pool, tokens, 0, shared.len());
+            let is_counted = !is_ahead || self.layout.pools()[pool].extent() != Extent::Entries;
             let ids: Arc<[u32]> = shared.ids().into();
             for &rank in &ranks {
                 let (share, pages) =
                     (name(room, use_count, (self.layout.rank(), rank, pool)), shared.clone());
-                let (aux, buffers) = (aux_of(pool), self.buffers[pool].clone());
                 let (rank, room) = (Some(rank), share);
-                let opened = match &aux {
-                    None => self.engine.proto().send_room(now, Send { room, rank, pages, deadline_ns }),
-                    Some(_) => {
+                let opened = match offer {
+                    Offer::Send { .. } => {
+                        self.engine.proto().send_room(now, Send { room, rank, pages, deadline_ns })
+                    }
+                    Offer::Serve { .. } => {
+                        let buffers = self.buffers[pool].clone();
                         self.engine.proto().serve(now, Serve { room, rank, pages, buffers, deadline_ns })
                     }
                 };
                 match opened {
                     Ok(id) => {
-                        let (tokens, pages) = (ask.tokens, ids.clone());
-                        let kind = match aux {
-                            None => Kind::Sending(SendingRoom::new(tokens, pages)),
-                            Some(aux) => Kind::Serving(ServingRoom { tokens, pages, aux, ask, sums: None }),
+                        let tokens = ask.tokens;
+                        let kind = match offer {
+                            Offer::Send { .. } => {
+                                Kind::Sending(SendingRoom::new(is_counted.then_some(tokens), ids.to_vec()))
+                            }
+                            Offer::Serve { aux } => {
+                                // What goes with the pages goes with those of the tokens.
+                                let aux = if pool == 0 { aux.clone() } else { Vec::new() };
+                                Kind::Serving(ServingRoom {
+                                    tokens,
+                                    pages: ids.clone(),
+                                    aux,
+                                    ask,
+                                    sums: None,
+                                })
+                            }
                         };
                         whole.opened(id);
                         self.add_share(key, id, pool, span(role, share, tokens), kind);

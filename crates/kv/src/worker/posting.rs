@@ -115,7 +115,7 @@ impl Worker {
         let Some(room) = self.rooms.get_mut(&id) else { return Pumped::Nothing };
         match &mut room.kind {
             Kind::Sending(sending) => {
-                let SendingRoom { run: Some(run), pages, items, finish, tokens, .. } = sending else {
+                let SendingRoom { run: Some(run), pages, items, finish, .. } = sending else {
                     return Pumped::Nothing;
                 };
                 let local = local_table(&self.layout, pages, Direction::Write, &run.ask);
@@ -138,7 +138,7 @@ impl Worker {
                 };
                 run.posted_all = true;
                 // Kept, because another attempt may have to say it again.
-                let answer = Answer { tokens: *tokens, aux: aux.clone(), checksums }.encode();
+                let answer = Answer { tokens: run.ask.tokens, aux: aux.clone(), checksums }.encode();
                 self.engine.posted_all(now, run.transfer, answer);
             }
             Kind::Decode(decode) if decode.proof.is_some() => {

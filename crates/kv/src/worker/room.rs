@@ -71,8 +71,10 @@ pub(super) struct Decode {
 }
 
 pub(super) struct SendingRoom {
-    pub tokens: u32,
-    pub pages: Arc<[u32]>,
+    /// Of the request; entries, of a pool of these: `None` until all their pages are known.
+    pub tokens: Option<u32>,
+    /// Those that are known so far, of a room that was opened ahead of them.
+    pub pages: Vec<u32>,
     /// Everything that was sent so far, in order: it is sent again when a lane is lost. What has been posted is joined
     /// where it can be, so that a room in many chunks stays short.
     pub items: Vec<Item>,
@@ -97,7 +99,7 @@ pub(super) struct Item {
 }
 
 impl SendingRoom {
-    pub fn new(tokens: u32, pages: Arc<[u32]>) -> Self {
+    pub fn new(tokens: Option<u32>, pages: Vec<u32>) -> Self {
         Self { tokens, pages, items: Vec::with_capacity(USUAL_ITEMS), finish: None, run: None }
     }
 
