@@ -258,6 +258,10 @@ pub(crate) struct Taken {
 }
 
 impl Taken {
+    pub fn is_by_handle(&self) -> bool {
+        self.from.is_some()
+    }
+
     /// The room has not begun for another reason.
     pub fn put_back(self) {
         if let Some(slot) = self.from.and_then(|handle| PAGES.get(handle).ok()) {

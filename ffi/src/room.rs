@@ -13,6 +13,7 @@ use crossdock::{
     ScatterRequest, ScatterServeRequest, SendError, Sending, Serving, SessionEnd, Source, Stage, Who,
 };
 use parking_lot::Mutex;
+use smallvec::SmallVec;
 
 use crate::arguments::{copy_out, deadline, list, milliseconds, not_null, put, text_out};
 use crate::bell::Bell;
@@ -185,7 +186,7 @@ struct State {
     control: Control,
     end: Option<Received>,
     /// Of a room that receives, by pool.
-    lists: Vec<List>,
+    lists: SmallVec<[List; 1]>,
     /// Events that were not handed out yet.
     news: Vec<u32>,
 }
@@ -400,7 +401,7 @@ unsafe fn decode(
     // SAFETY: as above.
     let lists = unsafe { list("pages", options.pages, options.page_lists) }?;
     node.check_lists(lists.len())?;
-    let mut taken = Vec::with_capacity(lists.len());
+    let mut taken: SmallVec<[pool::Taken; 2]> = SmallVec::new();
     for list in lists {
         // SAFETY: as above.
         match unsafe { pool::take(list) } {
@@ -411,7 +412,7 @@ unsafe fn decode(
             }
         }
     }
-    let is_kept: Vec<bool> = lists.iter().map(|list| list.pages != 0).collect();
+    let is_kept: SmallVec<[bool; 8]> = taken.iter().map(pool::Taken::is_by_handle).collect();
     let layers = options.first_layer..options.first_layer.saturating_add(options.layers);
     let request = GatherRequest {
         sources,
@@ -483,7 +484,8 @@ unsafe fn send(
         return Err(Fault::argument("aux is given by crossdock_room_finish where layers are sent"));
     }
     let sending = open(&node.handle, request)?;
-    let state = State { control: Control::Sending(sending), end: None, lists: Vec::new(), news: Vec::new() };
+    let state =
+        State { control: Control::Sending(sending), end: None, lists: SmallVec::new(), news: Vec::new() };
     // SAFETY: as above.
     unsafe { begin(node, options.user_data, state, room) }
 }
@@ -507,7 +509,7 @@ pub unsafe extern "C" fn crossdock_serve(
         let aux = unsafe { list("aux", options.aux, options.aux_bytes) }?.to_vec();
         let serving = node.handle.serve(ScatterServeRequest { request, aux })?;
         let state =
-            State { control: Control::Serving(serving), end: None, lists: Vec::new(), news: Vec::new() };
+            State { control: Control::Serving(serving), end: None, lists: SmallVec::new(), news: Vec::new() };
         // SAFETY: as above.
         unsafe { begin(node, options.user_data, state, room) }
     })
@@ -548,17 +550,19 @@ unsafe fn begin(
 ) -> Result<(), Fault> {
     let mut state = Some(state);
     let shared = node.clone();
+    let mut made = None;
     let handle = ROOMS
         .insert(|handle| {
             let state = Mutex::new(state.take().expect("made once"));
-            Arc::new(Room { node: shared, handle, user_data, bell: Bell::new(), state })
+            let room = Arc::new(Room { node: shared, handle, user_data, bell: Bell::new(), state });
+            made.insert(room).clone()
         })
         .inspect_err(|_| {
             // Nobody could name it: it ends, and its pages go home to their pool.
             state.iter().for_each(|state| drop(state.control.cancel()));
         })?;
+    let room = made.expect("inserted");
     node.events.opened();
-    let room = ROOMS.get(handle)?;
     let mut state = room.state.lock();
     state.listen(&Waker::from(room.clone()));
     if !state.news.is_empty() {
