@@ -1,25 +1,39 @@
 //! Writes and reads by address: over every port, with memory that comes late, goes early, and with peers that go away.
 
+mod carriers;
+
 use std::time::{Duration, Instant};
 
 use crossdock::xfer::{
     Block, Direction, Endpoint, EndpointConfig, RegisterError, Transfer, TransferError, Transferring,
 };
-use crossdock::{
-    AllocateOptions, Authentication, Memory, PortConfig, PortError, SessionEnd, ShmOptions, TicketError,
-};
+use crossdock::{AllocateOptions, Authentication, Memory, PortConfig, PortError, SessionEnd, TicketError};
+
+use carriers::Carrier;
 
 const WAIT: Duration = Duration::from_secs(30);
 
-fn endpoint(name: &str, port: &str) -> Endpoint {
-    let mut config = EndpointConfig::new(name, Authentication::PreSharedKey(b"of these tests only".to_vec()));
-    config.ports = match port {
-        "shm" => vec![PortConfig::Shm(ShmOptions::default())],
-        "tcp" => vec![PortConfig::Tcp(None)],
-        _ => config.ports,
-    };
-    config.lanes_per_rail = 2;
-    Endpoint::open(config).unwrap()
+/// Two of them, which write to each other.
+fn endpoints(carrier: &Carrier) -> (Endpoint, Endpoint) {
+    (open("here", vec![carrier.port(0)]), open("there", vec![carrier.port(1)]))
+}
+
+/// Devices that are software of an emulated kernel move some megabytes a second, and give up where they are given more.
+fn is_slow(carrier: &Carrier) -> bool {
+    matches!(carrier, Carrier::Devices(_))
+}
+
+/// Over whatever there is without devices.
+fn endpoint(name: &str) -> Endpoint {
+    open(name, config(name).ports)
+}
+
+fn open(name: &str, ports: Vec<PortConfig>) -> Endpoint {
+    Endpoint::open(EndpointConfig { ports, lanes_per_rail: 2, ..config(name) }).unwrap()
+}
+
+fn config(name: &str) -> EndpointConfig {
+    EndpointConfig::new(name, Authentication::PreSharedKey(b"of these tests only".to_vec()))
 }
 
 fn soon() -> Instant {
@@ -73,17 +87,18 @@ fn bytes(memory: &Memory, offset: usize, count: usize) -> Vec<u8> {
 
 #[test]
 fn blocks_of_any_length_move_both_ways() {
-    for port in ["shm", "tcp"] {
-        let (here, there) = (endpoint("here", port), endpoint("there", port));
+    for carrier in Carrier::all() {
+        let (here, there) = endpoints(&carrier);
         let (local, remote) = (memory(40 << 20), memory(40 << 20));
         register(&here, &local).unwrap();
         register(&there, &remote).unwrap();
         fill(&local, 1);
         // Pages, a long stretch, single bytes, nothing.
-        let mut places: Vec<(usize, usize, usize)> = (0..2_000)
+        let (pages, stretch) = if is_slow(&carrier) { (200, 1 << 20) } else { (2_000, 20 << 20) };
+        let mut places: Vec<(usize, usize, usize)> = (0..pages)
             .map(|page| ((page * 37 % 2_048) * 4_096, (page * 11 % 2_048) * 4_096, 4_096))
             .collect();
-        places.extend([(8 << 20, 9 << 20, 20 << 20), (3, 30 << 20, 1), (77, (30 << 20) + 1, 5), (9, 9, 0)]);
+        places.extend([(8 << 20, 9 << 20, stretch), (3, 30 << 20, 1), (77, (30 << 20) + 1, 5), (9, 9, 0)]);
         let block = |&(from, to, bytes): &(usize, usize, usize)| Block {
             local: address(&local, from),
             remote: address(&remote, to),
@@ -92,13 +107,19 @@ fn blocks_of_any_length_move_both_ways() {
         let blocks: Vec<Block> = places.iter().map(block).collect();
         moved(&here, &there, Direction::Write, blocks.clone()).unwrap();
         for &(from, to, count) in &places {
-            assert!(bytes(&local, from, count) == bytes(&remote, to, count), "{port}: {from} {to} {count}");
+            assert!(
+                bytes(&local, from, count) == bytes(&remote, to, count),
+                "{carrier:?}: {from} {to} {count}"
+            );
         }
         // Back, into memory that was cleared.
         local.fill(0, local.bytes(), 0).unwrap();
         moved(&here, &there, Direction::Read, blocks).unwrap();
         for &(from, to, count) in &places {
-            assert!(bytes(&local, from, count) == bytes(&remote, to, count), "{port}: {from} {to} {count}");
+            assert!(
+                bytes(&local, from, count) == bytes(&remote, to, count),
+                "{carrier:?}: {from} {to} {count}"
+            );
         }
         // The other side dials nobody and writes all the same: there is one session.
         let back = Block { local: address(&remote, 5), remote: address(&local, 6), bytes: 1_000 };
@@ -109,7 +130,7 @@ fn blocks_of_any_length_move_both_ways() {
 
 #[test]
 fn an_empty_transfer_is_a_probe() {
-    let (here, there) = (endpoint("here", ""), endpoint("there", ""));
+    let (here, there) = (endpoint("here"), endpoint("there"));
     moved(&here, &there, Direction::Write, Vec::new()).unwrap();
     let nobody = Transfer {
         peer: "127.0.0.1:1".into(),
@@ -128,7 +149,7 @@ fn probe() -> Transfer {
 
 #[test]
 fn a_stranger_is_refused_at_once() {
-    let here = endpoint("here", "");
+    let here = endpoint("here");
     let key = Authentication::PreSharedKey(b"another key altogether".to_vec());
     let there = Endpoint::open(EndpointConfig::new("there", key)).unwrap();
     let end = moved(&here, &there, Direction::Write, Vec::new()).unwrap_err();
@@ -137,8 +158,8 @@ fn a_stranger_is_refused_at_once() {
 
 #[test]
 fn memory_that_is_registered_later_is_found() {
-    for port in ["shm", "tcp"] {
-        let (here, there) = (endpoint("here", port), endpoint("there", port));
+    for carrier in Carrier::all() {
+        let (here, there) = endpoints(&carrier);
         let (local, remote) = (memory(1 << 20), memory(1 << 20));
         register(&here, &local).unwrap();
         fill(&local, 3);
@@ -164,7 +185,7 @@ fn memory_that_is_registered_later_is_found() {
                 })
                 .collect();
             for mut moving in begun {
-                assert_eq!(moving.end.wait_until(soon()).unwrap(), Ok(()), "{port}");
+                assert_eq!(moving.end.wait_until(soon()).unwrap(), Ok(()), "{carrier:?}");
             }
             assert!(bytes(&second, 0, 1 << 20) == bytes(&local, 0, 1 << 20));
             unregister(&there, &second).unwrap();
@@ -184,8 +205,8 @@ fn unregister(endpoint: &Endpoint, memory: &Memory) -> Result<(), RegisterError>
 
 #[test]
 fn memory_that_was_taken_back_is_the_callers_again() {
-    for port in ["shm", "tcp"] {
-        let (here, there) = (endpoint("here", port), endpoint("there", port));
+    for carrier in Carrier::all() {
+        let (here, there) = endpoints(&carrier);
         let (local, mut remote) = (memory(1 << 16), memory(1 << 16));
         register(&here, &local).unwrap();
         register(&there, &remote).unwrap();
@@ -198,7 +219,7 @@ fn memory_that_was_taken_back_is_the_callers_again() {
         let block = vec![Block { local: address(&local, 0), remote: address(&remote, 0), bytes: 1 << 16 }];
         moved(&here, &there, Direction::Write, block.clone()).unwrap();
         unregister(&there, &remote).unwrap();
-        assert!(remote.is_last_handle(), "{port}");
+        assert!(remote.is_last_handle(), "{carrier:?}");
         assert_eq!(unregister(&there, &remote), Err(RegisterError::Unknown { address: address(&remote, 0) }));
         let unknown = moved(&here, &there, Direction::Write, block.clone()).unwrap_err();
         assert!(matches!(unknown, TransferError::UnknownRemote { .. }), "{unknown}");
@@ -209,10 +230,10 @@ fn memory_that_was_taken_back_is_the_callers_again() {
 
 #[test]
 fn a_peer_that_goes_away_is_told_and_one_that_comes_back_is_found() {
-    let here = endpoint("here", "tcp");
+    let here = open("here", vec![PortConfig::Tcp(None)]);
     let local = memory(64 << 20);
     register(&here, &local).unwrap();
-    let there = endpoint("there", "tcp");
+    let there = open("there", vec![PortConfig::Tcp(None)]);
     let remote = memory(64 << 20);
     register(&there, &remote).unwrap();
     let block = Block { local: address(&local, 0), remote: address(&remote, 0), bytes: 64 << 20 };
@@ -226,10 +247,8 @@ fn a_peer_that_goes_away_is_told_and_one_that_comes_back_is_found() {
         let _ = moving.end.wait_until(soon()).unwrap();
         moving.quiet.wait_until(soon()).unwrap();
     }
-    let mut config =
-        EndpointConfig::new("there", Authentication::PreSharedKey(b"of these tests only".to_vec()));
-    (config.ports, config.bind) = (vec![PortConfig::Tcp(None)], bind);
-    let there = Endpoint::open(config).unwrap();
+    let ports = vec![PortConfig::Tcp(None)];
+    let there = Endpoint::open(EndpointConfig { ports, bind, ..config("there") }).unwrap();
     register(&there, &remote).unwrap();
     fill(&local, 9);
     moved(&here, &there, Direction::Write, vec![block]).unwrap();
@@ -238,7 +257,7 @@ fn a_peer_that_goes_away_is_told_and_one_that_comes_back_is_found() {
 
 #[test]
 fn whoever_waits_hears_that_the_endpoint_is_closed() {
-    let here = endpoint("here", "");
+    let here = endpoint("here");
     let mut moving = here.handle().transfer(Transfer { peer: "127.0.0.1:1".into(), ..probe() }).unwrap();
     let handle = here.handle().clone();
     drop(here);
@@ -249,8 +268,8 @@ fn whoever_waits_hears_that_the_endpoint_is_closed() {
 /// Memory of the caller's own, too, which shared memory's port reaches by the kernel.
 #[test]
 fn memory_is_the_callers_again_when_the_endpoint_is_closed() {
-    for port in ["shm", "tcp"] {
-        let (here, there) = (endpoint("here", port), endpoint("there", port));
+    for carrier in Carrier::all() {
+        let (here, there) = endpoints(&carrier);
         let (mut source, mut target) = (vec![3u8; 1 << 20], vec![0u8; 1 << 20]);
         let own = |bytes: &mut Vec<u8>| {
             // SAFETY: the vector outlives the memory, as the test shows, and nobody looks at it meanwhile.
@@ -265,22 +284,22 @@ fn memory_is_the_callers_again_when_the_endpoint_is_closed() {
             cause: SessionEnd::Port(PortError::Unsupported { advice, .. }),
         }) = end
         {
-            println!("skipped: {port}: {advice}");
+            println!("skipped: {carrier:?}: {advice}");
             continue;
         }
         end.unwrap();
         drop(here);
-        assert!(local.is_last_handle(), "{port}");
+        assert!(local.is_last_handle(), "{carrier:?}");
         drop(there);
-        assert!(remote.is_last_handle(), "{port}");
-        assert!(target.iter().all(|&byte| byte == 3), "{port}");
+        assert!(remote.is_last_handle(), "{carrier:?}");
+        assert!(target.iter().all(|&byte| byte == 3), "{carrier:?}");
     }
 }
 
 /// Numbers of regions are used again: an endpoint may register for as long as it likes.
 #[test]
 fn memory_comes_and_goes_more_often_than_there_are_numbers() {
-    let (here, there) = (endpoint("here", "tcp"), endpoint("there", "tcp"));
+    let (here, there) = endpoints(&Carrier::Tcp);
     let (local, remote) = (memory(4_096), memory(4_096));
     register(&here, &local).unwrap();
     for _ in 0..4_200 {
@@ -295,8 +314,9 @@ fn memory_comes_and_goes_more_often_than_there_are_numbers() {
 /// Both sides write to each other at once, from several threads, while sessions are renewed under them.
 #[test]
 fn many_threads_write_both_ways_while_sessions_are_renewed() {
-    for port in ["shm", "tcp"] {
-        let (here, there) = (endpoint("here", port), endpoint("there", port));
+    for carrier in &Carrier::all() {
+        let (here, there) = endpoints(carrier);
+        let (rounds, page_bytes) = if is_slow(carrier) { (6, 2_048) } else { (30, 16_384) };
         let (one, other) = (memory(8 << 20), memory(8 << 20));
         register(&here, &one).unwrap();
         register(&there, &other).unwrap();
@@ -310,18 +330,18 @@ fn many_threads_write_both_ways_while_sessions_are_renewed() {
                     [(&here, &there, &one, &other), (&there, &here, &other, &one)]
                 {
                     scope.spawn(move || {
-                        for round in 0..30usize {
+                        for round in 0..rounds {
                             let blocks = (0..64).map(|page| {
                                 let page = (page * 29 + round) % 64 + thread * 64;
-                                let at = page * 16_384;
+                                let at = page * page_bytes;
                                 Block {
                                     local: address(source, at),
                                     remote: address(target, (4 << 20) + at),
-                                    bytes: 16_384,
+                                    bytes: page_bytes as u64,
                                 }
                             });
                             let end = moved(from, to, Direction::Write, blocks.collect());
-                            assert_eq!(end, Ok(()), "{port}: whatever is renewed");
+                            assert_eq!(end, Ok(()), "{carrier:?}: whatever is renewed");
                         }
                     });
                 }
@@ -337,9 +357,11 @@ fn many_threads_write_both_ways_while_sessions_are_renewed() {
             });
         });
         for (from, to, source, target) in [(&here, &there, &one, &other), (&there, &here, &other, &one)] {
-            let block = Block { local: address(source, 0), remote: address(target, 4 << 20), bytes: 4 << 20 };
+            let count = 256 * page_bytes;
+            let block =
+                Block { local: address(source, 0), remote: address(target, 4 << 20), bytes: count as u64 };
             moved(from, to, Direction::Write, vec![block]).unwrap();
-            assert!(bytes(source, 0, 4 << 20) == bytes(target, 4 << 20, 4 << 20), "{port}");
+            assert!(bytes(source, 0, count) == bytes(target, 4 << 20, count), "{carrier:?}");
         }
     }
 }
