@@ -23,6 +23,7 @@ import threading
 import types
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from ._host import key_of_deployment, ports_of, rdma_devices, require_host_memory
 from .endpoint import Endpoint, Transfer
 from .errors import Error, Late, TimedOut
 from .memory import Memory
@@ -71,7 +72,7 @@ class TransferEngine:
         try:
             endpoint = Endpoint(
                 f"{local_hostname}-{os.getpid()}",
-                key=_key(),
+                key=key_of_deployment(),
                 bind=_bind_of(local_hostname),
                 ports=_ports_of(protocol, device_name or ""),
             )
@@ -123,7 +124,7 @@ class TransferEngine:
         return 0
 
     def _register(self, address: int, nbytes: int) -> None:
-        _require_host_memory(address, nbytes)
+        require_host_memory(address, nbytes)
         memory = Memory.at(address, nbytes)
         try:
             self._opened().register(memory)
@@ -304,7 +305,7 @@ class TransferEngine:
 
     def get_local_topology(self, device_name: Optional[str] = None) -> str:
         """Which devices are near to which memory, as JSON in Mooncake's form; here, one entry for all memory."""
-        devices = [name for name in (device_name or "").split(",") if name] or _rdma_devices()
+        devices = [name for name in (device_name or "").split(",") if name] or rdma_devices()
         return json.dumps({"cpu:0": [devices, []]})
 
     def allocate_managed_buffer(self, length: int) -> int:
@@ -417,14 +418,6 @@ def install() -> None:
     sys.modules["mooncake.engine"] = sys.modules[__name__]
 
 
-def _key() -> Optional[bytes]:
-    key = os.environ.get("CROSSDOCK_KEY")
-    if not key:
-        _log.warning("CROSSDOCK_KEY is not set: anybody who can reach this process may write its registered memory")
-        return None
-    return key.encode()
-
-
 def _bind_of(hostname: str) -> str:
     """`"ip:port"` of `"host"` or `"host:port"`; what is not numbered takes any free port."""
     host, port = _split(hostname)
@@ -458,42 +451,14 @@ def _resolved(host: str) -> str:
 
 
 def _ports_of(protocol: str, devices: str) -> str:
-    """Peers on this host are reached through memory in any case."""
     if protocol == "tcp" or os.environ.get("MC_FORCE_TCP"):
         return "shm,tcp"
     if protocol != "rdma":
         raise ValueError(f"protocol {protocol!r}: there are rdma and tcp")
-    named = [f"verbs:{device}" for device in devices.split(",") if device]
-    if not named and not _rdma_devices():
+    ports = ports_of(devices)
+    if "verbs" not in ports:
         _log.warning("no RDMA device is here: peers on other hosts are reached by TCP")
-        return "shm,tcp"
-    return ",".join(["shm", *(named or ["verbs"]), "tcp"])
-
-
-def _rdma_devices() -> List[str]:
-    try:
-        return sorted(os.listdir("/sys/class/infiniband"))
-    except OSError:
-        return []
-
-
-def _require_host_memory(address: int, nbytes: int) -> None:
-    """Raises OSError where the first or the last byte cannot be read, as those of a GPU cannot: the kernel looks, which is
-    harmless."""
-    from ._abi import ffi
-
-    if nbytes <= 0:
-        raise ValueError(f"a memory of {nbytes} bytes")
-    reader, writer = os.pipe()
-    try:
-        for at in (address, address + nbytes - 1):
-            try:
-                os.write(writer, ffi.buffer(ffi.cast("char *", at), 1))
-            except OSError as error:
-                raise OSError(error.errno, f"{nbytes} bytes at {address:#x} are no host memory") from None
-    finally:
-        os.close(reader)
-        os.close(writer)
+    return ports
 
 
 def _main() -> None:
