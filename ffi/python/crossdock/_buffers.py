@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 from math import prod
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Set, Tuple
 
 from ._abi import address_of, ffi
 from .errors import BadArgument
@@ -15,6 +15,8 @@ _ID_BYTES: Dict[str, int] = {form: array.array(form).itemsize for form in "iIlLq
 
 # Of arrays that are such buffers, as NumPy's: what their dtype comes to, once one has been looked at.
 _dtypes: Dict[object, int] = {}
+# Those of tensors that give themselves as such arrays, as PyTorch's.
+_tensor_dtypes: Set[object] = set()
 
 
 class Region(NamedTuple):
@@ -82,14 +84,17 @@ def _refuse_unless(value: object, is_contiguous: bool, is_writable: bool) -> Non
 
 
 def numbers_of(ids: Any) -> Tuple[Any, int, int]:
-    """Page numbers as C reads them: a pointer, which keeps them alive, how many, and the bytes of each. Integers of 4 or
-    8 bytes that follow each other are passed as they are; with gaps between they are copied."""
+    """Page numbers as C reads them: a pointer, which keeps them alive, how many, and the bytes of each. Integers of 4
+    or 8 bytes that follow each other are passed as they are; with gaps between they are copied."""
     try:
         dtype = getattr(ids, "dtype", None)
-        if dtype in _dtypes and ids.ndim == 1:
-            return _from_buffer(ids), len(ids), _dtypes[dtype]
-    except (TypeError, ValueError, BufferError):
-        # With gaps between them, or no buffer.
+        known = _dtypes.get(dtype)
+        if known is not None and ids.ndim == 1:
+            return _from_buffer(ids), len(ids), known
+        if dtype in _tensor_dtypes:
+            return numbers_of(ids.numpy())
+    except (TypeError, ValueError, RuntimeError, BufferError):
+        # With gaps between them, no buffer, or on a GPU.
         dtype = None
     try:
         view = memoryview(ids)
@@ -111,6 +116,15 @@ def _other_numbers(ids: Any) -> Tuple[Any, int, int]:
     if not hasattr(ids, "__dlpack__"):
         # Negative ones are refused by the library, with all others that no pool has.
         return numbers_of(array.array("q", ids))
+    try:
+        as_array = ids.numpy()
+    except (AttributeError, TypeError, RuntimeError):
+        # Not PyTorch's, or on a GPU, or built without NumPy.
+        pass
+    else:
+        numbers = numbers_of(as_array)
+        _tensor_dtypes.add(ids.dtype)
+        return numbers
     from ._dlpack import tensor_of
 
     tensor = tensor_of(ids)

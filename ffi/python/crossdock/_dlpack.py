@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple, Optional, Tuple
+import sys
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
-from .errors import Unsupported
+from .errors import BadArgument, Unsupported
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 # For CUDA: the producer is not to wait for any stream, since nothing reads the bytes here.
@@ -63,22 +64,56 @@ class Tensor(NamedTuple):
 
 def tensor_of(value: Any) -> Tensor:
     """Asks `value.__dlpack__`. The capsule is not consumed: it gives the bytes back when it goes."""
-    device = int(value.__dlpack_device__()[0])
+    try:
+        device = int(value.__dlpack_device__()[0])
+    except (ValueError, RuntimeError, BufferError) as error:
+        # PyTorch's tensors without memory.
+        raise _refused(value, error) from error
     if device not in (CPU, CUDA, CUDA_HOST, CUDA_MANAGED):
         raise Unsupported(f"a tensor on DLPack device {device}", "give host or CUDA memory", 9)
     is_cuda = device in (CUDA, CUDA_MANAGED)
-    options = {"stream": _NO_STREAM} if is_cuda else {}
-    try:
-        capsule = value.__dlpack__(max_version=(1, 0), **options)
-    except TypeError:
-        # A producer from before there were versions.
-        capsule = value.__dlpack__(**options)
+    capsule = _capsule_of(value, {"stream": _NO_STREAM} if is_cuda else {})
     if _is_valid(capsule, b"dltensor_versioned"):
         versioned = _Versioned.from_address(_pointer(capsule, b"dltensor_versioned"))
         if versioned.major != 1:
             raise Unsupported(f"DLPack {versioned.major}.{versioned.minor}", "this library knows version 1", 9)
         return _described(versioned.tensor, bool(versioned.flags & _READ_ONLY), is_cuda, capsule)
     return _described(_Tensor.from_address(_pointer(capsule, b"dltensor")), False, is_cuda, capsule)
+
+
+def _capsule_of(value: Any, options: Dict[str, Any]) -> Any:
+    try:
+        return _asked(value, options)
+    except (BufferError, RuntimeError, ValueError) as error:
+        # PyTorch tells DLPack nothing of FP8, old ones nothing of booleans; of their bytes it does.
+        as_bytes = _as_bytes(value)
+        if as_bytes is None:
+            raise _refused(value, error) from error
+        try:
+            return _asked(as_bytes, options)
+        except (BufferError, RuntimeError, ValueError):
+            raise _refused(value, error) from error
+
+
+def _asked(value: Any, options: Dict[str, Any]) -> Any:
+    try:
+        return value.__dlpack__(max_version=(1, 0), **options)
+    except TypeError:
+        # A producer from before there were versions.
+        return value.__dlpack__(**options)
+
+
+def _as_bytes(value: Any) -> Any:
+    """A tensor of PyTorch whose elements have one byte, as such bytes in the same place; `None` for anything else."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(value, torch.Tensor) or value.element_size() != 1:
+        return None
+    return value.view(torch.uint8)
+
+
+def _refused(value: object, error: Exception) -> BadArgument:
+    advice = "give a dense tensor that has memory"
+    return BadArgument(f"this {type(value).__name__} tells no memory: {error}", advice, 3)
 
 
 def _described(tensor: Any, is_read_only: bool, is_cuda: bool, capsule: object) -> Tensor:

@@ -1,90 +1,19 @@
-"""DeepEP's call shapes: what its own tests ask of them, on NumPy's arrays, and on PyTorch's tensors where that is."""
+"""DeepEP's call shapes on NumPy's arrays, by ranks that are threads, and on PyTorch's tensors where that is.
 
-import threading
+What DeepEP's own tests ask is in the table of test_torch_deep_ep.py. Here: both modes in all forms, 16 ranks, which are
+two nodes, scales of any strides and packed ones, masks, communicators of mpi4py.
+"""
+
+from __future__ import annotations
+
 import unittest
-from typing import Any, Callable, List
+from typing import Any
 
-try:
-    import numpy
-except ImportError:
-    numpy = None  # type: ignore[assignment]
-try:
-    import torch
-except ImportError:
-    torch = None  # type: ignore[assignment]
+from support import numpy, torch
+from thread_ranks import EXPERTS, HIDDEN, RANKS, TOP_K, Communicator, choices_of, layout_of, on_every_rank
+from thread_ranks import to_bf16, to_f32
 
-from crossdock.errors import BadArgument, OutOfOrder
-
-RANKS, EXPERTS, TOP_K, HIDDEN = 4, 16, 4, 256
-
-
-class Ranks:
-    """Ranks that are threads, as a group that can all-gather."""
-
-    def __init__(self, ranks: int) -> None:
-        self.told: List[Any] = [None] * ranks
-        self.barrier = threading.Barrier(ranks, timeout=60)
-
-    def of(self, rank: int) -> "Rank":
-        return Rank(self, rank)
-
-
-class Rank:
-    def __init__(self, ranks: Ranks, rank: int) -> None:
-        self.ranks, self._rank = ranks, rank
-
-    def rank(self) -> int:
-        return self._rank
-
-    def size(self) -> int:
-        return len(self.ranks.told)
-
-    def all_gather(self, told: Any) -> List[Any]:
-        self.ranks.told[self._rank] = told
-        self.ranks.barrier.wait()
-        heard = list(self.ranks.told)
-        self.ranks.barrier.wait()
-        return heard
-
-
-def on_every_rank(work: Callable[[Any, int], None], ranks: int = RANKS, **options: Any) -> None:
-    from crossdock.deep_ep import Buffer
-
-    group, failed = Ranks(ranks), []
-
-    def run(rank: int) -> None:
-        try:
-            buffer = Buffer(group.of(rank), explicitly_destroy=True, **options)
-            work(buffer, rank)
-            group.barrier.wait()
-            buffer.destroy()
-        except BaseException as error:
-            failed.append(error)
-            group.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for error in sorted(failed, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-        raise error
-
-
-def to_bf16(values: Any) -> Any:
-    """Bits; exact for the small integers that are used here."""
-    return (numpy.ascontiguousarray(values, numpy.float32).view(numpy.uint32) >> 16).astype(numpy.uint16)
-
-
-def to_f32(bits: Any) -> Any:
-    return (numpy.asarray(bits).astype(numpy.uint32) << 16).view(numpy.float32)
-
-
-def choices_of(rank: int, tokens: int, seed: int = 0) -> Any:
-    random = numpy.random.default_rng(1000 * seed + rank)
-    chosen = numpy.argsort(random.random((tokens, EXPERTS)), axis=1)[:, :TOP_K].astype(numpy.int64)
-    chosen[random.random((tokens, TOP_K)) < 0.1] = -1
-    return chosen
+from crossdock.errors import BadArgument
 
 
 def from_e4m3(values: Any) -> Any:
@@ -110,7 +39,8 @@ class DeepEp(unittest.TestCase):
             self.assertTrue((is_in == (chosen[:, :, None] // 4 == numpy.arange(RANKS)).any(1)).all())
             self.assertTrue((per_rank == is_in.sum(0)).all())
             layout = dict(num_tokens_per_rank=per_rank, is_token_in_rank=is_in, num_tokens_per_expert=per_expert)
-            out = buffer.dispatch(x, **layout, topk_idx=chosen, topk_weights=weights, expert_alignment=8, async_finish=True)
+            options = dict(topk_idx=chosen, topk_weights=weights, expert_alignment=8, async_finish=True)
+            out = buffer.dispatch(x, **layout, **options)
             recv_x, recv_idx, recv_weights, counts, handle, event = out
             event.current_stream_wait()
             ends = handle[0][:, rank]
@@ -170,7 +100,7 @@ class DeepEp(unittest.TestCase):
         def work(buffer: Any, rank: int) -> None:
             x = to_bf16(numpy.full((8, HIDDEN), rank + 1))
             is_in = numpy.arange(8)[:, None] % RANKS == numpy.arange(RANKS)
-            out = buffer.dispatch(x, num_tokens_per_rank=is_in.sum(0), is_token_in_rank=is_in, num_tokens_per_expert=None)
+            out = buffer.dispatch(x, num_tokens_per_rank=is_in.sum(0), is_token_in_rank=is_in)
             recv_x, recv_idx, recv_weights, counts, handle, _ = out
             self.assertEqual((len(recv_x), recv_idx, recv_weights, counts), (8, None, None, []))
             combined, weights, _ = buffer.combine(recv_x, handle)
@@ -198,11 +128,12 @@ class DeepEp(unittest.TestCase):
         on_every_rank(work)
 
     def low_latency(self, buffer: Any, rank: int, fp8: str, hook: bool) -> None:
+        ranks, here = buffer.group_size, EXPERTS // buffer.group_size
         tokens, most = 9 - rank, 16
         chosen = choices_of(rank, tokens)
         x = to_bf16(numpy.full((tokens, HIDDEN), rank + 1))
         x[:, 0] = to_bf16(numpy.arange(tokens) * 2)
-        stats, costs = numpy.zeros(4, numpy.int32), numpy.zeros(RANKS, numpy.int64)
+        stats, costs = numpy.zeros(here, numpy.int32), numpy.zeros(ranks, numpy.int64)
         received, counts, handle, event, receive = buffer.low_latency_dispatch(
             x,
             chosen,
@@ -224,20 +155,21 @@ class DeepEp(unittest.TestCase):
         else:
             rows, scales = received
             if fp8 == "ue8m0":
-                self.assertEqual(scales.shape, (4, RANKS * most, 1))
+                self.assertEqual(scales.shape, (here, ranks * most, 1))
                 exponents = numpy.ascontiguousarray(scales).view(numpy.uint8)[:, :, :2].astype(numpy.float64) - 127
                 scales = 2.0**exponents
-            self.assertEqual(scales.shape, (4, RANKS * most, 2))
+            self.assertEqual(scales.shape, (here, ranks * most, 2))
             with numpy.errstate(all="ignore"):
                 values = from_e4m3(rows) * numpy.repeat(scales, 128, axis=2)
         self.assertTrue((stats == counts).all())
         source_info, layout = handle[0], handle[1]
-        for expert in range(4):
+        for expert in range(here):
             begin = 0
-            for source in range(RANKS):
+            for source in range(ranks):
                 theirs = choices_of(source, 9 - source)
-                theirs = numpy.flatnonzero((theirs == 4 * rank + expert).any(1))
-                self.assertEqual((layout[expert, source] >> 32, layout[expert, source] & 0xFFFFFFFF), (begin, len(theirs)))
+                theirs = numpy.flatnonzero((theirs == here * rank + expert).any(1))
+                told = layout[expert, source]
+                self.assertEqual((told >> 32, told & 0xFFFFFFFF), (begin, len(theirs)))
                 rows = slice(begin, begin + len(theirs))
                 self.assertTrue((source_info[expert, rows] == theirs).all())
                 self.assertTrue(numpy.allclose(values[expert, rows, 1:], source + 1, rtol=0.07))
@@ -290,19 +222,6 @@ class DeepEp(unittest.TestCase):
 
         on_every_rank(work, low_latency_mode=True)
 
-    def test_a_hook_that_comes_too_late_says_so(self) -> None:
-        def work(buffer: Any, rank: int) -> None:
-            x, chosen = to_bf16(numpy.zeros((2, HIDDEN))), choices_of(rank, 2)
-            hooks = []
-            for _ in range(9):
-                begun = buffer.low_latency_dispatch(x, chosen, 16, EXPERTS, use_fp8=False, return_recv_hook=True)
-                hooks.append(begun[4])
-            with self.assertRaises(OutOfOrder):
-                hooks[0]()
-            hooks[8]()
-
-        on_every_rank(work, low_latency_mode=True)
-
     def test_a_masked_rank_is_told(self) -> None:
         def work(buffer: Any, rank: int) -> None:
             self.low_latency(buffer, rank, "no", False)
@@ -315,26 +234,63 @@ class DeepEp(unittest.TestCase):
 
         on_every_rank(work, low_latency_mode=True, enable_shrink=True)
 
-    def test_what_makes_no_sense_is_refused(self) -> None:
-        from crossdock.deep_ep import Buffer, Config
+    def test_sixteen_ranks_are_two_nodes(self) -> None:
+        def work(buffer: Any, rank: int) -> None:
+            chosen = choices_of(rank, 6)
+            x = to_bf16(numpy.full((6, HIDDEN), rank))
+            layout = layout_of(buffer, chosen)
+            is_in = layout["is_token_in_rank"]
+            nodes = is_in.reshape(6, 2, 8).any(2).sum(0)
+            self.assertEqual(layout["num_tokens_per_rdma_rank"].tolist(), nodes.tolist())
+            weights = numpy.ones((6, TOP_K), numpy.float32)
+            options = dict(topk_idx=chosen, topk_weights=weights, config=buffer.get_dispatch_config(16))
+            recv_x, _, _, _, handle, _ = buffer.internode_dispatch(x, **layout, **options)
+            self.assertEqual(len(handle), 10)
+            # One expert a rank: a choice of it is a row.
+            sent = [int((choices_of(source, 6) == rank).sum()) for source in range(16)]
+            self.assertEqual(handle[-4].tolist(), numpy.cumsum(sent).tolist())
+            self.assertEqual(handle[4].tolist(), numpy.cumsum(sent)[[7, 15]].tolist())
+            self.assertEqual(len(handle[-3]), len(recv_x))
+            self.assertTrue((to_f32(recv_x[:, 0]) == numpy.repeat(numpy.arange(16), sent)).all())
+            combined, _, _ = buffer.internode_combine(recv_x, handle, config=buffer.get_combine_config(16))
+            self.assertTrue((to_f32(combined) == to_f32(x) * is_in.sum(1, keepdims=True)).all())
 
-        with self.assertRaises(ValueError):
-            Buffer(None)
-        with self.assertRaises(BadArgument):
-            Config(3)
-        with self.assertRaises(AssertionError):
-            Buffer.get_dispatch_config(7)
-        self.assertGreater(Config(20, 6, 256).get_nvl_buffer_size_hint(HIDDEN * 2, 8), 0)
+        on_every_rank(work, ranks=16)
+
+    def test_scales_that_are_packed_by_four(self) -> None:
+        def work(buffer: Any, rank: int) -> None:
+            chosen, random = choices_of(rank, 7), numpy.random.default_rng(rank)
+            values = random.integers(0, 120, (7, 1024)).astype(numpy.uint8)
+            layout, weights = layout_of(buffer, chosen), numpy.ones((7, TOP_K), numpy.float32)
+            mine = layout["is_token_in_rank"][:, rank]
+            wide = random.integers(0, 2**31, (14, 4)).astype(numpy.int32)
+            # In one piece, by columns, and with gaps both ways.
+            for scales in (wide[:7, :2].copy(), numpy.asfortranarray(wide[:7, 2:]), wide[::2, ::2]):
+                (recv, told), _, _, _, handle, _ = buffer.dispatch(
+                    (values, scales), **layout, topk_idx=chosen, topk_weights=weights
+                )
+                self.assertEqual((told.dtype, told.shape), (numpy.int32, (len(recv), 2)))
+                end = handle[0][rank, rank]
+                self.assertTrue((recv[end - mine.sum() : end] == values[mine]).all())
+                self.assertTrue((told[end - mine.sum() : end] == scales[mine]).all())
+            for wrong in (wide[:7, :3], wide[:6, :2], wide[:7, :2].astype(numpy.int64), wide[:7, 1::-1]):
+                with self.assertRaises(BadArgument):
+                    buffer.dispatch((values, wrong), **layout, topk_idx=chosen, topk_weights=weights)
+
+        on_every_rank(work, ranks=2)
+
+    def test_a_communicator_of_mpi4py(self) -> None:
+        from crossdock.deep_ep import Buffer
 
         def work(buffer: Any, rank: int) -> None:
-            x = to_bf16(numpy.zeros((5, HIDDEN)))
-            with self.assertRaisesRegex(BadArgument, "max_tokens_per_rank"):
-                big = to_bf16(numpy.zeros((5000, HIDDEN)))
-                buffer.dispatch(big, is_token_in_rank=numpy.ones((5000, 1), bool), num_tokens_per_expert=None)
-            with self.assertRaises(AssertionError):
-                buffer.dispatch(x)
+            comm = Communicator(buffer.group)
+            with_comm = Buffer(None, comm=comm, low_latency_mode=True, explicitly_destroy=True)
+            self.assertEqual((with_comm.rank, with_comm.group_size), (rank, 2))
+            self.low_latency(with_comm, rank, "no", True)
+            comm.allgather("over")
+            with_comm.destroy()
 
-        on_every_rank(work, ranks=1)
+        on_every_rank(work, ranks=2)
 
     @unittest.skipIf(torch is None, "PyTorch is not installed")
     def test_tensors_of_pytorch(self) -> None:
@@ -348,7 +304,8 @@ class DeepEp(unittest.TestCase):
             combined, _, _ = buffer.combine(recv_x, handle, recv_weights)
             self.assertTrue(torch.equal(combined, x * is_in.sum(1, keepdim=True)))
             (rows, scales), counts, handle, _, _ = buffer.low_latency_dispatch(x, chosen, 16, EXPERTS)
-            self.assertEqual((rows.dtype, scales.dtype), (torch.float8_e4m3fn, torch.float32))
+            usual = getattr(torch, "float8_e4m3fn", torch.uint8)
+            self.assertEqual((rows.dtype, scales.dtype), (usual, torch.float32))
 
         on_every_rank(work, low_latency_mode=True)
 
