@@ -773,6 +773,22 @@ typedef struct crossdock_pool_stats {
 // Pages that were taken from a pool, in an order. 0 is none.
 typedef uint64_t crossdock_pages;
 
+// Pages for a room: of a pool that allocates, `pages`; of one that does not, `ids`.
+typedef struct crossdock_page_list {
+  // The pool whose pages `ids` names; not looked at where `pages` is given.
+  crossdock_pool pool;
+  // Pages that were taken, or 0. A room that receives consumes the handle; one that sends does not.
+  crossdock_pages pages;
+  // `count` page numbers, of `id_bytes` each; read during the call.
+  const void *ids;
+  // How many.
+  size_t count;
+  // 4 (also as 0) for 32-bit numbers, 8 for 64-bit ones; signed or not.
+  uint32_t id_bytes;
+  // 0.
+  uint32_t reserved;
+} crossdock_page_list;
+
 // A registry's server. 0 is none.
 typedef uint64_t crossdock_registry;
 
@@ -791,22 +807,6 @@ typedef struct crossdock_source {
   // `CROSSDOCK_ALL_PARTS` or `CROSSDOCK_SHARED_PARTS`.
   uint32_t parts;
 } crossdock_source;
-
-// Pages for a room: of a pool that allocates, `pages`; of one that does not, `ids`.
-typedef struct crossdock_page_list {
-  // The pool whose pages `ids` names; not looked at where `pages` is given.
-  crossdock_pool pool;
-  // Pages that were taken, or 0. A room that receives consumes the handle; one that sends does not.
-  crossdock_pages pages;
-  // `count` page numbers, of `id_bytes` each; read during the call.
-  const void *ids;
-  // How many.
-  size_t count;
-  // 4 (also as 0) for 32-bit numbers, 8 for 64-bit ones; signed or not.
-  uint32_t id_bytes;
-  // 0.
-  uint32_t reserved;
-} crossdock_page_list;
 
 // What the decode side asks for.
 typedef struct crossdock_receive_options {
@@ -1559,6 +1559,15 @@ crossdock_status crossdock_pool_close(crossdock_pool pool);
 // Obligations:
 // `pages` can be written.
 crossdock_status crossdock_pool_take(crossdock_pool pool, uint32_t count, crossdock_pages *pages);
+
+// Takes the pages that `list` names by their numbers, out of a pool whose pages the engine's allocator chooses: all of them
+// or none. `CROSSDOCK_PAGE_IN_USE` where a room still sends or serves one of them, or a peer may write it: so it tells, too,
+// whether the source of a room that has ended otherwise than delivered is read no more.
+//
+// Obligations:
+// `list` points to a list, and what it names can be read; `pages` can be written.
+crossdock_status crossdock_pool_adopt(const struct crossdock_page_list *list,
+                                      crossdock_pages *pages);
 
 // Tells the numbers of pages, in their order: `capacity` of them fit into `ids`, and `count` tells how many there are.
 //

@@ -927,6 +927,20 @@ class Pool : public detail::Owned<crossdock_pool_close> {
         [&](crossdock_pages* made) { return crossdock_pool_take(handle(), count, made); });
   }
 
+  // Pages by their numbers, 4 or 8 bytes each, of a pool whose pages the engine's allocator chooses: all or none.
+  // `Status::page_in_use` where a room still sends or serves one of them, or a peer may write it.
+  template <typename Ids, typename Id = detail::Element<const Ids>>
+  Result<Pages> adopt(const Ids& ids) {
+    static_assert(std::is_integral_v<Id> && (sizeof(Id) == 4 || sizeof(Id) == 8), "page numbers have 4 or 8 bytes");
+    crossdock_page_list list = {};
+    list.pool = handle();
+    list.ids = std::data(ids);
+    list.count = std::size(ids);
+    list.id_bytes = sizeof(Id);
+    return detail::ask<Pages, crossdock_pages>(
+        [&](crossdock_pages* made) { return crossdock_pool_adopt(&list, made); });
+  }
+
   Result<PoolStats> stats() const {
     return detail::ask<PoolStats>([&](PoolStats* told) { return crossdock_pool_get_stats(handle(), told); });
   }

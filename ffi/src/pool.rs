@@ -197,6 +197,32 @@ pub unsafe extern "C" fn crossdock_pool_take(
     })
 }
 
+/// Takes the pages that `list` names by their numbers, out of a pool whose pages the engine's allocator chooses: all of them
+/// or none. `CROSSDOCK_PAGE_IN_USE` where a room still sends or serves one of them, or a peer may write it: so it tells, too,
+/// whether the source of a room that has ended otherwise than delivered is read no more.
+///
+/// # Safety
+/// `list` points to a list, and what it names can be read; `pages` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_pool_adopt(
+    list: *const crossdock_page_list,
+    pages: *mut crossdock_pages,
+) -> crossdock_status {
+    call(|| {
+        not_null("pages", pages)?;
+        // SAFETY: as the caller promises, here and below.
+        let given = unsafe { crate::arguments::list("list", list, 1) }?;
+        if given[0].pages != 0 {
+            return Err(Fault::argument("the list names pages by a handle, which has them already"));
+        }
+        // SAFETY: as above.
+        let taken = unsafe { take(&given[0]) }?;
+        let handle = insert(taken.give())?;
+        // SAFETY: as above.
+        unsafe { put("pages", pages, handle) }
+    })
+}
+
 /// Tells the numbers of pages, in their order: `capacity` of them fit into `ids`, and `count` tells how many there are.
 ///
 /// # Safety

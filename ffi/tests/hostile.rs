@@ -704,12 +704,16 @@ fn step(draw: &mut Draw<'_>, call: usize) -> crossdock_status {
                 let (choices, count) = (draw.bytes.as_ptr().cast(), draw.below(5) as usize);
                 crossdock_spread(handle, choices, count, draw.out(), ptr::null_mut(), ptr::null_mut())
             }
+            115 => {
+                let list = draw.page_list();
+                draw.keep(|_, to| crossdock_pool_adopt(&raw const list, to))
+            }
             _ => unreachable!("there are {CALLS} calls"),
         }
     }
 }
 
-const CALLS: usize = 115;
+const CALLS: usize = 116;
 
 const WORKER: &CStr =
     cr#"{"node":"n","incarnation":"1","role":"decode","address":"127.0.0.1:1","ttl_ms":1000}"#;

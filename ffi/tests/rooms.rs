@@ -232,6 +232,44 @@ fn delivered(room: u64) {
 }
 
 #[test]
+fn pages_are_taken_by_their_numbers_when_no_room_has_them() {
+    let (prefill, decode) =
+        (Worker::open(c"prefill", Options::default()), Worker::open(c"decode", Options::default()));
+    prefill.fill(7);
+    let peer = decode.connect(&prefill);
+    let ids = [0u32, 1, 2, 3, 4, 5, 6, 7];
+    let list = named(&prefill, &ids);
+    // SAFETY: the list and its numbers live; NULL is allowed.
+    let adopt = |list: &crossdock_page_list, to: *mut u64| unsafe { crossdock_pool_adopt(list, to) };
+    let sending = prefill.send(0, &list);
+    let mut pages = 0;
+    assert_eq!(adopt(&list, &raw mut pages), CROSSDOCK_PAGE_IN_USE);
+    let receiving = decode.receive(peer, 0, &named(&decode, &ids), PATIENCE_MS);
+    delivered(receiving);
+    assert_eq!(end_of(sending).outcome, CROSSDOCK_DELIVERED);
+    for room in [sending, receiving] {
+        ok(crossdock_room_close(room));
+    }
+    prefill.wait_until_free(PAGES);
+    ok(adopt(&list, &raw mut pages));
+    // The handle has them now; it can be sent, and twice they cannot be had.
+    let mut again = 0;
+    assert_eq!(adopt(&list, &raw mut again), CROSSDOCK_PAGE_IN_USE);
+    let by_handle = crossdock_page_list { pages, ..list };
+    assert_eq!(adopt(&by_handle, &raw mut again), CROSSDOCK_BAD_ARGUMENT);
+    assert_eq!(adopt(&list, ptr::null_mut()), CROSSDOCK_BAD_ARGUMENT);
+    ok(crossdock_pages_close(pages));
+    ok(adopt(&list, &raw mut again));
+    ok(crossdock_pages_close(again));
+    // A pool that allocates names its pages itself.
+    let allocating = Worker::open(c"other", Options { allocates: true, ..Options::default() });
+    assert_eq!(adopt(&named(&allocating, &ids), &raw mut again), CROSSDOCK_WRONG_KIND);
+    for worker in [prefill, decode, allocating] {
+        worker.close();
+    }
+}
+
+#[test]
 fn taken_pages_go_through_a_room_and_come_back_by_a_handle() {
     let allocates = Options { allocates: true, ..Options::default() };
     let (prefill, decode) = (Worker::open(c"prefill", allocates), Worker::open(c"decode", allocates));

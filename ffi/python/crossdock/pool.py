@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import array
-from typing import NamedTuple, Union
+from typing import Any, NamedTuple, Union
 
 from ._abi import BUFFER_TOO_SMALL, NULL, OK, check, check_closed, failure, ffi, forked, lib, made, process
+from ._buffers import numbers_of
 from .layout import Layout
 
 
@@ -72,6 +73,19 @@ class Pool:
         self._here()
         handle = ffi.new("crossdock_pages *")
         check(lib.crossdock_pool_take(self._handle, count, handle))
+        return Pages(handle[0])
+
+    def adopt(self, ids: Any) -> Pages:
+        """Takes pages by their numbers, of a pool that does not allocate: all of them or, with an error, none. Raises `PageInUse`
+        where a room still sends or serves one of them, or a peer may write it."""
+        self._here()
+        handle = ffi.new("crossdock_pages *")
+        pages = ffi.new("crossdock_page_list *")
+        pages.pool = self._handle
+        # The numbers are read during the call, and live as long.
+        numbers = numbers_of(ids)
+        pages.ids, pages.count, pages.id_bytes = numbers
+        check(lib.crossdock_pool_adopt(pages, handle))
         return Pages(handle[0])
 
     def stats(self) -> PoolStats:

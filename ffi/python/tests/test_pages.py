@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import time
 import unittest
 from typing import Any, List
 
@@ -192,6 +193,28 @@ class Pages(Case):
             self.decode.node.receive(self.peer, 191, TOKENS, self.targets, layers=range(0, 4, 2))
         with self.assertRaises(ValueError):
             self.decode.node.receive(self.peer, 191, TOKENS, self.targets, more_pages=[[1]])
+
+    def test_pages_are_taken_by_their_numbers_when_no_room_has_them(self) -> None:
+        pool = self.prefill.pool
+        with self.prefill.node.serve(210, TOKENS, self.sources):
+            with self.assertRaises(crossdock.PageInUse):
+                pool.adopt(self.sources)
+            # Others are free.
+            others = [page for page in range(PAGES) if page not in list(self.sources)][:2]
+            with pool.adopt(others) as pages:
+                self.assertEqual(list(pages.ids), others)
+                with self.assertRaises(crossdock.PageInUse):
+                    pool.adopt(others[:1])
+        deadline = time.monotonic() + TIMEOUT
+        while pool.stats().free != PAGES and time.monotonic() < deadline:
+            time.sleep(0.001)
+        with pool.adopt(self.sources) as pages:
+            with self.prefill.node.serve(211, TOKENS, pages):
+                self.assertEqual(len(pages), self.count)
+        with self.assertRaises(crossdock.PageOutOfRange):
+            pool.adopt([PAGES])
+        with crossdock.Pool(PAGES, allocates=True) as allocating, self.assertRaises(crossdock.WrongKind):
+            allocating.adopt([0])
 
     def test_pages_of_a_pool_that_allocates(self) -> None:
         allocating = crossdock.Pool(PAGES, allocates=True, low_watermark=60, high_watermark=62)
