@@ -19,7 +19,7 @@
 #define CROSSDOCK_ABI_MAJOR 1
 
 // What the library can do beyond the first release of this major version.
-#define CROSSDOCK_ABI_MINOR 0
+#define CROSSDOCK_ABI_MINOR 1
 
 // From here to the peer.
 #define CROSSDOCK_WRITE 0

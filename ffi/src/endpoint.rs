@@ -428,6 +428,9 @@ impl From<RegisterError> for Fault {
             RegisterError::Port(_) => (crate::CROSSDOCK_PORT, "look at what the port says of the memory"),
             RegisterError::InUse => (crate::CROSSDOCK_BUSY, "close the endpoint, or ask again"),
             RegisterError::TooMany(_) => (crate::CROSSDOCK_BAD_ARGUMENT, "register fewer, larger memories"),
+            RegisterError::Unknown { .. } => {
+                (crate::CROSSDOCK_BAD_ARGUMENT, "name the first byte of a memory that is registered")
+            }
             _ => (crate::CROSSDOCK_BAD_ARGUMENT, "register each byte once"),
         };
         Fault::new(status, error.to_string(), advice).retryable(matches!(error, RegisterError::InUse))

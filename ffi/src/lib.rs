@@ -43,7 +43,7 @@ pub use step::*;
 /// Raised when something is added: `minor` of what the header was made for may be smaller than the library's.
 pub const CROSSDOCK_ABI_MAJOR: u32 = 1;
 /// What the library can do beyond the first release of this major version.
-pub const CROSSDOCK_ABI_MINOR: u32 = 0;
+pub const CROSSDOCK_ABI_MINOR: u32 = 1;
 
 /// The ABI of the library that is loaded: major version times 65,536 plus minor version.
 #[unsafe(no_mangle)]

@@ -54,6 +54,20 @@ fn the_library_has_its_name_and_version() {
     assert!(told.contains("Library soname: [libcrossdock.so.1]"), "{told}");
 }
 
+/// It is what programs were compiled against: what is new stands in include/crossdock.h alone, under another minor version.
+#[test]
+fn the_first_header_is_never_written_again() {
+    // FNV-1a.
+    let sum = text("abi/1/crossdock.h")
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    assert_eq!(sum, 0x234c_68ee_b7d5_f731);
+    let (first, now) = (Header::of(&text("abi/1/crossdock.h")), Header::of(&text("include/crossdock.h")));
+    let minor = |header: &Header| header.constants["CROSSDOCK_ABI_MINOR"].clone();
+    let is_grown = now.functions.len() > first.functions.len();
+    assert_eq!(is_grown, minor(&first) != minor(&now), "the minor version counts what has been added");
+}
+
 /// A program that was compiled against the first header of this ABI finds everything where it was: functions and constants
 /// as they were, fields at the same places, and no structure smaller.
 #[test]
@@ -152,20 +166,38 @@ fn a_c_program_is_clean_under_valgrind() {
     assert!(told.ends_with("pages moved, and every byte is right\n"), "{told}");
 }
 
+/// Of these two at least one is there.
+fn cpp_compilers() -> Vec<&'static str> {
+    let is_installed = |compiler: &&str| {
+        let found = Command::new(compiler).arg("--version").output().is_ok();
+        if !found {
+            eprintln!("skipped: {compiler} is not installed");
+        }
+        found
+    };
+    let found: Vec<&str> = ["g++", "clang++"].into_iter().filter(is_installed).collect();
+    assert!(!found.is_empty(), "no C++ compiler is installed");
+    found
+}
+
 #[test]
 fn a_cpp_program_hands_pages_over_under_every_compiler() {
-    let mut found = 0;
-    for compiler in ["g++", "clang++"] {
-        if Command::new(compiler).arg("--version").output().is_err() {
-            eprintln!("skipped: {compiler} is not installed");
-            continue;
-        }
-        found += 1;
+    for compiler in cpp_compilers() {
         for arguments in [&[][..], &["-fno-exceptions", "-fno-rtti"]] {
             let program = Built::cpp(compiler, arguments, &here("examples/hand_over.cpp"));
             let told = program.run(&[]);
             assert!(told.ends_with("pages moved, and every byte is right\n"), "{told}");
         }
     }
-    assert!(found > 0, "no C++ compiler is installed");
+}
+
+#[test]
+fn what_the_cpp_example_leaves_out_holds_under_every_compiler() {
+    for compiler in cpp_compilers() {
+        // One of them by the next standard: the last flag counts.
+        let arguments: &[&str] = if compiler == "g++" { &["-std=c++20"] } else { &[] };
+        let program = Built::cpp(compiler, arguments, &here("tests/cpp/experts_and_endpoints.cpp"));
+        let told = program.run(&[]);
+        assert!(told.ends_with("all of it holds\n"), "{told}");
+    }
 }

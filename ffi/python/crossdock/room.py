@@ -39,6 +39,7 @@ _add_pages = lib.crossdock_room_add_pages
 _send_layers, _send_tokens = lib.crossdock_room_send_layers, lib.crossdock_room_send_tokens
 _finish, _close, _wait_pages = lib.crossdock_room_finish, lib.crossdock_room_close, lib.crossdock_room_wait_pages
 _message, _advice = lib.crossdock_room_message, lib.crossdock_room_advice
+_ABANDONED: int = lib.CROSSDOCK_ABANDONED
 
 # What the library is told as a room's user data. A room is known by it before it can have an event.
 _keys = count(1)
@@ -203,6 +204,18 @@ class Receiving(Room):
             raise forked(self)
         what = f"the pages of room {self.number} have not come home"
         waited(_wait_pages, self._handle, timeout=timeout, what=what)
+
+    @property
+    def is_home(self) -> bool:
+        """Whether nobody else can write the room's pages now. Neither waits nor raises where they are not home: `False`
+        also where they never come home, which `wait_pages` tells."""
+        if self._pid != process.pid:
+            raise forked(self)
+        status = _wait_pages(self._handle, 0)
+        if status in (TIMED_OUT, _ABANDONED):
+            return False
+        check(status)
+        return True
 
     async def pages_home(self) -> None:
         """As `wait_pages`, for coroutines."""

@@ -198,7 +198,13 @@ class Ends(Case):
                 receiving.take_pages()
             with self.assertRaises(crossdock.TimedOut):
                 receiving.wait_pages(0)
+            self.assertFalse(receiving.is_home)
             self.assertEqual(receiving.arrivals, 0)
+            receiving.cancel()
+            receiving.wait_pages(TIMEOUT)
+            self.assertTrue(receiving.is_home)
+        with self.assertRaises(crossdock.BadHandle):
+            receiving.is_home
 
     def test_too_many_rooms(self) -> None:
         with Worker("few", max_rooms=1) as few:
@@ -274,6 +280,28 @@ class Ends(Case):
             "open", layout, memory, pool, authentication="off", number=77, spin=0, ports=["tcp"]
         ) as node:
             self.assertEqual((node.number, node.ports), (77, ["tcp"]))
+
+
+class Halted(Case):
+    def test_pages_that_never_come_home(self) -> None:
+        with Worker("prefill", progress="caller") as prefill, Worker("decode") as decode:
+            peer = decode.node.connect(prefill.node.address)
+            receiving = decode.node.receive(peer, 1, TOKENS, page_numbers(2, 7), deadline=1.0)
+            sending = prefill.node.send(1, TOKENS, page_numbers(1, 7))
+            sending.send(0)
+            deadline = time.monotonic() + 1.0
+            while not receiving.arrivals and time.monotonic() < deadline:
+                if not prefill.node.progress():
+                    prefill.node.park(0.01)
+            # From here on nobody drives the peer.
+            self.assertEqual(receiving.wait(TIMEOUT).outcome, Outcome.EXPIRED)
+            self.assertFalse(receiving.is_home)
+            decode.node.close()
+            with self.assertRaises(crossdock.Abandoned):
+                receiving.wait_pages(TIMEOUT)
+            self.assertFalse(receiving.is_home)
+            for one in (peer, receiving, sending):
+                one.close()
 
 
 class Driven(Case):

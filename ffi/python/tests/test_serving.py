@@ -41,13 +41,15 @@ class Serving(unittest.TestCase):
         return process.returncode, out, err
 
     def test_pages_between_sides_that_are_spread_differently(self) -> None:
-        scenes = ["--scene", "gqa:1:2", "--scene", "mla:2:1"]
-        code, out, err = self.ran("main.py", *scenes, "--requests", "3", "--new-tokens", "6")
+        scenes = {"gqa:1:2": 2, "gqa:2:1": 1, "mla:1:2": 2, "mla:2:1": 1}
+        given = [word for scene in scenes for word in ("--scene", scene)]
+        code, out, err = self.ran("main.py", *given, "--requests", "3", "--new-tokens", "6")
         self.assertEqual((code, err), (0, ""), out)
-        # 5, 40 and 17 tokens in pages of 4, four layers, and two ranks on the decode side of the first.
+        # 5, 40 and 17 tokens in pages of 4, four layers, once for each rank of the decode side.
         moved = (2 + 10 + 5) * 4
-        lines = [line.split() for line in out.splitlines()[1:3]]
-        self.assertEqual([(int(line[-3]), line[-1]) for line in lines], [(2 * moved, "yes"), (moved, "yes")])
+        lines = [line.split() for line in out.splitlines()[1 : 1 + len(scenes)]]
+        told = [(int(line[-3]), line[-1]) for line in lines]
+        self.assertEqual(told, [(ranks * moved, "yes") for ranks in scenes.values()])
 
     def test_a_child_that_fails_is_told_in_its_words(self) -> None:
         code, _, err = self.ran("main.py", "--scene", "gqa:1:3")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import time
 import unittest
-from typing import Any, Callable, Dict
+from typing import Any, Dict
 from unittest import mock
 
-from support import TIMEOUT, crossdock, torch
+from support import crossdock, torch
 
 from engines.vllm_case import Engine, Engines, Shape, following, prompt_of
 
@@ -37,44 +35,6 @@ class Faults(Engines):
         params = self.prefilled("one", prompt_of(1, 20))
         self.until(self.prefill.is_idle, self.prefill)
         self.failed("one", params, "deadline of the peer")
-
-    def test_a_lease_that_ends_while_its_blocks_are_read(self) -> None:
-        """It is over, and nothing is freed before the reader has stopped."""
-        large = Shape(layers=8, block_tokens=32, head_bytes=2048, blocks=9)
-        self.prefill = self.engine("kv_producer", large, lease_seconds=2, ports="tcp")
-        # The reader stops where this test does not drive it.
-        driven = functools.partial(crossdock.Node, progress="caller")
-        with mock.patch("crossdock.vllm._worker.Node", driven):
-            self.decode = self.engine("kv_consumer", large, load_seconds=60, ports="tcp")
-        node = self.decode.workers[0]._working._node
-
-        def drive(condition: Callable[[], Any]) -> bool:
-            for _ in range(100):
-                node.progress()
-            return bool(condition())
-
-        # So that there is a session.
-        self.decode.add("first", prompt_of(2, 5), self.prefilled("first", prompt_of(2, 5)))
-        self.until(lambda: drive(self.is_over))
-        prompt = prompt_of(1, 220)
-        self.decode.add("one", prompt, self.prefilled("one", prompt))
-        self.prefill.step()
-        self.decode.step()
-        ids, layer = self.decode.fetches["one"].blocks, self.decode.caches[0]["model.layers.0.attn"]
-        layer[ids] = 0
-        begun = time.monotonic()
-        while not bool(layer[ids, 0, 0, 0].any()):
-            self.assertLess(time.monotonic(), begun + TIMEOUT)
-            node.progress()
-        working = self.prefill.workers[0]._working
-        self.until(lambda: not working._serving, self.prefill)
-        for _ in range(100):
-            self.prefill.step()
-        self.assertEqual(list(working._lingering), ["one"])
-        self.assertIn("one", self.prefill.scheduler.requests)
-        self.until(lambda: drive(self.is_over))
-        self.assertEqual(self.decode.over["one"], "error")
-        self.assertEqual(self.decode.bad, set(ids))
 
     def test_a_load_that_fails_is_computed_again(self) -> None:
         self.prefill = self.engine("kv_producer", lease_seconds=0.1)
@@ -257,6 +217,61 @@ class Faults(Engines):
         # Rooms that nobody serves, at an address where nobody is.
         self.decode.add("nobody", [0], {**good, "crossdock": {**told, "addresses": ["127.0.0.1:9"]}})
         self.decode.abort("nobody")
+        self.until(self.is_over)
+
+    def test_the_same_params_twice(self) -> None:
+        """As for several answers to one prompt, or from a router that tries again: the first one fetches, and
+        the others are computed here."""
+        self.pair(lease_seconds=3600, load_seconds=3600)
+        prompt = prompt_of(1, 20)
+        params = self.prefilled("one", prompt)
+        with self.assertLogs(LOG, "WARNING") as logs:
+            for name in ("first", "second"):
+                self.decode.add(name, prompt, params, most=3)
+            self.until(lambda: len(self.decode.over) == 2 and self.is_over())
+            # Later, and under the name of the first one.
+            for name in ("third", "first"):
+                self.decode.over.pop(name, None)
+                self.decode.tokens.pop(name, None)
+                self.decoded(name, prompt, params)
+        self.assertEqual(self.decode.over, dict.fromkeys(("first", "second", "third"), "length"))
+        for name in ("first", "second", "third"):
+            self.assertEqual(self.decode.tokens[name], following(prompt, 3))
+        self.assertEqual(len([line for line in logs.output if "another request has fetched" in line]), 3)
+        self.assertEqual((list(self.decode.fetches), self.decode.bad), (["first"], set()))
+        self.until(self.is_over)
+
+    def test_the_same_params_once_given_up(self) -> None:
+        self.pair(lease_seconds=3600, load_seconds=3600)
+        prompt = prompt_of(1, 20)
+        # Before the other one asks for it: that one is computed here.
+        params = self.prefilled("one", prompt)
+        self.decode.add("refused", [0], params)
+        self.decode.abort("refused")
+        self.decoded("first", prompt, params)
+        self.assertEqual(self.decode.computed["first"], 20 + 2)
+        # While another one fetches it: that one is not disturbed.
+        prompt = prompt_of(2, 20)
+        params = self.prefilled("two", prompt)
+        self.decode.add("second", prompt, params, most=3)
+        self.decode.step()
+        self.decode.add("refused too", [0], params)
+        self.decode.abort("refused too")
+        self.until(lambda: "second" in self.decode.over and self.is_over())
+        self.assertEqual(self.decode.tokens["second"], following(prompt, 3))
+        self.assertEqual(self.decode.computed["second"], 3)
+        self.assertNotIn("refused too", self.decode.fetches)
+
+    def test_many_params(self) -> None:
+        """No more of them are remembered than a limit, and the latest ones are."""
+        self.pair()
+        with mock.patch("crossdock.vllm._scheduler._MOST_ROOMS", 2):
+            for turn in range(4):
+                params = self.prefilled(f"request {turn}", prompt_of(turn, 5))
+                self.decoded(f"request {turn}", prompt_of(turn, 5), params)
+            self.assertEqual(len(self.decode.scheduler.get_kv_connector()._scheduling._rooms), 2)
+            self.decoded("again", prompt_of(3, 5), params)
+        self.assertEqual(len(self.decode.fetches), 4)
         self.until(self.is_over)
 
     def test_many_that_are_given_up(self) -> None:

@@ -17,7 +17,6 @@ from engines.vllm_engine import config_of, transfer_of
 
 from crossdock.vllm import _strips
 from crossdock.vllm._settings import Settings
-from crossdock.vllm._worker import Working, _Loan
 
 
 class MLAAttentionSpec(SimpleNamespace):
@@ -117,30 +116,6 @@ class Configurations(Engines):
         with mock.patch.dict("os.environ", {"CROSSDOCK_KEY": ""}), self.assertLogs("crossdock.vllm", "WARNING") as logs:
             settings()
         self.assertIn("anybody who can reach", "\n".join(logs.output))
-
-
-class Loans(Engines):
-    def test_blocks_that_others_are_served_too(self) -> None:
-        """A loan that is over is not known to be free as long as each of its blocks is served to somebody else."""
-        working = Working(settings(), 0)
-        pool: Any = SimpleNamespace(shared=3)
-        pool.stats = lambda: pool
-        ends: Dict[str, Any] = {"open": None}
-        room: Any = SimpleNamespace(poll=lambda: ends["open"], close=lambda: None)
-        working._pool = pool
-        working._serving["open"] = _Loan(room, frozenset([1, 2, 3]))
-        working._lingering.update({"within": frozenset([1, 2]), "beyond": frozenset([3, 4])})
-        pool.shared = 4
-        self.assertEqual(working.finished(set()), (set(), set()))
-        pool.shared = 3
-        self.assertEqual(working.finished(set()), ({"beyond"}, set()))
-        # It ends while it is asked: what was counted before does not say what is held now.
-        ends["open"] = SimpleNamespace(is_delivered=True)
-        self.assertEqual(working.finished(set()), ({"open"}, set()))
-        self.assertEqual(working.finished(set()), (set(), set()))
-        pool.shared = 0
-        self.assertEqual(working.finished(set()), ({"within"}, set()))
-        self.assertEqual((working._serving, working._lingering), ({}, {}))
 
 
 class Blocks(Engines):

@@ -11,6 +11,9 @@ from ._settings import Form, Settings
 
 _log = logging.getLogger("crossdock.vllm")
 
+# Rooms of which it is remembered that they were fetched: those of a lease's time, at some hundred requests a second.
+_MOST_ROOMS = 1 << 16
+
 # A request that ended otherwise has no blocks to hand over.
 _WHOLE = ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED")
 
@@ -56,6 +59,8 @@ class Scheduling:
         self._fetches: Dict[str, Fetch] = {}
         # Until blocks are there for them.
         self._matched: Dict[str, _Match] = {}
+        # Which request a room is for, oldest room first; `None` once it has been fetched or given up.
+        self._rooms: Dict[int, Optional[str]] = {}
 
     def set_workers(self, addresses: Sequence[str], cache: str) -> None:
         """The addresses of all ranks' nodes, and what they tell of their tensors."""
@@ -75,9 +80,22 @@ class Scheduling:
             _log.error("request %s is prefilled here: its kv_transfer_params do not fit: %s", request.request_id, error)
             params["do_remote_prefill"] = False
             return 0, False
+        if not self._claim(remote.room, request.request_id):
+            why = "another request has fetched or will fetch what its kv_transfer_params name"
+            _log.warning("request %s is prefilled here: %s", request.request_id, why)
+            params["do_remote_prefill"] = False
+            return 0, False
         self._matched[request.request_id] = _Match(remote, computed, self._misfit(remote))
         count = remote.tokens - computed
         return (count, True) if count > 0 else (0, False)
+
+    def _claim(self, room: int, request: str) -> bool:
+        """Whether the room is this request's: the first one's that asks for it, until it is fetched or given up."""
+        if self._rooms.setdefault(room, request) != request:
+            return False
+        while len(self._rooms) > _MOST_ROOMS:
+            del self._rooms[next(iter(self._rooms))]
+        return True
 
     def _misfit(self, remote: RemotePrefill) -> Optional[str]:
         """Why it cannot be fetched; `None` if it can be."""
@@ -107,6 +125,7 @@ class Scheduling:
         remote, computed, refusal = match
         # Once for each request: after a preemption it is computed here.
         request.kv_transfer_params["do_remote_prefill"] = False
+        self._rooms[remote.room] = None
         if not external:
             # Everything is here already, or will be computed here.
             if refusal is None:
@@ -162,6 +181,10 @@ class Scheduling:
         except ValueError as error:
             _log.warning("request %s: its kv_transfer_params make no sense: %s", request.request_id, error)
             return
+        if not self._claim(remote.room, request.request_id):
+            # Blocks that another request fetches are not given up.
+            return
+        self._rooms[remote.room] = None
         if self._misfit(remote) is None:
             self._fetches[request.request_id] = release_of(remote)
 

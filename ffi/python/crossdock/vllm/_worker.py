@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from typing import Any, Dict, FrozenSet, List, Mapping, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Set, Tuple
 
 import numpy
 
 from .._host import bind_host, ports_of
-from ..errors import Abandoned, Busy, Error, Stopped, TimedOut
-from ..kinds import By, Outcome
+from ..errors import Busy, Error, PageError, Stopped
+from ..kinds import By, Outcome, Stage
 from ..layout import Parallelism
 from ..node import Node
 from ..peer import Peer, Source
 from ..pool import Pool
-from ..room import Receiving, Serving
+from ..room import End, Receiving, Serving
 from ._scheduler import Fetch, Serve, release_of
 from ._settings import Settings
 from ._strips import cache_of, parallelism_of
 
 _log = logging.getLogger("crossdock.vllm")
 
-# Sessions with prefill engines that are kept though nothing is fetched from them.
+# Sessions with prefill engines that are kept though nothing is fetched from them: so many, and more as long as others
+# may be fetching from here over the same sessions.
 _IDLE_PEERS = 64
+_MOST_PEERS = 4096
+# Loans that are over, of which a step asks whether they are read still.
+_ASKED = 16
 # Rooms that only tell a prefill engine that its blocks are free: beyond, its lease tells it.
 _MOST_LETTING = 1024
 # It opens the other end in its next step, if it has not.
@@ -33,7 +38,8 @@ class _Loan(NamedTuple):
     """Blocks that are served."""
 
     room: Serving
-    blocks: FrozenSet[int]
+    blocks: Any
+    """An array of their numbers."""
 
 
 class _Load(NamedTuple):
@@ -53,10 +59,17 @@ class Working:
         self._pool: Optional[Pool] = None
         self._strips = 0
         self._form = ""
+        # Those that were used last are last.
         self._peers: Dict[str, Peer] = {}
+        # Addresses where the session was lost, never came, or was refused.
+        self._doubtful: Set[str] = set()
         self._serving: Dict[str, _Loan] = {}
         # Loans that are over, and that nobody has fetched: a reader that was late may be at their blocks still.
-        self._lingering: Dict[str, FrozenSet[int]] = {}
+        # Those that were asked last are last.
+        self._lingering: Dict[str, Any] = {}
+        # By block: how many loans that are served have it, and how many that linger.
+        self._serving_of: Any = numpy.zeros(settings.blocks, numpy.int32)
+        self._lingering_of: Any = numpy.zeros(settings.blocks, numpy.int32)
         self._loading: Dict[str, _Load] = {}
         # Rooms that only tell a prefill engine that its blocks are free.
         self._letting: List[_Load] = []
@@ -120,7 +133,8 @@ class Working:
             _log.error("the blocks of request %s are not served: %s", request, error)
             self._sent.add(request)
             return
-        self._serving[request] = _Loan(room, frozenset(serve.blocks))
+        self._serving[request] = _Loan(room, blocks)
+        self._serving_of[blocks] += 1
 
     def _fetch(self, request: str, fetch: Fetch) -> None:
         remote, settings = fetch.remote, self._settings
@@ -147,7 +161,7 @@ class Working:
                 self._received.add(request)
             else:
                 _log.warning("request %s: its prefill engine is not told that it is over: %s", request, error)
-            self._forget_peers(used)
+            self._doubtful.update(self._peers.keys() & set(used))
             return
         load = _Load(room, fetch, used)
         if fetch.blocks:
@@ -169,13 +183,14 @@ class Working:
         self._look_at_loans()
         for request, load in list(self._loading.items()):
             end = load.room.poll()
-            if end is None or not _is_home(load.room):
+            # Before nobody else can write its blocks, they are not told to be free.
+            if end is None or not load.room.is_home:
                 continue
             is_given_up = end.outcome == Outcome.CANCELLED and end.by == By.HERE
             if not end.is_delivered and not is_given_up:
                 self._failed(request, load.fetch.blocks, end.message)
             del self._loading[request]
-            self._closed(load, end.is_delivered or is_given_up)
+            self._closed(load, end)
             self._received.add(request)
             if is_given_up:
                 # Where the other end was not open yet, it has not heard of it.
@@ -184,49 +199,70 @@ class Working:
             end = load.room.poll()
             if end is not None:
                 self._letting.remove(load)
-                self._closed(load, end.is_delivered)
+                self._closed(load, end)
+        self._look_at_peers()
         sent, received = self._sent, self._received
         self._sent, self._received = set(), set()
         return sent, received
 
     def _look_at_loans(self) -> None:
-        # Before the rooms are asked: what has not ended by then was held when this was counted.
-        held = self._pool.stats().shared if self._pool is not None and self._lingering else None
         for request, loan in list(self._serving.items()):
             end = loan.room.poll()
             if end is None:
                 continue
             loan.room.close()
             del self._serving[request]
+            self._serving_of[loan.blocks] -= 1
             if end.is_delivered:
                 # All readers have said so, and that they are done.
                 self._sent.add(request)
             else:
                 _log.warning("the blocks of request %s were not fetched: %s", request, end.message)
                 self._lingering[request] = loan.blocks
-        if held is None:
-            return
-        served: Set[int] = set().union(*(loan.blocks for loan in self._serving.values()))
-        if held != len(served):
-            return
-        # The pool holds nothing but what is served, so nobody reads a loan of which a block is not.
-        for request, blocks in list(self._lingering.items()):
-            if not blocks <= served:
-                del self._lingering[request]
+                self._lingering_of[loan.blocks] += 1
+        for request in list(itertools.islice(self._lingering, _ASKED)):
+            blocks = self._lingering.pop(request)
+            if self._is_read(blocks):
+                self._lingering[request] = blocks
+            else:
+                self._lingering_of[blocks] -= 1
                 self._sent.add(request)
 
-    def _closed(self, load: _Load, is_good: bool) -> None:
-        load.room.close()
-        # A session that was lost is dialed anew by the next request, and not for ever.
-        if not is_good or len(self._peers) > _IDLE_PEERS:
-            self._forget_peers(load.addresses)
+    def _is_read(self, blocks: Any) -> bool:
+        """Whether somebody may read a loan that lingers. Its room holds all of its blocks until nobody does: one block
+        that no room holds is enough. Those that are served are held anyhow, and those of many loans more likely."""
+        own = blocks[self._serving_of[blocks] == 0]
+        if not len(own):
+            return True
+        asked = own[numpy.argmin(self._lingering_of[own])]
+        assert self._pool is not None
+        try:
+            self._pool.adopt([int(asked)]).close()
+        except PageError:
+            return True
+        return False
 
-    def _forget_peers(self, addresses: List[str]) -> None:
+    def _closed(self, load: _Load, end: End) -> None:
+        load.room.close()
+        if end.is_delivered:
+            self._doubtful.difference_update(load.addresses)
+        elif end.outcome in (Outcome.PEER_LOST, Outcome.REFUSED) or end.stage == Stage.SESSION:
+            self._doubtful.update(load.addresses)
+
+    def _look_at_peers(self) -> None:
+        """Forgets peers that are in doubt, so that they are not dialed for ever, and the oldest ones that are too many.
+        The next request dials them anew. A peer may fetch from here over the same session, which ends then: so not as
+        long as anything is served."""
+        if not self._doubtful and len(self._peers) <= _IDLE_PEERS:
+            return
+        if self._serving and len(self._peers) <= _MOST_PEERS:
+            return
         busy = {address for load in [*self._loading.values(), *self._letting] for address in load.addresses}
-        for address in set(addresses) - busy:
-            peer = self._peers.pop(address, None)
-            if peer is not None:
-                peer.close()
+        idle = [address for address in self._peers if address not in busy]
+        excess = max(0, len(self._peers) - _IDLE_PEERS)
+        for address in {*idle[:excess], *self._doubtful.intersection(idle)}:
+            self._peers.pop(address).close()
+        self._doubtful.intersection_update(busy)
 
     def take_bad_blocks(self) -> Set[int]:
         """Blocks that were to be loaded and were not, each told once."""
@@ -242,6 +278,8 @@ class Working:
         for peer in self._peers.values():
             peer.close()
         self._serving, self._lingering, self._loading, self._letting, self._peers = {}, {}, {}, [], {}
+        self._doubtful.clear()
+        self._serving_of[:] = self._lingering_of[:] = 0
         if node is not None:
             node.close()
 
@@ -251,15 +289,6 @@ class Working:
         return self._node
 
     def _peer(self, address: str) -> Peer:
-        if address not in self._peers:
-            self._peers[address] = self._opened().connect(address)
-        return self._peers[address]
-
-
-def _is_home(room: Receiving) -> bool:
-    """Whether nobody else can write its blocks. Before that they are not told to be free."""
-    try:
-        room.wait_pages(0)
-    except (TimedOut, Abandoned):
-        return False
-    return True
+        peer = self._peers.pop(address, None) or self._opened().connect(address)
+        self._peers[address] = peer
+        return peer
