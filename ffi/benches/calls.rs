@@ -17,6 +17,7 @@ use crossdock::{
 use crossdock_ffi::*;
 
 const PAGES: u32 = 8_192;
+const LAYERS: u32 = 61;
 const ROUNDS: usize = 31;
 
 fn main() {
@@ -56,6 +57,24 @@ fn main() {
     drop(waiting);
     rust.settle();
     c.settle();
+
+    let (mut rust_ns, mut c_ns) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS * 8 {
+        let mut sending = rust.send(1, &ids[..1]);
+        let handle = c.send(1, &ids[..1]);
+        let layers = 0..LAYERS;
+        rust_ns.push(timed(|| layers.clone().for_each(|at| sending.send_layers(at..at + 1).expect("taken"))));
+        c_ns.push(timed(|| {
+            layers.for_each(|at| assert_eq!(crossdock_room_send_layers(handle, at, 1), CROSSDOCK_OK));
+        }));
+        sending.cancel().expect("taken");
+        crossdock_room_close(handle);
+        drop(sending);
+        rust.settle();
+        c.settle();
+    }
+    let each = |times: &mut Vec<u64>| median(times) / u64::from(LAYERS);
+    row("send a layer", each(&mut rust_ns), each(&mut c_ns));
 
     for pages in [1, 64, PAGES] {
         // Each room has pages of its own. They are opened one after the other and ended outside of the measured time; few at
@@ -174,7 +193,7 @@ impl C {
         let mut options = crossdock_layout_options::zeroed();
         options.size = size_of_val(&options);
         options.model = c"deepseek-r1".as_ptr();
-        (options.model_layers, options.kind, options.dtype) = (61, CROSSDOCK_MLA, CROSSDOCK_BF16);
+        (options.model_layers, options.kind, options.dtype) = (LAYERS, CROSSDOCK_MLA, CROSSDOCK_BF16);
         (options.latent_bytes, options.rope_bytes) = (1024, 128);
         (options.page_tokens, options.pages) = (1, 2 * PAGES);
         let (mut layout, mut bytes, mut memory, mut pool, mut node, mut peer) = (0, 0, 0, 0, 0, 0);
