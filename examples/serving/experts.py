@@ -101,6 +101,7 @@ def main() -> None:
     prompts = [[[chosen.randrange(VOCABULARY) for _ in range(tokens)] for tokens in rank] for rank in PROMPTS]
     # What all ranks share: without it anybody may connect.
     os.environ["CROSSDOCK_KEY"] = secrets.token_hex(32)
+    os.environ.setdefault("CROSSDOCK_HOST", "127.0.0.1")
     with Processes() as processes:
         processes.start("rank", work, RANKS, prompts, new_tokens)
         processes.hear()  # that prompts are through

@@ -9,10 +9,10 @@ each the median and the least are told, and the median of the ratios within a ro
 everything else on the machine used meanwhile.
 
 Pools are of the same kind for all: files in memory that other processes may map, or private memory (--memory
-private). The peers are NIXL (UCX over shared memory without CMA and without progress threads, its best on two cores)
-and Mooncake (TCP, all that it has between processes without RDMA). `--install` has pip put them, once, into
-CROSSDOCK_COMPARE_CACHE, or crossdock-compare in the user's cache. What is not there is told and left out; memcpy, the
-floor, is always there.
+private). The peers are NIXL (UCX over shared memory without CMA and without progress threads, its best on two cores;
+UCX_TLS and --progress-thread say otherwise) and Mooncake (TCP, all that it has between processes without RDMA).
+`--install` has pip put them, once, into CROSSDOCK_COMPARE_CACHE, or crossdock-compare in the user's cache. What is not
+there is told and left out; memcpy, the floor, is always there.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 
 from transfer_peers import peers
-from transfer_sides import SYSTEMS, Shape, side_of
+from transfer_sides import PROGRESS_THREAD, SYSTEMS, Shape, side_of
 
 # Of one pass, or of the start: peers that spin beside other work can be very slow.
 LONGEST_S = 300.0
@@ -128,12 +129,14 @@ def busy_seconds() -> float:
 class Pair:
     def __init__(self, system: str, python: str, environment: Dict[str, str], shape: Shape) -> None:
         self.system = system
+        # A file: nobody reads before the end, and a pipe that is full would stop whoever has much to say.
+        self.words = None if os.environ.get("CROSSDOCK_BENCH_STDERR") else tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [python, __file__, "--be", system, json.dumps(shape)],
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not os.environ.get("CROSSDOCK_BENCH_STDERR") else None,
+            stderr=self.words,
             text=True,
         )
         self.passes: List[Dict[str, Any]] = []
@@ -150,8 +153,11 @@ class Pair:
             raise RuntimeError(f"no answer within {LONGEST_S:.0f} s")
         line = self.process.stdout.readline()
         if not line:
-            words = self.process.stderr.read().strip() if self.process.stderr else ""
-            raise RuntimeError(words.splitlines()[-1] if words else f"ended with {self.process.wait()}")
+            ended, words = self.process.wait(), ""
+            if self.words is not None:
+                self.words.seek(0)
+                words = self.words.read().strip()
+            raise RuntimeError(words.splitlines()[-1] if words else f"ended with {ended}")
         return json.loads(line)
 
     def one(self, order: int) -> Dict[str, Any]:
@@ -166,6 +172,8 @@ class Pair:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
+        if self.words is not None:
+            self.words.close()
 
 
 def main() -> None:
@@ -180,6 +188,7 @@ def main() -> None:
     default_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "crossdock-compare")
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("CROSSDOCK_COMPARE_CACHE", default_cache)))
     parser.add_argument("--install", action="store_true", help="the peers, by pip, where they are missing")
+    parser.add_argument("--progress-thread", action="store_true", help="NIXL's own, in each of its processes")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--be", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -199,6 +208,8 @@ def main() -> None:
     def say(words: str) -> None:
         print(f"\r{words:<78}", end="", file=sys.stderr, flush=True)
 
+    if given.progress_thread:
+        os.environ[PROGRESS_THREAD] = "1"
     needs_peers = any(name.startswith(("nixl", "mooncake")) for name in wanted)
     pythons = peers(given.cache, given.install, say) if needs_peers else {}
     pairs: List[Pair] = []

@@ -213,13 +213,13 @@ class ThroughputOutputs(_Handle):
 
 
 class _Keeper:
-    """Closes outputs when neither they nor a view of them is left."""
+    """Closes outputs, or a group, when neither they nor a view of their memory is left."""
 
     __slots__ = ("_close", "_handle", "_pid")
 
-    def __init__(self, outputs: _Handle) -> None:
-        self._close = type(outputs)._close
-        self._handle = outputs._handle
+    def __init__(self, owner: _Handle) -> None:
+        self._close = type(owner)._close
+        self._handle = owner._handle
         self._pid = process.pid
 
     def __del__(self) -> None:
@@ -237,7 +237,7 @@ def _ranges(handle: int, most: int) -> List[int]:
 class Group(_Handle):
     """One rank of a group of experts. What all ranks agree on is compared when they meet."""
 
-    __slots__ = ("_met",)
+    __slots__ = ("_met", "_keeper")
     _close = lib.crossdock_group_close
 
     def __init__(
@@ -268,6 +268,7 @@ class Group(_Handle):
         `None` lets anybody in."""
         super().__init__(0)
         self._met: Any = None
+        self._keeper: Optional[_Keeper] = None
         options, kept = _options(
             rank, max_tokens, experts, top_k, hidden, rows, row_bytes, scale_bytes, slots, verify, placement_version
         )
@@ -287,6 +288,7 @@ class Group(_Handle):
         handle = ffi.new("crossdock_group *")
         check(lib.crossdock_group_open(options, handle))
         self._handle = handle[0]
+        self._keeper = _Keeper(self)
 
     @classmethod
     def in_process(
@@ -313,7 +315,7 @@ class Group(_Handle):
         for handle in handles:
             group = cls.__new__(cls)
             _Handle.__init__(group, handle)
-            group._met = None
+            group._met, group._keeper = None, _Keeper(group)
             groups.append(group)
         return groups
 
@@ -360,6 +362,19 @@ class Group(_Handle):
     def mark_dead(self, rank: int) -> None:
         """Tells this rank that another is dead, so that waits for it end at once; from any thread."""
         check(lib.crossdock_group_mark_dead(self.handle(), rank))
+
+    def close(self) -> None:
+        """Leaves the group: the other ranks are told, and wait for this one no longer. Views of results keep their
+        memory: where one is left, the others are told when nobody looks any more, and wait until then as for a rank that
+        is silent."""
+        self._handle, self._keeper = 0, None
+
+    def keeper(self) -> object:
+        """For the slots: the memory stays mapped as long as anybody has it."""
+        keeper = self._keeper
+        # Who finds it closed has no use for the memory.
+        self.handle()
+        return keeper
 
     def slot(self, slot: int = 0) -> Slot:
         """One micro-batch's slot: one thread's at a time."""
@@ -489,22 +504,23 @@ class Slot:
 
     def results(self, expert: Optional[int] = None) -> memoryview:
         """Where this rank's results go, `[rows, hidden]` in bfloat16 as 16-bit integers: of a local expert in the latency
-        mode, of all rows in the throughput mode. Valid until `combine`, and as long as the group is open: the other ranks
-        read them there."""
+        mode, of all rows in the throughput mode. To be written before `combine`: the other ranks read them there. They
+        stay mapped as long as the view lives, also when the group is closed."""
         pointer, rows = ffi.new("void **"), ffi.new("size_t *")
-        group = self._group.handle()
+        keeper, group = self._group.keeper(), self._group.handle()
         if self._mode == "latency":
             check(lib.crossdock_latency_results(group, self._slot, expert or 0, pointer, rows))
         else:
             check(lib.crossdock_throughput_results(group, self._slot, pointer, rows))
-        return _view(pointer[0], rows[0] * self._group.info.hidden * 2, "H", self._group)
+        return _view(pointer[0], rows[0] * self._group.info.hidden * 2, "H", keeper)
 
     def all_results(self, outputs: LatencyOutputs) -> memoryview:
-        """Latency mode: the results of all local experts, `[local experts, rows, hidden]` as the outputs have them."""
-        pointer = ffi.new("void **")
+        """Latency mode: the results of all local experts, `[local experts, rows, hidden]` as the outputs have them. As
+        `results`."""
+        pointer, keeper = ffi.new("void **"), self._group.keeper()
         check(lib.crossdock_latency_results(self._group.handle(), self._slot, 0, pointer, ffi.NULL))
         nbytes = outputs.experts * outputs.rows * self._group.info.hidden * 2
-        return _view(pointer[0], nbytes, "H", self._group)
+        return _view(pointer[0], nbytes, "H", keeper)
 
     def copy_results(self, results: Any) -> None:
         """Latency mode: copies results from `[local experts, rows, hidden]`, as the outputs have them."""

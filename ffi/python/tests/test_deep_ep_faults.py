@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import unittest
 from typing import Any, Callable, List, Tuple
+from unittest import mock
 
-from support import numpy
-from thread_ranks import EXPERTS, HIDDEN, TOP_K, choices_of, layout_of, on_every_rank, to_bf16, to_f32
+from support import numpy, torch
+from thread_ranks import ENVIRONMENT, EXPERTS, HIDDEN, TOP_K, Ranks, choices_of, layout_of, on_every_rank
+from thread_ranks import to_bf16, to_f32
 
-from crossdock.errors import BadArgument, BadHandle, OutOfOrder, Unsupported
+from crossdock.errors import BadArgument, BadHandle, GroupLost, OutOfOrder, Unsupported
+from crossdock.experts import Group
 
 
 def given_of(rank: int, tokens: int) -> Tuple[Any, Any, Any]:
@@ -193,8 +197,78 @@ class Faults(unittest.TestCase):
 
         on_every_rank(work, ranks=2)
 
+    def test_what_was_handed_out_stays_after_the_end(self) -> None:
+        kept: List[Any] = []
+
+        def work(buffer: Any, rank: int) -> None:
+            for kind in (numpy, torch) if torch else (numpy,):
+                chosen = choices_of(rank, 3) if kind is numpy else torch.from_numpy(choices_of(rank, 3))
+                ones = to_bf16(numpy.ones((3, HIDDEN))) if kind is numpy else torch.ones(3, HIDDEN).bfloat16()
+                received, counts, handle, *_ = buffer.low_latency_dispatch(ones, chosen, 16, EXPERTS, use_fp8=False)
+                kept.extend([received, counts, buffer.get_next_low_latency_combine_buffer(handle)])
+
+        on_every_rank(work, ranks=2, low_latency_mode=True)
+        while kept:
+            kept[-1][:] = 7
+            self.assertTrue((kept.pop() == 7).all())
+
+    def test_where_nothing_shrinks_a_rank_that_leaves_is_missed(self) -> None:
+        def work(buffer: Any, rank: int) -> None:
+            x, chosen, weights = given_of(rank, 5)
+            given = dict(layout_of(buffer, chosen), topk_idx=chosen, topk_weights=weights)
+
+            def dispatched() -> Callable[[], Any]:
+                """Its combine; of the latency mode the send half, which gives the other."""
+                if is_normal:
+                    received, _, _, _, handle, _ = buffer.dispatch(x, **given)
+                    return lambda: buffer.combine(received, handle)
+                received, _, handle, _, _ = buffer.low_latency_dispatch(x, chosen, 16, EXPERTS, use_fp8=False)
+                return lambda: buffer.low_latency_combine(received, chosen, weights, handle, return_recv_hook=True)[2]
+
+            first = dispatched()()
+            if not is_normal:
+                first()
+            begun = [] if stage == "dispatch" else [dispatched(), dispatched()]
+            if rank == 3:
+                buffer.destroy()
+            buffer.group.all_gather("left")
+            if not is_normal and rank != 3:
+                begun = [combine() for combine in begun]
+            buffer.group.all_gather("begun")
+            # Of two that had begun the second is not summed without it either, when the first has told that it is dead.
+            for call in [*begun, dispatched, dispatched] if rank != 3 else []:
+                with self.subTest(stage=stage, is_normal=is_normal, **options), self.assertRaises(GroupLost):
+                    call()
+
+        for is_normal, shrinks in ((False, False), (True, False), (True, True)):
+            options = dict(low_latency_mode=True, enable_shrink=shrinks)
+            for stage in ("dispatch", "combine"):
+                on_every_rank(work, **options)
+
+    def test_where_the_ranks_meet(self) -> None:
+        from crossdock.deep_ep import Buffer
+
+        def work(buffer: Any, rank: int) -> None:
+            x, chosen, _ = given_of(rank, 3)
+            gather, told = buffer.group.all_gather, []
+            buffer.group.all_gather = lambda address: told.append(address) or gather(address)
+            buffer.low_latency_dispatch(x, chosen, 16, EXPERTS)
+            self.assertRegex(told[0], r"^127\.0\.0\.2:\d+$")
+
+        with mock.patch.dict(ENVIRONMENT, CROSSDOCK_HOST="127.0.0.2"):
+            on_every_rank(work, ranks=2, low_latency_mode=True)
+        group = Ranks(1).of(0)
+        with mock.patch.dict(os.environ, ENVIRONMENT, CROSSDOCK_HOST="a-name"):
+            with self.assertRaisesRegex(BadArgument, "CROSSDOCK_HOST"):
+                Buffer(group)
+        with mock.patch.dict(os.environ, ENVIRONMENT, CROSSDOCK_KEY=""):
+            with self.assertLogs("crossdock", "WARNING") as logged:
+                Buffer(group)
+        self.assertIn("CROSSDOCK_KEY is not set", logged.output[0])
+
     def test_events_and_sizes(self) -> None:
         from crossdock.deep_ep import Buffer, Config, EventHandle, EventOverlap
+        from crossdock.deep_ep._seats import SLOTS
 
         heard: List[int] = []
         event = EventOverlap(EventHandle(), (1, 2))
@@ -229,6 +303,8 @@ class Faults(unittest.TestCase):
         # At least the rows of a dispatch in BF16, and those that come back.
         self.assertGreater(sizes[1], 8 * 128 * 7168 * 2)
         self.assertLess(sizes[0], sizes[1])
+        needed = dict(experts=256, top_k=8, hidden=7168, slots=SLOTS)
+        self.assertGreaterEqual(sizes[1], Group.needed_bytes(max_tokens=[128] * 8, **needed))
 
         def work(buffer: Any, rank: int) -> None:
             for call in (buffer.get_comm_stream, lambda: buffer.get_local_buffer_tensor(numpy.uint8)):

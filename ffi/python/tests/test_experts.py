@@ -6,6 +6,7 @@ import unittest
 from array import array
 from typing import Callable, List
 
+from crossdock._abi import BAD_HANDLE, OK, ffi, lib
 from crossdock.errors import BadArgument, BadHandle, OutOfOrder
 from crossdock.experts import Group, Slot
 
@@ -187,6 +188,23 @@ class Experts(unittest.TestCase):
             slot.dispatch(rows_of(0), [8] * TOKENS * TOP_K)
         with self.assertRaisesRegex(BadArgument, "choices"):
             slot.dispatch(rows_of(0), [1])
+
+    def test_results_outlive_their_group(self) -> None:
+        (group,) = self.groups(ranks=1)
+        slot, outputs = group.slot(), group.latency_outputs()
+        slot.dispatch(rows_of(0), choices_of(0))
+        slot.receive(outputs)
+        views, handle = [slot.results(0), slot.all_results(outputs)], group.handle()
+        group.close()
+        with self.assertRaises(BadHandle):
+            slot.results(0)
+        while views:
+            # Left, and not freed.
+            self.assertEqual(lib.crossdock_group_masked(handle, ffi.NULL, 0, ffi.new("size_t *")), OK)
+            views[-1][0] = views[-1][len(views[-1]) - 1] = 7
+            self.assertEqual(views[-1][0], 7)
+            views.pop()
+        self.assertEqual(lib.crossdock_group_masked(handle, ffi.NULL, 0, ffi.new("size_t *")), BAD_HANDLE)
 
     def test_views_outlive_their_outputs(self) -> None:
         (group,) = self.groups(ranks=1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any, Callable, List
+from unittest import mock
 
 from support import numpy
 
 RANKS, EXPERTS, TOP_K, HIDDEN = 4, 16, 4, 256
+ENVIRONMENT = {"CROSSDOCK_KEY": "a key of these tests alone", "CROSSDOCK_HOST": "127.0.0.1"}
 
 
 class Ranks:
@@ -55,10 +58,11 @@ def on_every_rank(work: Callable[[Any, int], None], ranks: int = RANKS, **option
             group.barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     for error in sorted(failed, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error
 

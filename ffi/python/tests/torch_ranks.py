@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
 from support import numpy, script_environment, torch
+from thread_ranks import ENVIRONMENT
 
 EXPERTS, TOP_K, HIDDEN, MOST = 16, 4, 512, 32
 Job = Callable[[Any, Any], None]
@@ -43,7 +44,7 @@ class Jobs(unittest.TestCase):
     def setUpClass(cls) -> None:
         done = subprocess.run(
             [sys.executable, "-X", "faulthandler", str(sys.modules[cls.__module__].__file__), "jobs"],
-            env={**script_environment(), "GLOO_SOCKET_IFNAME": "lo"},
+            env={**script_environment(), **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -13,7 +13,13 @@ What is different:
 - The normal mode takes at most `Buffer.max_tokens_per_rank` tokens of a rank in one call.
 - There are no streams: every call is over when it returns, but for the hooks of the latency mode, and events say so. A
   hook is to be called before the next eight calls of its shape.
-- A masked rank cannot be taken back.
+- A rank that dies is masked only where DeepEP does so: in the latency mode of a buffer with `enable_shrink`. Where
+  DeepEP's kernels trap, that call and all later ones raise `GroupLost`: destroy the buffer, and make another without
+  the dead. A rank is dead when its process has ended, when it has left, or when others waited for it for 10 s (at first
+  120 s) while it neither made its call nor waited itself.
+- A masked rank cannot be taken back. The normal mode is over then.
+- What `get_next_low_latency_combine_buffer` gave stays mapped as long as it is held, after `destroy` too. The other
+  ranks are told that this one has left when it is held no more, and wait for it until then as for one that is silent.
 - Of a handle's matrices only what callers read is filled: where each source's rows end, in this rank's column of the
   first one, and which of its source's tokens each row is.
 - Results travel as they are, whatever `use_logfmt` says. Before PyTorch 2.1 8-bit integers stand for FP8.
@@ -21,8 +27,8 @@ What is different:
 What makes no sense is refused before the other ranks hear of the call, with `BadArgument`; where DeepEP asserts, that
 is an `AssertionError` too. CUDA tensors are refused with `Unsupported`.
 
-The environment may set `CROSSDOCK_KEY`, which all ranks share, and `CROSSDOCK_BIND`, the address that the other ranks
-reach (`127.0.0.1` without it).
+Set `CROSSDOCK_KEY` to the same secret on all ranks; without it anybody may connect, and a warning says so.
+`CROSSDOCK_HOST` is the IP address at which the other ranks reach this one; left out, that of the way out.
 """
 
 from __future__ import annotations

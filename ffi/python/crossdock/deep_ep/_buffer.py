@@ -9,6 +9,7 @@ from ..experts import Group
 from ._events import CONFIGURED_RANKS, Config, EventHandle, EventOverlap, aligned, asserted
 from ._latency import Latency
 from ._normal import Normal
+from ._seats import SLOTS
 
 
 class Buffer(Normal, Latency):
@@ -32,10 +33,16 @@ class Buffer(Normal, Latency):
     def get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
     ) -> int:
-        """The memory that calls of such a shape take at most, two of them at a time."""
+        """The memory that calls of such a shape take at most among ranks of one host: a shape has eight slots, in which
+        memory is taken as rows arrive, and the caller may hold what eight dispatches gave.
+
+        The normal mode has as many slots for each of its shapes, of `max_tokens_per_rank` tokens: with 4,096 of 7,168
+        channels, of 8 ranks, 224 GiB at most, if all tokens of all ranks go to one rank eight times."""
         limits = [num_max_dispatch_tokens_per_rank] * num_ranks
         top_k = min(8, num_experts)
-        return aligned(Group.needed_bytes(max_tokens=limits, experts=num_experts, top_k=top_k, hidden=hidden, slots=2))
+        return aligned(
+            Group.needed_bytes(max_tokens=limits, experts=num_experts, top_k=top_k, hidden=hidden, slots=SLOTS)
+        )
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:

@@ -10,7 +10,7 @@ from ..errors import BadArgument
 from ..experts import Rows, ThroughputOutputs
 from ._events import Config, EventOverlap, Misused, asserted, event_of
 from ._ranks import Ranks
-from ._seats import Handle, moved, ranges_of
+from ._seats import Handle, ranges_of
 from ._tensors import INDICES, Kind, bytes_of, has_extents, kind_of, numbers_of
 
 
@@ -203,9 +203,9 @@ class Normal(Ranks):
                 biases.append(kind_of(one).bits(one, 2))
         asserted(len(biases) <= 2, f"{len(biases)} biases: there are at most two")
         seat = handle.seated()
-        results, moves = numpy.asarray(seat.slot.results()).reshape(-1, hidden), handle.place.moves
-        results[:] = moved(sent, moves, len(results))
-        seat.slot.combine(None if weights is None else moved(weights, moves, len(results)))
+        # The view has no name: a failure's traceback would keep it, and with it the group of a destroyed buffer.
+        numpy.asarray(seat.slot.results()).reshape(-1, hidden)[:] = sent
+        seat.slot.combine(weights)
         combined = numpy.zeros((tokens, hidden), numpy.uint16)
         seat.slot.finish(combined, back, biases)
         handle.shape.leave(seat.number)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any, Dict, List, Set, Tuple
 
+from .._host import bind_host, key_of_deployment
 from ..errors import BadArgument, BadHandle
 from ..experts import Group
 from ._events import asserted
@@ -42,11 +42,14 @@ class Ranks:
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         self.runtime: Any = self
+        host, self._key = bind_host(), key_of_deployment()
+        self._bind = f"[{host}]:0" if ":" in host else f"{host}:0"
         self._shapes: Dict[Tuple[int, ...], Shape] = {}
         self._masked: Set[int] = set()
 
     def destroy(self) -> None:
-        """Leaves the other ranks."""
+        """Leaves the other ranks. Where a buffer of the latency mode's results is still held, they are told when it is
+        not."""
         asserted(self.explicitly_destroy, "the buffer was made without explicitly_destroy")
         shapes, self._shapes, self.runtime = self._shapes, {}, None
         for shape in shapes.values():
@@ -55,7 +58,7 @@ class Ranks:
     # Masks
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Waits for a rank no longer. One that was masked cannot be taken back."""
+        """Waits for a rank no longer. One that was masked cannot be taken back, and the normal mode is over."""
         self._can_shrink()
         if not 0 <= rank_to_mask < self.group_size or rank_to_mask == self.rank:
             raise BadArgument(f"rank {rank_to_mask} cannot be masked by rank {self.rank} of {self.group_size}", "", 3)
@@ -96,8 +99,6 @@ class Ranks:
         self._is_open()
         key = (limit, experts, top_k, hidden, mode)
         if key not in self._shapes:
-            secret = os.environ.get("CROSSDOCK_KEY")
-            host = os.environ.get("CROSSDOCK_BIND", "127.0.0.1")
             group = Group(
                 self.rank,
                 max_tokens=[limit] * self.group_size,
@@ -105,8 +106,12 @@ class Ranks:
                 top_k=top_k,
                 hidden=hidden,
                 slots=SLOTS,
-                key=secret.encode() if secret else None,
-                bind=f"[{host}]:0" if ":" in host else f"{host}:0",
+                # Where DeepEP's kernels would trap, no call gives results that lack what a dead rank had to add.
+                least_ranks=1 if self.enable_shrink and mode == 1 else self.group_size,
+                # As long as DeepEP's kernels wait. A process that has died is missed at once.
+                deadline=100.0,
+                key=self._key,
+                bind=self._bind,
             )
             group.meet(self._all_gather(group.address))
             for masked in self._masked:

@@ -33,7 +33,7 @@ class Place:
         self.seat: Optional[Seat] = None
         # Where the rows of each source lie in what the handle's dispatch gave.
         self.ranges: Any = None
-        # From there to where they lie in the seat, if a rank was masked before the dispatch was made anew there.
+        # Latency mode: from there to where they lie in the seat, if a rank was masked before it was made anew.
         self.moves: Optional[List[Move]] = None
         # Results of a combine without a copy, while they have to move.
         self.aside: Any = None
