@@ -15,7 +15,7 @@ What is different:
   hook is to be called before the next eight calls of its shape.
 - A rank that dies is masked only where DeepEP does so: in the latency mode of a buffer with `enable_shrink`. Where
   DeepEP's kernels trap, that call and all later ones raise `GroupLost`: destroy the buffer, and make another without
-  the dead. A rank is dead when its process has ended, when it has left, or when others waited for it for 10 s (at first
+  the dead. A rank is dead when its process has ended, when it has left, or when others waited for it for 100 s (at first
   120 s) while it neither made its call nor waited itself.
 - A masked rank cannot be taken back. The normal mode is over then.
 - What `get_next_low_latency_combine_buffer` gave stays mapped as long as it is held, after `destroy` too. The other
