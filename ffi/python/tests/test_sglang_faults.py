@@ -317,6 +317,8 @@ class Misfits(Engines):
             (dict(parallel={"attn_dcp_size": 2}), "decode context parallelism"),
             (dict(env={"SGLANG_DISAGG_STAGING_BUFFER": "1"}), "STAGING_BUFFER"),
             (dict(env={"SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE": "0"}), "DEFERRED_DECODE_KV_RELEASE"),
+            (dict(env={"SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "30"}), "after 30.*RELEASE_TIMEOUT="),
+            (dict(env={"SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT": "nan"}), "after nan seconds"),
             (dict(role="prefill", env={"SGLANG_RUST_SERVER": "1"}), "SGLANG_RUST_SERVER"),
             (dict(role="prefill", pp=2, draft=[64]), "draft model.*pipeline"),
             (dict(args={"kv_data_ptrs": [8 << 40] * 3}), "GPU memory"),

@@ -6,11 +6,11 @@ from __future__ import annotations
 import json
 import sys
 import unittest
-from typing import Any, List
+from typing import Any, List, Tuple
 
 from engines.sglang import why_not
 from engines.sglang_engine import Engines, Request
-from engines.sglang_rank import BOOTSTRAPPING, WAITING, Rank
+from engines.sglang_rank import BOOTSTRAPPING, FAILED, TIMEOUT, WAITING, Rank
 
 REASON = why_not()
 if REASON and __name__ != "__main__":
@@ -133,6 +133,98 @@ class Messages(Engines):
         second.send_chunks([1, 2])
         second.finished()
 
+    def listener(self) -> Tuple[Any, int]:
+        """Where a stranger is told how it went."""
+        import zmq
+
+        context = zmq.Context()
+        self.addCleanup(context.destroy, 0)
+        socket = context.socket(zmq.PULL)
+        self.addCleanup(socket.close, 0)
+        socket.setsockopt(zmq.RCVTIMEO, int(TIMEOUT * 1000))
+        return socket, socket.bind_to_random_port("tcp://127.0.0.1")
+
+    def refused(self, socket: Any) -> Tuple[int, str]:
+        tag, told = socket.recv_multipart()
+        self.assertEqual(tag, b"CROSSDOCK_FAILED")
+        return json.loads(told)["use_count"], json.loads(told)["reason"]
+
+    def test_an_engine_that_is_gone_has_opened_it(self) -> None:
+        """With any count of its own: the one that opens it later is served, and the first one told."""
+        prefill: Rank = self.engines["prefill"].ranks[0]
+        for decode, gone in (
+            ("decode", dict(use_count=5)),
+            ("decode", dict(use_count=0)),
+            ("decode", dict(use_count=0, rank=1)),
+            ("decode", dict(use_count=3, rank=1, required_dst_info_num=2)),
+            ("pair", dict(use_count=5)),
+            ("pair", dict(use_count=0)),
+        ):
+            for is_begun in (False, True):
+                with self.subTest(decode, gone=gone, is_begun=is_begun):
+                    socket, port = self.listener()
+                    request = self.request("prefill", decode, 3)
+                    if is_begun:
+                        request.create_prefill()
+                    opened = json.loads(self.stranger(request.room, "OPENED")[1])
+                    frames = frames_of("OPENED", **{**opened, "dst_port": port, **gone})
+                    prefill.ask("tell", to="_decode_has_opened", frames=frames)
+                    request.create_decode()
+                    request.handshake()
+                    request.grant()
+                    used = (gone["use_count"], "another request uses the number of this one")
+                    self.assertEqual(self.refused(socket), used)
+                    if not is_begun:
+                        request.create_prefill()
+                    request.admit()
+                    request.send_chunks([1, 2])
+                    request.finished()
+
+    def test_another_engine_opens_what_is_served(self) -> None:
+        """It is refused, and what moves is not disturbed; nor is it by what this engine aborts."""
+        request = self.request("prefill", "decode", 3).opened()
+        request.send(0, 2)
+        opened = json.loads(self.stranger(request.room, "OPENED")[1])
+        for wrong in (dict(use_count=9), dict(use_count=0), dict(use_count=0, rank=3, required_dst_info_num=2)):
+            socket, port = self.listener()
+            frames = frames_of("OPENED", **{**opened, "dst_port": port, **wrong})
+            request.prefill[0].ask("tell", to="_decode_has_opened", frames=frames)
+            told = (wrong["use_count"], "another request uses the number of this one")
+            self.assertEqual(self.refused(socket), told)
+        aborted = json.loads(self.stranger(request.room)[1])
+        frames = frames_of("ABORTED", **{**aborted, "use_count": 9})
+        request.prefill[0].ask("tell", to="_decode_has_aborted", frames=frames)
+        request.send(2, 3)
+        request.finished()
+
+    def test_an_earlier_use_by_the_same_engine(self) -> None:
+        """Comes late: it is answered."""
+        request = self.request("prefill", "decode", 3)
+        request.create_prefill()
+        socket, port = self.listener()
+        opened = {**json.loads(self.stranger(request.room, "OPENED")[1]), "dst_port": port}
+        for use_count in (4, 3):
+            frames = frames_of("OPENED", **{**opened, "use_count": use_count})
+            request.prefill[0].ask("tell", to="_decode_has_opened", frames=frames)
+        self.assertEqual(self.refused(socket), (3, "the number was used again"))
+        request.prefill[0].call(request.room, "abort")
+
+    def test_an_abort_of_long_ago(self) -> None:
+        """Says nothing about a request that has its number."""
+        prefill: Rank = self.engines["prefill"].ranks[0]
+        for seconds, status in ((30.0, FAILED), (0.0, BOOTSTRAPPING)):
+            with self.subTest(seconds=seconds):
+                request = self.request("prefill", "decode", 2)
+                limits = dict(_OVER_SECONDS=seconds)
+                prefill.ask("tell", to="_decode_has_aborted", limits=limits, frames=self.stranger(request.room))
+                request.create_prefill()
+                self.assertEqual(int(prefill.call(request.room, "poll")), status)
+                prefill.call(request.room, "abort")
+        late = self.request("prefill", "decode", 2)
+        prefill.ask("tell", to="_decode_has_aborted", frames=self.stranger(late.room))
+        prefill.ask("tell", to="_decode_has_aborted", limits=dict(_OVER_SECONDS=30.0), frames=self.stranger(0))
+        late.run()
+
     def test_rooms_that_nobody_serves(self) -> None:
         """The prefill side keeps the latest ones, so many."""
         prefill: Rank = self.engines["prefill"].ranks[0]
@@ -184,6 +276,7 @@ class Messages(Engines):
         ]
         for rank in (*request.prefill, *request.decode):
             socket = context.socket(zmq.PUSH)
+            self.addCleanup(socket.close, 0)
             port = rank.ask("manager", name="rank_port")
             socket.connect(f"tcp://127.0.0.1:{port}")
             for frames in (

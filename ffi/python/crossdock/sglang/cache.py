@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from .._abi import ffi
 from .._host import require_host_memory
@@ -16,6 +16,13 @@ from ..pool import Pool
 
 # A rank of one pipeline stage does not know how many layers the others have.
 MODEL_LAYERS = 1024
+# Tensor-parallel ranks, and stages, that another engine may tell of.
+_MOST_RANKS = 4096
+
+# Of a control message, on both sides: it takes a list of the pages of a request, 4 bytes each, or its metadata.
+MAX_FRAME_BYTES = 16 << 20
+# Which leaves this for what else is in it.
+_LONGEST_LIST_BYTES = MAX_FRAME_BYTES - 1024
 
 # Components of a request's state whose rows, or pages, correspond one to one in their order.
 STATES = frozenset(
@@ -146,6 +153,7 @@ class Cache:
         self.memories = [Memory.at(address, nbytes) for address, nbytes in self._regions]
         self._aux = list(zip(args.aux_data_ptrs, args.aux_item_lens, args.aux_data_lens))
         self.aux_bytes = sum(args.aux_item_lens)
+        self._require_frames()
 
     def _check(self) -> None:
         args = self.args
@@ -174,6 +182,19 @@ class Cache:
         for kind in getattr(args, "state_types", []):
             if _name(kind) not in STATES:
                 raise _refused(f"state of type {_name(kind)!r}", f"supported are {', '.join(sorted(STATES))}")
+
+    def _require_frames(self) -> None:
+        """What one request may have fits into a message: no more than everything that is here."""
+        numbers = self.pages
+        states = zip(getattr(self.args, "state_data_lens", []), getattr(self.args, "state_item_lens", []))
+        for nth, (lens, items) in enumerate(states):
+            rows = [nbytes // item for nbytes, item in zip(lens, items) if nbytes and item > 0]
+            numbers += min(rows, default=0) * self._entries(nth)
+        most = _LONGEST_LIST_BYTES // 4
+        if numbers > most:
+            raise _refused(f"a cache of {numbers} pages and rows", f"at most {most}: use larger pages (--page-size)")
+        if self.aux_bytes > _LONGEST_LIST_BYTES:
+            raise _refused(f"{self.aux_bytes} bytes of metadata a request", f"at most {_LONGEST_LIST_BYTES}")
 
     def _ranges(self) -> List[Tuple[int, int]]:
         args = self.args
@@ -352,12 +373,63 @@ def _require_host_memory(address: int, nbytes: int) -> None:
         ) from None
 
 
-def rank_of(told: Dict[str, Any]) -> Rank:
-    return Rank(told["tp"], told["tp_rank"], told["pp"], told["pp_rank"])
+def rank_of(told: Any) -> Rank:
+    """Raises `ValueError` for what no rank tells of itself."""
+    rank = Rank(**_checked(Rank, told))
+    if not (rank.tp_rank < rank.tp <= _MOST_RANKS and rank.pp_rank < rank.pp <= _MOST_RANKS):
+        raise ValueError(f"a prefill rank tells what makes no sense: {rank}")
+    return rank
 
 
-def geometry_of(told: Dict[str, Any]) -> Geometry:
-    return Geometry(**told)
+def geometry_of(told: Any) -> Geometry:
+    """Raises `ValueError` for what no rank tells of its cache."""
+    geometry = Geometry(**_checked(Geometry, told))
+    if not (geometry.page_tokens and geometry.page_bytes and 0 < geometry.layers <= MODEL_LAYERS):
+        raise ValueError(
+            f"a prefill rank tells what makes no sense: {geometry.layers} layers, with pages of {geometry.page_tokens} "
+            f"tokens in {geometry.page_bytes} bytes"
+        )
+    return geometry
+
+
+def _checked(kind: Any, told: Any) -> Dict[str, Any]:
+    """What another program tells, if it has the fields and their types."""
+    types = {field.name: str(field.type) for field in fields(kind)}
+    if not isinstance(told, dict) or told.keys() != types.keys():
+        raise ValueError(
+            f"a prefill rank tells what makes no sense: {kind.__name__} with other fields than {', '.join(types)}"
+        )
+    for name, form in types.items():
+        if not _FORMS[form](told[name]):
+            raise ValueError(
+                f"a prefill rank tells what makes no sense: {kind.__name__} with {name} {repr(told[name])[:80]}"
+            )
+    return told
+
+
+def _is_number(told: Any) -> bool:
+    # A bool is an int.
+    return type(told) is int and 0 <= told < 1 << 48
+
+
+def _are_numbers(told: Any) -> bool:
+    return isinstance(told, list) and all(map(_is_number, told))
+
+
+def _are_states(told: Any) -> bool:
+    return isinstance(told, list) and all(
+        isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and _are_numbers(one[1]) for one in told
+    )
+
+
+# How the types of the fields are written: their annotations are texts.
+_FORMS: Dict[str, Callable[[Any], bool]] = {
+    "int": _is_number,
+    "str": lambda told: isinstance(told, str),
+    "Optional[str]": lambda told: told is None or isinstance(told, str),
+    "List[int]": _are_numbers,
+    "List[List[Any]]": _are_states,
+}
 
 
 def mismatch(here: Geometry, here_rank: Rank, there: Geometry, there_rank: Rank) -> Optional[str]:

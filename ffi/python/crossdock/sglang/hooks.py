@@ -30,7 +30,7 @@ _NEEDED: Dict[str, Sequence[str]] = {
         "send_kv_status_message",
         "update_status",
     ),
-    "CommonKVSender": ("_poll_with_status", "_record_transfer_indices", "clear"),
+    "CommonKVSender": ("_poll_with_status", "_record_transfer_indices", "abort", "clear", "failure_exception"),
     "CommonKVReceiver": (
         "_clear",
         "_connect_to_bootstrap_server",
@@ -38,7 +38,9 @@ _NEEDED: Dict[str, Sequence[str]] = {
         "_register_kv_args",
         "_send_abort_notification",
         "_send_bootstrap_message",
+        "abort",
         "ensure_abort_notified",
+        "failure_exception",
         "invalidate_cached_bootstrap_infos",
     ),
     "CommonKVBootstrapServer": ("_handle_route_put", "_handle_route_get"),

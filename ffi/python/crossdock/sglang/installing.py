@@ -14,7 +14,12 @@ def install() -> None:
     """Adds `crossdock` to SGLang's transfer backends in this process: to the choices of the command line, to
     `TransferBackend`, and to what `get_kv_class` finds. It may be called again, and before or after SGLang's modules
     are imported. It is what the entry point group `sglang.srt.plugins` expects of a plugin."""
-    utils = importlib.import_module("sglang.srt.disaggregation.utils")
+    try:
+        utils = importlib.import_module("sglang.srt.disaggregation.utils")
+    except ImportError as error:
+        raise ImportError(
+            f"crossdock.sglang is a transfer backend of SGLang, and SGLang cannot be imported here: {error}"
+        ) from error
     _add_choice()
     if BACKEND in utils.TransferBackend._value2member_map_:
         return

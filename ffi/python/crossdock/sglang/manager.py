@@ -18,15 +18,17 @@ from .worker import Worker
 
 _log = logging.getLogger("crossdock.sglang")
 
-# How long it is known that a room is over, so that what comes late does not open it anew.
+# How long it is known that a room is over, so that what comes late does not open it anew; and that one was aborted whose
+# request has not come, which may be another one that has its number.
 _OVER_SECONDS = 30.0
 _MOST_OVER = 65536
 # How many rooms decode ranks may open whose requests the prefill side has not got yet.
 MOST_UNCLAIMED = 16384
 # How many numbers of rooms the decode side counts the uses of.
 _MOST_COUNTED = 65536
-# A shorter time than this for the release of pages is warned of.
+# A shorter time than this for the release of pages is refused, in seconds.
 _LONG = 86400.0
+_USED = "another request uses the number of this one"
 
 
 class _Over(NamedTuple):
@@ -45,9 +47,29 @@ class _Over(NamedTuple):
 
     def is_meant(self, message: Union[RoomOpened, RoomAborted]) -> bool:
         """Whether a message that comes now is about the room that is over."""
-        if time.monotonic() >= self.until or (self.use_count is not None and message.use_count > self.use_count):
+        if time.monotonic() >= self.until:
             return False
-        return message.sender in self.senders or (self.is_expecting and not self.is_begun_anew)
+        if self.use_count is not None and message.sender in self.senders:
+            return message.use_count <= self.use_count
+        # Another engine counts for itself.
+        is_alike = self.use_count is None or message.use_count == self.use_count
+        return is_alike and self.is_expecting and not self.is_begun_anew
+
+
+class _Aborted(NamedTuple):
+    """A room that a decode rank has aborted before its request has come to the prefill side."""
+
+    message: RoomAborted
+    until: float
+
+    def is_meant(self, opened: RoomOpened) -> bool:
+        """Whether a decode rank that opens the room now has the same request."""
+        known = self.message
+        is_late = opened.sender == known.sender and opened.use_count < known.use_count
+        return self.is_fresh() and (is_late or opened.use_count == known.use_count)
+
+    def is_fresh(self) -> bool:
+        return time.monotonic() < self.until
 
 
 class CrossdockKVManager(conn.CommonKVManager):  # type: ignore[misc]
@@ -72,13 +94,19 @@ class CrossdockKVManager(conn.CommonKVManager):  # type: ignore[misc]
         self.rank = rank
         self.transfer_deadline = float(environ.envs.SGLANG_DISAGGREGATION_WAITING_TIMEOUT.get())
         self._rooms_lock = threading.Lock()
-        # Of the prefill side: rooms that have a sender; that have none yet, with who has aborted them, if one has; and
-        # that are over.
+        # Of the statuses, which SGLang reads and then writes, in the scheduler's thread and in those of this manager.
+        # It is taken after the lock of the rooms.
+        self.status_lock = threading.RLock()
+        # Of the prefill side: rooms that have a sender, and whose sender has begun with the ranks that had opened it;
+        # that have none yet, with who has aborted them, if one has; and that are over.
         self._begun: Set[int] = set()
-        self._unclaimed: OrderedDict[int, Optional[RoomAborted]] = OrderedDict()
+        self._taken: Set[int] = set()
+        self._unclaimed: OrderedDict[int, Optional[_Aborted]] = OrderedDict()
         self._over: OrderedDict[int, _Over] = OrderedDict()
-        # Of the decode side.
+        # Of the decode side: the uses of each number, and how often in succession a prefill server has not said which
+        # ranks it has.
         self._uses: OrderedDict[int, int] = OrderedDict()
+        self._misses: Dict[str, int] = {}
         if is_prefill:
             geometry = self.cache.geometry
             self.worker.open(geometry.heads, geometry.token_head_bytes, geometry.first_layer)
@@ -108,7 +136,8 @@ class CrossdockKVManager(conn.CommonKVManager):  # type: ignore[misc]
         while True:
             try:
                 frames = recv()
-            except conn.zmq.ZMQError:
+            except conn.zmq.ZMQError as error:
+                _log.error("no messages of the other side are heard any more: %s", error)
                 return
             if not frames:
                 continue
@@ -122,42 +151,67 @@ class CrossdockKVManager(conn.CommonKVManager):  # type: ignore[misc]
                 # One message that makes no sense costs one request, and not all.
                 _log.warning("a message was dropped: %s", error)
 
+    def update_status(self, bootstrap_room: int, status: Any) -> None:
+        with self.status_lock:
+            super().update_status(bootstrap_room, status)
+
+    def take_failure(self, room: int) -> Optional[str]:
+        """Why a request that is cleared has failed: another one that has its number must not find it."""
+        with self.failure_lock:
+            reason: Optional[str] = self.failure_records.pop(room, None)
+        return reason
+
     # The prefill side.
 
     def _decode_has_opened(self, opened: RoomOpened) -> None:
         room = opened.room
         with self._rooms_lock:
             reason = self._why_refused(opened)
-            if reason is None:
-                infos = self.transfer_infos.setdefault(room, {})
-                if any(info.use_count > opened.use_count for info in infos.values()):
-                    return
-                if any(info.use_count < opened.use_count for info in infos.values()):
-                    # What is left of an earlier use of the number means nothing any more.
-                    infos = self.transfer_infos[room] = {}
-                infos[opened.sender] = opened
-                if room not in self._begun:
-                    self._keep_unclaimed(room, None)
-                if len(infos) == opened.required_dst_info_num:
-                    self.resolve_kv_replica_factor(infos)
-                    self.req_to_decode_prefix_len[room] = max(info.decode_prefix_len for info in infos.values())
-                    self.update_status(room, conn.KVPoll.WaitingForInput)
-                return
-        if not opened.is_dummy:
-            self._tell(room, opened.use_count, [(opened.endpoint, opened.dst_port)], reason)
+            if reason is not None:
+                refused = [opened]
+            else:
+                reason, refused = _USED, self._keep_opened(opened)
+        for one in refused:
+            if not one.is_dummy:
+                self._tell(room, one.use_count, [(one.endpoint, one.dst_port)], reason)
 
     def _why_refused(self, opened: RoomOpened) -> Optional[str]:
         over, aborted = self._over.get(opened.room), self._unclaimed.get(opened.room)
         if over is not None and over.is_meant(opened):
             return over.reason or "the request was over already"
-        if aborted is not None and opened.use_count <= aborted.use_count:
-            return f"another rank of the decode side: {aborted.reason}"
+        if aborted is not None and aborted.is_meant(opened):
+            return f"another rank of the decode side: {aborted.message.reason}"
         if self.request_status.get(opened.room) == conn.KVPoll.Failed:
             with self.failure_lock:
                 return str(self.failure_records.get(opened.room, "the request has failed"))
-        return None
+        infos = self.transfer_infos.get(opened.room, {})
+        before = infos.get(opened.sender)
+        if before is not None and before.use_count > opened.use_count:
+            return "the number was used again"
+        return _USED if opened.room in self._taken and not _is_one_request(opened, infos) else None
 
-    def _keep_unclaimed(self, room: int, aborted: Optional[RoomAborted]) -> None:
+    def _keep_opened(self, opened: RoomOpened) -> List[RoomOpened]:
+        """Keeps who has opened a room; tells who had opened it for another request."""
+        room, dropped = opened.room, []
+        infos = self.transfer_infos.get(room, {})
+        if not _is_one_request(opened, infos):
+            # Of an earlier use of the number, or of another engine, which may be gone: nobody has begun with it.
+            dropped = [info for info in infos.values() if info.sender != opened.sender]
+            infos = {}
+            with self.status_lock:
+                if self.request_status.get(room) == conn.KVPoll.WaitingForInput:
+                    self.request_status[room] = conn.KVPoll.Bootstrapping
+        infos[opened.sender] = opened
+        self.transfer_infos[room] = infos
+        if room not in self._begun:
+            self._keep_unclaimed(room, None)
+        if len(infos) == opened.required_dst_info_num:
+            self.resolve_kv_replica_factor(infos)
+            self.req_to_decode_prefix_len[room] = max(info.decode_prefix_len for info in infos.values())
+            self.update_status(room, conn.KVPoll.WaitingForInput)
+        return dropped
+
+    def _keep_unclaimed(self, room: int, aborted: Optional[_Aborted]) -> None:
         self._unclaimed[room] = aborted
         if len(self._unclaimed) > MOST_UNCLAIMED:
             oldest, _ = self._unclaimed.popitem(last=False)
@@ -166,8 +220,9 @@ class CrossdockKVManager(conn.CommonKVManager):  # type: ignore[misc]
 
     def _drop(self, room: int) -> None:
         """What SGLang keeps of a room that has no sender."""
-        for table in (self.transfer_infos, self.request_status, self.req_to_decode_prefix_len):
-            table.pop(room, None)
+        with self.status_lock:
+            for table in (self.transfer_infos, self.request_status, self.req_to_decode_prefix_len):
+                table.pop(room, None)
 
     def _decode_has_aborted(self, aborted: RoomAborted) -> None:
         room = aborted.room
@@ -175,13 +230,20 @@ class CrossdockKVManager(conn.CommonKVManager):  # type: ignore[misc]
             over, status = self._over.get(room), self.request_status.get(room)
             if over is not None and over.is_meant(aborted):
                 return
-            if any(info.use_count > aborted.use_count for info in self.transfer_infos.get(room, {}).values()):
+            infos = self.transfer_infos.get(room, {})
+            before = infos.get(aborted.sender)
+            if before is not None:
+                is_late = before.use_count > aborted.use_count
+            else:
+                # Of a rank that has not opened it: those of its engine that have count alike.
+                is_late = any(info.use_count != aborted.use_count for info in infos.values())
+            if is_late:
                 return
             # Other ranks of the decode side that wait for it.
             others = [one for one in self._room_notify_targets(room) if one != (aborted.endpoint, aborted.dst_port)]
             if room not in self._begun or status is None:
                 self._drop(room)
-                self._keep_unclaimed(room, aborted)
+                self._keep_unclaimed(room, _Aborted(aborted, time.monotonic() + _OVER_SECONDS))
             elif status in (conn.KVPoll.Success, conn.KVPoll.Failed):
                 return
             else:
@@ -201,15 +263,22 @@ class CrossdockKVManager(conn.CommonKVManager):  # type: ignore[misc]
         """A sender was made. Why the decode side had aborted the room before, if it had."""
         with self._rooms_lock:
             aborted = self._unclaimed.pop(room, None)
-        return None if aborted is None else f"the decode side: {aborted.reason}"
+        return f"the decode side: {aborted.message.reason}" if aborted is not None and aborted.is_fresh() else None
+
+    def take_opened(self, room: int) -> List[RoomOpened]:
+        """Which decode ranks have opened the room of a sender that begins now: it stays with these."""
+        with self._rooms_lock:
+            self._taken.add(room)
+            return list(self.transfer_infos.get(room, {}).values())
 
     def ended(self, room: int) -> None:
-        """A sender was cleared, for the first time or again. What comes late for it must not open the room anew."""
+        """A sender is cleared. What comes late for it must not open the room anew."""
         now = time.monotonic()
         with self._rooms_lock:
             if room not in self._begun:
                 return
             self._begun.discard(room)
+            self._taken.discard(room)
             infos = self.transfer_infos.get(room, {})
             use_count = max((info.use_count for info in infos.values()), default=None)
             is_expecting = not infos or any(info.required_dst_info_num > len(infos) for info in infos.values())
@@ -250,13 +319,14 @@ class CrossdockKVManager(conn.CommonKVManager):  # type: ignore[misc]
         with self._rooms_lock:
             is_late = self._uses.get(failed.room) != failed.use_count
         # The first reason stays.
-        if not is_late and self.request_status.get(failed.room) != conn.KVPoll.Failed:
-            self.apply_prefill_status(
-                bootstrap_room=failed.room,
-                status=conn.KVPoll.Failed,
-                prefill_rank=failed.rank,
-                failure_reason=f"the prefill side: {failed.reason}",
-            )
+        with self.status_lock:
+            if not is_late and self.request_status.get(failed.room) != conn.KVPoll.Failed:
+                self.apply_prefill_status(
+                    bootstrap_room=failed.room,
+                    status=conn.KVPoll.Failed,
+                    prefill_rank=failed.rank,
+                    failure_reason=f"the prefill side: {failed.reason}",
+                )
 
     def next_use(self, room: int) -> int:
         """How often the number was used before. All ranks of a decode engine get the same requests, and count alike."""
@@ -274,7 +344,21 @@ class CrossdockKVManager(conn.CommonKVManager):  # type: ignore[misc]
 
     def _on_heartbeat_success(self, bootstrap_addr: str) -> None:
         """The server answers: whether for the same ranks. One that was started anew between two heartbeats would not be
-        missed, and its old address be dialed for as long as a request may take."""
+        missed, and its old address be dialed for as long as a request may take. One that does not say is a heartbeat
+        that is missed."""
+        try:
+            is_same = self._has_same_ranks(bootstrap_addr)
+        except Exception:
+            # SGLang counts from 0 after each answer to its own question.
+            misses = self._misses[bootstrap_addr] = self._misses.get(bootstrap_addr, 0) + 1
+            if misses < self.max_failures:
+                raise
+            is_same = False
+        self._misses.pop(bootstrap_addr, None)
+        if not is_same:
+            self._handle_node_failure(bootstrap_addr)
+
+    def _has_same_ranks(self, bootstrap_addr: str) -> bool:
         with self.connection_lock:
             known = {key: list(infos) for key, infos in self.connection_pool.items()}
         for key, infos in known.items():
@@ -285,8 +369,11 @@ class CrossdockKVManager(conn.CommonKVManager):  # type: ignore[misc]
                 query = {"prefill_dp_rank": dp_rank, "prefill_cp_rank": cp_rank}
                 query.update(target_tp_rank=rank["tp_rank"], target_pp_rank=rank["pp_rank"])
                 answer = conn.requests.get(f"http://{bootstrap_addr}/route", params=query, timeout=(2, 3))
-                if answer.status_code != 200 or answer.json().get(FIELD) != info[FIELD]:
-                    return self._handle_node_failure(bootstrap_addr)
+                if answer.status_code != 200:
+                    raise ConnectionError(f"{bootstrap_addr} answers {answer.status_code} for {query}")
+                if answer.json().get(FIELD) != info[FIELD]:
+                    return False
+        return True
 
     def _handle_node_failure(self, failed_bootstrap_addr: str) -> None:
         super()._handle_node_failure(failed_bootstrap_addr)
@@ -334,9 +421,17 @@ def _refuse_unsupported(parallel: Any, is_prefill: bool) -> None:
         if is_set:
             raise Unsupported(f"crossdock.sglang does not support {what}", "turn it off, or take another backend", 9)
     seconds = envs.SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT.get()
-    if not is_prefill and seconds < _LONG:
-        _log.warning(
-            "SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT is %s: SGLang hands the pages of a failed "
-            "request out after so many seconds, also where a peer that stands still can write them",
-            seconds,
+    if not is_prefill and not seconds >= _LONG:
+        raise Unsupported(
+            f"SGLang would hand the pages of a failed request out after {seconds} seconds, also where a peer that stands "
+            "still can write them",
+            "set SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT=1000000000, as python -m crossdock.sglang does",
+            9,
         )
+
+
+def _is_one_request(opened: RoomOpened, infos: Dict[str, RoomOpened]) -> bool:
+    """Whether a rank opens a room for the request that others have opened it for. An engine that did and is gone may
+    have left them."""
+    is_full = opened.sender not in infos and len(infos) >= opened.required_dst_info_num
+    return not is_full and all(opened.is_with(info) for info in infos.values())

@@ -66,6 +66,11 @@ class RoomOpened(_FromDecode):
     decode_prefix_len: int
     """Tokens before these, that the decode side has."""
 
+    def is_with(self, other: RoomOpened) -> bool:
+        """Whether both can be about one request: of two ranks of an engine, which count alike."""
+        alike = (self.use_count, self.required_dst_info_num) == (other.use_count, other.required_dst_info_num)
+        return alike and (self.rank != other.rank or self.sender == other.sender)
+
 
 @dataclass(frozen=True)
 class RoomAborted(_FromDecode):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
-from typing import Optional
+from typing import Any, Optional
 
 from ..kinds import By
 from ..room import End
+from .hooks import conn
 
 # The reason comes over another connection than the room's end.
 _REASON_SECONDS = 1.0
+
+
+def failure_of(room: int, reason: Optional[str]) -> Any:
+    """What `failure_exception` raises, of a request that is cleared; without a reason another rank knows it."""
+    return conn.KVTransferError(room, reason or "another rank has failed", is_from_another_rank=reason is None)
 
 
 class Outcomes:

@@ -14,8 +14,7 @@ from .cache import Rank, geometry_of, mismatch, rank_of, sources_of
 from .hooks import conn
 from .manager import CrossdockKVManager
 from .messages import RoomAborted, RoomOpened
-from .outcomes import Outcomes
-from .worker import are_home
+from .outcomes import Outcomes, failure_of
 
 _log = logging.getLogger("crossdock.sglang")
 
@@ -33,6 +32,9 @@ class CrossdockKVReceiver(conn.CommonKVReceiver):  # type: ignore[misc]
         self._outcomes = Outcomes()
         self._aux_index: Optional[int] = None
         self.bootstrap_infos: Optional[List[Dict[str, Any]]] = None
+        self._is_cleared = False
+        # Why it has failed, once it is cleared.
+        self._reason: Optional[str] = None
         # Here, where all ranks of the engine come, and not where one of them may have failed.
         self._use_count = mgr.next_use(bootstrap_room)
         super().__init__(mgr, bootstrap_addr, bootstrap_room)
@@ -42,7 +44,7 @@ class CrossdockKVReceiver(conn.CommonKVReceiver):  # type: ignore[misc]
         try:
             for info in self.bootstrap_infos or ():
                 self._meet(info)
-        except (Error, ValueError) as error:
+        except (Error, ArithmeticError, ValueError) as error:
             self._fail(str(error))
             return False
         except (KeyError, TypeError) as error:
@@ -52,16 +54,20 @@ class CrossdockKVReceiver(conn.CommonKVReceiver):  # type: ignore[misc]
 
     def _meet(self, info: Dict[str, Any]) -> None:
         where = f"prefill rank {info['rank_ip']}:{info['rank_port']}"
+        if not isinstance(info["rank_ip"], str) or type(info["rank_port"]) is not int:
+            raise ValueError(f"{where} has no address")
         told = info.get(FIELD)
         if not isinstance(told, dict) or told.get("version") != 1:
             raise ValueError(f"{where} tells nothing of crossdock: it runs another backend, or another version of it")
         mgr, here = self.kv_mgr, self.kv_mgr.cache
-        there, rank = geometry_of(told["geometry"]), rank_of(told["rank"])
+        there, rank, address = geometry_of(told.get("geometry")), rank_of(told.get("rank")), told.get("address")
+        if not isinstance(address, str):
+            raise ValueError(f"{where} tells the address {repr(address)[:80]}")
         why = mismatch(here.geometry, mgr.rank, there, rank)
         if why is not None:
             raise ValueError(f"{where}: {why}")
         mgr.worker.open(there.heads, there.token_head_bytes, there.first_layer if mgr.rank.pp > 1 else 0)
-        self._peer(rank, told["address"])
+        self._peer(rank, address)
 
     def _peer(self, rank: Rank, address: str) -> Peer:
         return self.kv_mgr.worker.peer((self.bootstrap_addr, self.prefill_dp_rank, rank.number), address)
@@ -95,7 +101,7 @@ class CrossdockKVReceiver(conn.CommonKVReceiver):  # type: ignore[misc]
                 use_count=self._use_count,
                 deadline=mgr.transfer_deadline,
             )
-        except (Error, OverflowError, TypeError, ValueError) as error:
+        except (Error, ArithmeticError, TypeError, ValueError) as error:
             return self._fail(str(error))
         self._aux_index = aux_index
         bringing = {source.rank for source in sources}
@@ -162,7 +168,7 @@ class CrossdockKVReceiver(conn.CommonKVReceiver):  # type: ignore[misc]
                 if self._outcomes.is_told(end):
                     self._fail(end.message)
                 return
-            if not are_home(room):
+            if not room.is_home:
                 return
             if self._aux_index is not None:
                 if len(end.aux) != mgr.cache.aux_bytes:
@@ -192,7 +198,8 @@ class CrossdockKVReceiver(conn.CommonKVReceiver):  # type: ignore[misc]
         del force_arm
         mgr = self.kv_mgr
         with mgr.failure_lock:
-            reason = mgr.failure_records.get(self.bootstrap_room, "the request has failed on the decode side")
+            known = self._reason if self._is_cleared else mgr.failure_records.get(self.bootstrap_room)
+        reason = known or "the request has failed on the decode side"
         aborted = RoomAborted(self.bootstrap_room, self._use_count, mgr.local_ip, mgr.rank_port, reason)
         # Another backend's ranks would not understand it.
         for info in [one for one in self.bootstrap_infos or () if isinstance(one.get(FIELD), dict)]:
@@ -205,16 +212,26 @@ class CrossdockKVReceiver(conn.CommonKVReceiver):  # type: ignore[misc]
                 _log.debug("prefill rank %s:%s was not told: %s", info["rank_ip"], info["rank_port"], error)
 
     def abort(self) -> None:
-        super().abort()
-        self._cancel()
+        if not self._is_cleared:
+            super().abort()
+            self._cancel()
+
+    def failure_exception(self) -> None:
+        self.conclude_state = KVPoll.Failed
+        self.clear()
+        raise failure_of(self.bootstrap_room, self._reason)
 
     def is_abort_release_safe(self) -> bool:
         """Whether nobody can write the request's pages any more."""
-        if self._room is not None and not are_home(self._room):
+        if self._room is not None and not self._room.is_home:
             return False
         return self.kv_mgr.is_abort_release_safe(self.bootstrap_room, 0)
 
     def _clear(self) -> None:
+        """Once: SGLang clears what has failed again when its pages are home, and the number may be another request's
+        then."""
+        if self._is_cleared:
+            return
         room, self._room = self._room, None
         if room is not None:
             if room.poll() is None:
@@ -222,4 +239,6 @@ class CrossdockKVReceiver(conn.CommonKVReceiver):  # type: ignore[misc]
                     self._fail("the request was given up")
                 room.cancel()
             self.kv_mgr.worker.drain(self.bootstrap_room, room)
-        super()._clear()
+        with self.kv_mgr.status_lock:
+            super()._clear()
+        self._is_cleared, self._reason = True, self.kv_mgr.take_failure(self.bootstrap_room)

@@ -9,7 +9,7 @@ from ..kinds import By
 from ..room import End, Sending
 from .hooks import conn
 from .manager import CrossdockKVManager
-from .outcomes import Outcomes
+from .outcomes import Outcomes, failure_of
 
 KVPoll = conn.KVPoll
 
@@ -31,6 +31,9 @@ class CrossdockKVSender(conn.CommonKVSender):  # type: ignore[misc]
         self._tokens = 0
         self._sent = 0
         self._is_finished = False
+        self._is_cleared = False
+        # Why it has failed, once it is cleared.
+        self._reason: Optional[str] = None
         mgr.begin(bootstrap_room)
         super().__init__(mgr, bootstrap_addr, bootstrap_room, req_has_disagg_prefill_dp_rank)
         reason = mgr.claim(bootstrap_room)
@@ -40,9 +43,9 @@ class CrossdockKVSender(conn.CommonKVSender):  # type: ignore[misc]
 
     def init(self, num_kv_indices: int, aux_index: Optional[int] = None) -> None:
         super().init(num_kv_indices, aux_index)
-        if self.kv_mgr.request_status.get(self.bootstrap_room) in (None, KVPoll.Failed):
+        if self._is_cleared or self.kv_mgr.request_status.get(self.bootstrap_room) in (None, KVPoll.Failed):
             return
-        infos = list(self.kv_mgr.transfer_infos.get(self.bootstrap_room, {}).values())
+        infos = self.kv_mgr.take_opened(self.bootstrap_room)
         real = [info for info in infos if not info.is_dummy]
         self._is_dummy = not real
         if self._is_dummy:
@@ -148,11 +151,25 @@ class CrossdockKVSender(conn.CommonKVSender):  # type: ignore[misc]
             self._room.cancel()
 
     def abort(self) -> None:
+        """Also clears: SGLang does so after some of its aborts alone."""
+        if self._is_cleared:
+            return
         if self.conclude_state is None and self.kv_mgr.request_status.get(self.bootstrap_room) != KVPoll.Success:
             self._fail("Aborted by AbortReq.")
         super().abort()
+        self.clear()
+
+    def failure_exception(self) -> None:
+        self.conclude_state = KVPoll.Failed
+        self.clear()
+        self.trace_ctx.trace_req_finish()
+        raise failure_of(self.bootstrap_room, self._reason)
 
     def clear(self) -> None:
+        """Once: the number may be another request's when it is called again."""
+        if self._is_cleared:
+            return
+        self._is_cleared = True
         room, self._room = self._room, None
         if room is not None:
             if room.poll() is None and self.conclude_state is None:
@@ -163,4 +180,8 @@ class CrossdockKVSender(conn.CommonKVSender):  # type: ignore[misc]
             # One that has not ended is cancelled.
             room.close()
         self.kv_mgr.ended(self.bootstrap_room)
-        super().clear()
+        with self.kv_mgr.status_lock:
+            super().clear()
+        if self.conclude_state is None:
+            self.conclude_state = KVPoll.Failed
+        self._reason = self.kv_mgr.take_failure(self.bootstrap_room)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import OrderedDict
+from itertools import islice
 from typing import Any, Dict, List, Optional, Tuple
 
 from .._host import key_of_deployment, ports_of
-from ..errors import Abandoned, BadArgument, Busy
+from ..errors import BadArgument, Busy
 from ..layout import Layout
 from ..node import Node
 from ..peer import Peer
 from ..pool import Pool
 from ..room import Receiving
-from .cache import Cache
+from .cache import MAX_FRAME_BYTES, Cache
 
 _log = logging.getLogger("crossdock.sglang")
 
 PeerKey = Tuple[str, int, int]
+
+# With each room that is cleared, so many of those that wait the longest are asked, too: few requests are asked for by
+# number, and none is kept for ever.
+_ASKED_BESIDE = 2
 
 
 class Worker:
@@ -37,8 +43,8 @@ class Worker:
         self._form: Any = None
         # By bootstrap server, data-parallel rank and rank: where they are dialed.
         self._peers: Dict[PeerKey, Tuple[str, Peer]] = {}
-        # Rooms of cleared requests, whose pages are not home yet.
-        self._draining: Dict[int, List[Receiving]] = {}
+        # By number: rooms of cleared requests, whose pages are not home yet.
+        self._draining: OrderedDict[int, List[Receiving]] = OrderedDict()
 
     @property
     def node(self) -> Node:
@@ -66,6 +72,7 @@ class Worker:
                     authentication="off" if key is None else "key",
                     bind=self._bind,
                     ports=self._ports,
+                    max_frame_bytes=MAX_FRAME_BYTES,
                 )
                 self._layout, self._pools, self._form = layout, pools, form
             elif form != self._form:
@@ -97,24 +104,27 @@ class Worker:
             peer.close()
 
     def is_home(self, number: int) -> bool:
-        """Whether nobody else can write the pages of what was cleared of a room."""
+        """Whether nobody else can write the pages of what was cleared of a room. Looks at that room alone: the scheduler
+        asks for each request that it holds, in each of its steps."""
         with self._lock:
-            self._sweep()
-            return number not in self._draining
+            return self._are_home(number)
 
     def drain(self, number: int, room: Receiving) -> None:
         """Keeps a room that is cleared until its pages are home."""
         with self._lock:
             self._draining.setdefault(number, []).append(room)
-            self._sweep()
+            for asked in [number, *list(islice(self._draining, _ASKED_BESIDE))]:
+                if not self._are_home(asked):
+                    self._draining.move_to_end(asked)
 
-    def _sweep(self) -> None:
-        for number, rooms in list(self._draining.items()):
-            for room in [room for room in rooms if are_home(room)]:
-                room.close()
-                rooms.remove(room)
-            if not rooms:
-                del self._draining[number]
+    def _are_home(self, number: int) -> bool:
+        rooms = self._draining.get(number, [])
+        for room in [room for room in rooms if room.is_home]:
+            room.close()
+            rooms.remove(room)
+        if not rooms:
+            self._draining.pop(number, None)
+        return not rooms
 
     def close(self) -> None:
         with self._lock:
@@ -132,12 +142,3 @@ class Worker:
             self.cache.close()
         except Busy as error:
             _log.warning("a peer that does not answer can reach the KV cache still: %s", error)
-
-
-def are_home(room: Receiving) -> bool:
-    """Whether nobody else can write a room's pages. Never, where the node was closed too early."""
-    try:
-        room.wait_pages(0)
-    except (Abandoned, TimeoutError):
-        return False
-    return True

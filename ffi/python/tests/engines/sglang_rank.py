@@ -299,7 +299,11 @@ class Program:
 
     def run(self, op: str, room: int = 0, **what: Any) -> Any:
         if op == "new":
-            self.rooms[room] = self.sender_or_receiver(self.manager, what["address"], room, *what.get("args", ()))
+            made = self.sender_or_receiver(self.manager, what["address"], room, *what.get("args", ()))
+            self.rooms[what.get("name", room)] = made
+            return None
+        if op == "rename":
+            self.rooms[what["name"]] = self.rooms.pop(room)
             return None
         if op == "ports":
             return self.manager.worker.node.ports
@@ -382,6 +386,7 @@ def serve(lines: TextIO, answers: TextIO) -> None:
     os.environ.setdefault("MOONCAKE_PROTOCOL", "tcp")
     os.environ.setdefault("SGLANG_LOCAL_IP_NIC", "lo")
     os.environ.setdefault("SGLANG_HOST_IP", "127.0.0.1")
+    os.environ.setdefault("SGLANG_DISAGGREGATION_DEFERRED_DECODE_KV_RELEASE_TIMEOUT", "1000000000")
     program: Optional[Program] = None
     for line in lines:
         told = json.loads(line)
