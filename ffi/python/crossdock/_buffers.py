@@ -63,15 +63,20 @@ def _interface_region(value: object, interface: Any, cuda_device: Optional[int])
 
     shape = tuple(interface["shape"])
     item_bytes = int(interface["typestr"][2:])
+    nbytes = prod(shape) * item_bytes
     strides = interface.get("strides")
     is_contiguous = strides is None or is_compact(shape, tuple(strides), item_bytes)
     data = interface.get("data")
     if not isinstance(data, tuple):
-        # Such an object is the buffer itself, or names another that is.
-        return region_of(data)
+        # Such an object is the buffer itself, or names another that is, and where in it.
+        whole, offset = region_of(data), int(interface.get("offset", 0))
+        if offset < 0 or offset + nbytes > whole.nbytes:
+            raise BadArgument(f"{nbytes} bytes from {offset} of a buffer of {whole.nbytes}", "", 3)
+        _refuse_unless(value, is_contiguous, True)
+        return whole._replace(address=whole.address + offset, nbytes=nbytes)
     address, is_read_only = data
     _refuse_unless(value, is_contiguous, not is_read_only)
-    return Region(address, prod(shape) * item_bytes, value, cuda_device)
+    return Region(address, nbytes, value, cuda_device)
 
 
 def _refuse_unless(value: object, is_contiguous: bool, is_writable: bool) -> None:

@@ -148,6 +148,15 @@ class Imported(unittest.TestCase):
         self.moved(Memory.of(Interface("__array_interface__", **shaped)))
         self.moved(Memory.of(Interface("__array_interface__", **shaped, strides=(NBYTES // 2, 1))))
         self.moved(Memory.of(Interface("__array_interface__", shape=(NBYTES,), data=bytearray(NBYTES))))
+        # A part of another's buffer.
+        block = bytearray(100)
+        part: Dict[str, Any] = dict(shape=(2, 2), typestr="<u2", data=block, offset=92)
+        with Memory.of(Interface("__array_interface__", **part)) as memory:
+            memory.view[:] = b"12345678"
+        self.assertEqual(bytes(block), bytes(92) + b"12345678")
+        for wrong in (dict(offset=93), dict(offset=-1), dict(shape=(51,)), dict(strides=(8, 2)), dict(data=bytes(100))):
+            with self.subTest(wrong), self.assertRaises(crossdock.BadArgument):
+                Memory.of(Interface("__array_interface__", **{**part, **wrong}))
         for wrong in (dict(strides=(NBYTES, 1)), dict(data=(holder.address, True))):
             with self.subTest(wrong), self.assertRaises(crossdock.BadArgument):
                 Memory.of(Interface("__array_interface__", **{**shaped, **wrong}))

@@ -1,15 +1,21 @@
 """A program that was written for `mooncake.engine` runs on crossdock."""
 
 import ctypes
+import functools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
+import time
 import unittest
+from typing import Any
+from unittest import mock
 
-import crossdock
+from support import TIMEOUT, crossdock, script_environment
+
 from crossdock import mooncake
 
 
@@ -150,6 +156,78 @@ class Mooncake(unittest.TestCase):
         self.here._seconds = 0.5
         self.there.close()
         self.assertEqual(self.here.transfer_sync_write(self.peer, self.at, self.there_at, 4096), -1)
+
+
+# Prints where it listens and where its memory begins.
+PEER = """
+    import ctypes, sys
+    from crossdock.mooncake import TransferEngine
+
+    engine = TransferEngine()
+    assert engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
+    memory = ctypes.create_string_buffer(1 << 20)
+    assert engine.register_memory(ctypes.addressof(memory), 1 << 20) == 0
+    print(engine.get_rpc_port(), ctypes.addressof(memory), flush=True)
+    sys.stdin.readline()
+"""
+
+
+UNREGISTER = crossdock.Endpoint.unregister
+
+
+class PeersThatStandStill(unittest.TestCase):
+    def setUp(self) -> None:
+        self.here, self.local = engine(), buffer(1 << 20, 1)
+        self.addCleanup(self.here.close)
+        self.here._seconds = 0.3
+        self.at = ctypes.addressof(self.local)
+        self.assertEqual(self.here.register_memory(self.at, 1 << 20), 0)
+        pipes: Any = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command = [sys.executable, "-c", textwrap.dedent(PEER)]
+        pipes.update(text=True, env=script_environment())
+        self.process = subprocess.Popen(command, **pipes)
+        self.addCleanup(self.process.__exit__, None, None, None)
+        self.addCleanup(self.process.kill)
+        port, self.there_at = map(int, self.process.stdout.readline().split())
+        self.peer = f"127.0.0.1:{port}"
+        self.assertEqual(self.here.send_probe(self.peer), 0)
+        os.kill(self.process.pid, signal.SIGSTOP)
+        # Its threads may run on for a moment.
+        os.waitpid(self.process.pid, os.WUNTRACED)
+
+    def test_a_transfer_is_told_to_be_late_once(self) -> None:
+        batch = self.here.batch_transfer_async_write(self.peer, [self.at], [self.there_at], [1 << 20])
+        begun, answer = time.monotonic(), 0
+        with self.assertLogs("crossdock.mooncake", "ERROR") as logs:
+            while answer == 0:
+                self.assertLess(time.monotonic(), begun + TIMEOUT)
+                answer = self.here.transfer_check_status(batch)
+                time.sleep(0.005)
+        self.assertEqual(answer, -2)
+        self.assertIn("may still touch", logs.output[0])
+        self.assertEqual(self.here.transfer_check_status(batch), -1, "it is forgotten")
+
+    def test_one_that_is_waited_for_fails_and_the_memory_is_not_free(self) -> None:
+        with self.assertLogs("crossdock.mooncake", "ERROR") as logs:
+            self.assertEqual(self.here.transfer_sync_write(self.peer, self.at, self.there_at, 1 << 20), -1)
+        self.assertIn("may still touch", logs.output[-1])
+        with mock.patch.object(crossdock.Endpoint, "unregister", functools.partialmethod(UNREGISTER, timeout=0.1)):
+            self.assertEqual(self.here.unregister_memory(self.at), -1)
+        self.process.kill()
+        self.assertEqual(self.here.unregister_memory(self.at), 0)
+
+    def test_it_is_closed_when_nobody_reaches_its_memory(self) -> None:
+        with mock.patch.object(mooncake, "CLOSE_SECONDS", 0.1):
+            for _ in range(2):
+                with self.assertLogs("crossdock.mooncake", "ERROR") as logs:
+                    self.assertEqual(self.here.close(), -1)
+                self.assertIn(f"{1 << 20} bytes at {self.at:#x}", logs.output[0])
+            self.assertNotEqual(self.here.get_rpc_port(), 0)
+        self.process.kill()
+        self.process.wait()
+        for _ in range(2):
+            self.assertEqual(self.here.close(), 0)
+        self.assertEqual((self.here.get_rpc_port(), self.here.send_probe(self.peer)), (0, -1))
 
 
 def targets_of(sources: "list[int]") -> "list[int]":

@@ -8,6 +8,7 @@ import threading
 import time
 import unittest
 from typing import Any, List
+from unittest import mock
 
 from support import TIMEOUT, numpy, run_script
 
@@ -16,6 +17,7 @@ if numpy is None:
 
 from crossdock.nixl import _bindings as bind  # noqa: E402
 from crossdock.nixl import nixl_agent  # noqa: E402
+from crossdock.nixl._xfer import Finisher  # noqa: E402
 from test_nixl import Agent, Pair, setUpModule, tearDownModule  # noqa: E402, F401
 
 
@@ -88,6 +90,27 @@ class Faults(Pair):
             time.sleep(0.001)
         self.assertEqual(came, {"here": [b"unasked"]})
         self.assertTrue((self.there.memory == self.here.memory[::-1]).all())
+
+    def test_one_that_is_posted_again_while_others_are_looked_at(self) -> None:
+        finisher, again, asked = Finisher(), threading.Event(), threading.Event()
+
+        def first(seconds: float) -> bool:
+            if again.is_set():
+                asked.set()
+            return True
+
+        def second(seconds: float) -> bool:
+            if not again.is_set():
+                again.set()
+                finisher.add(one)
+            return True
+
+        one, other = mock.Mock(wait=first), mock.Mock(wait=second)
+        self.addCleanup(finisher.close)
+        with finisher._changed:
+            finisher.add(one)
+            finisher.add(other)
+        self.assertTrue(asked.wait(TIMEOUT / 4), "it is forgotten")
 
     def test_many_threads_share_an_agent(self) -> None:
         failed: List[Any] = []

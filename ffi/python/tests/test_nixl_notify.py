@@ -124,6 +124,10 @@ class Notifications(Case):
             # It was not to be reached a moment ago.
             with self.assertRaises(nixlRemoteDisconnectError):
                 here.send(nobody, b"x", 10, is_reported=False)
+            # What was given up is not kept.
+            for _ in range(20):
+                self.outcome(here.send(nobody, b"x", 0.01, is_reported=True))
+            self.assertLessEqual(len(here._out[nobody.incarnation]._unwritten), 1)
 
     def test_senders_while_a_peer_goes(self) -> None:
         here, made = self.notifier("here"), []

@@ -72,6 +72,9 @@ BACKENDS = ("UCX", "CROSSDOCK")
 _IGNORED_PARAMS = {"num_threads", "num_workers", "engine_config", "ucx_error_handling_mode"}
 _DEVICE_PARAMS = ("device_list", "ucx_devices")
 
+# As long as a peer that is alive takes to let go.
+CLOSE_SECONDS = 2.0
+
 _open_agents: weakref.WeakSet[nixl_agent] = weakref.WeakSet()
 
 
@@ -183,7 +186,8 @@ class nixl_agent(Absent):
         return descs
 
     def deregister_memory(self, dereg_list: nixlRegDList, backends: Sequence[str] = ()) -> None:
-        """Waits until no peer can reach the memory any more."""
+        """Waits until no peer can reach the memory any more. Of a peer that does not answer it raises
+        `nixlNotAllowedError` after 30 seconds: the memory goes on leaving, and the same call waits on."""
         descs = _required(self.get_reg_descs(dereg_list), "memory to deregister")
         self._opened(backends).memories.deregister(regions_of(descs))
 
@@ -438,21 +442,33 @@ class nixl_agent(Absent):
     # The end.
 
     def close(self) -> None:
-        """Not one of NIXL's calls: sends what is queued, for a second at most, and says goodbye to all peers."""
-        if self._is_closed or self._pid != process.pid:
-            return
+        """Not one of NIXL's calls: sends what is queued, for a second at most, takes all memory back and says goodbye to
+        all peers. Raises `nixlNotAllowedError` while a peer that does not answer can still reach some of the memory:
+        nothing but `close` may be called then, which asks again."""
+        if self._means is not None and self._pid == process.pid:
+            self._hush()
+            self._means.memories.end(CLOSE_SECONDS)
+        self._drop()
+
+    def _hush(self) -> None:
         self._is_closed = True
         self._finisher.close()
         self._notifier.close()
+
+    def _drop(self) -> None:
+        """The end, whoever can reach the memory: for programs that end, and agents that nobody holds."""
+        if self._pid != process.pid:
+            return
+        self._hush()
         if self._means is not None:
             self._means.endpoint.close()
-            self._means.memories.close()
+            self._means.memories.drop()
 
     def __del__(self) -> None:
         try:
-            self.close()
+            self._drop()
         except Exception:
-            # At the end of the interpreter there is nobody to tell.
+            # It was never made whole; or at the end of the interpreter there is nobody to tell.
             pass
 
     def _require_here(self) -> None:
@@ -498,7 +514,7 @@ def _message(given: Union[bytes, str]) -> bytes:
 def _close_all() -> None:
     """At the end of the program: what is queued is sent, and peers are told goodbye."""
     for agent in list(_open_agents):
-        agent.close()
+        agent._drop()
 
 
 atexit.register(_close_all)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy
@@ -12,7 +13,14 @@ from .. import errors
 from .._host import require_host_memory
 from ..endpoint import Endpoint
 from ..memory import Memory
-from ._bindings import nixlInvalidParamError, nixlNotFoundError, nixlNotSupportedError, nixlRegDList, rows_of
+from ._bindings import (
+    nixlInvalidParamError,
+    nixlNotAllowedError,
+    nixlNotFoundError,
+    nixlNotSupportedError,
+    nixlRegDList,
+    rows_of,
+)
 from ._errors import translated
 from ._regions import Regions
 
@@ -21,6 +29,11 @@ _log = logging.getLogger("crossdock.nixl")
 Region = Tuple[int, int, int]
 """Address, bytes, device."""
 
+# How long one call waits for a peer that does not answer.
+LEAVE_SECONDS = 30.0
+# And one that registers what was to leave.
+AGAIN_SECONDS = 0.5
+
 
 class Memories:
     """The same bytes may be registered more than once, and parts of what is registered: the endpoint has them once,
@@ -28,8 +41,14 @@ class Memories:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._uses: Dict[Region, int] = {}
+        # Held while memory comes or leaves, which takes as long as a peer that does not answer; so whoever only asks
+        # needs the other one.
+        self._changing = threading.Lock()
         self._memories: Dict[int, Memory] = {}
+        # What was asked for in a call that failed, which may be made again. `None` once nobody can reach it any more.
+        self._leaving: Dict[Region, Optional[Memory]] = {}
+        # Replaced and never changed.
+        self._uses: Dict[Region, int] = {}
         self._regions: Optional[Regions] = None
         self._lock = threading.Lock()
 
@@ -43,34 +62,37 @@ class Memories:
         return region in self._uses
 
     def require(self, regions: List[Region]) -> None:
+        uses = self._uses
         for region in regions:
-            if region not in self._uses:
-                raise nixlNotFoundError(f"{region[1]} bytes at {region[0]:#x} of device {region[2]} are not registered")
+            if region not in uses:
+                raise _unknown(region)
 
     def register(self, regions: List[Region]) -> None:
-        """All of them or, with an error, none."""
-        with self._lock:
+        """All of them or, with an error, none. `nixlNotAllowedError`: some of the bytes are still leaving."""
+        with self._changing:
             done: List[Region] = []
             try:
                 for region in regions:
                     self._register(region)
                     done.append(region)
             except Exception:
-                for region in reversed(done):
-                    self._deregister(region)
+                try:
+                    self._deregister(done, LEAVE_SECONDS)
+                except nixlNotAllowedError as error:
+                    _log.error("memory whose registration has failed: %s", error)
                 raise
-            finally:
-                self._regions = None
 
     def deregister(self, regions: List[Region]) -> None:
-        """Waits until no peer can reach them any more."""
-        with self._lock:
-            self.require(regions)
-            try:
-                for region in regions:
-                    self._deregister(region)
-            finally:
-                self._regions = None
+        """Waits until no peer can reach them any more. After `nixlNotAllowedError` they go on leaving, and the same
+        call waits on."""
+        with self._changing:
+            self._deregister(regions, LEAVE_SECONDS)
+
+    def end(self, seconds: float) -> None:
+        """As `deregister`, of all there are."""
+        with self._changing:
+            held = [region for region, uses in self._uses.items() for _ in range(uses)]
+            self._deregister([*held, *self._leaving], seconds)
 
     def _register(self, region: Region) -> None:
         address, nbytes, _ = region
@@ -78,12 +100,16 @@ class Memories:
             require_host_memory(address, nbytes)
         except (OSError, ValueError) as error:
             raise nixlInvalidParamError(str(error)) from None
+        for other in [other for other in self._leaving if _overlap(region, other)]:
+            if not self._has_left(other, AGAIN_SECONDS):
+                raise nixlNotAllowedError(f"{_told([other])} were deregistered, and a peer can still reach them")
+        self._leaving.pop(region, None)
         if not any(_is_in(region, other) for other in self._uses):
-            other = next((other for other in self._uses if _overlap(region, other)), None)
-            if other is not None:
+            overlapping = next((other for other in self._uses if _overlap(region, other)), None)
+            if overlapping is not None:
                 raise nixlNotSupportedError(
-                    f"{nbytes} bytes at {address:#x} overlap the {other[1]} at {other[0]:#x} of device {other[2]} that "
-                    "are registered: register each byte once, or the larger piece first"
+                    f"{_told([region])} overlap {_told([overlapping])} that are registered: register each byte once, "
+                    "or the larger piece first"
                 )
             try:
                 memory = Memory.at(address, nbytes)
@@ -91,39 +117,72 @@ class Memories:
             except errors.Error as error:
                 raise translated(error) from error
             self._memories[address] = memory
-        self._uses[region] = self._uses.get(region, 0) + 1
+        self._replace({**self._uses, region: self._uses.get(region, 0) + 1})
 
-    def _deregister(self, region: Region) -> None:
-        uses = self._uses.get(region, 0)
-        if uses > 1:
-            self._uses[region] = uses - 1
-            return
-        self.require([region])
-        memory = self._memories.get(region[0])
-        # Not a part of what the endpoint has, but just that.
-        if memory is not None and memory.nbytes == region[1]:
-            inner = next((other for other in self._uses if other != region and _is_in(other, region)), None)
+    def _deregister(self, regions: List[Region], seconds: float) -> None:
+        before, uses = self._uses, dict(self._uses)
+        going = [region for region in self._leaving if region in regions]
+        for region in regions:
+            if region in self._leaving:
+                continue
+            if region not in uses:
+                raise _unknown(region)
+            uses[region] -= 1
+            if not uses[region]:
+                del uses[region]
+                going.append(region)
+        for region in going:
+            inner = next((other for other in uses if self._has_own(region) and _is_in(other, region)), None)
             if inner is not None:
-                raise nixlInvalidParamError(
-                    f"{region[1]} bytes at {region[0]:#x} hold {inner[1]} at {inner[0]:#x} that are registered too: "
-                    "deregister these first"
-                )
-            try:
-                self._endpoint.unregister(region[0])
-                self._memories.pop(region[0]).close()
-            except errors.Error as error:
-                raise translated(error) from error
-        del self._uses[region]
+                raise nixlInvalidParamError(f"{_told([region])} hold {_told([inner])} too: deregister these first")
+        for region in going:
+            self._leaving.setdefault(region, self._memories.pop(region[0]) if self._has_own(region) else None)
+        self._replace(uses)
+        until = time.monotonic() + seconds
+        stuck = [region for region in going if not self._has_left(region, until - time.monotonic())]
+        if stuck:
+            # The call has failed: what it has only counted is counted when it is made again.
+            kept = {region: before[region] for region in uses}
+            self._replace(kept)
+            raise nixlNotAllowedError(f"a peer that does not answer can still reach {_told(stuck)}: ask again")
+        for region in going:
+            del self._leaving[region]
 
-    def close(self) -> None:
-        """After the endpoint was closed."""
+    def _has_own(self, region: Region) -> bool:
+        """Whether the endpoint has just that, and not something that it is a part of."""
+        memory = self._memories.get(region[0])
+        return memory is not None and memory.nbytes == region[1]
+
+    def _has_left(self, region: Region, seconds: float) -> bool:
+        memory = self._leaving[region]
+        if memory is None:
+            return True
+        try:
+            self._endpoint.unregister(memory, max(0.0, seconds))
+            memory.close()
+        except (errors.Busy, errors.TimedOut):
+            return False
+        except errors.Error as error:
+            raise translated(error) from error
+        self._leaving[region] = None
+        return True
+
+    def _replace(self, uses: Dict[Region, int]) -> None:
         with self._lock:
-            for memory in self._memories.values():
-                try:
-                    memory.close()
-                except errors.Error as error:
-                    _log.error("close: %s", error)
-            self._memories, self._uses, self._regions = {}, {}, None
+            self._uses, self._regions = uses, None
+
+    def drop(self) -> None:
+        """After the endpoint was closed, for whom nobody asks again."""
+        for memory in [*self._memories.values(), *self._leaving.values()]:
+            if memory is None:
+                continue
+            try:
+                memory.close()
+            except errors.Error:
+                told = f"{memory.nbytes} bytes at {memory.address:#x}"
+                _log.error("a peer that does not answer may still write %s: deregister it before its agent goes", told)
+        self._memories, self._leaving = {}, {}
+        self._replace({})
 
 
 def regions_of(descs: nixlRegDList) -> List[Region]:
@@ -137,3 +196,11 @@ def _is_in(inner: Region, outer: Region) -> bool:
 
 def _overlap(one: Region, other: Region) -> bool:
     return one[0] < other[0] + other[1] and other[0] < one[0] + one[1]
+
+
+def _told(regions: List[Region]) -> str:
+    return ", ".join(f"{nbytes} bytes at {address:#x} of device {device}" for address, nbytes, device in regions)
+
+
+def _unknown(region: Region) -> nixlNotFoundError:
+    return nixlNotFoundError(f"{_told([region])} are not registered")

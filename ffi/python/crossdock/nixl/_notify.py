@@ -332,6 +332,9 @@ class _Outbox:
             return
         loop = asyncio.get_running_loop()
         ticket.timer = loop.call_later(max(0.0, ticket.deadline - time.monotonic()), self._expire, ticket)
+        # Those that were over before they could be written go: a peer that does not answer would have them pile up.
+        while self._unwritten and self._unwritten[0].outcome is not None:
+            self._unwritten.popleft()
         self._unwritten.append(ticket)
         if self._news is None:
             self._news = asyncio.Event()

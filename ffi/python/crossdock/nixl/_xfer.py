@@ -250,4 +250,6 @@ class Finisher:
             over = {id(xfer) for at, xfer in enumerate(waiting) if xfer.wait(0 if at else seconds)}
             seconds = _SLICES[0] if over else min(2 * seconds, _SLICES[1])
             with self._changed:
-                self._waiting = [xfer for xfer in self._waiting if id(xfer) not in over]
+                # One that is over may have been posted again meanwhile, behind those.
+                still = [xfer for xfer in waiting if id(xfer) not in over]
+                self._waiting = still + self._waiting[len(waiting) :]

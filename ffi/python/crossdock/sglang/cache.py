@@ -361,8 +361,6 @@ def _refused(what: str, why: str = "") -> Unsupported:
 
 
 def _require_host_memory(address: int, nbytes: int) -> None:
-    from .. import mooncake
-
     try:
         require_host_memory(address, nbytes)
     except OSError as error:

@@ -2,7 +2,8 @@
 
 A program that says `from mooncake.engine import TransferEngine` runs with `from crossdock.mooncake import TransferEngine`
 instead; or unchanged, after `crossdock.mooncake.install()`, which makes `mooncake.engine` mean this module. `python -m
-crossdock.mooncake program.py ...` does that for a program.
+crossdock.mooncake program.py ...`, or `-m MODULE ...`, does that for a program and its child processes; so does the folder that
+`python -m crossdock.mooncake --path` prints, in front of PYTHONPATH.
 
 What is different, because nothing here knows what Mooncake's metadata server does: peers are always named by `"ip:port"`,
 as with `P2PHANDSHAKE`. Host memory alone is registered as long as there is no CUDA port. Notifications are not carried:
@@ -13,22 +14,26 @@ without it anybody who can reach a process may write its registered memory, as w
 from __future__ import annotations
 
 import enum
-import ipaddress
 import json
 import logging
 import os
-import socket
 import sys
 import threading
+import time
 import types
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from ._host import key_of_deployment, ports_of, rdma_devices, require_host_memory
-from .endpoint import Endpoint, Transfer
-from .errors import Error, Late, TimedOut
-from .memory import Memory
+from .._host import key_of_deployment, rdma_devices, require_host_memory
+from ..endpoint import Endpoint, Transfer
+from ..errors import Busy, Error, Late, TimedOut
+from ..kinds import MemoryKind
+from ..memory import Memory
+from ._names import bind_of, peer_of, ports_for
 
 _log = logging.getLogger("crossdock.mooncake")
+
+# How long `close` waits for a peer that does not answer.
+CLOSE_SECONDS = 2.0
 
 SUPPORT_EFA = SUPPORT_HIP = SUPPORT_MNNVL = SUPPORT_INTRA_NVLINK = SUPPORT_CUDA = False
 
@@ -51,8 +56,19 @@ class TransferNotify:
         self.msg = msg
 
 
+class _Batch(NamedTuple):
+    transfer: Transfer
+    settle_by: float
+    """When a failure is told though the peer may still touch this process's memory: after the transfer's time twice."""
+
+
 class TransferEngine:
-    """One process's end: initialize, register memory, transfer. Calls answer 0 for success and do not raise."""
+    """One process's end: initialize, register memory, transfer. Calls answer 0 for success and do not raise.
+
+    A failure is told when nothing of the transfer can touch this process's memory any more; of a peer that stands
+    still, after the transfer's time once more, and the log says so. Such memory is free once `unregister_memory` has
+    answered 0.
+    """
 
     TransferOpcode = TransferOpcode
 
@@ -62,7 +78,7 @@ class TransferEngine:
         self._endpoint: Optional[Endpoint] = None
         self._lock = threading.Lock()
         self._memories: Dict[int, Memory] = {}
-        self._batches: Dict[int, Transfer] = {}
+        self._batches: Dict[int, _Batch] = {}
         self._next_batch = 1
 
     def initialize(self, local_hostname: str, metadata_server: str, protocol: str, device_name: Optional[str]) -> int:
@@ -73,8 +89,8 @@ class TransferEngine:
             endpoint = Endpoint(
                 f"{local_hostname}-{os.getpid()}",
                 key=key_of_deployment(),
-                bind=_bind_of(local_hostname),
-                ports=_ports_of(protocol, device_name or ""),
+                bind=bind_of(local_hostname),
+                ports=ports_for(protocol, device_name or ""),
             )
         except (Error, OSError, ValueError) as error:
             _log.error("initialize: %s", error)
@@ -126,16 +142,13 @@ class TransferEngine:
     def _register(self, address: int, nbytes: int) -> None:
         require_host_memory(address, nbytes)
         memory = Memory.at(address, nbytes)
-        try:
-            self._opened().register(memory)
-        except Error:
-            memory.close()
-            raise
+        self._opened().register(memory)
         with self._lock:
             self._memories[address] = memory
 
     def batch_unregister_memory(self, buffer_addresses: Sequence[int]) -> int:
-        """Waits until nobody can reach them any more. 0, or -1 if that is so of some of them."""
+        """Waits until nobody can reach them any more. 0, or -1 if that is not so of some of them; where a peer does not
+        answer for 30 seconds, ask again."""
         failed = 0
         for address in buffer_addresses:
             try:
@@ -208,11 +221,11 @@ class TransferEngine:
             _log.error("transfer: notifications are not carried")
             return -1
         try:
-            transfer = self._begin(target_hostname, buffers, peer_buffer_addresses, lengths, opcode)
+            begun = self._begin(target_hostname, buffers, peer_buffer_addresses, lengths, opcode)
         except (Error, OSError, ValueError, OverflowError) as error:
             _log.error("transfer to %s: %s", target_hostname, error)
             return -1
-        return self._finish(transfer)
+        return self._finish(begun)
 
     def batch_transfer_async_write(
         self,
@@ -245,14 +258,14 @@ class TransferEngine:
         transport_hint: str = "",
     ) -> int:
         try:
-            transfer = self._begin(target_hostname, buffers, peer_buffer_addresses, lengths, opcode)
+            begun = self._begin(target_hostname, buffers, peer_buffer_addresses, lengths, opcode)
         except (Error, OSError, ValueError, OverflowError) as error:
             _log.error("transfer to %s: %s", target_hostname, error)
             return 0
         with self._lock:
             batch = self._next_batch
             self._next_batch += 1
-            self._batches[batch] = transfer
+            self._batches[batch] = begun
         return batch
 
     def get_batch_transfer_status(self, batch_ids: Sequence[int]) -> int:
@@ -260,8 +273,8 @@ class TransferEngine:
         failed = 0
         for batch in batch_ids:
             with self._lock:
-                transfer = self._batches.pop(batch, None)
-            if transfer is None or self._finish(transfer) != 0:
+                begun = self._batches.pop(batch, None)
+            if begun is None or self._finish(begun) != 0:
                 failed = -1
         return failed
 
@@ -276,24 +289,21 @@ class TransferEngine:
         answer but 0."""
         # One thread asks about it at a time: it is put back while it is under way.
         with self._lock:
-            transfer = self._batches.pop(batch_id, None)
-        if transfer is None:
+            begun = self._batches.pop(batch_id, None)
+        if begun is None:
             return -1
         answer = 1
         try:
-            is_over = transfer.poll()
-        except Late:
-            answer, is_over = -2, _is_quiet(transfer)
+            is_over = begun.transfer.poll()
         except Error as error:
-            answer, is_over = -1, _is_quiet(transfer)
+            answer, is_over = -2 if isinstance(error, Late) else -1, _is_settled(begun, 0)
             if is_over:
                 _log.error("transfer: %s", error)
         if not is_over:
-            # Mooncake's callers use the memory again after a failure: it is told when nothing can touch it any more.
             with self._lock:
-                self._batches[batch_id] = transfer
+                self._batches[batch_id] = begun
             return 0
-        transfer.close()
+        begun.transfer.close()
         return answer
 
     def send_probe(self, peer_server_name: str) -> int:
@@ -325,21 +335,46 @@ class TransferEngine:
         return self.unregister_memory(buffer_addr)
 
     def write_bytes_to_buffer(self, dest_address: int, src_ptr: bytes, length: int) -> int:
-        from ._abi import ffi
+        from .._abi import ffi
 
         ffi.memmove(ffi.cast("char *", dest_address), src_ptr, length)
         return 0
 
     def read_bytes_from_buffer(self, source_address: int, length: int) -> bytes:
-        from ._abi import ffi
+        from .._abi import ffi
 
         return bytes(ffi.buffer(ffi.cast("char *", source_address), length))
 
     def get_engine(self) -> TransferEngine:
         return self
 
-    def close(self) -> None:
-        """Not one of Mooncake's calls: says goodbye to all peers."""
+    def close(self) -> int:
+        """Not one of Mooncake's calls: takes all memory back and says goodbye to all peers. 0, or -1 while a peer that
+        does not answer can still reach memory that was registered, which the log names: call it again."""
+        until, failed = time.monotonic() + CLOSE_SECONDS, 0
+        with self._lock:
+            endpoint, memories = self._endpoint, dict(self._memories)
+        for address, memory in memories.items():
+            # What was allocated here stays mapped as long as anybody reaches it.
+            if endpoint is None or memory.kind != MemoryKind.PRIVATE:
+                continue
+            try:
+                endpoint.unregister(address, max(0.0, until - time.monotonic()))
+                memory.close()
+            except (Busy, TimedOut):
+                _log.error("close: a peer can still reach %d bytes at %#x", memory.nbytes, address)
+                failed = -1
+                continue
+            except Error:
+                # Another thread takes it back too.
+                pass
+            with self._lock:
+                self._memories.pop(address, None)
+        if not failed:
+            self._drop()
+        return failed
+
+    def _drop(self) -> None:
         with self._lock:
             endpoint, self._endpoint = self._endpoint, None
             memories, self._memories = self._memories, {}
@@ -349,11 +384,11 @@ class TransferEngine:
             try:
                 memory.close()
             except Error as error:
-                _log.error("close: %s", error)
+                _log.error("%d bytes at %#x: %s", memory.nbytes, memory.address, error)
 
     def __del__(self) -> None:
         try:
-            self.close()
+            self._drop()
         except Exception:
             # At the end of the interpreter there is nobody to tell.
             pass
@@ -370,42 +405,43 @@ class TransferEngine:
         peers: Sequence[int],
         lengths: Sequence[int],
         opcode: int,
-    ) -> Transfer:
+    ) -> _Batch:
         endpoint = self._opened()
         begin = endpoint.write if opcode == Write else endpoint.read
         # As Mooncake counts: its time, and a second for each GiB.
         seconds = self._seconds + float(sum(lengths)) / 2**30
-        return begin(_peer_of(target), buffers, peers, lengths, deadline=seconds)
+        transfer = begin(peer_of(target), buffers, peers, lengths, deadline=seconds)
+        return _Batch(transfer, time.monotonic() + 2 * seconds)
 
-    def _finish(self, transfer: Transfer) -> int:
+    def _finish(self, begun: _Batch) -> int:
+        failed = 0
         try:
-            transfer.wait()
+            begun.transfer.wait()
         except Error as error:
             _log.error("transfer: %s", error)
-            self._forget(transfer, False)
-            return -1
-        self._forget(transfer, True)
-        return 0
-
-    def _forget(self, transfer: Transfer, is_good: bool) -> None:
-        if is_good:
-            return transfer.close()
-        # Mooncake's callers use the memory again after a failure: nothing may touch it then.
-        try:
-            transfer.wait_quiet(self._seconds)
-        except Error as error:
-            _log.error("a failed transfer may still touch this process's memory: %s", error)
-        transfer.close()
+            _is_settled(begun, max(0.0, begun.settle_by - time.monotonic()))
+            failed = -1
+        begun.transfer.close()
+        return failed
 
 
-def _is_quiet(transfer: Transfer) -> bool:
+def _is_settled(begun: _Batch, seconds: float) -> bool:
+    """Whether a failure may be told: Mooncake's callers use the memory again then."""
     try:
-        transfer.wait_quiet(0)
+        begun.transfer.wait_quiet(seconds)
     except TimedOut:
-        return False
+        if time.monotonic() < begun.settle_by:
+            return False
+        _log.error("a failed transfer may still touch this process's memory, until that is unregistered")
     except Error:
+        # Nobody will ever know more.
         pass
     return True
+
+
+def alias_path() -> str:
+    """A folder for PYTHONPATH, in which `mooncake.engine` is this module."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "alias")
 
 
 def install() -> None:
@@ -416,64 +452,3 @@ def install() -> None:
     setattr(package, "engine", sys.modules[__name__])
     sys.modules["mooncake"] = package
     sys.modules["mooncake.engine"] = sys.modules[__name__]
-
-
-def _bind_of(hostname: str) -> str:
-    """`"ip:port"` of `"host"` or `"host:port"`; what is not numbered takes any free port."""
-    host, port = _split(hostname)
-    address = _resolved(host or "127.0.0.1")
-    return f"[{address}]:{port or 0}" if ":" in address else f"{address}:{port or 0}"
-
-
-def _peer_of(session: str) -> str:
-    host, port = _split(session)
-    if not port:
-        raise ValueError(f"{session!r} is not host:port")
-    address = _resolved(host)
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
-def _split(name: str) -> Tuple[str, int]:
-    if name.startswith("["):
-        host, _, rest = name[1:].partition("]")
-        return host, int(rest.lstrip(":") or 0)
-    if name.count(":") == 1:
-        host, _, port = name.partition(":")
-        return host, int(port or 0)
-    return name, 0
-
-
-def _resolved(host: str) -> str:
-    try:
-        return str(ipaddress.ip_address(host))
-    except ValueError:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-
-
-def _ports_of(protocol: str, devices: str) -> str:
-    if protocol == "tcp" or os.environ.get("MC_FORCE_TCP"):
-        return "shm,tcp"
-    if protocol != "rdma":
-        raise ValueError(f"protocol {protocol!r}: there are rdma and tcp")
-    ports = ports_of(devices)
-    if "verbs" not in ports:
-        _log.warning("no RDMA device is here: peers on other hosts are reached by TCP")
-    return ports
-
-
-def _main() -> None:
-    import runpy
-
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m crossdock.mooncake PROGRAM.py [ARGUMENT...]")
-    # This file runs as `__main__`: the module that programs share is another one.
-    from crossdock import mooncake
-
-    mooncake.install()
-    sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,0 +1,5 @@
+"""With the folder above this one in PYTHONPATH, `mooncake.engine` is `crossdock.mooncake`."""
+
+from crossdock.mooncake import install
+
+install()
