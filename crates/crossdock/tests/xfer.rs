@@ -18,7 +18,8 @@ fn endpoints(carrier: &Carrier) -> (Endpoint, Endpoint) {
     (open("here", vec![carrier.port(0)]), open("there", vec![carrier.port(1)]))
 }
 
-/// Devices that are software of an emulated kernel move some megabytes a second, and give up where they are given more.
+/// Devices that are software of an emulated kernel move some megabytes a second. With as much as elsewhere lanes ended there, with
+/// `IBV_WC_RETRY_EXC_ERR` and `IBV_WC_REM_INV_REQ_ERR`: why is not known.
 fn is_slow(carrier: &Carrier) -> bool {
     matches!(carrier, Carrier::Devices(_))
 }
