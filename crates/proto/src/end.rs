@@ -262,7 +262,7 @@ impl End {
                 "check that the peer runs and that its address is right"
             }
             End::Expired { stage: Stage::Grant, .. } => {
-                "the other side never opened this room: check the router, or allow more time"
+                "the other side never opened this room, or sent nothing: check the router, or allow more time"
             }
             End::Expired { .. } => "allow more time, or send less at once",
             End::PeerLost { cause } => cause.advice(),

@@ -107,12 +107,14 @@ impl Initiator {
         let here = trips::trickle(&mut self.side, peer, &both, &list, |side| {
             side.driver.hear_spinning(WAIT, talk).map(drop)
         })?;
-        let there = match self.answer()? {
-            Answer::Slept { times } => times,
-            other => return Err(unexpected(other)),
-        };
-        let pages = f64::from(both.rooms[0]);
-        Ok((here as f64 / pages, there as f64 / pages))
+        match self.answer()? {
+            Answer::Slept { times, batches } => {
+                // Pages that were sent as one have met the sleepers as one.
+                let met = batches.max(1) as f64;
+                Ok((here as f64 / met, times as f64 / met))
+            }
+            other => Err(unexpected(other)),
+        }
     }
 }
 

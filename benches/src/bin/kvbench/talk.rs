@@ -61,7 +61,8 @@ pub enum Answer {
     Lanes(Vec<LaneEnd>),
     Done { cpu_s: f64 },
     Checked { wrong_pages: u64 },
-    Slept { times: u64 },
+    /// Of single pages that come seldom: [`crate::trips::Slept`].
+    Slept { times: u64, batches: u64 },
     Replayed(Box<Told>),
     Failed { why: String },
 }

@@ -102,10 +102,10 @@ fn serve(talk: &mut Talk<Ask>) -> Result<(), Error> {
                 Answer::Done { cpu_s }
             }
             Ask::Trickle(pass) => {
-                let times = trips::trickled(&mut target.side, target.peer, &pass, || {
+                let slept = trips::trickled(&mut target.side, target.peer, &pass, || {
                     talk.say(&Answer::Done { cpu_s: 0.0 })
                 })?;
-                Answer::Slept { times }
+                Answer::Slept { times: slept.times, batches: slept.batches }
             }
             Ask::Replay(orders) => {
                 let role = match target.side.setup.op {

@@ -25,6 +25,15 @@ pub struct Trips {
     pub cpu_s: f64,
 }
 
+/// How often progress threads went to sleep, and for how many batches of pages.
+pub struct Slept {
+    /// Sleeps of this end's progress thread.
+    pub times: u64,
+    /// Batches that came in: fewer than pages where the sender's thread slept for longer than the pages were apart, and
+    /// sent what had gathered as one.
+    pub batches: u64,
+}
+
 /// Our end of the two rooms: pages go out of the first half of a list and come in to the second.
 struct Rooms {
     out: (u64, Sending),
@@ -82,10 +91,16 @@ impl Rooms {
         Ok(())
     }
 
-    fn finish(mut self, side: &mut Side) -> Result<(), Error> {
+    /// Sees both rooms to their ends.
+    fn finish(self, side: &mut Side) -> Result<(), Error> {
+        self.finish_after(side, None)
+    }
+
+    /// The same, where what came in has been taken already.
+    fn finish_after(mut self, side: &mut Side, mut received: Option<Received>) -> Result<(), Error> {
         self.out.1.finish(Vec::new())?;
         let (out, back) = (&mut self.out, &mut self.back);
-        let (mut sent, mut received, mut home) = (None, None::<Received>, None);
+        let (mut sent, mut home) = (None, None);
         side.driver.until("waiting for the rooms of single pages", WAIT, || {
             sent = match sent.take() {
                 Some(ended) => Some(ended),
@@ -193,31 +208,37 @@ pub fn trickle(
     Ok(sleeps)
 }
 
-/// The other end of [`trickle`].
+/// The other end of [`trickle`]. Says the same, and how many batches came.
 pub fn trickled(
     side: &mut Side,
     peer: Peer,
     pass: &Pass,
     ready: impl FnOnce() -> Result<(), Error>,
-) -> Result<u64, Error> {
+) -> Result<Slept, Error> {
     let list = side.setup.lists(pass).to;
     let mut rooms = Rooms::open(side, peer, pass, &list, Part::Answers)?;
     side.driver.settle(SETTLE)?;
     ready()?;
-    let pages = pass.pages() / 2;
     let before = progress_sleeps()?;
-    // Nobody waits for these pages: a waiting thread would not let its core sleep.
-    let end = Instant::now() + WAIT;
-    while rooms.back.1.arrivals() < u64::from(pages) && Instant::now() < end {
+    // Nobody waits for these pages: a waiting thread would not let its core sleep. How many batches they come in is the
+    // sender's affair, so the room's end says that they are all here.
+    let begin = Instant::now();
+    let received = loop {
         std::thread::sleep(REST);
-    }
-    std::thread::sleep(REST);
-    let sleeps = progress_sleeps()? - before;
-    for page in 0..pages {
+        match rooms.back.1.end.poll()? {
+            Some(received) => break received,
+            None if begin.elapsed() > WAIT => {
+                return Err(Error::TimedOut { what: "waiting for single pages", limit: WAIT });
+            }
+            None => {}
+        }
+    };
+    let slept = Slept { times: progress_sleeps()? - before, batches: rooms.back.1.arrivals() };
+    for page in 0..pass.pages() / 2 {
         rooms.send(side, page)?;
     }
-    rooms.finish(side)?;
-    Ok(sleeps)
+    rooms.finish_after(side, Some(received))?;
+    Ok(slept)
 }
 
 fn progress_sleeps() -> Result<u64, Error> {
