@@ -65,6 +65,21 @@ impl Listening {
     }
 }
 
+/// Why a rank is gone on without, for the log.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub(crate) enum WhyMasked {
+    #[error("its process has ended, or the connection to it")]
+    Gone,
+    #[error("it has left the group")]
+    Left,
+    #[error("rank {0} has masked it")]
+    ByAnother(u32),
+    #[error("it neither made its call nor waited itself for {0:?}")]
+    Late(Duration),
+    #[error("what was sent to it has not left within {0:?}")]
+    NotTaken(Duration),
+}
+
 impl Slot {
     /// A receive half begins.
     pub(crate) fn begin_waiting(&mut self) {
@@ -97,13 +112,13 @@ impl Slot {
             if let Some(by) = if is_gone { self.expelled_by() } else { Some(source) } {
                 return Err(self.out(by));
             }
-            self.mask(source);
+            self.mask(source, WhyMasked::Gone);
             return self.check_quorum().map(|()| None);
         }
         let heeded = !is_gone && !is_planted(Planted::MasksIgnored);
         if heeded && self.mask_words.iter().any(|&word| word != 0) {
             for rank in (0..shared.ranks()).filter(|&rank| says(rank) && !shared.is_masked(rank)) {
-                self.mask(rank);
+                self.mask(rank, WhyMasked::ByAnother(source));
             }
             self.check_quorum()?;
         }
@@ -146,9 +161,22 @@ impl Slot {
         if let Some(by) = self.expelled_by() {
             return Err(self.out(by));
         }
-        self.mask(source);
+        self.mask(source, self.why_given_up(source));
         self.check_quorum()?;
         Ok(false)
+    }
+
+    /// Why a rank is not waited for any longer.
+    fn why_given_up(&self, source: u32) -> WhyMasked {
+        if self.shared.is_gone(source) {
+            WhyMasked::Gone
+        } else if self.has_left(source) {
+            WhyMasked::Left
+        } else if let Some(by) = self.masked_by(source) {
+            WhyMasked::ByAnother(by)
+        } else {
+            WhyMasked::Late(self.listening.limit)
+        }
     }
 
     /// Between two sleeps of a wait: whether it goes on.
@@ -159,7 +187,7 @@ impl Slot {
             || (shared.is_gone(source) && !is_planted(Planted::DeathIgnored))
             || self.has_left(source)
             || self.expelled_by().is_some()
-            || self.is_masked_elsewhere(source);
+            || self.masked_by(source).is_some();
         if is_hopeless {
             return ControlFlow::Break(Waited::Stopped);
         }
@@ -191,8 +219,11 @@ impl Slot {
     }
 
     /// Goes on without a rank, and leaves it word.
-    pub(crate) fn mask(&self, rank: u32) {
+    pub(crate) fn mask(&self, rank: u32, why: WhyMasked) {
         let shared = &*self.shared;
+        if !shared.is_masked(rank) {
+            tracing::warn!(rank, masked_by = shared.rank, slot = self.slot, call = self.call, "masked: {why}");
+        }
         if !is_planted(Planted::MaskUntold) {
             shared.say_farewell(rank, Farewell::Masked);
         }
@@ -232,11 +263,11 @@ impl Slot {
         all().find(counts).or_else(|| all().next().filter(|_| 2 * all().count() > others))
     }
 
-    /// Whether another rank has said of this one that it is masked, with its part of this call or of the next: whoever
-    /// masks in this call says so with the next.
-    fn is_masked_elsewhere(&self, rank: u32) -> bool {
+    /// Another rank that has said of this one that it is masked, with its part of this call or of the next: whoever masks
+    /// in this call says so with the next.
+    fn masked_by(&self, rank: u32) -> Option<u32> {
         if is_planted(Planted::MasksIgnored) {
-            return false;
+            return None;
         }
         let shared = &*self.shared;
         let mut mask = vec![0; shared.ranks().div_ceil(32) as usize];
@@ -250,7 +281,7 @@ impl Slot {
         };
         (0..shared.ranks())
             .filter(|&other| other != rank && !shared.is_masked(other) && !shared.is_gone(other))
-            .any(|other| says(other, self.call) || says(other, self.call.wrapping_add(1)))
+            .find(|&other| says(other, self.call) || says(other, self.call.wrapping_add(1)))
     }
 
     fn is_expelled_by(&self, by: u32) -> bool {
@@ -280,7 +311,7 @@ impl Slot {
             if let Some(by) = self.expelled_by() {
                 return Err(self.out(by));
             }
-            self.mask(by);
+            self.mask(by, WhyMasked::Gone);
             (*read, counts) = (false, false);
         }
         self.check_quorum()?;

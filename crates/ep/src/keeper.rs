@@ -239,6 +239,8 @@ impl Keeper {
                 let has_masked = session.is_some_and(|session| self.has_masked(session));
                 let rank = session.and_then(|session| self.forget(session));
                 if let Some(rank) = rank {
+                    // Whether that is a fault is seen by whoever waits for it next: a rank that leaves closes, too.
+                    tracing::info!(rank, here = self.rank, "its session is over: {cause}");
                     self.last = Some(cause);
                     if has_masked {
                         // What it said last counts: it goes on, and not this rank.

@@ -10,7 +10,7 @@ use crate::arrivals;
 use crate::config::BLOCK_CHANNELS;
 use crate::error::EpError;
 use crate::group::{STAGED_BYTES, Shared};
-use crate::hearing::{LONGEST_STEP, Listening};
+use crate::hearing::{LONGEST_STEP, Listening, WhyMasked};
 use crate::outgoing::{OutgoingCall, OutgoingRows, Span};
 use crate::planted::{Planted, is_planted};
 use crate::region::row_stride;
@@ -379,7 +379,7 @@ impl Slot {
             let Some(port) = shared.port_of(rank) else { continue };
             let has_left = || port.has_left(rank, self.slot) || shared.is_gone(rank);
             if !shared.is_masked(rank) && !self.await_port(has_left) {
-                self.mask(rank);
+                self.mask(rank, WhyMasked::NotTaken(shared.options.deadline));
             }
             if shared.is_masked(rank) && !self.await_port(|| port.is_quiet(rank)) {
                 return Err(EpError::StillWriting { rank });

@@ -2,6 +2,7 @@
 
 use crossdock::{PortConfig, ShmOptions, VerbsOptions};
 use crossdock_verbs::fake::{Fabric, FabricOptions, Pace};
+use tracing_subscriber::filter::LevelFilter;
 
 /// What carries the bytes between the nodes of a test.
 #[derive(Clone)]
@@ -18,6 +19,9 @@ impl Carrier {
     /// All that there are here. Where `CROSSDOCK_VERBS_DEVICES` names devices, it is only these: the others need none, and
     /// where devices are software, time is another.
     pub fn all() -> Vec<Carrier> {
+        // What a test that fails has seen on the way, in its output.
+        let log = tracing_subscriber::fmt().with_max_level(LevelFilter::INFO).with_ansi(false).with_test_writer();
+        let _ = log.try_init();
         if let Some(devices) = devices() {
             return vec![Carrier::Devices(devices)];
         }
