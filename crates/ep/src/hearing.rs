@@ -222,7 +222,13 @@ impl Slot {
     pub(crate) fn mask(&self, rank: u32, why: WhyMasked) {
         let shared = &*self.shared;
         if !shared.is_masked(rank) {
-            tracing::warn!(rank, masked_by = shared.rank, slot = self.slot, call = self.call, "masked: {why}");
+            tracing::warn!(
+                rank,
+                masked_by = shared.rank,
+                slot = self.slot,
+                call = self.call,
+                "masked: {why}"
+            );
         }
         if !is_planted(Planted::MaskUntold) {
             shared.say_farewell(rank, Farewell::Masked);

@@ -59,12 +59,21 @@ pub enum Ask {
 pub enum Answer {
     Ready(Box<Ready>),
     Lanes(Vec<LaneEnd>),
-    Done { cpu_s: f64 },
-    Checked { wrong_pages: u64 },
+    Done {
+        cpu_s: f64,
+    },
+    Checked {
+        wrong_pages: u64,
+    },
     /// Of single pages that come seldom: [`crate::trips::Slept`].
-    Slept { times: u64, batches: u64 },
+    Slept {
+        times: u64,
+        batches: u64,
+    },
     Replayed(Box<Told>),
-    Failed { why: String },
+    Failed {
+        why: String,
+    },
 }
 
 /// The target is set up.

@@ -20,7 +20,8 @@ impl Carrier {
     /// where devices are software, time is another.
     pub fn all() -> Vec<Carrier> {
         // What a test that fails has seen on the way, in its output.
-        let log = tracing_subscriber::fmt().with_max_level(LevelFilter::INFO).with_ansi(false).with_test_writer();
+        let log =
+            tracing_subscriber::fmt().with_max_level(LevelFilter::INFO).with_ansi(false).with_test_writer();
         let _ = log.try_init();
         if let Some(devices) = devices() {
             return vec![Carrier::Devices(devices)];
