@@ -1788,6 +1788,26 @@ crossdock_status crossdock_room_message(crossdock_room room,
                                         size_t capacity,
                                         size_t *length);
 
+// The peer of a room that has ended, by the name that it gave itself; empty if the room had come to no session. Of a room
+// between several ranks, the peer that its end is about.
+//
+// Obligations:
+// As `crossdock_room_message`.
+crossdock_status crossdock_room_peer(crossdock_room room,
+                                     char *buffer,
+                                     size_t capacity,
+                                     size_t *length);
+
+// The port between the two sides of a room that has ended (`shm`, `tcp`, `verbs`); empty if the room had come to no
+// session.
+//
+// Obligations:
+// As `crossdock_room_message`.
+crossdock_status crossdock_room_port(crossdock_room room,
+                                     char *buffer,
+                                     size_t capacity,
+                                     size_t *length);
+
 // What a person can do about how a room ended.
 //
 // Obligations:

@@ -1106,6 +1106,16 @@ class Room : public detail::Owned<crossdock_room_close> {
   Result<std::string> advice() const {
     return detail::text(crossdock_room_advice, handle());
   }
+
+  // The peer's name; empty if the room had come to no session.
+  Result<std::string> peer() const {
+    return detail::text(crossdock_room_peer, handle());
+  }
+
+  // The port between the two sides; empty if the room had come to no session.
+  Result<std::string> port() const {
+    return detail::text(crossdock_room_port, handle());
+  }
 };
 
 // The prefill end of a push: layers are sent as they are computed, then it is finished, then it ends.

@@ -1,346 +1,36 @@
 //! Hand-overs: pages from a prefill worker's memory into a decode worker's.
 
+mod state;
+mod structures;
+
 use std::ffi::c_char;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Wake, Waker};
+use std::task::Waker;
 use std::time::Duration;
 
-use bytemuck::Zeroable;
 use crossdock::{
-    Abandoned, End, Ended, GatherRequest, Handle, NotTaken, PageSet, PagesTicket, Parts, Received, Receiving,
-    ScatterRequest, ScatterServeRequest, SendError, Sending, Serving, SessionEnd, Source, Stage, Who,
+    Ended, GatherRequest, Handle, NotTaken, Parts, ScatterRequest, ScatterServeRequest, SendError, Sending,
+    Source,
 };
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
+use self::state::{Control, Home, List, ROOMS, Room, State, abandoned, closed};
+pub(crate) use self::state::{is_open, news};
+pub use self::structures::*;
 use crate::arguments::{copy_out, deadline, list, milliseconds, not_null, put, text_out};
 use crate::bell::Bell;
-use crate::events::{CROSSDOCK_EVENT_ENDED, CROSSDOCK_EVENT_PAGES_HOME, crossdock_event};
-use crate::handles::Table;
 use crate::layout::{CROSSDOCK_ALL_PARTS, CROSSDOCK_SHARED_PARTS};
 use crate::node::{Shared, crossdock_node, shared_of};
-use crate::peer::{crossdock_peer, peer_of};
+use crate::peer::peer_of;
 use crate::pool::{self, crossdock_page_list, crossdock_pages};
-use crate::sized::{self, Sized as _};
+use crate::sized::Sized as _;
 use crate::status::{
-    CROSSDOCK_ABANDONED, CROSSDOCK_BAD_HANDLE, CROSSDOCK_FINISHED, CROSSDOCK_PENDING, CROSSDOCK_TIMED_OUT,
-    CROSSDOCK_WRONG_KIND, Fault, call, crossdock_status,
+    CROSSDOCK_FINISHED, CROSSDOCK_PENDING, CROSSDOCK_TIMED_OUT, CROSSDOCK_WRONG_KIND, Fault, call,
+    crossdock_status,
 };
 
-/// One hand-over, seen from one side. 0 is none.
-pub type crossdock_room = u64;
-
-/// All bytes are in the decode side's pages, and both sides may rely on it.
-pub const CROSSDOCK_DELIVERED: u32 = 1;
-/// A user cancelled it.
-pub const CROSSDOCK_CANCELLED: u32 = 2;
-/// A deadline passed.
-pub const CROSSDOCK_EXPIRED: u32 = 3;
-/// The session with the peer ended.
-pub const CROSSDOCK_PEER_LOST: u32 = 4;
-/// The room was never begun.
-pub const CROSSDOCK_ROOM_REFUSED: u32 = 5;
-/// A rail, a port or the bytes failed.
-pub const CROSSDOCK_FAILED: u32 = 6;
-
-/// Who decided how a room ended: this side.
-pub const CROSSDOCK_BY_HERE: u32 = 1;
-/// The other side did.
-pub const CROSSDOCK_BY_PEER: u32 = 2;
-
-/// How far a room had come: it waited for a session with the peer.
-pub const CROSSDOCK_STAGE_SESSION: u32 = 1;
-/// It waited for the other side of the room.
-pub const CROSSDOCK_STAGE_GRANT: u32 = 2;
-/// Bytes were moving.
-pub const CROSSDOCK_STAGE_TRANSFER: u32 = 3;
-/// All bytes were sent.
-pub const CROSSDOCK_STAGE_CONFIRM: u32 = 4;
-/// All bytes have landed.
-pub const CROSSDOCK_STAGE_VERIFY: u32 = 5;
-
-/// A rank of the prefill side. It never grows.
-#[repr(C)]
-#[derive(Clone, Copy, Zeroable)]
-pub struct crossdock_source {
-    /// The node.
-    pub peer: crossdock_peer,
-    /// Its rank.
-    pub rank: u32,
-    /// `CROSSDOCK_ALL_PARTS` or `CROSSDOCK_SHARED_PARTS`.
-    pub parts: u32,
-}
-
-/// What the decode side asks for.
-#[repr(C)]
-#[derive(Clone, Copy, Zeroable)]
-pub struct crossdock_receive_options {
-    /// `sizeof(crossdock_receive_options)`.
-    pub size: usize,
-    /// From whom. Together they bring each byte of the layers once.
-    pub sources: *const crossdock_source,
-    /// How many they are.
-    pub source_count: usize,
-    /// The router's number for the request.
-    pub room: u64,
-    /// Which use of that number.
-    pub use_count: u32,
-    /// Tokens of the request.
-    pub tokens: u32,
-    /// Tokens of a prefix that is here already and is not to be sent.
-    pub skip_tokens: u32,
-    /// The first layer that the sources bring, where that is not all that this node keeps.
-    pub first_layer: u32,
-    /// How many they bring; 0 for all that this node keeps.
-    pub layers: u32,
-    /// 0.
-    pub reserved: u32,
-    /// For each pool of the node's layout, pages for what moves; the first page holds the first token that does.
-    pub pages: *const crossdock_page_list,
-    /// How many lists; one for each pool of the layout.
-    pub page_lists: usize,
-    /// From this call; 0 for 30 seconds.
-    pub deadline_ms: u64,
-    /// Told with the room's events.
-    pub user_data: u64,
-}
-
-// SAFETY: `size` is its first field, it has no padding, and any bytes are a value.
-unsafe impl sized::Sized for crossdock_receive_options {
-    const FIRST_BYTES: usize = 88;
-}
-
-/// What the prefill side offers.
-#[repr(C)]
-#[derive(Clone, Copy, Zeroable)]
-pub struct crossdock_send_options {
-    /// `sizeof(crossdock_send_options)`.
-    pub size: usize,
-    /// The ranks of the decode side that take their shares; NULL for rank 0 alone.
-    pub ranks: *const u32,
-    /// How many they are.
-    pub rank_count: usize,
-    /// The router's number for the request.
-    pub room: u64,
-    /// Which use of that number.
-    pub use_count: u32,
-    /// Tokens of the request.
-    pub tokens: u32,
-    /// For each pool of the node's layout, the pages, from the first token on.
-    pub pages: *const crossdock_page_list,
-    /// How many lists; one for each pool of the layout.
-    pub page_lists: usize,
-    /// Of a room that is served: handed to the reader with the bytes. NULL for nothing.
-    pub aux: *const u8,
-    /// How long it is.
-    pub aux_bytes: usize,
-    /// From this call; 0 for 30 seconds.
-    pub deadline_ms: u64,
-    /// Told with the room's events.
-    pub user_data: u64,
-}
-
-// SAFETY: as above.
-unsafe impl sized::Sized for crossdock_send_options {
-    const FIRST_BYTES: usize = 88;
-}
-
-/// How a room ended on this side.
-#[repr(C)]
-#[derive(Clone, Copy, Zeroable)]
-pub struct crossdock_end {
-    /// `sizeof(crossdock_end)`, set by the caller.
-    pub size: usize,
-    /// One of `CROSSDOCK_DELIVERED` to `CROSSDOCK_FAILED`.
-    pub outcome: u32,
-    /// `CROSSDOCK_BY_HERE` or `CROSSDOCK_BY_PEER`; 0 where nobody decided.
-    pub by: u32,
-    /// One of `CROSSDOCK_STAGE_…`, where the outcome has one, else 0.
-    pub stage: u32,
-    /// 1 if the same request may succeed in another room, else 0.
-    pub is_retryable: u32,
-    /// How long `crossdock_room_aux` is.
-    pub aux_bytes: u64,
-    /// What the caller gave the room.
-    pub user_data: u64,
-}
-
-// SAFETY: as above.
-unsafe impl sized::Sized for crossdock_end {
-    const FIRST_BYTES: usize = 40;
-}
-
 const USUAL_DEADLINE: Duration = Duration::from_secs(30);
-
-struct Room {
-    node: Arc<Shared>,
-    handle: u64,
-    user_data: u64,
-    bell: Bell,
-    state: Mutex<State>,
-}
-
-struct State {
-    control: Control,
-    end: Option<Received>,
-    /// Of a room that receives, by pool.
-    lists: SmallVec<[List; 1]>,
-    /// Events that were not handed out yet.
-    news: Vec<u32>,
-}
-
-enum Control {
-    Sending(Sending),
-    Serving(Serving),
-    Receiving(Receiving),
-    /// The handle is closed; what was waited for is left to the progress loop.
-    Closed,
-}
-
-/// The pages of one pool.
-struct List {
-    /// They were named by a handle, and are given back by one; others go to their pool.
-    is_kept: bool,
-    pages: Home,
-}
-
-enum Home {
-    Waiting(PagesTicket),
-    Here(PageSet),
-    /// Back in their pool, or taken.
-    Gone,
-    /// The node is gone, and nothing has proven that nobody writes them.
-    Abandoned,
-}
-
-static ROOMS: Table<Room> = Table::new(7, "room");
-
-pub(crate) fn is_open(handle: u64) -> bool {
-    ROOMS.get(handle).is_ok()
-}
-
-/// Adds what this room has to tell, as far as it fits; whether there is more.
-pub(crate) fn news(handle: u64, into: &mut Vec<crossdock_event>, most: usize) -> bool {
-    let Ok(room) = ROOMS.get(handle) else { return false };
-    let mut state = room.state.lock();
-    state.look();
-    while into.len() < most && !state.news.is_empty() {
-        let kind = state.news.remove(0);
-        into.push(crossdock_event { kind, reserved: 0, handle, user_data: room.user_data });
-    }
-    !state.news.is_empty()
-}
-
-impl State {
-    /// Asks the tickets.
-    fn look(&mut self) {
-        if self.end.is_none() {
-            let told = match &mut self.control {
-                Control::Sending(room) => room.end.poll().map(|end| end.map(plain)),
-                Control::Serving(room) => room.end.poll().map(|end| end.map(plain)),
-                Control::Receiving(room) => room.end.poll(),
-                Control::Closed => Ok(None),
-            };
-            if let Some(end) = told.unwrap_or_else(|Abandoned| Some(node_gone())) {
-                self.ended(end);
-            }
-        }
-        let mut waiting = 0;
-        let mut is_news = false;
-        for list in &mut self.lists {
-            if let Home::Waiting(ticket) = &mut list.pages {
-                match ticket.poll() {
-                    Ok(None) => waiting += 1,
-                    told => {
-                        is_news = true;
-                        list.told(told.map(|pages| pages.expect("not pending")));
-                    }
-                }
-            }
-        }
-        if is_news && waiting == 0 {
-            self.news.push(CROSSDOCK_EVENT_PAGES_HOME);
-        }
-    }
-
-    fn ended(&mut self, end: Received) {
-        self.end = Some(end);
-        self.news.push(CROSSDOCK_EVENT_ENDED);
-    }
-
-    fn is_home(&self) -> bool {
-        !self.lists.iter().any(|list| matches!(list.pages, Home::Waiting(_)))
-    }
-
-    /// Leaves a waker with each ticket that has not told yet, and takes what the others tell.
-    fn listen(&mut self, waker: &Waker) {
-        let mut context = Context::from_waker(waker);
-        fn first<T>(
-            ticket: &mut (impl Future<Output = Result<T, Abandoned>> + Unpin),
-            context: &mut Context<'_>,
-        ) -> Option<Result<T, Abandoned>> {
-            match Pin::new(ticket).poll(context) {
-                Poll::Ready(told) => Some(told),
-                Poll::Pending => None,
-            }
-        }
-        let told = match &mut self.control {
-            Control::Sending(room) => first(&mut room.end, &mut context).map(|end| end.map(plain)),
-            Control::Serving(room) => first(&mut room.end, &mut context).map(|end| end.map(plain)),
-            Control::Receiving(room) => first(&mut room.end, &mut context),
-            Control::Closed => None,
-        };
-        if let Some(end) = told {
-            self.ended(end.unwrap_or_else(|Abandoned| node_gone()));
-        }
-        let mut is_news = false;
-        for list in &mut self.lists {
-            if let Home::Waiting(ticket) = &mut list.pages
-                && let Some(told) = first(ticket, &mut context)
-            {
-                is_news = true;
-                list.told(told);
-            }
-        }
-        if is_news && self.is_home() {
-            self.news.push(CROSSDOCK_EVENT_PAGES_HOME);
-        }
-    }
-}
-
-impl List {
-    fn told(&mut self, told: Result<PageSet, Abandoned>) {
-        self.pages = match told {
-            Ok(pages) if self.is_kept => Home::Here(pages),
-            // Dropped: its pool may hand them out again.
-            Ok(_) => Home::Gone,
-            Err(Abandoned) => Home::Abandoned,
-        };
-    }
-}
-
-fn plain(ended: Ended) -> Received {
-    Received { ended, aux: Vec::new() }
-}
-
-fn node_gone() -> Received {
-    plain(Ended { end: End::PeerLost { cause: SessionEnd::ClosedHere }, peer: None, port: None })
-}
-
-impl Wake for Room {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    /// Called by the progress loop, and by calls that find it gone, under this room's lock as well: so it takes none.
-    fn wake_by_ref(self: &Arc<Self>) {
-        // Who hears the room's bell finds the event.
-        self.node.events.tell(self.handle);
-        self.bell.ring();
-    }
-}
 
 /// Opens the decode end of a push: the prefill side writes into the pages. Pages that were given by a handle are the room's
 /// when the answer is `CROSSDOCK_OK`; with `CROSSDOCK_BUSY` and `CROSSDOCK_STOPPED` they are back in their pool, and the
@@ -572,17 +262,6 @@ unsafe fn begin(
     unsafe { put("room", to, handle) }
 }
 
-impl Control {
-    fn cancel(&self) -> Result<(), NotTaken> {
-        match self {
-            Control::Sending(room) => room.cancel(),
-            Control::Serving(room) => room.cancel(),
-            Control::Receiving(room) => room.cancel(),
-            Control::Closed => Ok(()),
-        }
-    }
-}
-
 /// Appends to the pages of a pool, in a room that `crossdock_send_ahead` has opened. They may be filled later than this, but
 /// before their tokens are sent. With an answer that is not `CROSSDOCK_OK` the room has not got them.
 ///
@@ -722,16 +401,6 @@ pub extern "C" fn crossdock_room_wait_pages(room: crossdock_room, timeout_ms: u6
     })
 }
 
-/// Another thread has closed the handle meanwhile.
-fn closed() -> Fault {
-    Fault::new(CROSSDOCK_BAD_HANDLE, "the room was closed meanwhile", "use a handle only until it is closed")
-}
-
-fn abandoned() -> Fault {
-    let words = "the node was closed before anything had proven that nobody writes these pages";
-    Fault::new(CROSSDOCK_ABANDONED, words, "make a new pool, over other memory")
-}
-
 /// The pages of a room that received, once they are home, of the list at `list`: those that were given by a handle. They are
 /// the caller's again, by a new handle.
 ///
@@ -809,6 +478,40 @@ pub unsafe extern "C" fn crossdock_room_message(
     call(|| unsafe { words(room, buffer, capacity, length, |ended| ended.to_string()) })
 }
 
+/// The peer of a room that has ended, by the name that it gave itself; empty if the room had come to no session. Of a room
+/// between several ranks, the peer that its end is about.
+///
+/// # Safety
+/// As [`crossdock_room_message`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_peer(
+    room: crossdock_room,
+    buffer: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+) -> crossdock_status {
+    let peer = |ended: &Ended| ended.peer.as_deref().unwrap_or_default().to_owned();
+    // SAFETY: as the caller promises.
+    call(|| unsafe { words(room, buffer, capacity, length, peer) })
+}
+
+/// The port between the two sides of a room that has ended (`shm`, `tcp`, `verbs`); empty if the room had come to no
+/// session.
+///
+/// # Safety
+/// As [`crossdock_room_message`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn crossdock_room_port(
+    room: crossdock_room,
+    buffer: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+) -> crossdock_status {
+    let port = |ended: &Ended| ended.port.unwrap_or_default().to_owned();
+    // SAFETY: as the caller promises.
+    call(|| unsafe { words(room, buffer, capacity, length, port) })
+}
+
 /// What a person can do about how a room ended.
 ///
 /// # Safety
@@ -880,51 +583,6 @@ pub extern "C" fn crossdock_room_close(room: crossdock_room) -> crossdock_status
         room.node.events.closed();
         Ok(())
     })
-}
-
-impl Room {
-    fn end(&self) -> Option<Result<crossdock_end, Fault>> {
-        let mut state = self.state.lock();
-        state.look();
-        let Some(Received { ended, aux }) = &state.end else {
-            return matches!(state.control, Control::Closed).then(|| Err(closed()));
-        };
-        let (outcome, by, stage) = match &ended.end {
-            End::Delivered => (CROSSDOCK_DELIVERED, 0, 0),
-            End::Cancelled { by } => (CROSSDOCK_CANCELLED, who(*by), 0),
-            End::Expired { by, stage } => (CROSSDOCK_EXPIRED, who(*by), stage_number(*stage)),
-            End::PeerLost { .. } => (CROSSDOCK_PEER_LOST, 0, 0),
-            End::Refused { by, .. } => (CROSSDOCK_ROOM_REFUSED, who(*by), 0),
-            End::Failed { by, stage, .. } => (CROSSDOCK_FAILED, who(*by), stage_number(*stage)),
-            _ => (CROSSDOCK_FAILED, 0, 0),
-        };
-        Some(Ok(crossdock_end {
-            size: 0,
-            outcome,
-            by,
-            stage,
-            is_retryable: ended.end.is_retryable().into(),
-            aux_bytes: aux.len() as u64,
-            user_data: self.user_data,
-        }))
-    }
-}
-
-fn who(who: Who) -> u32 {
-    match who {
-        Who::Here => CROSSDOCK_BY_HERE,
-        Who::Peer => CROSSDOCK_BY_PEER,
-    }
-}
-
-fn stage_number(stage: Stage) -> u32 {
-    match stage {
-        Stage::Session => CROSSDOCK_STAGE_SESSION,
-        Stage::Grant => CROSSDOCK_STAGE_GRANT,
-        Stage::Transfer => CROSSDOCK_STAGE_TRANSFER,
-        Stage::Confirm => CROSSDOCK_STAGE_CONFIRM,
-        Stage::Verify => CROSSDOCK_STAGE_VERIFY,
-    }
 }
 
 /// # Safety

@@ -270,7 +270,9 @@ impl From<SendError> for Fault {
         let status = match &error {
             SendError::NotTaken(why) => return why.clone().into(),
             SendError::OutOfOrder { .. } => CROSSDOCK_OUT_OF_ORDER,
-            SendError::OutOfRange { .. } | SendError::NoSuchPool { .. } => CROSSDOCK_BAD_ARGUMENT,
+            SendError::OutOfRange { .. } | SendError::NoSuchPool { .. } | SendError::TooManyPages { .. } => {
+                CROSSDOCK_BAD_ARGUMENT
+            }
             SendError::NotComplete { .. } => CROSSDOCK_NOT_COMPLETE,
             SendError::Finished => CROSSDOCK_FINISHED,
             _ => CROSSDOCK_INTERNAL,

@@ -497,7 +497,11 @@ fn step(draw: &mut Draw<'_>, call: usize) -> crossdock_status {
                 draw.keep(|_, to| crossdock_room_take_pages(handle, list, to))
             }
             54 => crossdock_room_aux(handle, draw.out(), capacity, ptr::null_mut()),
-            55 => crossdock_room_message(handle, draw.out(), capacity, ptr::null_mut()),
+            55 => match number % 3 {
+                0 => crossdock_room_message(handle, draw.out(), capacity, ptr::null_mut()),
+                1 => crossdock_room_peer(handle, draw.out(), capacity, ptr::null_mut()),
+                _ => crossdock_room_port(handle, draw.out(), capacity, ptr::null_mut()),
+            },
             56 => crossdock_room_advice(handle, draw.out(), capacity, ptr::null_mut()),
             57 => crossdock_room_arrivals(handle, draw.out()),
             58 => crossdock_room_close(handle),

@@ -219,15 +219,23 @@ fn end_of(room: u64) -> crossdock_end {
     end
 }
 
+type Tell = unsafe extern "C" fn(u64, *mut c_char, usize, *mut usize) -> crossdock_status;
+
+/// What is said in words of a room that has ended.
+#[track_caller]
+fn told(room: u64, tell: Tell) -> String {
+    let mut words = [0; 512];
+    // SAFETY: so many can be written.
+    ok(unsafe { tell(room, words.as_mut_ptr(), words.len(), ptr::null_mut()) });
+    // SAFETY: it ends with a NUL.
+    unsafe { CStr::from_ptr(words.as_ptr()) }.to_str().expect("text").to_owned()
+}
+
 #[track_caller]
 fn delivered(room: u64) {
     let end = end_of(room);
-    let mut words = [0; 512];
-    // SAFETY: so many can be written.
-    ok(unsafe { crossdock_room_message(room, words.as_mut_ptr(), words.len(), ptr::null_mut()) });
-    // SAFETY: it ends with a NUL.
-    let words = unsafe { CStr::from_ptr(words.as_ptr()) };
-    assert_eq!(end.outcome, CROSSDOCK_DELIVERED, "{words:?}");
+    let words = told(room, crossdock_room_message);
+    assert_eq!(end.outcome, CROSSDOCK_DELIVERED, "{words}");
     ok(crossdock_room_wait_pages(room, PATIENCE_MS));
 }
 
@@ -247,6 +255,11 @@ fn pages_are_taken_by_their_numbers_when_no_room_has_them() {
     let receiving = decode.receive(peer, 0, &named(&decode, &ids), PATIENCE_MS);
     delivered(receiving);
     assert_eq!(end_of(sending).outcome, CROSSDOCK_DELIVERED);
+    assert_eq!(
+        (told(sending, crossdock_room_peer), told(sending, crossdock_room_port)),
+        ("decode".into(), "shm".into())
+    );
+    assert_eq!(told(receiving, crossdock_room_peer), "prefill");
     for room in [sending, receiving] {
         ok(crossdock_room_close(room));
     }

@@ -590,6 +590,13 @@ fn a_room_that_is_opened_ahead_of_its_pages_needs_them_when_it_sends() {
     assert_eq!(strange, SendError::NoSuchPool { pool: 1, pools: 1 });
     assert!(!strange.is_retryable() && strange.advice().contains("from 0"), "{strange}");
     sending.add_pages(0, rest()).unwrap();
+    // No request has more pages than the pool, however often each is named.
+    let limit = prefill.layout.pages();
+    let same = prefill.pool.take(1).unwrap().share();
+    let too_many = (0..limit).find_map(|_| sending.add_pages(0, same.clone()).err()).unwrap();
+    drop(same);
+    assert_eq!(too_many, SendError::TooManyPages { pool: 0, pages: limit as usize + 1, limit });
+    assert!(!too_many.is_retryable() && too_many.advice().contains("once"), "{too_many}");
     sending.send_layers(0..3).unwrap();
     sending.finish(vec![]).unwrap();
     assert_eq!(sending.add_pages(0, rest()), Err(SendError::Finished));

@@ -8,12 +8,14 @@ use crossdock_engine::{AddressCheck, Doorbell, EventFd, Ticket, now_ns, ticket};
 use crossdock_flight::Dump;
 use crossdock_memory::PageRef;
 use crossdock_proto::SessionEnd;
+use smallvec::SmallVec;
 
 use crate::queue::{Queue, Rejected};
 use crate::request::{
     Command, GatherRequest, Peer, PeerKey, PeerUp, Receiving, RoomControl, ScatterRequest,
     ScatterServeRequest, Sending, Serving, Stats, decode_tickets,
 };
+use crate::{CacheLayout, CachePool};
 
 /// A user's end of a node: cheap to clone, usable from any thread.
 #[derive(Clone)]
@@ -70,6 +72,8 @@ pub(crate) struct Shared {
     pub told: EventFd,
     keys: AtomicU64,
     layers: Range<u32>,
+    /// How many pages each pool of the layout has.
+    pages: SmallVec<[u32; 2]>,
     address_check: AddressCheck,
 }
 
@@ -78,7 +82,7 @@ impl Shared {
         commands: usize,
         doorbell: Doorbell,
         told: EventFd,
-        layers: Range<u32>,
+        layout: &CacheLayout,
         address_check: AddressCheck,
     ) -> Self {
         Self {
@@ -87,7 +91,8 @@ impl Shared {
             doorbell,
             told,
             keys: AtomicU64::new(0),
-            layers,
+            layers: layout.layers(),
+            pages: layout.pools().iter().map(CachePool::pages).collect(),
             address_check,
         }
     }
@@ -188,10 +193,10 @@ impl Handle {
     fn open_sending(&self, request: ScatterRequest, is_ahead: bool) -> Result<Sending, NotTaken> {
         let (end, end_ticket) = ticket();
         let control = self.control();
-        let (tokens, pools) = (request.tokens, request.pages.len());
+        let (tokens, pages) = (request.tokens, request.pages.iter().map(PageRef::len).collect());
         let asked_ns = self.shared.asked_ns();
         self.push(Command::Open { key: control.key, request, is_ahead, asked_ns, end })?;
-        Ok(Sending::new(end_ticket, control, tokens, self.shared.layers.clone(), pools))
+        Ok(Sending::new(end_ticket, control, tokens, self.shared.layers.clone(), pages))
     }
 
     /// Opens the prefill end of a pull, for a [`ServeRequest`](crate::ServeRequest) or a [`ScatterServeRequest`].
@@ -221,6 +226,11 @@ impl Handle {
     /// The node's one event descriptor: see [`EventFd`].
     pub fn event_fd(&self) -> &EventFd {
         &self.shared.told
+    }
+
+    /// How many pages a pool of the layout has; none of one that it has not.
+    pub(crate) fn pages_of(&self, pool: usize) -> u32 {
+        self.shared.pages.get(pool).copied().unwrap_or(0)
     }
 
     pub(crate) fn add_pages(&self, key: u64, pool: usize, pages: PageRef) -> Result<(), NotTaken> {

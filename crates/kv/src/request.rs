@@ -9,6 +9,7 @@ use crossdock_engine::{Promise, RailStats, Ticket, ticket};
 use crossdock_flight::Dump;
 use crossdock_memory::{PageRef, PageSet};
 use crossdock_proto::{Counters, End, Homecoming, Identity, RoomName, SessionEnd};
+use smallvec::SmallVec;
 
 use crate::handle::{Handle, NotTaken};
 use crate::pages_ticket::AllHome;
@@ -268,7 +269,8 @@ pub struct Sending {
     pub(crate) control: RoomControl,
     tokens: u32,
     first_layer: u32,
-    pools: usize,
+    /// For each pool, how many pages have been named.
+    pages: SmallVec<[usize; 2]>,
     /// For each layer, how many of the tokens have been sent.
     sent: Vec<u32>,
     finished: bool,
@@ -304,6 +306,16 @@ pub enum SendError {
         /// So many there are.
         pools: usize,
     },
+    /// The layout's pool has not so many pages.
+    #[error("{pages} pages for pool {pool}, which has {limit}")]
+    TooManyPages {
+        /// Which pool.
+        pool: usize,
+        /// So many the room would have.
+        pages: usize,
+        /// So many there are.
+        limit: u32,
+    },
     /// The room cannot be finished before everything has been sent.
     #[error("layer {layer}: {sent} of {tokens} tokens have been sent")]
     NotComplete {
@@ -336,6 +348,7 @@ impl SendError {
             }
             Self::OutOfRange { .. } => "send layers that this node's cache has, and tokens of the request",
             Self::NoSuchPool { .. } => "number the pools as the layout does, from 0",
+            Self::TooManyPages { .. } => "name each page of the request once",
             Self::NotComplete { .. } => "send all tokens of all layers before the room is finished",
             Self::Finished => "open another room for what comes next",
             Self::NotTaken(why) => why.advice(),
@@ -368,22 +381,28 @@ impl Sending {
         control: RoomControl,
         tokens: u32,
         layers: Range<u32>,
-        pools: usize,
+        pages: SmallVec<[usize; 2]>,
     ) -> Self {
         let sent = vec![0; layers.len()];
-        Self { end, control, tokens, first_layer: layers.start, pools, sent, finished: false }
+        Self { end, control, tokens, first_layer: layers.start, pages, sent, finished: false }
     }
 
     /// Appends to the pages of a pool, in a room that was [opened ahead](crate::Handle::open_ahead) of them. They may be
-    /// filled later than this, but before their tokens are sent; a room that sends tokens without pages is refused.
+    /// filled later than this, but before their tokens are sent; a room that sends tokens without pages is refused, and so are
+    /// more pages than the pool has.
     pub fn add_pages(&mut self, pool: usize, pages: PageRef) -> Result<(), SendError> {
         if self.finished {
             return Err(SendError::Finished);
         }
-        if pool >= self.pools {
-            return Err(SendError::NoSuchPool { pool, pools: self.pools });
+        let pools = self.pages.len();
+        let named = self.pages.get_mut(pool).ok_or(SendError::NoSuchPool { pool, pools })?;
+        let (all, limit) = (*named + pages.len(), self.control.handle.pages_of(pool));
+        if all > limit as usize {
+            return Err(SendError::TooManyPages { pool, pages: all, limit });
         }
-        Ok(self.control.handle.add_pages(self.control.key, pool, pages)?)
+        self.control.handle.add_pages(self.control.key, pool, pages)?;
+        *named = all;
+        Ok(())
     }
 
     /// Sends all tokens of these layers, whose pages are filled.

@@ -154,7 +154,7 @@ impl Worker {
             options.max_commands.max(1),
             Doorbell::new()?,
             EventFd::new()?,
-            layout.layers(),
+            &layout,
             engine.address_check(),
         ));
         let handle = Handle::new(shared.clone());

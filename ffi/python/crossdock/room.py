@@ -39,6 +39,7 @@ _add_pages = lib.crossdock_room_add_pages
 _send_layers, _send_tokens = lib.crossdock_room_send_layers, lib.crossdock_room_send_tokens
 _finish, _close, _wait_pages = lib.crossdock_room_finish, lib.crossdock_room_close, lib.crossdock_room_wait_pages
 _message, _advice = lib.crossdock_room_message, lib.crossdock_room_advice
+_peer, _port = lib.crossdock_room_peer, lib.crossdock_room_port
 _ABANDONED: int = lib.CROSSDOCK_ABANDONED
 
 # What the library is told as a room's user data. A room is known by it before it can have an event.
@@ -51,7 +52,7 @@ Self = TypeVar("Self", bound="Room")
 class End:
     """How a room ended on this side."""
 
-    __slots__ = ("outcome", "by", "stage", "is_retryable", "message", "advice", "aux")
+    __slots__ = ("outcome", "by", "stage", "is_retryable", "message", "advice", "aux", "peer", "port")
 
     outcome: Outcome
     by: Optional[By]
@@ -66,6 +67,10 @@ class End:
     """What a person can do about it."""
     aux: bytes
     """What the prefill side sent beside the pages, of a room that received and was delivered."""
+    peer: str
+    """The peer's name; empty if the room had come to no session."""
+    port: str
+    """The port between the two sides; empty if the room had come to no session."""
 
     @property
     def is_delivered(self) -> bool:
@@ -153,6 +158,8 @@ class Room(Subject):
             told_text(_message, handle),
             told_text(_advice, handle),
             aux,
+            told_text(_peer, handle),
+            told_text(_port, handle),
         )
         return told
 

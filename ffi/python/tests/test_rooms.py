@@ -36,6 +36,7 @@ class Ends(Case):
             end.check()
         other = sending.wait(TIMEOUT)
         self.assertEqual((other.outcome, other.by), (Outcome.CANCELLED, By.PEER))
+        self.assertEqual((other.peer, other.port), (self.decode.node.name, "shm"))
         receiving.wait_pages(TIMEOUT)
         self.assertEqual(self.decode.pool.stats().free, PAGES)
         receiving.close()
