@@ -33,6 +33,16 @@ def bind_host() -> str:
             return "127.0.0.1"
 
 
+def is_address(text: str) -> bool:
+    """Whether it is "ip:port" of something that can be dialed, as peers tell it."""
+    host, _, port = text.rpartition(":")
+    try:
+        ipaddress.ip_address(host[1:-1] if host.startswith("[") else host)
+        return 0 < int(port) < 65536
+    except ValueError:
+        return False
+
+
 def key_of_deployment() -> Optional[bytes]:
     """What all processes share."""
     key = os.environ.get("CROSSDOCK_KEY")

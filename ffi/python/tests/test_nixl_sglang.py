@@ -9,20 +9,18 @@ parallelism.
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import unittest
 from pathlib import Path
 from typing import Any, List, Sequence
 from unittest import mock
 
+from engines.loading import set_up
 from engines.sglang import why_not
 from engines.sglang_nursery import Nursery
 from engines.sglang_rank import AUX_ROWS, FAILED, SUCCESS, USUAL, WAITING, Rank, free_port, pages, some_pages
 
-REASON = why_not()
-if REASON and __name__ != "__main__":
-    print(f"test_nixl_sglang: skipped: {REASON}", file=sys.stderr)
+pass_over = set_up(__name__, why_not())
 
 # In front of the ranks' PYTHONPATH. An older PyTorch, or its stand-in, has no `get_device_module`.
 ALIAS = """
@@ -37,8 +35,7 @@ if not hasattr(torch, "get_device_module"):
 
 
 def setUpModule() -> None:
-    if REASON:
-        raise unittest.SkipTest(REASON)
+    pass_over()
     folder = tempfile.TemporaryDirectory()
     unittest.addModuleCleanup(folder.cleanup)
     Path(folder.name, "nixl").mkdir()

@@ -14,11 +14,11 @@ import os
 import re
 import subprocess
 import sys
-import types
 import unittest
 from types import SimpleNamespace
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
+from engines.loading import not_installed, stand_in
 from support import numpy, script_environment, torch
 
 # Set in that process.
@@ -40,13 +40,12 @@ MODULES = (
 )
 
 
-def why_not() -> str:
+def why_not() -> Optional[str]:
     if numpy is None or torch is None:
         return "vLLM's modules need NumPy and PyTorch"
     if not os.environ.get(WHEEL):
         return f"{WHEEL} names no folder with vLLM's wheel"
-    missing = [name for name in ("zmq", "msgspec", "psutil", "urllib3") if importlib.util.find_spec(name) is None]
-    return f"{', '.join(missing)}: not installed, and vLLM's modules need them" if missing else ""
+    return not_installed("vLLM", ("zmq", "msgspec", "psutil", "urllib3"))
 
 
 REASON = why_not()
@@ -79,9 +78,7 @@ def load() -> None:
     if importlib.util.find_spec("regex") is None:
         sys.modules["regex"] = re
     if importlib.util.find_spec("packaging") is None:
-        for name in ("packaging", "packaging.version"):
-            sys.modules[name] = types.ModuleType(name)
-        setattr(sys.modules["packaging.version"], "Version", str)
+        stand_in("packaging.version", Version=str)
     if not hasattr(torch.Tensor, "untyped_storage"):
         torch.Tensor.untyped_storage = lambda tensor: tensor.storage().untyped()
     if not hasattr(torch.Tensor, "nbytes"):

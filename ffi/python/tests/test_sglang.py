@@ -10,24 +10,17 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import unittest
 import urllib.error
 import urllib.request
 from typing import Any
 
+from engines.loading import set_up
 from engines.sglang import why_not
 from engines.sglang_engine import Engines
 from engines.sglang_rank import SUCCESS, TRANSFERRING, WAITING, pages
 
-REASON = why_not()
-if REASON and __name__ != "__main__":
-    print(f"test_sglang: skipped: {REASON}", file=sys.stderr)
-
-
-def setUpModule() -> None:
-    if REASON:
-        raise unittest.SkipTest(REASON)
+setUpModule = set_up(__name__, why_not())
 
 
 class Latents(Engines):

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 import unittest
 import urllib.request
 from typing import Any, Dict
 
+from engines.loading import set_up
 from engines.sglang import why_not
 from engines.sglang_engine import Engine, Request
 from engines.sglang_rank import free_port
 
-REASON = why_not()
-if REASON and __name__ != "__main__":
-    print(f"test_sglang_bootstrap: skipped: {REASON}", file=sys.stderr)
+setUpModule = set_up(__name__, why_not())
 
 HEARTBEAT = {"SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2", "SGLANG_DISAGGREGATION_HEARTBEAT_MAX_FAILURE": "1"}
-
-
-def setUpModule() -> None:
-    if REASON:
-        raise unittest.SkipTest(REASON)
 
 
 class Bootstrap(unittest.TestCase):

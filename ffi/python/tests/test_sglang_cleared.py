@@ -3,24 +3,17 @@ twice, or never. As test_sglang."""
 
 from __future__ import annotations
 
-import sys
 import unittest
 from typing import List
 
+from engines.loading import set_up
 from engines.sglang import why_not
 from engines.sglang_engine import Engines, Request
 from engines.sglang_rank import FAILED, Rank, pages
 
-REASON = why_not()
-if REASON and __name__ != "__main__":
-    print(f"test_sglang_cleared: skipped: {REASON}", file=sys.stderr)
+setUpModule = set_up(__name__, why_not())
 
 STEPS = ["create", "handshake", "grant", "admit"]
-
-
-def setUpModule() -> None:
-    if REASON:
-        raise unittest.SkipTest(REASON)
 
 
 def kept(rank: Rank) -> List[int]:

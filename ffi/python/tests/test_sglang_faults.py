@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import unittest
 from typing import Any, Callable, List, Tuple
 
+from engines.loading import set_up
 from engines.sglang import why_not
 from engines.sglang_engine import Engine, Engines, Request
 from engines.sglang_rank import FAILED, SUCCESS, RankError, pages
 
-REASON = why_not()
-if REASON and __name__ != "__main__":
-    print(f"test_sglang_faults: skipped: {REASON}", file=sys.stderr)
-
-
-def setUpModule() -> None:
-    if REASON:
-        raise unittest.SkipTest(REASON)
+setUpModule = set_up(__name__, why_not())
 
 
 def step(request: Request, name: str) -> None:

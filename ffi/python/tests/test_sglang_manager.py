@@ -3,16 +3,14 @@ between them. With SGLang's own modules, in a process of their own."""
 
 from __future__ import annotations
 
-import sys
 import textwrap
 import unittest
 
+from engines.loading import set_up
 from engines.sglang import why_not
 from support import run_script
 
-REASON = why_not()
-if REASON and __name__ != "__main__":
-    print(f"test_sglang_manager: skipped: {REASON}", file=sys.stderr)
+setUpModule = set_up(__name__, why_not())
 
 BEGIN = """
     import logging, os, threading
@@ -37,11 +35,6 @@ BEGIN = """
         def _handle_node_failure(self, address):
             self.lost.append(address)
 """
-
-
-def setUpModule() -> None:
-    if REASON:
-        raise unittest.SkipTest(REASON)
 
 
 class Parts(unittest.TestCase):

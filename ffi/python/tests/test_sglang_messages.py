@@ -4,22 +4,15 @@ stranger. As test_sglang."""
 from __future__ import annotations
 
 import json
-import sys
 import unittest
 from typing import Any, List, Tuple
 
+from engines.loading import set_up
 from engines.sglang import why_not
 from engines.sglang_engine import Engines, Request
 from engines.sglang_rank import BOOTSTRAPPING, FAILED, TIMEOUT, WAITING, Rank
 
-REASON = why_not()
-if REASON and __name__ != "__main__":
-    print(f"test_sglang_messages: skipped: {REASON}", file=sys.stderr)
-
-
-def setUpModule() -> None:
-    if REASON:
-        raise unittest.SkipTest(REASON)
+setUpModule = set_up(__name__, why_not())
 
 
 def frames_of(tag: str, **fields: Any) -> List[str]:

@@ -7,22 +7,15 @@ groups, staging buffers, context parallelism.
 
 from __future__ import annotations
 
-import sys
 import unittest
 from typing import Any, Dict
 
+from engines.loading import set_up
 from engines.sglang import why_not
 from engines.sglang_engine import Engine, Engines, Request
 from engines.sglang_rank import FAILED
 
-REASON = why_not()
-if REASON and __name__ != "__main__":
-    print(f"test_sglang_mooncake: skipped: {REASON}", file=sys.stderr)
-
-
-def setUpModule() -> None:
-    if REASON:
-        raise unittest.SkipTest(REASON)
+setUpModule = set_up(__name__, why_not())
 
 
 def engines(**options: Any) -> Dict[str, Dict[str, Any]]:

@@ -107,11 +107,8 @@ class Normal(Ranks):
         if topk_idx is None and told is not None:
             sums = shape.sums_told(seat, told)
             per_expert = [-(-count // expert_alignment) * expert_alignment for count in sums]
-        outputs = shape.throughput(form)
         choices = numpy.ascontiguousarray(choices, numpy.int64)
-        shape.dispatch(seat, **arguments, choices=choices, weights=weights, count=tokens, form=form)
-        route = seat.slot.route()
-        seat.slot.receive(outputs)
+        outputs, route = shape.exchange(seat, form, **arguments, choices=choices, weights=weights, count=tokens)
         count = outputs.count
         rows = num_worst_tokens or count
         if rows < count:
@@ -137,9 +134,7 @@ class Normal(Ranks):
         shape = handle.shape
         has_extents("x", values, (handle.tokens, shape.group.info.hidden))
         seat = shape.take()
-        outputs = shape.throughput(form)
-        shape.dispatch(seat, **arguments, count=handle.tokens, form=form, route=handle.route)
-        seat.slot.receive(outputs)
+        outputs, _ = shape.exchange(seat, form, **arguments, count=handle.tokens, route=handle.route)
         if handle.seat is not None:
             shape.leave(handle.seat.number)
         shape.sit(seat, handle)

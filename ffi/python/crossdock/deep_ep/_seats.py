@@ -123,6 +123,19 @@ class Shape:
             self._next = seat.number
             raise
 
+    def exchange(
+        self, seat: Seat, form: Rows, *, route: Optional[Route] = None, **sent: Any
+    ) -> Tuple[ThroughputOutputs, Route]:
+        """Normal mode: a dispatch, what it brings, which is there until the next, and the route that it took."""
+        if form not in self._throughput:
+            self._throughput[form] = self.group.throughput_outputs(form)
+        outputs = self._throughput[form]
+        self.dispatch(seat, **sent, form=form, route=route)
+        # It is told only until the rows are received.
+        taken = seat.slot.route() if route is None else route
+        seat.slot.receive(outputs)
+        return outputs, taken
+
     def leave(self, number: int) -> None:
         holder, self.holders[number] = self.holders[number], None
         if holder is not None:
@@ -177,11 +190,6 @@ class Shape:
         seat.slot.receive(self._probes()[1])
 
     # Memory for what arrives
-
-    def throughput(self, form: Rows) -> ThroughputOutputs:
-        if form not in self._throughput:
-            self._throughput[form] = self.group.throughput_outputs(form)
-        return self._throughput[form]
 
     def latency(self, form: Rows) -> Packed:
         """Outputs at which nobody looks: what a call gave stays as long as it is held."""

@@ -220,12 +220,8 @@ class TransferEngine:
         if notify is not None:
             _log.error("transfer: notifications are not carried")
             return -1
-        try:
-            begun = self._begin(target_hostname, buffers, peer_buffer_addresses, lengths, opcode)
-        except (Error, OSError, ValueError, OverflowError) as error:
-            _log.error("transfer to %s: %s", target_hostname, error)
-            return -1
-        return self._finish(begun)
+        begun = self._begin(target_hostname, buffers, peer_buffer_addresses, lengths, opcode)
+        return -1 if begun is None else self._finish(begun)
 
     def batch_transfer_async_write(
         self,
@@ -257,10 +253,8 @@ class TransferEngine:
         opcode: int,
         transport_hint: str = "",
     ) -> int:
-        try:
-            begun = self._begin(target_hostname, buffers, peer_buffer_addresses, lengths, opcode)
-        except (Error, OSError, ValueError, OverflowError) as error:
-            _log.error("transfer to %s: %s", target_hostname, error)
+        begun = self._begin(target_hostname, buffers, peer_buffer_addresses, lengths, opcode)
+        if begun is None:
             return 0
         with self._lock:
             batch = self._next_batch
@@ -405,12 +399,17 @@ class TransferEngine:
         peers: Sequence[int],
         lengths: Sequence[int],
         opcode: int,
-    ) -> _Batch:
-        endpoint = self._opened()
-        begin = endpoint.write if opcode == Write else endpoint.read
-        # As Mooncake counts: its time, and a second for each GiB.
-        seconds = self._seconds + float(sum(lengths)) / 2**30
-        transfer = begin(peer_of(target), buffers, peers, lengths, deadline=seconds)
+    ) -> Optional[_Batch]:
+        """`None` if it was not begun: the log says why."""
+        try:
+            endpoint = self._opened()
+            begin = endpoint.write if opcode == Write else endpoint.read
+            # As Mooncake counts: its time, and a second for each GiB.
+            seconds = self._seconds + float(sum(lengths)) / 2**30
+            transfer = begin(peer_of(target), buffers, peers, lengths, deadline=seconds)
+        except (Error, OSError, ValueError, OverflowError) as error:
+            _log.error("transfer to %s: %s", target, error)
+            return None
         return _Batch(transfer, time.monotonic() + 2 * seconds)
 
     def _finish(self, begun: _Batch) -> int:

@@ -6,13 +6,13 @@ of it is used.
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import struct
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
+from .._host import is_address
 from ._bindings import _DList, nixl_mem_t, nixlMismatchError, nixlRegDList, nixlXferDList, notes_of, rows_of
 
 MAX_BYTES = 64 << 20
@@ -91,15 +91,6 @@ def list_from(data: Any) -> _DList:
     descs = nixlRegDList(kind, rows)
     notes_of(descs)[:] = notes
     return descs
-
-
-def is_address(text: str) -> bool:
-    host, _, port = text.rpartition(":")
-    try:
-        ipaddress.ip_address(host[1:-1] if host.startswith("[") else host)
-        return 0 < int(port) < 65536
-    except ValueError:
-        return False
 
 
 def _short(text: str) -> bytes:

@@ -3,10 +3,10 @@ is checked."""
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping
 
+from .._host import is_address
 from ._settings import Form
 
 # Some routers take every number of JSON for a float.
@@ -62,7 +62,7 @@ class RemotePrefill:
         if not isinstance(addresses, (list, tuple)) or not 0 < len(addresses) <= _MAX_RANKS:
             raise ValueError("there are no addresses, or too many")
         for address in addresses:
-            if not isinstance(address, str) or not _is_address(address):
+            if not isinstance(address, str) or not is_address(address):
                 raise ValueError(f"{address!r} is no address")
         return cls(
             engine_id=str(params.get("remote_engine_id", "")),
@@ -90,12 +90,3 @@ def _form(told: Any) -> Form:
         if not isinstance(name, str) or not isinstance(value, (str, int)):
             raise ValueError(f"{name!r} of the cache is {value!r}")
     return dict(told)
-
-
-def _is_address(text: str) -> bool:
-    host, _, port = text.rpartition(":")
-    try:
-        ipaddress.ip_address(host[1:-1] if host.startswith("[") else host)
-        return 0 < int(port) < 65536
-    except ValueError:
-        return False

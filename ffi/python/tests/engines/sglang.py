@@ -24,6 +24,8 @@ import zipfile
 from pathlib import Path
 from typing import Any, Optional
 
+from .loading import not_installed, stand_in
+
 WHEEL = "CROSSDOCK_SGLANG_WHEEL"
 TORCH = "CROSSDOCK_SGLANG_TORCH"
 VERSION = "0.5.23"
@@ -43,9 +45,9 @@ _KEPT = (
 
 def why_not() -> Optional[str]:
     """Why SGLang's modules cannot be had here; `None` if they can."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = not_installed("SGLang", _NEEDED)
     if missing:
-        return f"{', '.join(missing)}: not installed, and SGLang's modules need them"
+        return missing
     if sys.version_info < (3, 10):
         return "SGLang's modules need Python 3.10"
     wheel = os.environ.get(WHEEL)
@@ -137,15 +139,15 @@ def prepare() -> Path:
         "sglang.srt.arg_groups",
         "sglang.srt.managers",
     ):
-        _stand_in(name, path=folder.joinpath(*name.split(".")))
+        stand_in(name, path=folder.joinpath(*name.split(".")))
     if os.environ.get(TORCH) == "0" or importlib.util.find_spec("torch") is None:
         _stand_in_for_torch()
     # Of kernels that pack on a GPU: none is called.
-    _stand_in("triton", jit=lambda function: function)
-    _stand_in("triton.language", constexpr=int)
-    _stand_in("sglang.kernels.ops.memory.ptr_table", make_ptr_table=None)
+    stand_in("triton", jit=lambda function: function)
+    stand_in("triton.language", constexpr=int)
+    stand_in("sglang.kernels.ops.memory.ptr_table", make_ptr_table=None)
     usual = lambda **fields: (lambda: Namespace(**fields))  # noqa: E731
-    _stand_in(
+    stand_in(
         "sglang.srt.runtime_context",
         get_parallel=lambda: parallel,
         get_serving=lambda: serving,
@@ -159,10 +161,10 @@ def prepare() -> Path:
         linear_attn_tp_size=lambda: parallel.attn_tp_size,
         max_prefill_buffer_tokens=lambda: 0,
     )
-    _stand_in("sglang.srt.server_args", ServerArgs=Namespace)
-    _stand_in("sglang.srt.configs.model_config", get_dsa_mtp_topk_width=None, is_deepseek_dsa=None)
-    _stand_in("sglang.srt.mem_cache.page_interleave", get_kv_shard_group=None)
-    _stand_in(
+    stand_in("sglang.srt.server_args", ServerArgs=Namespace)
+    stand_in("sglang.srt.configs.model_config", get_dsa_mtp_topk_width=None, is_deepseek_dsa=None)
+    stand_in("sglang.srt.mem_cache.page_interleave", get_kv_shard_group=None)
+    stand_in(
         "sglang.srt.observability.trace",
         TraceNullContext=_Untraced,
         TraceReqContext=_Untraced,
@@ -171,20 +173,20 @@ def prepare() -> Path:
     stages = types.SimpleNamespace(
         MOONCAKE_SEND=None, MOONCAKE_WORKER_SEND=None, MOONCAKE_WORKER_SEND_SESSION=None
     )
-    _stand_in(
+    stand_in(
         "sglang.srt.observability.mooncake_trace",
         MooncakeRequestStage=stages,
         mooncake_trace_func=lambda stage: lambda function: function,
         mooncake_trace_slice=None,
     )
-    _stand_in("sglang.srt.utils.common", ceil_align=lambda n, to: -(-n // to) * to, run_with_deadline=_run)
+    stand_in("sglang.srt.utils.common", ceil_align=lambda n, to: -(-n // to) * to, run_with_deadline=_run)
     utils = sys.modules["sglang.srt.utils"]
     for name, value in dict(
         is_npu=lambda: False, create_device_event=None, create_device_stream=None, device_stream_context=None
     ).items():
         setattr(utils, name, value)
     engine = importlib.import_module("sglang.srt.distributed.device_communicators.mooncake_transfer_engine")
-    _stand_in(
+    stand_in(
         "sglang.srt.distributed.parallel_state",
         GroupCoordinator=object,
         get_mooncake_transfer_engine=engine.get_mooncake_transfer_engine,
@@ -193,23 +195,10 @@ def prepare() -> Path:
     return folder
 
 
-def _stand_in(name: str, path: Optional[Path] = None, **members: Any) -> None:
-    module = types.ModuleType(name)
-    if path is not None:
-        module.__path__ = [str(path)]
-    module.__dict__.update(members)
-    sys.modules[name] = module
-    parent, _, last = name.rpartition(".")
-    if parent:
-        if parent not in sys.modules:
-            _stand_in(parent)
-        setattr(sys.modules[parent], last, module)
-
-
 def _stand_in_for_torch() -> None:
     """SGLang's transfer modules ask PyTorch whether something is a tensor, and for their process groups."""
-    _stand_in("torch", Tensor=type("Tensor", (), {}))
-    _stand_in("torch.distributed", is_available=lambda: False, is_initialized=lambda: False, ProcessGroup=object)
+    stand_in("torch", Tensor=type("Tensor", (), {}))
+    stand_in("torch.distributed", is_available=lambda: False, is_initialized=lambda: False, ProcessGroup=object)
 
 
 def _run(function: Any, *, timeout_s: float, what: str) -> Any:

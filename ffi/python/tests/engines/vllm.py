@@ -20,6 +20,8 @@ from collections.abc import Sequence as AbstractSequence
 from types import SimpleNamespace
 from typing import Any, Dict, Iterator, Optional, Sequence
 
+from .loading import not_installed
+
 CONNECTORS = "vllm.distributed.kv_transfer.kv_connector"
 # All that is needed of the wheel.
 MODULES = tuple(
@@ -162,9 +164,9 @@ def load() -> Optional[str]:
     if not wheel:
         return "CROSSDOCK_VLLM_WHEEL names no folder with vLLM's wheel"
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        for needed in ("torch", "msgspec"):
-            if importlib.util.find_spec(needed) is None:
-                return f"vLLM's modules need {needed}"
+        missing = not_installed("vLLM", ("torch", "msgspec"))
+        if missing:
+            return missing
         sys.meta_path.insert(0, _Finder(wheel))
     try:
         for name in MODULES:
