@@ -67,6 +67,18 @@ impl MeetingConfig {
     }
 }
 
+/// A port that does not lose a rank to a moment in which the network stands still: the rank would be masked for good.
+/// Heartbeats find who is dead sooner than this.
+fn patient(port: PortConfig) -> PortConfig {
+    match port {
+        PortConfig::Verbs(mut options) => {
+            options.ack_timeout_exponent.get_or_insert(18);
+            PortConfig::Verbs(options)
+        }
+        other => other,
+    }
+}
+
 /// One rank that is ready to meet the others.
 pub struct Meeting {
     engine: Engine,
@@ -79,7 +91,8 @@ impl Meeting {
     /// Opens the ports and begins to listen.
     pub fn open(config: MeetingConfig) -> Result<Meeting, Error> {
         let auth = auth(&config.authentication)?;
-        let ports = open_ports(&config.ports, config.bind, config.advertise)?;
+        let ports = config.ports.iter().cloned().map(patient).collect::<Vec<_>>();
+        let ports = open_ports(&ports, config.bind, config.advertise)?;
         let ranks = config.group.max_tokens.len();
         let mut network = SocketOptions::new(config.bind);
         network.advertise = config.advertise;
@@ -235,3 +248,22 @@ mod registry {
 
 #[cfg(feature = "bootstrap")]
 pub use registry::{Registered, RegistryError};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::VerbsOptions;
+
+    #[test]
+    fn a_group_s_ports_are_patient_unless_told_otherwise() {
+        let of = |port| match patient(port) {
+            PortConfig::Verbs(options) => options.ack_timeout_exponent,
+            other => panic!("{other:?}"),
+        };
+        let mut options = VerbsOptions::default();
+        assert_eq!(of(PortConfig::Verbs(options.clone())), Some(18));
+        options.ack_timeout_exponent = Some(14);
+        assert_eq!(of(PortConfig::Verbs(options)), Some(14));
+        assert!(matches!(patient(PortConfig::Tcp(None)), PortConfig::Tcp(None)));
+    }
+}

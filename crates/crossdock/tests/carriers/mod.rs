@@ -41,7 +41,12 @@ impl Carrier {
                 options.verbs = Some(fabric.verbs());
                 options.device = Some(format!("fake{}", node % 2));
             }
-            Carrier::Devices(devices) => options.device = Some(devices[node % devices.len()].clone()),
+            Carrier::Devices(devices) => {
+                options.device = Some(devices[node % devices.len()].clone());
+                // A device that is software acknowledges when a processor has time for it; where all of a test's threads
+                // share an emulated one, that may take seconds.
+                options.ack_timeout_exponent = Some(18);
+            }
         }
         PortConfig::Verbs(options)
     }

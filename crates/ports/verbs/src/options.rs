@@ -55,7 +55,9 @@ pub struct VerbsOptions {
     /// and into it, and compares them.
     pub probe_regions: bool,
     /// How long the device waits for an acknowledgement before it sends again: 4.096 us times two to this power, 1 to 31.
-    pub ack_timeout_exponent: u8,
+    /// `None` takes 14, which is 67 ms, so that other rails soon take over; a group of experts, in which a rank that is
+    /// lost stays lost, takes 18, which is 1.1 s.
+    pub ack_timeout_exponent: Option<u8>,
     /// How often the device sends again before the lane is lost, 1 to 7. Soft-RoCE takes 7 for ever.
     pub retries: u8,
     /// How long [`connect`](crossdock_transport::Port::connect) may take until the lane is up; at most a day.
@@ -95,7 +97,7 @@ impl Default for VerbsOptions {
             inline_bytes: 64,
             relaxed_ordering: true,
             probe_regions: false,
-            ack_timeout_exponent: 14,
+            ack_timeout_exponent: None,
             retries: 6,
             connect_timeout: Duration::from_secs(10),
             close_timeout: Duration::from_millis(250),
@@ -114,6 +116,10 @@ impl VerbsOptions {
         names.split('+').map(|name| Self { device: Some(name.to_owned()), ..Self::default() }).collect()
     }
 
+    pub(crate) fn ack_timeout_exponent(&self) -> u8 {
+        self.ack_timeout_exponent.unwrap_or(14)
+    }
+
     /// What is refused because nothing sensible can be made of it.
     pub(crate) fn check(&self) -> Result<()> {
         let bad = |what, advice| Err(Error::Unsupported { what, advice });
@@ -123,7 +129,7 @@ impl VerbsOptions {
         if self.service_level > 15 {
             return bad("a service_level beyond 15", "give 0 to 15");
         }
-        if !(1..=31).contains(&self.ack_timeout_exponent) {
+        if !(1..=31).contains(&self.ack_timeout_exponent()) {
             return bad("an ack_timeout_exponent that means for ever, or too much", "give 1 to 31");
         }
         if !(1..=7).contains(&self.retries) {

@@ -118,7 +118,7 @@ impl VerbsPort {
         let habits = Habits {
             port: chosen.port,
             partition_key_index: options.partition_key_index,
-            ack_timeout_exponent: options.ack_timeout_exponent,
+            ack_timeout_exponent: options.ack_timeout_exponent(),
             retries: options.retries,
             reads: reads(device.max_qp_init_rd_atom),
             reads_served: reads(device.max_qp_rd_atom),

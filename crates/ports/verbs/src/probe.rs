@@ -112,7 +112,7 @@ impl Loopback {
             mtu: chosen.mtu,
         };
         queue_pair.to_receive(&path, queue_pair.number, 0, 1)?;
-        queue_pair.to_send(0, 1, options.ack_timeout_exponent, options.retries)?;
+        queue_pair.to_send(0, 1, options.ack_timeout_exponent(), options.retries)?;
         Ok(Self { queue_pair, completion_queue, completions: Completions::new(), chain: SendChain::new() })
     }
 

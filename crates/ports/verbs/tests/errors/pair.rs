@@ -31,7 +31,7 @@ pub fn impatient() -> VerbsOptions {
     let mut options = VerbsOptions::default();
     options.connect_timeout = Duration::from_secs(3);
     options.keepalive = Duration::from_millis(100);
-    options.ack_timeout_exponent = 14;
+    options.ack_timeout_exponent = Some(14);
     options.retries = 3;
     options
 }
