@@ -85,6 +85,7 @@ void expect(bool is_right, const char* what) {
 void finish(crossdock::Room room) {
   const crossdock::End end = room.wait(timeout).value();
   expect(end.outcome == crossdock::Outcome::delivered, room.message().value().c_str());
+  expect(room.port().value() == "shm" && !room.peer().value().empty(), "the peer and the port are told");
 }
 
 template <typename Id>

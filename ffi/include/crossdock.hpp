@@ -1107,7 +1107,8 @@ class Room : public detail::Owned<crossdock_room_close> {
     return detail::text(crossdock_room_advice, handle());
   }
 
-  // The peer's name; empty if the room had come to no session.
+  // The peer's name; empty if the room had come to no session. Of a room between several ranks, that of the peer that its
+  // end is about.
   Result<std::string> peer() const {
     return detail::text(crossdock_room_peer, handle());
   }
@@ -1123,7 +1124,8 @@ class Sending : public Room {
  public:
   using Room::Room;
 
-  // Appends to the pages of a pool, in a room that Node::send_ahead has opened: before their tokens are sent.
+  // Appends to the pages of a pool, in a room that Node::send_ahead has opened: before their tokens are sent. More than
+  // the pool has are refused.
   Result<> add_pages(const PageList& pages, std::uint32_t pool = 0) {
     const crossdock_page_list given = pages.plain();
     return detail::done(crossdock_room_add_pages(handle(), pool, &given));

@@ -253,7 +253,15 @@ fn pages_are_taken_by_their_numbers_when_no_room_has_them() {
     let mut pages = 0;
     assert_eq!(adopt(&list, &raw mut pages), CROSSDOCK_PAGE_IN_USE);
     let receiving = decode.receive(peer, 0, &named(&decode, &ids), PATIENCE_MS);
+    let mut word = [0; 4];
+    // SAFETY: so many can be written, here and below.
+    let mut peer_of =
+        |room| unsafe { crossdock_room_peer(room, word.as_mut_ptr(), word.len(), ptr::null_mut()) };
+    let pending = decode.receive(peer, 99, &named(&decode, &[20]), PATIENCE_MS);
+    assert_eq!(peer_of(pending), CROSSDOCK_PENDING);
+    ok(crossdock_room_close(pending));
     delivered(receiving);
+    assert_eq!(peer_of(receiving), CROSSDOCK_BUFFER_TOO_SMALL);
     assert_eq!(end_of(sending).outcome, CROSSDOCK_DELIVERED);
     assert_eq!(
         (told(sending, crossdock_room_peer), told(sending, crossdock_room_port)),
@@ -656,6 +664,8 @@ fn pages_may_follow_their_room() {
     assert_eq!(add(sending, 1, &raw const more), CROSSDOCK_BAD_ARGUMENT);
     assert_eq!(add(sending, 0, ptr::null()), CROSSDOCK_BAD_ARGUMENT);
     assert_eq!(add(receiving, 0, &raw const more), CROSSDOCK_WRONG_KIND);
+    let same = named(&prefill, &[3; PAGES as usize]);
+    assert_eq!(add(sending, 0, &raw const same), CROSSDOCK_BAD_ARGUMENT, "more than the pool has");
     let strange = named(&prefill, &[PAGES]);
     assert_eq!(add(sending, 0, &raw const strange), CROSSDOCK_PAGE_OUT_OF_RANGE);
     ok(add(sending, 0, &raw const more));

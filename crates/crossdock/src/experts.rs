@@ -12,6 +12,7 @@ use crossdock_shm::ShmOptions;
 
 pub use crossdock_ep::*;
 
+use crate::VerbsOptions;
 use crate::config::{Authentication, PortConfig};
 use crate::error::Error;
 use crate::node::{auth, identity, open_ports, rail, random};
@@ -32,7 +33,8 @@ pub struct MeetingConfig {
     /// The address that the others are told, where it is not the bound one.
     pub advertise: Option<IpAddr>,
     /// The transports, in the order of preference. Two ranks use the first that reaches between them: shared memory on one
-    /// host, where both map each other's memory.
+    /// host, where both map each other's memory. RDMA devices wait longer for each other than under a node, unless their
+    /// [`ack_timeout_exponent`](crate::VerbsOptions::ack_timeout_exponent) is set.
     pub ports: Vec<PortConfig>,
     /// Whether the others must prove a shared key.
     pub authentication: Authentication,
@@ -67,12 +69,12 @@ impl MeetingConfig {
     }
 }
 
-/// A port that does not lose a rank to a moment in which the network stands still: the rank would be masked for good.
-/// Heartbeats find who is dead sooner than this.
+/// A port that does not lose a rank to a moment in which the network stands still: the rank would be masked for good. Who is
+/// dead is found by the heartbeats or by the group's deadline.
 fn patient(port: PortConfig) -> PortConfig {
     match port {
         PortConfig::Verbs(mut options) => {
-            options.ack_timeout_exponent.get_or_insert(18);
+            options.ack_timeout_exponent.get_or_insert(VerbsOptions::PATIENT_ACK_TIMEOUT_EXPONENT);
             PortConfig::Verbs(options)
         }
         other => other,
@@ -252,7 +254,6 @@ pub use registry::{Registered, RegistryError};
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::VerbsOptions;
 
     #[test]
     fn a_group_s_ports_are_patient_unless_told_otherwise() {

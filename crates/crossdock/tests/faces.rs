@@ -583,6 +583,16 @@ fn a_room_that_is_opened_ahead_of_its_pages_needs_them_when_it_sends() {
     refused(&mut sending, Misfit::Pages { whose: Who::Here });
     assert_eq!(end_of(receiving), at_peer);
 
+    // One page, named more often than there are pages.
+    let limit = prefill.layout.pages();
+    let page = prefill.pool.take(1).unwrap().share();
+    let mut pages = page.clone();
+    (0..limit).for_each(|_| pages.join(page.clone()).unwrap());
+    drop(page);
+    let request = SendRequest { room: 4, use_count: 0, tokens: 100, pages, deadline: WAIT };
+    let mut sending = prefill.node.handle().open(request).unwrap();
+    refused(&mut sending, Misfit::TooManyPages { pages: limit as usize + 1, limit });
+
     // A page of another pool, which nobody here has, and one after the end.
     let (mut sending, receiving) = (open(2), decode.receive(peer, 2, WAIT));
     let rest = || prefill.pool.take(prefill.layout.pages_for(100) - 1).unwrap().share();
@@ -590,8 +600,7 @@ fn a_room_that_is_opened_ahead_of_its_pages_needs_them_when_it_sends() {
     assert_eq!(strange, SendError::NoSuchPool { pool: 1, pools: 1 });
     assert!(!strange.is_retryable() && strange.advice().contains("from 0"), "{strange}");
     sending.add_pages(0, rest()).unwrap();
-    // No request has more pages than the pool, however often each is named.
-    let limit = prefill.layout.pages();
+    // Nor are more added than there are, however often each is named.
     let same = prefill.pool.take(1).unwrap().share();
     let too_many = (0..limit).find_map(|_| sending.add_pages(0, same.clone()).err()).unwrap();
     drop(same);

@@ -4,6 +4,9 @@ use std::io::Write;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crossdock::experts::{
+    Bf16, EpError, Group, GroupConfig, GroupOptions, LatencyOutputs, Payload, Rows, ScaleOrder, Tokens,
+};
 use crossdock::{
     Authentication, CacheKind, CacheLayout, Config, Dtype, Error, LayoutOptions, Node, NotTaken, Placement,
     PortConfig, Progress, ReceiveRequest, SendError, SendRequest,
@@ -107,6 +110,52 @@ fn sessions_and_rooms_are_logged_with_peer_port_and_cause() {
         for line in lines {
             assert!(log.has(line), "no line with {line:?} in\n{}", log.text());
         }
+    });
+}
+
+/// A step of a rank that the others may not take: its tokens go to every rank.
+fn step(group: &mut Group) -> Result<Vec<u32>, EpError> {
+    let (ranks, hidden) = (group.config().ranks(), group.config().hidden as usize);
+    let (rows, choices): (Vec<Bf16>, Vec<i64>) =
+        (vec![Bf16::from_f32(1.0); hidden], (0..ranks.into()).collect());
+    let mut outputs = LatencyOutputs::new(group, Payload::Bf16, ScaleOrder::ByRow);
+    let tokens = Tokens { rows: Rows::Bf16(&rows), choices: &choices, weights: None };
+    drop(group.slot(0).dispatch(&tokens)?.latency(&mut outputs)?);
+    Ok(group.masked())
+}
+
+#[test]
+fn why_a_rank_is_masked_is_logged() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+    tracing::subscriber::with_default(subscriber, || {
+        let config = GroupConfig {
+            max_tokens: vec![1; 3],
+            experts: 3,
+            top_k: 3,
+            hidden: 128,
+            payload: Payload::Bf16,
+            slots: 1,
+            placement_version: 0,
+        };
+        let short = Duration::from_millis(300);
+        let options = GroupOptions { deadline: short, warm_up: short, ..GroupOptions::default() };
+        let mut groups = Group::in_process(&config, &options).unwrap();
+        // The last one has left, the middle one neither calls nor waits.
+        drop(groups.pop());
+        assert_eq!(step(&mut groups[0]).unwrap(), [1, 2]);
+        let lines: [&[&str]; 2] = [
+            &["WARN", "rank=1", "by=0", "it neither made its call nor waited itself for 300ms"],
+            &["INFO", "rank=2", "by=0", "it has left the group"],
+        ];
+        for line in lines {
+            assert!(log.has(line), "no line with {line:?} in\n{}", log.text());
+        }
+        // It comes too late, and hears from the first one that it is out; that one it does not mask.
+        let out = step(&mut groups[1]);
+        assert!(matches!(out, Err(EpError::Masked { by: 0 })), "{out:?}");
+        assert!(!log.has(&["masked:", "rank=0"]), "{}", log.text());
     });
 }
 

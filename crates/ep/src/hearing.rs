@@ -55,18 +55,22 @@ impl Listening {
         }
     }
 
-    /// Whether a rank has given no sign of life for as long as the limit says. Those who wait are alive, but a chain of
+    /// Whether a rank has given no sign of life for as long as the limit says.
+    fn is_silent(&self, rank: u32) -> bool {
+        let seen = self.seen.get(rank as usize).copied().unwrap_or_default();
+        self.listened.saturating_sub(seen) >= self.limit && !is_planted(Planted::ChainOnly)
+    }
+
+    /// Whether a rank is silent, or is waited for too long all the same. Those who wait are alive, but a chain of
     /// waits, each for the next, ends some time, too.
     fn is_late(&self, rank: u32) -> bool {
-        let silent = self.listened.saturating_sub(self.seen[rank as usize]);
-        let is_silent = silent >= self.limit && !is_planted(Planted::ChainOnly);
-        let late = is_silent || self.listened >= self.limit.saturating_mul(LONGEST_CHAIN);
+        let late = self.is_silent(rank) || self.listened >= self.limit.saturating_mul(LONGEST_CHAIN);
         late && !is_planted(Planted::DeadlineDropped)
     }
 }
 
-/// Why a rank is gone on without, for the log.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
+/// Why a rank is gone on without, in words for the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum WhyMasked {
     #[error("its process has ended, or the connection to it")]
     Gone,
@@ -78,6 +82,8 @@ pub(crate) enum WhyMasked {
     Late(Duration),
     #[error("what was sent to it has not left within {0:?}")]
     NotTaken(Duration),
+    #[error("ranks wait one for another, and it has made no call for {0:?}")]
+    Chain(Duration),
 }
 
 impl Slot {
@@ -168,14 +174,17 @@ impl Slot {
 
     /// Why a rank is not waited for any longer.
     fn why_given_up(&self, source: u32) -> WhyMasked {
-        if self.shared.is_gone(source) {
-            WhyMasked::Gone
-        } else if self.has_left(source) {
+        // Who has left is gone soon after.
+        if self.has_left(source) {
             WhyMasked::Left
+        } else if self.shared.is_gone(source) {
+            WhyMasked::Gone
         } else if let Some(by) = self.masked_by(source) {
             WhyMasked::ByAnother(by)
-        } else {
+        } else if self.listening.is_silent(source) {
             WhyMasked::Late(self.listening.limit)
+        } else {
+            WhyMasked::Chain(self.listening.limit.saturating_mul(LONGEST_CHAIN))
         }
     }
 
@@ -221,14 +230,11 @@ impl Slot {
     /// Goes on without a rank, and leaves it word.
     pub(crate) fn mask(&self, rank: u32, why: WhyMasked) {
         let shared = &*self.shared;
-        if !shared.is_masked(rank) {
-            tracing::warn!(
-                rank,
-                masked_by = shared.rank,
-                slot = self.slot,
-                call = self.call,
-                "masked: {why}"
-            );
+        let (by, slot, call) = (shared.rank, self.slot, self.call);
+        match why {
+            _ if shared.is_masked(rank) => {}
+            WhyMasked::Left => tracing::info!(rank, by, slot, call, "masked: {why}"),
+            _ => tracing::warn!(rank, by, slot, call, "masked: {why}"),
         }
         if !is_planted(Planted::MaskUntold) {
             shared.say_farewell(rank, Farewell::Masked);

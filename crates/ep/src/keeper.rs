@@ -153,6 +153,7 @@ impl Keeper {
             let longest_ns = if may_rest { LONGEST_SLEEP_NS } else { SHORT_SLEEP_NS };
             if !active && let Err(error) = self.park(longest_ns) {
                 // Nobody keeps in touch any more: the others will take this rank for dead, and it them.
+                tracing::error!(rank = self.rank, "this rank cannot keep in touch with the others: {error}");
                 self.tell(Err(error.into()));
                 let others = (0..self.ranks()).filter(|&rank| rank != self.rank);
                 self.mourner

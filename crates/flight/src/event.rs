@@ -634,6 +634,7 @@ fn misfit_code(misfit: &Misfit) -> &'static str {
         Misfit::Gap => "gap",
         Misfit::Layers { .. } => "layers",
         Misfit::Layouts => "layouts",
+        Misfit::TooManyPages { .. } => "too-many-pages",
         Misfit::TooManyPieces { .. } => "too-many-pieces",
         Misfit::Unreadable => "unreadable",
         Misfit::AtPeer => "at-peer",

@@ -193,7 +193,10 @@ impl Handle {
     fn open_sending(&self, request: ScatterRequest, is_ahead: bool) -> Result<Sending, NotTaken> {
         let (end, end_ticket) = ticket();
         let control = self.control();
-        let (tokens, pages) = (request.tokens, request.pages.iter().map(PageRef::len).collect());
+        let tokens = request.tokens;
+        // A request that has more lists than the layout has pools is refused when it is taken.
+        let pages =
+            request.pages.iter().zip(&self.shared.pages).map(|(named, &all)| (named.len(), all)).collect();
         let asked_ns = self.shared.asked_ns();
         self.push(Command::Open { key: control.key, request, is_ahead, asked_ns, end })?;
         Ok(Sending::new(end_ticket, control, tokens, self.shared.layers.clone(), pages))
@@ -226,11 +229,6 @@ impl Handle {
     /// The node's one event descriptor: see [`EventFd`].
     pub fn event_fd(&self) -> &EventFd {
         &self.shared.told
-    }
-
-    /// How many pages a pool of the layout has; none of one that it has not.
-    pub(crate) fn pages_of(&self, pool: usize) -> u32 {
-        self.shared.pages.get(pool).copied().unwrap_or(0)
     }
 
     pub(crate) fn add_pages(&self, key: u64, pool: usize, pages: PageRef) -> Result<(), NotTaken> {

@@ -269,8 +269,8 @@ pub struct Sending {
     pub(crate) control: RoomControl,
     tokens: u32,
     first_layer: u32,
-    /// For each pool, how many pages have been named.
-    pages: SmallVec<[usize; 2]>,
+    /// For each list of the request, how many pages it names, and how many the pool has.
+    pages: SmallVec<[(usize, u32); 2]>,
     /// For each layer, how many of the tokens have been sent.
     sent: Vec<u32>,
     finished: bool,
@@ -306,7 +306,7 @@ pub enum SendError {
         /// So many there are.
         pools: usize,
     },
-    /// The layout's pool has not so many pages.
+    /// More pages than the pool has.
     #[error("{pages} pages for pool {pool}, which has {limit}")]
     TooManyPages {
         /// Which pool.
@@ -348,7 +348,7 @@ impl SendError {
             }
             Self::OutOfRange { .. } => "send layers that this node's cache has, and tokens of the request",
             Self::NoSuchPool { .. } => "number the pools as the layout does, from 0",
-            Self::TooManyPages { .. } => "name each page of the request once",
+            Self::TooManyPages { .. } => "name the pages of the request's tokens, each once",
             Self::NotComplete { .. } => "send all tokens of all layers before the room is finished",
             Self::Finished => "open another room for what comes next",
             Self::NotTaken(why) => why.advice(),
@@ -381,7 +381,7 @@ impl Sending {
         control: RoomControl,
         tokens: u32,
         layers: Range<u32>,
-        pages: SmallVec<[usize; 2]>,
+        pages: SmallVec<[(usize, u32); 2]>,
     ) -> Self {
         let sent = vec![0; layers.len()];
         Self { end, control, tokens, first_layer: layers.start, pages, sent, finished: false }
@@ -395,8 +395,8 @@ impl Sending {
             return Err(SendError::Finished);
         }
         let pools = self.pages.len();
-        let named = self.pages.get_mut(pool).ok_or(SendError::NoSuchPool { pool, pools })?;
-        let (all, limit) = (*named + pages.len(), self.control.handle.pages_of(pool));
+        let (named, limit) = self.pages.get_mut(pool).ok_or(SendError::NoSuchPool { pool, pools })?;
+        let (all, limit) = (*named + pages.len(), *limit);
         if all > limit as usize {
             return Err(SendError::TooManyPages { pool, pages: all, limit });
         }

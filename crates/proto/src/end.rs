@@ -150,6 +150,13 @@ pub enum Misfit {
     },
     /// The two caches cannot be bridged: no layer is held by both, or a layout names what its worker does not have.
     Layouts,
+    /// More pages are to be sent than the pool has.
+    TooManyPages {
+        /// So many are named.
+        pages: usize,
+        /// So many there are.
+        limit: u32,
+    },
     /// The room was sent in more pieces than are remembered.
     TooManyPieces {
         /// So many are.
@@ -367,7 +374,7 @@ impl Misfit {
             Misfit::Tokens { .. } | Misfit::Skipped { .. } => {
                 "both sides must ask for the same tokens of the same request"
             }
-            Misfit::Pages { .. } | Misfit::DuplicatePage { .. } => {
+            Misfit::Pages { .. } | Misfit::DuplicatePage { .. } | Misfit::TooManyPages { .. } => {
                 "list each page of the request once, in the order of its tokens, and as many as they need"
             }
             Misfit::Lists { .. } => "give a list of pages for each pool of the layout, in their order",
@@ -403,6 +410,9 @@ impl fmt::Display for Misfit {
             Misfit::Gap => f.write_str("the named ranks do not bring each byte once"),
             Misfit::Layers { first, end } => write!(f, "layers {first}..{end} are none, or not kept here"),
             Misfit::Layouts => f.write_str("the two cache layouts cannot be bridged"),
+            Misfit::TooManyPages { pages, limit } => {
+                write!(f, "{pages} pages are named of a pool that has {limit}")
+            }
             Misfit::TooManyPieces { limit } => write!(f, "sent in more than {limit} pieces"),
             Misfit::Unreadable => f.write_str("what the peer sent along cannot be read"),
             Misfit::AtPeer => f.write_str("the two sides' requests do not fit"),

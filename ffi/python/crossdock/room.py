@@ -68,7 +68,8 @@ class End:
     aux: bytes
     """What the prefill side sent beside the pages, of a room that received and was delivered."""
     peer: str
-    """The peer's name; empty if the room had come to no session."""
+    """The peer's name; empty if the room had come to no session. Of a room between several ranks, that of the peer that its
+    end is about."""
     port: str
     """The port between the two sides; empty if the room had come to no session."""
 
@@ -260,7 +261,7 @@ class Sending(Room):
 
     def add_pages(self, pages: PageList, *, pool: int = 0) -> None:
         """Appends to the pages of a pool, in a room that `Node.send_ahead` has opened: before their tokens are sent. Those of
-        other pools than the first one are sent when the room is finished."""
+        other pools than the first one are sent when the room is finished. More than the pool has are refused."""
         if self._pid != process.pid:
             raise forked(self)
         pools = self._node._pools

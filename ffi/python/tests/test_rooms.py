@@ -66,6 +66,7 @@ class Ends(Case):
             with self.decode.node.receive(nobody, 3, TOKENS, self.pages, deadline=0.1) as receiving:
                 end = receiving.wait(TIMEOUT)
                 self.assertEqual((end.outcome, end.stage), (Outcome.EXPIRED, Stage.SESSION))
+                self.assertEqual((end.peer, end.port), ("", ""))
         with self.assertRaises(crossdock.BadArgument):
             self.decode.node.connect("nowhere")
 
@@ -77,6 +78,8 @@ class Ends(Case):
                 sending.send(range(LAYERS), range(0, 48))
                 with self.assertRaises(crossdock.PageOutOfRange):
                     sending.add_pages([PAGES])
+                with self.assertRaisesRegex(crossdock.BadArgument, "pages for pool 0, which has"):
+                    sending.add_pages([pages[0]] * PAGES)
                 with self.assertRaises(crossdock.BadArgument):
                     sending.add_pages(more, pool=1)
                 with self.assertRaises(crossdock.BadArgument):

@@ -4,7 +4,7 @@ use crate::error::Error;
 use crate::initiator::{Initiator, unexpected};
 use crate::moving::Moving;
 use crate::options::{OpName, Options, ProgressName};
-use crate::report::{Means, Report};
+use crate::report::{Means, Report, Wakeups};
 use crate::setup::WAIT;
 use crate::talk::{Answer, Ask, Pass};
 use crate::trips::{self, Trips};
@@ -99,7 +99,7 @@ impl Initiator {
     }
 
     /// How often each progress thread, here and there, went to sleep for a page that found both asleep.
-    fn trickle(&mut self) -> Result<(f64, f64), Error> {
+    fn trickle(&mut self) -> Result<Wakeups, Error> {
         let (_, both) = self.trip_passes(TRICKLED.min(self.single_pages()));
         let list = self.side.setup.lists(&both).from;
         self.talk.say(&Ask::Trickle(both.clone()))?;
@@ -109,9 +109,7 @@ impl Initiator {
         })?;
         match self.answer()? {
             Answer::Slept { times, batches } => {
-                // Pages that were sent as one have met the sleepers as one.
-                let met = batches.max(1) as f64;
-                Ok((here as f64 / met, times as f64 / met))
+                Ok(Wakeups { here, there: times, batches, pages: both.rooms[0] })
             }
             other => Err(unexpected(other)),
         }

@@ -37,6 +37,25 @@ impl Means {
 }
 
 /// The whole of a run.
+/// What pages took that came so seldom that both ends slept.
+#[derive(Clone, Copy)]
+pub struct Wakeups {
+    /// How often the progress thread of this end woke.
+    pub here: u64,
+    /// That of the other end, which wakes for the room's end as well.
+    pub there: u64,
+    /// In so many batches the pages came: in fewer than there are pages, where a sender's thread woke late.
+    pub batches: u64,
+    /// How many pages.
+    pub pages: u32,
+}
+
+impl Wakeups {
+    fn a_page(&self, wakeups: u64) -> f64 {
+        wakeups as f64 / f64::from(self.pages)
+    }
+}
+
 pub struct Report {
     line: Line,
     ways: Vec<Means>,
@@ -45,8 +64,7 @@ pub struct Report {
     verify: bool,
     pub room_us: Sample,
     pub bare_us: Sample,
-    /// A page, here and there.
-    pub wakeups: Option<(f64, f64)>,
+    pub wakeups: Option<Wakeups>,
     pub wrong_pages: u64,
     /// Of a trace.
     handovers: Vec<Handover>,
@@ -123,6 +141,11 @@ struct Line {
     wakeups_per_page_initiator: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     wakeups_per_page_target: Option<f64>,
+    /// Those pages, and in how many batches they came.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seldom_pages: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seldom_batches: Option<u64>,
     #[serde(flatten)]
     hogged: Option<HoggedLine>,
     /// Of one pass, or of a single page; of a trace, of all its requests that were taken.
@@ -180,6 +203,8 @@ impl Report {
             floor_p50_us: None,
             wakeups_per_page_initiator: None,
             wakeups_per_page_target: None,
+            seldom_pages: None,
+            seldom_batches: None,
             hogged: None,
             rooms: passes.count(),
             in_flight: options.in_flight,
@@ -329,8 +354,10 @@ impl Report {
         line.cpu_s_per_gb_target = ours.cpu_there_s_per_gb.median();
         line.ratios =
             others.iter().map(|other| (other.name, ours.gb_per_s.median_ratio(&other.gb_per_s))).collect();
-        line.wakeups_per_page_initiator = self.wakeups.map(|(here, _)| here);
-        line.wakeups_per_page_target = self.wakeups.map(|(_, there)| there);
+        line.wakeups_per_page_initiator = self.wakeups.map(|woke| woke.a_page(woke.here));
+        line.wakeups_per_page_target = self.wakeups.map(|woke| woke.a_page(woke.there));
+        line.seldom_pages = self.wakeups.map(|woke| woke.pages);
+        line.seldom_batches = self.wakeups.map(|woke| woke.batches);
         line.floor_p50_us = (!self.bare_us.values().is_empty()).then(|| self.bare_us.median());
         line.hogged = self.hogged.as_ref().map(|[hogged, hogged_floor]| HoggedLine {
             hogged_gb_per_s: hogged.gb_per_s.median(),
@@ -394,9 +421,13 @@ impl Report {
         if let Some(floor) = line.floor_p50_us {
             out += &format!("; by {} {floor:.2} us", line.floor);
         }
-        if let Some((here, there)) = self.wakeups {
+        if let Some(woke) = self.wakeups {
             out += &format!(
-                "; wake-ups for a page that found both ends asleep: {here:.2} here, {there:.2} there"
+                "; wake-ups for a page that finds both ends asleep: {:.2} here, {:.2} there, {} pages in {} batches",
+                woke.a_page(woke.here),
+                woke.a_page(woke.there),
+                woke.pages,
+                woke.batches,
             );
         }
         if let Some(hogged) = &line.hogged {

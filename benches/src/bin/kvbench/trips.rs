@@ -226,13 +226,17 @@ pub fn trickled(
     let received = loop {
         std::thread::sleep(REST);
         match rooms.back.1.end.poll()? {
-            Some(received) => break received,
+            Some(received) => {
+                delivered(rooms.back.0, &received.ended)?;
+                break received;
+            }
             None if begin.elapsed() > WAIT => {
                 return Err(Error::TimedOut { what: "waiting for single pages", limit: WAIT });
             }
             None => {}
         }
     };
+    // With those for the end, which comes after the last page.
     let slept = Slept { times: progress_sleeps()? - before, batches: rooms.back.1.arrivals() };
     for page in 0..pass.pages() / 2 {
         rooms.send(side, page)?;

@@ -16,7 +16,7 @@ pub enum Carrier {
 }
 
 impl Carrier {
-    /// All that there are here. Where `CROSSDOCK_VERBS_DEVICES` names devices, it is only these: the others need none, and
+    /// All that there are here; and from now on what is logged is in the test's output. Where `CROSSDOCK_VERBS_DEVICES` names devices, it is only these: the others need none, and
     /// where devices are software, time is another.
     pub fn all() -> Vec<Carrier> {
         // What a test that fails has seen on the way, in its output.
@@ -41,12 +41,7 @@ impl Carrier {
                 options.verbs = Some(fabric.verbs());
                 options.device = Some(format!("fake{}", node % 2));
             }
-            Carrier::Devices(devices) => {
-                options.device = Some(devices[node % devices.len()].clone());
-                // A device that is software acknowledges when a processor has time for it; where all of a test's threads
-                // share an emulated one, that may take seconds.
-                options.ack_timeout_exponent = Some(18);
-            }
+            Carrier::Devices(devices) => options.device = Some(devices[node % devices.len()].clone()),
         }
         PortConfig::Verbs(options)
     }

@@ -154,6 +154,10 @@ impl Worker {
         let ScatterRequest { ranks, tokens, pages, .. } = request;
         self.check_lists(pages.len(), ranks.iter().copied())?;
         for (pool, pages) in pages.iter().enumerate() {
+            let limit = self.layout.pools()[pool].pages();
+            if pages.len() > limit as usize {
+                return Err(misfit(Misfit::TooManyPages { pages: pages.len(), limit }));
+            }
             let ask = self.layout.ask(pool, *tokens, 0, pages.len());
             let table = self.layout.prefill_table(&ask, pages.ids());
             if !is_ahead && table.covering(&self.layout.moved(&ask)).is_err() {

@@ -55,8 +55,9 @@ pub struct VerbsOptions {
     /// and into it, and compares them.
     pub probe_regions: bool,
     /// How long the device waits for an acknowledgement before it sends again: 4.096 us times two to this power, 1 to 31.
-    /// `None` takes 14, which is 67 ms, so that other rails soon take over; a group of experts, in which a rank that is
-    /// lost stays lost, takes 18, which is 1.1 s.
+    /// `None` takes [14](Self::ACK_TIMEOUT_EXPONENT), which is 67 ms, so that other rails soon take over; a group of experts,
+    /// in which a rank that is lost stays lost, takes [18](Self::PATIENT_ACK_TIMEOUT_EXPONENT), which is 1.1 s. A packet that
+    /// is lost behind all others, or its acknowledgement, is sent again only then.
     pub ack_timeout_exponent: Option<u8>,
     /// How often the device sends again before the lane is lost, 1 to 7. Soft-RoCE takes 7 for ever.
     pub retries: u8,
@@ -111,13 +112,18 @@ impl Default for VerbsOptions {
 }
 
 impl VerbsOptions {
+    /// The [`ack_timeout_exponent`](Self::ack_timeout_exponent) of a port that says nothing else.
+    pub const ACK_TIMEOUT_EXPONENT: u8 = 14;
+    /// That of a port whose peers cannot be taken back once they are lost.
+    pub const PATIENT_ACK_TIMEOUT_EXPONENT: u8 = 18;
+
     /// Options for a port of each device, in a text in which names are joined by `+`: `mlx5_0+mlx5_1`.
     pub fn of_devices(names: &str) -> Vec<Self> {
         names.split('+').map(|name| Self { device: Some(name.to_owned()), ..Self::default() }).collect()
     }
 
     pub(crate) fn ack_timeout_exponent(&self) -> u8 {
-        self.ack_timeout_exponent.unwrap_or(14)
+        self.ack_timeout_exponent.unwrap_or(Self::ACK_TIMEOUT_EXPONENT)
     }
 
     /// What is refused because nothing sensible can be made of it.
