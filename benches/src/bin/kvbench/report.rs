@@ -36,7 +36,6 @@ impl Means {
     }
 }
 
-/// The whole of a run.
 /// What pages took that came so seldom that both ends slept.
 #[derive(Clone, Copy)]
 pub struct Wakeups {
@@ -56,6 +55,7 @@ impl Wakeups {
     }
 }
 
+/// The whole of a run.
 pub struct Report {
     line: Line,
     ways: Vec<Means>,
