@@ -14,6 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("crossdock-shm", PORT),
     ("crossdock-tcp", PORT),
     ("crossdock-verbs", PORT),
+    ("crossdock-cuda", PORT),
     ("crossdock-proto", &["crossdock-memory", "crossdock-transport"]),
     ("crossdock-engine", &["crossdock-memory", "crossdock-transport", "crossdock-proto"]),
     ("crossdock-flight", &["crossdock-transport", "crossdock-proto"]),

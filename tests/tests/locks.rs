@@ -32,6 +32,7 @@ const DATA_PATH: &[&str] = &[
     "crates/ports/shm",
     "crates/ports/tcp",
     "crates/ports/verbs",
+    "crates/ports/cuda",
 ];
 
 /// The types that make a thread wait until another lets go.

@@ -101,13 +101,12 @@ fn write(path: &Path, code: &[u8]) -> io::Result<()> {
     let mut random = [0; 8];
     io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, &mut random)?;
     let draft = path.with_extension(format!("{:016x}", u64::from_le_bytes(random)));
-    let written = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft).and_then(
-        |mut file| {
+    let written =
+        fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft).and_then(|mut file| {
             file.write_all(code)?;
             file.write_all(&crc32c::crc32c(code).to_le_bytes())?;
             fs::rename(&draft, path)
-        },
-    );
+        });
     if written.is_err() {
         let _ = fs::remove_file(&draft);
     }

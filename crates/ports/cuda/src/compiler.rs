@@ -126,7 +126,8 @@ impl Compiler {
         if compiled == sys::nvrtcResult::NVRTC_ERROR_COMPILATION
             || compiled == sys::nvrtcResult::NVRTC_ERROR_INVALID_OPTION
         {
-            let log = program.text("nvrtcGetProgramLog", sys::nvrtcGetProgramLogSize, sys::nvrtcGetProgramLog)?;
+            let log =
+                program.text("nvrtcGetProgramLog", sys::nvrtcGetProgramLogSize, sys::nvrtcGetProgramLog)?;
             let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_owned();
             return Err(CompileError::Refused { kernel: kernel.name, architecture, log });
         }

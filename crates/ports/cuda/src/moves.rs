@@ -280,7 +280,10 @@ mod tests {
         let side = |base| Side { base, stride_bytes: 5 << 30, pages: None };
         batch.pages(side(1), side((1 << 40) + 1), (3 << 30) + 7, 2);
         assert_eq!(batch.bytes(), 2 * ((3 << 30) + 7));
-        let expected = vec![(1, (1 << 40) + 1, (3 << 30) + 7), (1 + (5 << 30), (1 << 40) + (5 << 30) + 1, (3 << 30) + 7)];
+        let expected = vec![
+            (1, (1 << 40) + 1, (3 << 30) + 7),
+            (1 + (5 << 30), (1 << 40) + (5 << 30) + 1, (3 << 30) + 7),
+        ];
         assert_eq!(joined(stretches(&batch, &[])), expected);
         batch.clear();
         assert_eq!((batch.bytes(), batch.launch(Word::Bytes1)), (0, &Launch::default()));

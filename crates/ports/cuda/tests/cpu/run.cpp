@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -31,6 +32,9 @@ static void release(unsigned* at, unsigned value) { __atomic_store_n(at, value, 
 
 extern "C" void run_move_words(u32 word_bytes, u32 blocks, u32 threads, u32 seed, const Pieces* all, u32 count, u64 tiles,
                                const Signal* signals, u32 signal_count, u32* finished) {
+  // There is one grid at a time.
+  static std::mutex alone;
+  const std::lock_guard<std::mutex> guard(alone);
   blockDim.x = threads;
   gridDim.x = blocks;
   std::vector<unsigned> order(blocks);
