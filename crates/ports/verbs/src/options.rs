@@ -112,7 +112,7 @@ impl Default for VerbsOptions {
 }
 
 impl VerbsOptions {
-    /// The [`ack_timeout_exponent`](Self::ack_timeout_exponent) of a port that says nothing else.
+    /// The [`ack_timeout_exponent`](field@Self::ack_timeout_exponent) of a port that says nothing else.
     pub const ACK_TIMEOUT_EXPONENT: u8 = 14;
     /// That of a port whose peers cannot be taken back once they are lost.
     pub const PATIENT_ACK_TIMEOUT_EXPONENT: u8 = 18;
