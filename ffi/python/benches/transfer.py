@@ -229,6 +229,9 @@ def main() -> None:
         for pair in pairs:
             pair.end()
     report(pairs, shape, given.rounds, given.json)
+    measured = {pair.system for pair in pairs if pair.passes}
+    if missing := [name for name in wanted if name.startswith("crossdock") and name not in measured]:
+        sys.exit(f"not measured: {', '.join(missing)}")
 
 
 def measure(pairs: List[Pair], rounds: int, say: Callable[[str], None]) -> None:

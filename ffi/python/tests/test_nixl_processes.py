@@ -222,6 +222,8 @@ class Programs(Case):
         prefill, decode = self.pair(CROSSDOCK_NIXL_TIMEOUT="5")
         self.assertEqual(decode.move("READ", 1, 1, 10, "before"), f"DONE {10 * BYTES} True")
         os.kill(prefill.process.pid, signal.SIGSTOP)
+        # Its threads may run on for a moment.
+        os.waitpid(prefill.process.pid, os.WUNTRACED)
         for name, operation in (("a", "READ"), ("b", "WRITE")):
             self.assertEqual(decode.ask("post", name, operation, 1, 2, 256, "during"), "PROC")
         prefill.process.kill()
@@ -242,6 +244,8 @@ class Programs(Case):
         prefill, decode = self.pair(CROSSDOCK_NIXL_TIMEOUT="1")
         self.assertEqual(decode.move("WRITE", 1, 1, 256, "before"), f"DONE {256 * BYTES} True")
         os.kill(prefill.process.pid, signal.SIGSTOP)
+        # Its threads may run on for a moment.
+        os.waitpid(prefill.process.pid, os.WUNTRACED)
         # Or with a handle that is not released as long as the peer may still touch the memory.
         self.assertIn(decode.move("WRITE", 1, 2, 256, "while"), ("ERR", "raised nixlNotAllowedError"))
         os.kill(prefill.process.pid, signal.SIGCONT)

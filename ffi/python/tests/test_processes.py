@@ -108,6 +108,8 @@ class TwoProcesses(Case):
             self.ask(process, "begin 1")
             self.wait_for_arrivals(receiving)
             os.kill(process.pid, signal.SIGSTOP)
+            # Its threads may run on for a moment.
+            os.waitpid(process.pid, os.WUNTRACED)
             self.assertEqual(receiving.wait(TIMEOUT).outcome, crossdock.Outcome.EXPIRED)
             with self.assertRaises(crossdock.TimedOut):
                 receiving.wait_pages(0.05)
