@@ -225,8 +225,6 @@ class Lost(unittest.TestCase):
         request.send(0, 2)
         rank.wait(request.room, 3)
         os.kill(prefill.ranks[0].process.pid, signal.SIGSTOP)
-        # Its threads may run on for a moment.
-        os.waitpid(prefill.ranks[0].process.pid, os.WUNTRACED)
         self.assertRegex(request.failure(rank), "deadline|expired|timed out")
         self.assertFalse(rank.ask("is_safe", room=request.room))
         after.grant()
