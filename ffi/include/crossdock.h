@@ -1708,7 +1708,8 @@ crossdock_status crossdock_serve(crossdock_node node,
                                  crossdock_room *room);
 
 // Appends to the pages of a pool, in a room that `crossdock_send_ahead` has opened. They may be filled later than this, but
-// before their tokens are sent. More than the pool has are refused. With an answer that is not `CROSSDOCK_OK` the room has not got them.
+// before their tokens are sent. More than the pool has are refused. With an answer that is not `CROSSDOCK_OK` the room has
+// not got them.
 //
 // Obligations:
 // `pages` points to a list, and what it names can be read.

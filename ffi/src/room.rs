@@ -263,7 +263,8 @@ unsafe fn begin(
 }
 
 /// Appends to the pages of a pool, in a room that `crossdock_send_ahead` has opened. They may be filled later than this, but
-/// before their tokens are sent. More than the pool has are refused. With an answer that is not `CROSSDOCK_OK` the room has not got them.
+/// before their tokens are sent. More than the pool has are refused. With an answer that is not `CROSSDOCK_OK` the room has
+/// not got them.
 ///
 /// # Safety
 /// `pages` points to a list, and what it names can be read.
