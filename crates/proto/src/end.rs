@@ -296,6 +296,15 @@ impl End {
 }
 
 impl SessionEnd {
+    /// Why a session ends that a lane took with it. Who closes a session closes its lanes, too, and a port may be told of that
+    /// before the goodbye is read.
+    pub fn by_lane(cause: DownCause) -> SessionEnd {
+        match cause {
+            DownCause::ClosedByPeer => SessionEnd::ClosedByPeer,
+            cause => SessionEnd::LanesLost { cause },
+        }
+    }
+
     /// Whether a new session may succeed.
     pub fn is_retryable(&self) -> bool {
         match self {

@@ -208,7 +208,7 @@ impl Proto {
         if s.is_over() {
             self.reap(session);
         } else if s.all_down() || (s.is_live() && !s.has_usable()) {
-            self.end_session(session, SessionEnd::LanesLost { cause });
+            self.end_session(session, SessionEnd::by_lane(cause));
         } else if s.is_live() {
             self.lane_lost_here(session, slot);
         } else {

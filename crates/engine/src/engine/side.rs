@@ -369,7 +369,7 @@ impl Engine {
         lanes.side.tokens -= tokens;
         self.side.out -= tokens;
         if is_used && !lanes.side.is_over {
-            self.proto.lose_session(now_ns, session, SessionEnd::LanesLost { cause });
+            self.proto.lose_session(now_ns, session, SessionEnd::by_lane(cause));
         }
         self.free_numbers(session);
     }

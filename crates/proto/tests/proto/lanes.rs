@@ -273,6 +273,27 @@ fn the_last_lane_takes_the_session_with_it() {
     world.finish();
 }
 
+/// Who closes a session closes its lanes with it: a port that tells of that before the goodbye is read does not make it a
+/// fault of the lanes.
+#[test]
+fn a_goodbye_that_comes_after_the_lanes_have_ended_is_one() {
+    for lanes in [1, 2] {
+        let mut world = World::pair(lanes);
+        let receiving = world.receive(D, P, 7);
+        world.settle();
+        let (stream, end) = world.stream(D, P);
+        world.streams.all[stream].is_held[end] = true;
+        let session = world.session(P, D).expect("a live session");
+        world.call(P, |proto, now| proto.close_session(now, session));
+        world.settle();
+        assert_eq!(world.nodes[D].downs[0].2, SessionEnd::ClosedByPeer);
+        let lost = End::PeerLost { cause: SessionEnd::ClosedByPeer };
+        assert_eq!(world.nodes[D].end(receiving), Some(&lost));
+        world.streams.all[stream].is_held = [false; 2];
+        world.finish();
+    }
+}
+
 /// The lane of one end goes down while the session is set up; the rest of it works.
 #[test]
 fn a_lane_is_lost_before_the_session_is_ready() {
