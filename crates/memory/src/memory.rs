@@ -1,4 +1,4 @@
-//! Host memory: allocated as a sealed memfd, mapped from a peer's, or brought by the caller.
+//! Memory: allocated as a sealed memfd, mapped from a peer's, brought by the caller, or a device's.
 //!
 //! All the unsafe code of this crate is in this module, in `bytes`, below it, and in `prefetch`.
 #![allow(unsafe_code)]
@@ -15,7 +15,9 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-/// A range of host memory that a port can register.
+use crate::device::{DeviceFailed, DeviceMemory};
+
+/// A range of memory that a port can register.
 ///
 /// A clone is another handle to the same range. The mapping lives as long as any handle, so a port that keeps a
 /// handle with each registration can never have the memory unmapped under its device.
@@ -98,6 +100,22 @@ impl Memory {
         Ok(Memory { range: Arc::new(Range { base, bytes, origin: Origin::Caller }) })
     }
 
+    /// Memory of a device, at `base` as the device addresses it. Its kind is [`MemoryKind::Device`]: no CPU reaches it, and
+    /// `device` does for it what [`read`](Memory::read), [`write`](Memory::write) and [`fill`](Memory::fill) ask for.
+    pub fn from_device(
+        base: u64,
+        bytes: usize,
+        device: Box<dyn DeviceMemory>,
+    ) -> Result<Memory, MemoryError> {
+        check_length(bytes)?;
+        let base = usize::try_from(base).map_err(|_| MemoryError::TooLarge { bytes })?;
+        let base = NonNull::new(ptr::without_provenance_mut::<u8>(base)).ok_or(MemoryError::NullBase)?;
+        if base.addr().checked_add(bytes).is_none() {
+            return Err(MemoryError::Wraps { base: base.addr().get(), bytes });
+        }
+        Ok(Memory { range: Arc::new(Range { base, bytes, origin: Origin::Device(device) }) })
+    }
+
     /// Whether no other handle to the range is left, in this program or in a port: nobody but the caller can reach the
     /// bytes through this library any more.
     pub fn is_last_handle(&mut self) -> bool {
@@ -118,11 +136,20 @@ impl Memory {
         self.range.bytes
     }
 
-    /// Whether peers on this host can map it.
+    /// What it is.
     pub fn kind(&self) -> MemoryKind {
         match self.range.origin {
             Origin::Mapped { .. } => MemoryKind::Shared,
             Origin::Caller => MemoryKind::Private,
+            Origin::Device(_) => MemoryKind::Device,
+        }
+    }
+
+    /// What stands for a [device's memory](MemoryKind::Device): a port of that device's knows its type.
+    pub fn device(&self) -> Option<&dyn DeviceMemory> {
+        match &self.range.origin {
+            Origin::Device(device) => Some(&**device),
+            Origin::Mapped { .. } | Origin::Caller => None,
         }
     }
 
@@ -130,11 +157,12 @@ impl Memory {
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.range.origin {
             Origin::Mapped { fd, .. } => Some(fd.as_fd()),
-            Origin::Caller => None,
+            Origin::Caller | Origin::Device(_) => None,
         }
     }
 
-    /// The address of `offset`, when `bytes` bytes from there lie inside.
+    /// The address of `offset`, when `bytes` bytes from there lie inside. That of a [device's memory](MemoryKind::Device)
+    /// means something to the device only.
     #[inline]
     pub fn at(&self, offset: usize, bytes: usize) -> Result<*mut u8, OutOfRange> {
         match offset.checked_add(bytes) {
@@ -144,27 +172,36 @@ impl Memory {
     }
 
     /// Copies `into.len()` bytes out, from `offset` on.
-    pub fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), OutOfRange> {
+    pub fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), AccessError> {
         let from = self.at(offset, into.len())?;
-        // SAFETY: `at` has checked that the bytes lie in the range, which is mapped and readable while `self` lives,
+        if let Some(device) = self.device() {
+            return Ok(device.read(offset, into)?);
+        }
+        // SAFETY: `at` has checked that the bytes lie in the range, the host's own, mapped and readable while `self` lives,
         // and to which no reference exists, so `into` is elsewhere.
         unsafe { bytes::load(from, into) };
         Ok(())
     }
 
     /// Copies `from` in, from `offset` on.
-    pub fn write(&self, offset: usize, from: &[u8]) -> Result<(), OutOfRange> {
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result<(), AccessError> {
         let to = self.at(offset, from.len())?;
-        // SAFETY: `at` has checked that the bytes lie in the range, which is mapped and writable while `self` lives,
+        if let Some(device) = self.device() {
+            return Ok(device.write(offset, from)?);
+        }
+        // SAFETY: `at` has checked that the bytes lie in the range, the host's own, mapped and writable while `self` lives,
         // and to which no reference exists, so `from` is elsewhere.
         unsafe { bytes::store(to, from) };
         Ok(())
     }
 
     /// Sets `bytes` bytes to `value`, from `offset` on.
-    pub fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<(), OutOfRange> {
+    pub fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<(), AccessError> {
         let to = self.at(offset, bytes)?;
-        // SAFETY: `at` has checked that the bytes lie in the range, which is mapped and writable while `self` lives.
+        if let Some(device) = self.device() {
+            return Ok(device.fill(offset, bytes, value)?);
+        }
+        // SAFETY: `at` has checked that the bytes lie in the range, the host's own, mapped and writable while `self` lives.
         unsafe { bytes::fill(to, bytes, value) };
         Ok(())
     }
@@ -230,6 +267,8 @@ pub enum MemoryKind {
     Shared,
     /// The caller's memory.
     Private,
+    /// A device's memory, which no CPU reaches by itself.
+    Device,
 }
 
 /// A range that leaves the memory.
@@ -242,6 +281,17 @@ pub struct OutOfRange {
     pub bytes: usize,
     /// How long the memory is.
     pub memory_bytes: usize,
+}
+
+/// Why bytes of a memory were not copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AccessError {
+    /// They do not lie inside.
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    /// The memory is a device's, and that failed.
+    #[error(transparent)]
+    Device(#[from] DeviceFailed),
 }
 
 /// Why there is no memory.
@@ -329,10 +379,12 @@ enum Origin {
     Mapped { fd: OwnedFd, mapped_bytes: usize },
     /// The caller's, and the caller's to free.
     Caller,
+    /// A device's, freed with what stands for it.
+    Device(Box<dyn DeviceMemory>),
 }
 
-// SAFETY: the range is plain memory, reachable from every thread; `bytes` copies it without data races, and nothing
-// else in here changes after it was made.
+// SAFETY: the range is plain memory, reachable from every thread, and `bytes` copies it without data races; or it is a
+// device's, and what stands for that is `Send` and `Sync`. Nothing else in here changes after it was made.
 unsafe impl Send for Range {}
 // SAFETY: as above.
 unsafe impl Sync for Range {}
@@ -382,14 +434,14 @@ impl Range {
         Ok(range)
     }
 
-    /// Gives the kernel advice about a mapping of our own; about the caller's memory there is none to give.
+    /// Gives the kernel advice about a mapping of our own; about other memory there is none to give.
     fn advise(&self, advice: Advice) -> Result<(), Errno> {
         match self.origin {
             // SAFETY: the whole mapping is ours, and none of the advice used here takes bytes away from it.
             Origin::Mapped { mapped_bytes, .. } => unsafe {
                 rustix::mm::madvise(self.base.as_ptr().cast(), mapped_bytes, advice)
             },
-            Origin::Caller => Ok(()),
+            Origin::Caller | Origin::Device(_) => Ok(()),
         }
     }
 }

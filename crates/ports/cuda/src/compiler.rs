@@ -1,6 +1,6 @@
 //! NVRTC, where the machine has it: compiles kernels for a device. It needs no driver and no GPU.
 //!
-//! All the unsafe code of this crate is here.
+//! All the unsafe code of this crate is here and in [`driver`](crate::driver).
 #![allow(unsafe_code)]
 
 use std::ffi::{CString, c_char, c_int};
@@ -56,6 +56,12 @@ pub enum CompileError {
     /// The library is not there.
     #[error("libnvrtc.so.12 is not found")]
     NoLibrary,
+    /// The library is there, and is too old or damaged: a function is missing.
+    #[error("libnvrtc.so.12 has no {name}")]
+    NoFunction {
+        /// Which.
+        name: &'static str,
+    },
     /// The library is there and does not work.
     #[error("{call} of libnvrtc answers {code}")]
     Library {
@@ -83,7 +89,9 @@ impl CompileError {
             Self::NoLibrary => {
                 "install CUDA 12's NVRTC (the package cuda-nvrtc, or nvidia-cuda-nvrtc-cu12 of PyPI) and let LD_LIBRARY_PATH lead to it"
             }
-            Self::Library { .. } => "install NVRTC again, with its library of builtins beside it",
+            Self::NoFunction { .. } | Self::Library { .. } => {
+                "install NVRTC again, with its library of builtins beside it"
+            }
             Self::Refused { .. } => "a newer NVRTC may know this device; else it is a fault of this library",
         }
     }
@@ -100,7 +108,7 @@ impl Compiler {
         for name in FUNCTIONS {
             // SAFETY: the library is present; a symbol is only looked for, not used.
             if unsafe { sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()) }.is_err() {
-                return Err(CompileError::Library { call: name, code: MISSING });
+                return Err(CompileError::NoFunction { name });
             }
         }
         let (mut major, mut minor): (c_int, c_int) = (0, 0);
@@ -199,6 +207,3 @@ const FUNCTIONS: [&str; 8] = [
     "nvrtcGetCUBINSize",
     "nvrtcGetCUBIN",
 ];
-
-/// No `nvrtcResult`: the function is not in the library.
-const MISSING: i32 = -1;

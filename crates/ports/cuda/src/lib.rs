@@ -8,7 +8,17 @@
 
 pub mod cache;
 pub mod compiler;
+pub mod driver;
+#[cfg(feature = "fake")]
+pub mod fake;
+mod gpu;
+mod mover;
 pub mod moves;
+pub mod sharing;
+mod staging;
+
+pub use gpu::{Export, Gpu, GpuError, GpuMemory};
+pub use mover::{Ends, Limits, Mover};
 
 /// A kernel's source in CUDA C++, without any header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,8 +14,8 @@ pub struct Side {
     pub pages: Option<u64>,
 }
 
-/// What one launch for each length of words moves. The order of pieces is not kept, and no two of them may overlap where they
-/// are written.
+/// What one launch for each length of words moves, one after another on one stream. The order of pieces is not kept, and no two
+/// of them may overlap where they are written. A [`Signal`] says that every byte is in place if it goes with the last launch.
 #[derive(Clone, Debug)]
 pub struct Batch {
     tile_words: u64,
@@ -134,6 +134,11 @@ impl Batch {
             let side = |base| Side { base: base + begin, stride_bytes: ROW_BYTES, pages: None };
             self.push(Word::of([from + begin, to + begin, bytes]), side(from), side(to), bytes, pieces);
         }
+    }
+
+    /// How many entries there are in all.
+    pub fn entries(&self) -> usize {
+        self.launches.iter().map(|launch| launch.pieces.len()).sum()
     }
 
     /// What is launched for words of one length; nothing if it has no tiles.

@@ -1,0 +1,82 @@
+//! A device's primary context, and calls made in it.
+
+use std::ptr;
+use std::sync::Arc;
+
+use super::abi::{Answer, Handle};
+use super::{CudaError, Device};
+
+/// A device's primary context in this process. A clone is another handle; the last one lets it go.
+#[derive(Clone, Debug)]
+pub struct Context {
+    retained: Arc<Retained>,
+}
+
+#[derive(Debug)]
+struct Retained {
+    device: Device,
+    handle: Handle,
+}
+
+// SAFETY: a context may be used from any thread that has made it current, which `call` does.
+unsafe impl Send for Retained {}
+// SAFETY: as above; the driver locks it.
+unsafe impl Sync for Retained {}
+
+impl Context {
+    pub(super) fn retain(device: Device) -> Result<Context, CudaError> {
+        let mut handle = ptr::null_mut();
+        // SAFETY: the handle can be written.
+        let retained =
+            unsafe { (device.driver().table().cuDevicePrimaryCtxRetain)(&raw mut handle, device.number()) };
+        device.driver().check("cuDevicePrimaryCtxRetain", retained)?;
+        Ok(Context { retained: Arc::new(Retained { device, handle }) })
+    }
+
+    /// Whose it is.
+    pub fn device(&self) -> &Device {
+        &self.retained.device
+    }
+
+    /// Makes it the thread's current one for one call, whatever is current outside of that.
+    pub(super) fn call(
+        &self,
+        name: &'static str,
+        call: impl FnOnce(&super::table::Table) -> Answer,
+    ) -> Result<(), CudaError> {
+        let driver = self.device().driver();
+        let answer = self.within(|| call(driver.table()))?;
+        driver.check(name, answer)
+    }
+
+    /// The same, for an answer that is no failure.
+    pub(super) fn within<T>(&self, calls: impl FnOnce() -> T) -> Result<T, CudaError> {
+        let driver = self.device().driver();
+        // SAFETY: it is retained.
+        let pushed = unsafe { (driver.table().cuCtxPushCurrent_v2)(self.retained.handle) };
+        driver.check("cuCtxPushCurrent", pushed)?;
+        let pop = Pop(self);
+        let answer = calls();
+        drop(pop);
+        Ok(answer)
+    }
+}
+
+/// Takes the context off the thread's stack, also where a call panics.
+struct Pop<'a>(&'a Context);
+
+impl Drop for Pop<'_> {
+    fn drop(&mut self) {
+        let mut popped = ptr::null_mut();
+        // SAFETY: it was pushed by this thread, and whatever was pushed since was popped; the handle can be written. An answer
+        // would say that nothing was pushed.
+        unsafe { (self.0.device().driver().table().cuCtxPopCurrent_v2)(&raw mut popped) };
+    }
+}
+
+impl Drop for Retained {
+    fn drop(&mut self) {
+        // SAFETY: it was retained once by this. An answer would say that the driver is being unloaded.
+        unsafe { (self.device.driver().table().cuDevicePrimaryCtxRelease_v2)(self.device.number()) };
+    }
+}

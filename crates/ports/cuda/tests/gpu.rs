@@ -1,0 +1,373 @@
+//! Memory on a GPU, and moves between, over a driver without a GPU.
+
+use std::time::{Duration, Instant};
+
+use crossdock_cuda::driver::{HandleTypes, LoadError};
+use crossdock_cuda::fake::{self, Model, Origin};
+use crossdock_cuda::sharing::{Refusal, Sharing};
+use crossdock_cuda::{Ends, Export, Gpu, GpuError, Limits, Mover};
+use crossdock_memory::{AccessError, DeviceFailed, Memory, MemoryError, MemoryKind};
+use proptest::prelude::*;
+
+const SERVER: u32 = 0;
+const RACK: u32 = 2;
+const NO_CHANNEL: u32 = 4;
+const VIRTUAL: u32 = 5;
+/// What each test that spoils, stops or counts has for itself.
+const OF_FAILURES: u32 = 6;
+const OF_LEAKS: u32 = 7;
+const OF_PAUSES: u32 = 8;
+
+fn gpu(ordinal: u32) -> Gpu {
+    Gpu::open(&fake::driver(), ordinal).unwrap()
+}
+
+fn content(memory: &Memory) -> Vec<u8> {
+    let mut bytes = vec![0; memory.bytes()];
+    memory.read(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn pattern(bytes: usize, seed: u8) -> Vec<u8> {
+    (0..bytes).map(|at| (at as u8).wrapping_mul(31).wrapping_add((at >> 8) as u8) ^ seed).collect()
+}
+
+#[test]
+fn devices_say_what_they_are() {
+    let driver = fake::driver();
+    assert_eq!(driver.version(), 12_080);
+    let devices = driver.devices().unwrap();
+    assert_eq!(devices.len(), fake::MODELS.len());
+    for (device, model) in devices.iter().zip(fake::MODELS) {
+        let facts = device.facts().unwrap();
+        assert_eq!(facts.handles, HandleTypes { posix_fd: model.posix_fd, fabric: model.fabric });
+        assert_eq!(facts.has_dma_buf, model.dma_buf);
+        assert_eq!((facts.architecture.major, facts.architecture.minor), (9, 0));
+        assert_eq!(facts.pci_address, format!("0000:{:02x}:00.0", device.ordinal() + 1));
+    }
+    assert!(devices[0].reaches(&devices[1]).unwrap() && !devices[0].reaches(&devices[2]).unwrap());
+    assert!(driver.device(99).is_err());
+}
+
+/// What the driver says of fabric handles is not believed: they are tried.
+#[test]
+fn handles_are_tried() {
+    let found = [SERVER, RACK, NO_CHANNEL, VIRTUAL].map(|device| gpu(device).handles());
+    let of = |posix_fd, fabric| HandleTypes { posix_fd, fabric };
+    assert_eq!(found, [of(true, false), of(true, true), of(true, false), of(false, false)]);
+    assert_eq!(gpu(VIRTUAL).allocate(1).unwrap_err(), GpuError::NoVirtualMemory);
+}
+
+#[test]
+fn memory_is_zero_read_written_and_filled() {
+    let gpu = gpu(RACK);
+    // Longer than what is copied at once.
+    let memory = gpu.allocate(9 << 20).unwrap();
+    assert_eq!((memory.kind(), memory.bytes(), memory.fd().is_none()), (MemoryKind::Device, 9 << 20, true));
+    assert!(content(&memory).iter().all(|&byte| byte == 0));
+    let written = pattern(5 << 20, 7);
+    memory.write(3 << 20, &written).unwrap();
+    memory.fill((9 << 20) - 5, 5, 9).unwrap();
+    let mut expected = vec![0; 9 << 20];
+    expected[3 << 20..8 << 20].copy_from_slice(&written);
+    expected[(9 << 20) - 5..].fill(9);
+    assert!(content(&memory) == expected);
+    assert!(matches!(memory.read(9 << 20, &mut [0]), Err(AccessError::OutOfRange(_))));
+    assert_eq!(gpu.allocate(0).unwrap_err(), GpuError::Memory(MemoryError::ZeroBytes));
+    let (dma_buf, offset) = memory.device().unwrap().dma_buf().unwrap();
+    assert_eq!(offset, 0);
+    drop(dma_buf.try_clone_to_owned().unwrap());
+}
+
+#[test]
+fn memory_of_others_is_adopted_or_refused_by_its_name() {
+    let gpu = gpu(SERVER);
+    let bytes = 1 << 20;
+    // SAFETY: what is allocated below is freed after its last handle.
+    let adopt = |address, bytes| unsafe { gpu.adopt(address, bytes) };
+    let refusal = |address, bytes| match adopt(address, bytes) {
+        Err(GpuError::Refused(refusal)) => refusal,
+        other => panic!("{other:?}"),
+    };
+    let malloc = fake::allocate(Origin::Malloc, SERVER, bytes);
+    let memory = adopt(malloc + 4096, bytes - 4096).unwrap();
+    memory.write(0, &pattern(100, 3)).unwrap();
+    let held = Gpu::memory_of(&memory).unwrap();
+    assert!(
+        matches!(held.sharing(), Sharing::Ipc(within) if (within.offset, within.whole_bytes) == (4096, 1 << 20))
+    );
+    assert!(matches!(held.export().unwrap(), Export::Ipc(..)));
+    // Not on a page's boundary: the exported range begins before.
+    let odd = adopt(malloc + 100, 1000).unwrap();
+    assert_eq!(odd.device().unwrap().dma_buf().unwrap().1, 100);
+    assert!(matches!(refusal(malloc, bytes + 1), Refusal::LeavesAllocation { .. }));
+    drop((memory, odd));
+    for (origin, name) in
+        [(Origin::Managed, "managed"), (Origin::Pool, "stream-ordered"), (Origin::Host, "host")]
+    {
+        let address = fake::allocate(origin, SERVER, bytes);
+        let refusal = refusal(address, bytes);
+        assert!(refusal.to_string().contains(name), "{refusal}");
+        fake::free(address);
+    }
+    let elsewhere = fake::allocate(Origin::Malloc, RACK, bytes);
+    assert!(matches!(refusal(elsewhere, 1), Refusal::OfAnotherDevice { found: RACK, asked: SERVER, .. }));
+    assert!(matches!(refusal(16, 1), Refusal::NotOfTheDriver { .. }));
+    assert!(matches!(refusal(malloc, 0), Refusal::NoBytes));
+    // Our own, as an engine would name it: its piece is found by its address.
+    let ours = gpu.allocate(bytes).unwrap();
+    let again = adopt(Gpu::memory_of(&ours).unwrap().base() + 64, 1000).unwrap();
+    assert!(
+        matches!(Gpu::memory_of(&again).unwrap().export().unwrap(), Export::Descriptor(_, within) if within.offset == 64)
+    );
+    fake::free(malloc);
+    fake::free(elsewhere);
+}
+
+/// What is exported is mapped by another process: here by this one, which has no other way.
+#[test]
+fn pieces_are_mapped_from_what_was_exported() {
+    for device in [SERVER, RACK] {
+        let gpu = gpu(device);
+        let memory = gpu.allocate(3 << 20).unwrap();
+        memory.write(0, &pattern(3 << 20, 1)).unwrap();
+        let Export::Descriptor(fd, within) = Gpu::memory_of(&memory).unwrap().export().unwrap() else {
+            panic!("descriptors come first");
+        };
+        let context = gpu.context();
+        let piece = context.import_fd(std::os::fd::AsFd::as_fd(&fd), within.whole_bytes as usize).unwrap();
+        let mapped = std::sync::Arc::new(piece).map(&[]).unwrap();
+        // SAFETY: the mapping lives longer.
+        let there = unsafe { gpu.adopt(mapped.base(), 3 << 20) }.unwrap();
+        assert!(content(&there) == pattern(3 << 20, 1));
+        drop(memory);
+        there.write(5, &[1, 2, 3]).unwrap();
+        assert_eq!(content(&there)[5..8], [1, 2, 3], "a piece lives as long as it is mapped");
+        // A file that is no piece, and a length that the piece does not have.
+        let file = std::fs::File::open("/proc/self/maps").unwrap();
+        assert!(context.import_fd(std::os::fd::AsFd::as_fd(&file), 2 << 20).is_err());
+        let short = context.import_fd(std::os::fd::AsFd::as_fd(&fd), 64 << 20).unwrap();
+        assert!(std::sync::Arc::new(short).map(&[]).is_err());
+    }
+    let context = gpu(NO_CHANNEL).context().clone();
+    let refused = context.import_fabric(&[0; 64], 2 << 20).unwrap_err();
+    assert_eq!((refused.call, refused.name), ("cuMemImportFromShareableHandle", "CUDA_ERROR_NOT_PERMITTED"));
+    assert!(refused.advice().contains("IMEX"));
+}
+
+#[test]
+fn failures_are_told_and_leave_nothing_behind() {
+    const OUT_OF_MEMORY: i32 = 2;
+    let before = fake::alive(OF_FAILURES);
+    for call in ["cuStreamCreate", "cuMemHostRegister", "cuMemHostGetDevicePointer"] {
+        fake::fail_next(OF_FAILURES, call, OUT_OF_MEMORY);
+        let refused = Gpu::open(&fake::driver(), OF_FAILURES).unwrap_err();
+        let GpuError::Driver(refused) = refused else { panic!("{refused:?}") };
+        assert_eq!((refused.call, refused.code), (call, OUT_OF_MEMORY));
+        assert_eq!(fake::alive(OF_FAILURES), before, "{call}");
+    }
+    for call in ["cuMemCreate", "cuMemAddressReserve", "cuMemMap", "cuMemSetAccess", "cuMemsetD8Async"] {
+        let gpu = gpu(OF_FAILURES);
+        fake::fail_next(OF_FAILURES, call, OUT_OF_MEMORY);
+        let refused = gpu.allocate(1 << 20).unwrap_err();
+        let GpuError::Driver(refused) = refused else { panic!("{refused:?}") };
+        assert_eq!((refused.call, refused.code), (call, OUT_OF_MEMORY));
+        drop(gpu);
+        assert_eq!(fake::alive(OF_FAILURES), before, "{call}");
+    }
+}
+
+#[test]
+fn what_was_made_is_let_go() {
+    let before = fake::alive(OF_LEAKS);
+    let gpu = gpu(OF_LEAKS);
+    let memory = gpu.allocate(1 << 20).unwrap();
+    let mover = Mover::new(&gpu, b"image", Limits::default()).unwrap();
+    let alive = fake::alive(OF_LEAKS);
+    assert!(alive.physical > before.physical && alive.pinned > before.pinned && alive.queues > before.queues);
+    drop((gpu, mover));
+    memory.write(0, &[1]).unwrap();
+    drop(memory);
+    assert_eq!(fake::alive(OF_LEAKS), before);
+}
+
+#[test]
+fn no_driver_is_an_error_with_advice() {
+    // This machine may have one.
+    match crossdock_cuda::driver::Driver::load() {
+        Ok(driver) => assert!(driver.version() >= 12_000),
+        Err(error) => assert!(!error.advice().is_empty() && error != LoadError::NoFunction { name: "" }),
+    }
+}
+
+fn wait(mover: &mut Mover, ticket: u64) {
+    let until = Instant::now() + Duration::from_secs(20);
+    while mover.ended().unwrap() < ticket {
+        assert!(Instant::now() < until, "launch {ticket} ends");
+        std::thread::yield_now();
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Span { from: usize, to: usize, bytes: usize },
+    Pages { from: usize, to: usize, piece_bytes: usize, pairs: Vec<(u8, u8)> },
+    Launch,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let span = (0usize..30_000, 0usize..30_000, 0usize..5_000).prop_map(|(from, to, bytes)| Step::Span {
+        from,
+        to,
+        bytes,
+    });
+    let pages =
+        ((0usize..1_000, 0usize..1_000, 1usize..300), prop::collection::btree_map(0u8..100, 0u8..100, 0..60));
+    let pages = pages.prop_map(|((from, to, piece_bytes), pairs)| Step::Pages {
+        from,
+        to,
+        piece_bytes,
+        // Destinations are distinct.
+        pairs: pairs.into_iter().map(|(to, from)| (from, to)).collect(),
+    });
+    prop_oneof![span, pages, Just(Step::Launch)]
+}
+
+const STRIDE: u64 = 320;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever is gathered and launched moves once, nothing else changes, and small rings move it in parts.
+    #[test]
+    fn moves_are_those_of_the_model(steps in prop::collection::vec(step(), 1..30), small in any::<bool>()) {
+        let gpu = gpu(SERVER);
+        let staging_bytes = if small { 64 << 10 } else { 4 << 20 };
+        let limits = Limits { staging_bytes, launches: 4, ..Limits::default() };
+        let mut mover = Mover::new(&gpu, b"image", limits).unwrap();
+        let (source, target) = (gpu.allocate(40_000).unwrap(), gpu.allocate(40_000).unwrap());
+        let sent = pattern(40_000, 5);
+        source.write(0, &sent).unwrap();
+        let mut model = vec![0; 40_000];
+        let base = |memory: &Memory| Gpu::memory_of(memory).unwrap().base();
+        let (from_base, to_base) = (base(&source), base(&target));
+        for step in steps {
+            // Ops of one launch may overlap where they are written, and the order within is not kept: so each is a launch.
+            let ticket = mover.ticket();
+            match step {
+                Step::Launch => {}
+                Step::Span { from, to, bytes } => {
+                    while !mover.span(from_base + from as u64, to_base + to as u64, bytes as u64) {
+                        mover.ended().unwrap();
+                    }
+                    model[to..to + bytes].copy_from_slice(&sent[from..from + bytes]);
+                }
+                Step::Pages { from, to, piece_bytes, pairs } => {
+                    let (from_pages, to_pages): (Vec<u32>, Vec<u32>) =
+                        pairs.iter().map(|&(from, to)| (u32::from(from), u32::from(to))).unzip();
+                    let mut done = 0;
+                    while done < pairs.len() {
+                        let ends = |base, pages| Ends { base, stride_bytes: STRIDE, pages };
+                        let moved = mover.pages(
+                            ends(from_base + from as u64, &from_pages[done..]),
+                            ends(to_base + to as u64, &to_pages[done..]),
+                            piece_bytes as u64,
+                        );
+                        done += moved;
+                        if moved == 0 {
+                            mover.launch().unwrap();
+                            mover.ended().unwrap();
+                        }
+                    }
+                    for (from_page, to_page) in pairs {
+                        let at = |start: usize, page: u8| start + usize::from(page) * STRIDE as usize;
+                        let (from, to) = (at(from, from_page), at(to, to_page));
+                        model[to..to + piece_bytes].copy_from_slice(&sent[from..from + piece_bytes]);
+                    }
+                }
+            }
+            mover.launch().unwrap();
+            prop_assert!(mover.ticket() <= ticket + 60);
+        }
+        let last = mover.ticket() - 1;
+        wait(&mut mover, last);
+        prop_assert!(mover.is_idle());
+        prop_assert!(content(&target) == model);
+        prop_assert!(content(&source) == sent);
+    }
+}
+
+/// A list that many ops have in common is staged once a launch.
+#[test]
+fn a_list_of_many_layers_is_staged_once() {
+    let gpu = gpu(SERVER);
+    let limits = Limits { staging_bytes: 64 << 10, ..Limits::default() };
+    let mut mover = Mover::new(&gpu, b"image", limits).unwrap();
+    let memory = gpu.allocate(4 << 20).unwrap();
+    let base = Gpu::memory_of(&memory).unwrap().base();
+    let pages: Vec<u32> = (0..4_000).collect();
+    let ends = |base| Ends { base, stride_bytes: 64, pages: &pages };
+    // Twice 16 KB of lists; twenty times that would not fit.
+    for layer in 0..20 {
+        let at = base + layer * 64;
+        assert_eq!(mover.pages(ends(at), ends(at + (2 << 20)), 64), pages.len());
+    }
+    let ticket = mover.ticket();
+    mover.launch().unwrap();
+    wait(&mut mover, ticket);
+}
+
+#[test]
+fn nothing_ends_before_it_has_moved_and_rings_are_bounded() {
+    let gpu = gpu(OF_PAUSES);
+    let mut mover = Mover::new(&gpu, b"image", Limits { launches: 3, ..Limits::default() }).unwrap();
+    let memory = gpu.allocate(2 << 20).unwrap();
+    memory.fill(0, 1 << 20, 7).unwrap();
+    let base = Gpu::memory_of(&memory).unwrap().base();
+    fake::pause(OF_PAUSES, true);
+    for nth in 0..3 {
+        assert!(mover.span(base, base + (1 << 20) + nth * 100, 100));
+        mover.launch().unwrap();
+    }
+    assert!(!mover.span(base, base + (1 << 20), 100), "three launches are on their way");
+    for _ in 0..2_000 {
+        assert_eq!(mover.ended().unwrap(), 0);
+    }
+    assert!(!mover.wait(Instant::now()));
+    fake::pause(OF_PAUSES, false);
+    wait(&mut mover, 3);
+    assert!(content(&memory)[1 << 20..][..300].iter().all(|&byte| byte == 7));
+    assert!(mover.span(base, base + (1 << 20), 100));
+    mover.launch().unwrap();
+    assert!(mover.wait(Instant::now() + Duration::from_secs(20)));
+}
+
+#[test]
+fn a_lost_context_fails_what_is_on_its_way() {
+    let device = 9;
+    let gpu = gpu(device);
+    let mut mover = Mover::new(&gpu, b"image", Limits::default()).unwrap();
+    let memory = gpu.allocate(1 << 20).unwrap();
+    let base = Gpu::memory_of(&memory).unwrap().base();
+    assert!(mover.span(base, base + 1000, 100));
+    mover.launch().unwrap();
+    wait(&mut mover, 1);
+    // An address that nothing is mapped at: as on a GPU, the context is lost with it.
+    assert!(mover.span(base, 1 << 20, 100));
+    mover.launch().unwrap();
+    let until = Instant::now() + Duration::from_secs(20);
+    let failure = loop {
+        match mover.ended() {
+            Err(failure) => break failure,
+            Ok(ended) => assert_eq!(ended, 1),
+        }
+        assert!(Instant::now() < until);
+    };
+    assert_eq!(failure.name, "CUDA_ERROR_ILLEGAL_ADDRESS");
+    assert!(failure.is_sticky() && failure.advice().contains("context is lost"));
+    assert!(!mover.span(base, base, 1), "nothing is taken any more");
+    assert_eq!(mover.launch(), Err(failure));
+    let Err(AccessError::Device(DeviceFailed { code, .. })) = memory.read(0, &mut [0]) else { panic!() };
+    assert_eq!(code, failure.code);
+    assert_eq!(fake::MODELS[device as usize], Model::SERVER);
+}
