@@ -604,6 +604,7 @@ fn lane_code(cause: &DownCause) -> &'static str {
         DownCause::ConnectTimedOut => "connect-timed-out",
         DownCause::LimitReached { .. } => "limit",
         DownCause::Device(_) => "device",
+        DownCause::Driver { .. } => "driver",
         _ => "other",
     }
 }
@@ -654,6 +655,7 @@ fn port_code(error: &crossdock_transport::Error) -> &'static str {
         Error::Limit { .. } => "limit",
         Error::Unsupported { .. } => "unsupported",
         Error::Os { .. } => "os",
+        Error::Driver { .. } => "driver",
         _ => "other",
     }
 }

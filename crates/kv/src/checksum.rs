@@ -19,7 +19,7 @@ mod summing;
 use std::num::NonZeroU32;
 use std::ops::Range;
 
-use crossdock_memory::{Memory, OutOfRange};
+use crossdock_memory::{AccessError, Memory};
 
 pub(crate) use self::summing::Summing;
 use crate::fields::{Fields, Truncated};
@@ -189,9 +189,9 @@ pub enum ChecksumError {
         /// The region's number.
         region: u32,
     },
-    /// The memory is shorter than the layout says.
+    /// The memory is shorter than the layout says, or its device failed.
     #[error(transparent)]
-    OutOfRange(OutOfRange),
+    Access(AccessError),
 }
 
 /// Why verification fails.

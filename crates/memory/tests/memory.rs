@@ -57,9 +57,9 @@ fn a_range_outside_is_refused_and_nothing_is_touched() {
     let mut two = [9; 2];
     for (offset, bytes) in [(PAGE_BYTES - 1, 2), (PAGE_BYTES + 1, 0), (usize::MAX, 2), (usize::MAX - 1, 2)] {
         let refused = OutOfRange { offset, bytes, memory_bytes: PAGE_BYTES };
-        assert_eq!(memory.read(offset, &mut two[..bytes]), Err(refused));
-        assert_eq!(memory.write(offset, &two[..bytes]), Err(refused));
-        assert_eq!(memory.fill(offset, bytes, 1), Err(refused));
+        assert_eq!(memory.read(offset, &mut two[..bytes]), Err(refused.into()));
+        assert_eq!(memory.write(offset, &two[..bytes]), Err(refused.into()));
+        assert_eq!(memory.fill(offset, bytes, 1), Err(refused.into()));
         assert_eq!(memory.at(offset, bytes), Err(refused));
     }
     assert_eq!(two, [9; 2]);

@@ -102,6 +102,14 @@ pub enum Error {
         /// Its error number.
         errno: i32,
     },
+    /// A device's driver refused a call.
+    #[error("{call} answers {code}")]
+    Driver {
+        /// The driver's function.
+        call: &'static str,
+        /// Its answer, in its own numbers.
+        code: i32,
+    },
 }
 
 /// Why a lane ended.
@@ -139,6 +147,13 @@ pub enum DownCause {
     },
     /// The device reported an error for an op of the lane, or for its queue pair.
     Device(DeviceError),
+    /// A device that moves bytes by itself has failed, or its driver.
+    Driver {
+        /// The driver's function that found it.
+        call: &'static str,
+        /// Its answer, in its own numbers.
+        code: i32,
+    },
 }
 
 /// What a device said of a lane that it gave up.
@@ -216,6 +231,9 @@ impl DownCause {
                 "raise the limit in the port's options, or register fewer regions at the peer"
             }
             Self::Device(error) => error.meaning.advice,
+            Self::Driver { .. } => {
+                "look at the kernel log, and at what `crossdock doctor` says of the device; start the process again"
+            }
         }
     }
 }
@@ -235,6 +253,7 @@ impl std::fmt::Display for DownCause {
             Self::ConnectTimedOut => f.write_str("the other end did not connect in time"),
             Self::LimitReached { what, limit } => write!(f, "limit reached: {what} ({limit})"),
             Self::Device(error) => error.fmt(f),
+            Self::Driver { call, code } => write!(f, "{call} answers {code}"),
         }
     }
 }

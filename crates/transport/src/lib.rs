@@ -28,7 +28,7 @@ pub use grant::{Access, Grant, GrantId, GrantTable, GrantedBuffer, Refusal};
 pub use op::{Direction, Op, Posted, Shape, Token};
 pub use port::{
     Arm, Attached, Fence, LaneAddress, LaneId, LaneTags, LocalId, MappedBytes, Mapping, PeerId, Port,
-    PortInfo, RemoteId, RemoteKey,
+    PortInfo, RemoteId, RemoteKey, require_host_memory,
 };
 pub use remainder::Remainder;
 pub use slab::Slab;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use crossdock_memory::Memory;
+use crossdock_memory::{Memory, MemoryKind};
 
 use crate::{Error, Events, Grant, GrantId, Op, Posted, Result};
 
@@ -63,6 +63,17 @@ pub trait Port: Send {
     /// something; the promise ends with the next call of `poll`.
     fn arm(&mut self) -> Arm<'_> {
         Arm::Spin
+    }
+}
+
+/// For ports that reach the host's memory alone: refuses a device's.
+pub fn require_host_memory(memory: &Memory) -> Result<()> {
+    match memory.kind() {
+        MemoryKind::Device => Err(Error::Unsupported {
+            what: "registration of a device's memory with a port that reaches the host's alone",
+            advice: "use a port of the device (cuda), or an RDMA device that reaches it (verbs); or stage in host memory",
+        }),
+        _ => Ok(()),
     }
 }
 

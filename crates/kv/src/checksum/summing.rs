@@ -252,7 +252,7 @@ fn add(
         let part = (bytes - done).min(copy.len() as u64) as usize;
         // An offset that no address can have is out of range like any other.
         let at = usize::try_from(offset + done).unwrap_or(usize::MAX);
-        memory.read(at, &mut copy[..part]).map_err(ChecksumError::OutOfRange)?;
+        memory.read(at, &mut copy[..part]).map_err(ChecksumError::Access)?;
         sum = crc32c::crc32c_append(sum, &copy[..part]);
         done += part as u64;
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crossdock_memory::Memory;
 use crossdock_transport::{
     Attached, DownCause, Error, Event, Events, Fence, Grant, GrantId, LaneAddress, LaneId, LaneTags, LocalId,
-    Op, PeerId, Port, PortInfo, Posted, RemoteId, RemoteKey, Result,
+    Op, PeerId, Port, PortInfo, Posted, RemoteId, RemoteKey, Result, require_host_memory,
 };
 use parking_lot::Mutex;
 
@@ -65,6 +65,7 @@ impl Port for SimPort {
     }
 
     fn register(&mut self, memory: &Memory) -> Result<(LocalId, RemoteKey)> {
+        require_host_memory(memory)?;
         let mut world = self.world.lock();
         let regions = &mut world.ports[self.id as usize].regions;
         let region = LocalId(regions.len() as u32);

@@ -10,6 +10,7 @@ use crossdock_memory::Memory;
 use crossdock_transport::{
     Arm, Attached, DownCause, Error, Events, Fence, Grant, GrantId, GrantTable, LaneAddress, LaneId,
     LaneTags, LocalId, Op, PeerId, Port, PortInfo, Posted, RemoteId, RemoteKey, Result, Slab,
+    require_host_memory,
 };
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, EventFlags};
@@ -277,6 +278,7 @@ impl Port for TcpPort {
     }
 
     fn register(&mut self, memory: &Memory) -> Result<(LocalId, RemoteKey)> {
+        require_host_memory(memory)?;
         let id = self.domain.regions.insert(memory.clone());
         let region = LocalId(id.ok_or(self.domain.regions.full("regions"))?);
         let key = Key { region, bytes: memory.bytes() as u64, nonce: self.nonce };

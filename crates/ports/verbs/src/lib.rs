@@ -35,7 +35,7 @@ pub mod topology;
 mod verbs;
 
 pub use counters::VerbsCounters;
-pub use ibverbs::device_memory::{DeviceMemory, DmaBuf, Means, OutOfReach, RegisterError, Why};
+pub use ibverbs::device_memory::{Means, OutOfReach, RegisterError, Why};
 pub use options::VerbsOptions;
 pub use port::VerbsPort;
 pub use rails::{Near, rails};

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossdock_memory::{AllocateOptions, Memory};
+use crossdock_memory::{AllocateOptions, Memory, MemoryKind};
 use crossdock_transport::{
     Arm, Attached, DeviceName, DownCause, Error, Event, Events, Fence, Grant, GrantId, GrantTable,
     LaneAddress, LaneId, LaneTags, LocalId, Op, PeerId, Port, PortInfo, Posted, RemoteKey, Result, Slab,
@@ -21,7 +21,7 @@ use crate::counters::VerbsCounters;
 use crate::domain::Domain;
 use crate::ibverbs::chain::SendChain;
 use crate::ibverbs::context::{Context, DeviceEvent, EventOf, Failed};
-use crate::ibverbs::device_memory::{DeviceMemory, Means, OutOfReach, RegisterError, Why};
+use crate::ibverbs::device_memory::{Means, OutOfReach, RegisterError, Why};
 use crate::ibverbs::objects::{
     CompletionQueue, Completions, MemoryRegion, POLLED_MAX, Path, ProtectionDomain, QueuePair, RECEIVE_BYTES,
     WorkId,
@@ -222,7 +222,7 @@ impl VerbsPort {
     /// staged in host memory.
     pub fn register_device(
         &mut self,
-        memory: &DeviceMemory,
+        memory: &Memory,
     ) -> std::result::Result<(LocalId, RemoteKey, Means), RegisterError> {
         let (region, means) = match self.by_dma_buf(memory) {
             Ok(region) => (region, Means::DmaBuf),
@@ -235,14 +235,14 @@ impl VerbsPort {
         Ok((id, key, means))
     }
 
-    fn by_dma_buf(&self, memory: &DeviceMemory) -> std::result::Result<MemoryRegion, Why> {
+    fn by_dma_buf(&self, memory: &Memory) -> std::result::Result<MemoryRegion, Why> {
         let of = |access| MemoryRegion::of_dma_buf(&self.protection, memory, access);
         // For host memory the library leaves out what the kernel does not know; here nobody does.
         let plain = self.access() & !IBV_ACCESS_OPTIONAL_RANGE;
         self.probed(of(self.access()).or_else(|_| of(plain))?)
     }
 
-    fn by_peer_memory(&self, memory: &DeviceMemory) -> std::result::Result<MemoryRegion, Why> {
+    fn by_peer_memory(&self, memory: &Memory) -> std::result::Result<MemoryRegion, Why> {
         self.probed(MemoryRegion::of_peer(&self.protection, memory, self.access())?)
     }
 
@@ -554,6 +554,16 @@ impl Port for VerbsPort {
     }
 
     fn register(&mut self, memory: &Memory) -> Result<(LocalId, RemoteKey)> {
+        if memory.kind() == MemoryKind::Device {
+            let (id, key, _) = self.register_device(memory).map_err(|error| match error {
+                RegisterError::OutOfReach(why) => Error::Unsupported {
+                    what: "registration of GPU memory that this RDMA device does not reach",
+                    advice: why.advice(),
+                },
+                RegisterError::Port(error) => error,
+            })?;
+            return Ok((id, key));
+        }
         let region = MemoryRegion::new(&self.protection, memory, self.access())?;
         if self.options.probe_regions {
             self.probe(&region)?;

@@ -1,74 +1,10 @@
 //! Memory that is not the host's: a GPU's. How an RDMA device may reach it, and why not.
 
-use std::any::Any;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 
 use crossdock_transport::Error;
 
 use super::context::Failed;
-
-/// A range of a GPU's memory. A clone is another handle to the same range.
-#[derive(Clone)]
-pub struct DeviceMemory {
-    range: Arc<Range>,
-}
-
-struct Range {
-    address: u64,
-    bytes: u64,
-    dma_buf: Option<DmaBuf>,
-    /// Frees the memory when it is dropped.
-    _owner: Box<dyn Any + Send + Sync>,
-}
-
-/// A range of a GPU's memory as the kernel passes it from driver to driver.
-#[derive(Debug)]
-pub struct DmaBuf {
-    /// What the GPU's driver exported.
-    pub fd: OwnedFd,
-    /// Where in it the range begins.
-    pub offset: u64,
-}
-
-impl DeviceMemory {
-    /// A range that begins at `address`, as the GPU's driver counts it. `owner` is kept as long as any handle, and with it
-    /// the registration of every port.
-    ///
-    /// # Safety
-    /// Until `owner` is dropped the range stays allocated, and nobody relies on its bytes staying as they are: devices write
-    /// there at any time. `dma_buf`, where there is one, is of the same range.
-    pub unsafe fn new(
-        address: u64,
-        bytes: u64,
-        dma_buf: Option<DmaBuf>,
-        owner: Box<dyn Any + Send + Sync>,
-    ) -> Self {
-        Self { range: Arc::new(Range { address, bytes, dma_buf, _owner: owner }) }
-    }
-
-    /// Where it begins, as the GPU's driver counts it.
-    pub fn address(&self) -> u64 {
-        self.range.address
-    }
-
-    /// How long it is.
-    pub fn bytes(&self) -> u64 {
-        self.range.bytes
-    }
-
-    /// The exported range, with where it begins in it.
-    pub fn dma_buf(&self) -> Option<(BorrowedFd<'_>, u64)> {
-        self.range.dma_buf.as_ref().map(|dma_buf| (dma_buf.fd.as_fd(), dma_buf.offset))
-    }
-}
-
-impl fmt::Debug for DeviceMemory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "DeviceMemory({:#x}, {} bytes)", self.address(), self.bytes())
-    }
-}
 
 /// By which means an RDMA device reaches a GPU's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,11 +7,11 @@ use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
-use crossdock_memory::Memory;
+use crossdock_memory::{DeviceMemory, Memory};
 
 use super::chain::SendChain;
 use super::context::{Context, Failed, nonblocking, object, status};
-use super::device_memory::{DeviceMemory, Why};
+use super::device_memory::Why;
 use super::sys::*;
 use crate::address::Gid;
 
@@ -56,7 +56,7 @@ pub(crate) struct MemoryRegion {
 
 enum Backing {
     Host(Memory),
-    Device { _kept: DeviceMemory },
+    Device { _kept: Memory },
 }
 
 // SAFETY: as for the domain.
@@ -74,27 +74,19 @@ impl MemoryRegion {
     }
 
     /// Registers a GPU's memory by the vendor's module, which recognises its addresses.
-    pub fn of_peer(
-        domain: &Arc<ProtectionDomain>,
-        memory: &DeviceMemory,
-        flags: u32,
-    ) -> Result<Self, Failed> {
-        let (base, bytes) = (memory.address(), memory.bytes());
+    pub fn of_peer(domain: &Arc<ProtectionDomain>, memory: &Memory, flags: u32) -> Result<Self, Failed> {
+        let (base, bytes) = (memory.base().addr() as u64, memory.bytes() as u64);
         let raw = register(domain, base, bytes, flags)?;
         Ok(Self::of(domain, raw, Backing::Device { _kept: memory.clone() }, base, bytes))
     }
 
     /// Registers a GPU's memory that its driver has exported.
-    pub fn of_dma_buf(
-        domain: &Arc<ProtectionDomain>,
-        memory: &DeviceMemory,
-        flags: u32,
-    ) -> Result<Self, Why> {
+    pub fn of_dma_buf(domain: &Arc<ProtectionDomain>, memory: &Memory, flags: u32) -> Result<Self, Why> {
         let register = domain.context.library.ibv_reg_dmabuf_mr.ok_or(Why::LibraryTooOld)?;
-        let (fd, offset) = memory.dma_buf().ok_or(Why::NotExported)?;
-        let (base, bytes) = (memory.address(), memory.bytes());
+        let (fd, offset) = memory.device().and_then(DeviceMemory::dma_buf).ok_or(Why::NotExported)?;
+        let (base, bytes) = (memory.base().addr() as u64, memory.bytes() as u64);
         // SAFETY: the domain exists; the range stays exported and allocated as long as this object lives, since it keeps a
-        // handle. That devices write there is what `DeviceMemory` allows for.
+        // handle. That devices write there is what `Memory` allows for.
         let raw = unsafe {
             register(domain.raw.as_ptr(), offset, bytes as usize, base, fd.as_raw_fd(), flags as i32)
         };
@@ -148,7 +140,7 @@ fn register(
     let library = &domain.context.library;
     let (at, length) = (base as *mut std::ffi::c_void, bytes as usize);
     // SAFETY: the domain exists. The range stays allocated as long as the object that is made of the answer lives, since that
-    // keeps a handle to it. That the device writes there is what `Memory` and `DeviceMemory` allow for.
+    // keeps a handle to it. That the device writes there is what `Memory` allows for.
     let raw = unsafe {
         match library.ibv_reg_mr_iova2 {
             Some(register) => register(domain.raw.as_ptr(), at, length, base, flags),

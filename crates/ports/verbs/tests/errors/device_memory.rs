@@ -1,10 +1,12 @@
 //! By which means memory that is not the host's is registered, and what is said of those that did not do. A file that can
 //! be mapped stands in for a GPU's memory: to the port it is an address, a length and a descriptor.
 
-use crossdock_memory::{AllocateOptions, Memory};
-use crossdock_transport::{Direction, Op, Port, Token};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use crossdock_memory::{AllocateOptions, DeviceFailed, DeviceMemory, Memory};
+use crossdock_transport::{Direction, Error, Op, Port, Token};
 use crossdock_verbs::fake::{Fabric, FabricOptions, Failure, Function};
-use crossdock_verbs::{DeviceMemory, DmaBuf, Means, OutOfReach, RegisterError, Why};
+use crossdock_verbs::{Means, OutOfReach, RegisterError, Why};
 
 use crate::network::SoftwareFabric;
 use crate::pair::{Pair, impatient};
@@ -32,6 +34,23 @@ fn an_exported_range_is_registered_by_dma_buf_and_moves() {
     let small = pair.op(1, Direction::Write, 0, 16);
     pair.post(1, Op { imm: Some(2), token: Some(Token(2)), ..small });
     pair.wait("a small write out of device memory", |pair| pair.arrived(0) == 1);
+}
+
+/// A GPU's memory is registered like any other, by the first means that does, or refused with what to do.
+#[test]
+fn memory_of_a_device_is_registered_like_any_other() {
+    let mut network = SoftwareFabric::new();
+    let fabric = network.0.clone();
+    let mut pair = Pair::new(&mut network, impatient());
+    let (_stand_in, memory) = device_memory(true);
+    let (id, _) = pair.ports[0].register(&memory).expect("an exported range");
+    pair.ports[0].deregister(id).expect("nothing uses it");
+    let (_stand_in, memory) = device_memory(false);
+    fabric.fail(Failure::next(Function::RegMrIova2, libc::EFAULT));
+    let Err(Error::Unsupported { what, advice }) = pair.ports[0].register(&memory) else {
+        panic!("it was registered")
+    };
+    assert!(what.contains("GPU") && advice.contains("nvidia_peermem"), "{what}: {advice}");
 }
 
 #[test]
@@ -123,14 +142,39 @@ fn what_a_probe_finds_dead_is_reached_by_the_next_means_or_by_none() {
 /// `IBV_ACCESS_RELAXED_ORDERING`.
 const RELAXED_ORDERING: u32 = 1 << 20;
 
+/// A file that can be mapped, in the place of a GPU's memory.
+struct StandIn {
+    memory: Memory,
+    dma_buf: Option<OwnedFd>,
+}
+
+impl DeviceMemory for StandIn {
+    fn device(&self) -> &str {
+        "stand-in"
+    }
+
+    fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), DeviceFailed> {
+        self.memory.read(offset, into).map_err(|_| DeviceFailed { call: "read", code: 1 })
+    }
+
+    fn write(&self, offset: usize, from: &[u8]) -> Result<(), DeviceFailed> {
+        self.memory.write(offset, from).map_err(|_| DeviceFailed { call: "write", code: 1 })
+    }
+
+    fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<(), DeviceFailed> {
+        self.memory.fill(offset, bytes, value).map_err(|_| DeviceFailed { call: "fill", code: 1 })
+    }
+
+    fn dma_buf(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.dma_buf.as_ref().map(|fd| (fd.as_fd(), 0))
+    }
+}
+
 /// A range that says it is not the host's, and the file behind it.
-#[allow(unsafe_code)]
-fn device_memory(exported: bool) -> (Memory, DeviceMemory) {
+fn device_memory(exported: bool) -> (Memory, Memory) {
     let memory = Memory::allocate(64 << 10, &AllocateOptions::default()).expect("memory for a test");
     let fd = memory.fd().expect("it is a file").try_clone_to_owned().expect("a descriptor");
-    let dma_buf = exported.then_some(DmaBuf { fd, offset: 0 });
-    let (address, bytes) = (memory.base() as u64, memory.bytes() as u64);
-    // SAFETY: the owner is a handle to the mapping, which stays as long; the file is of the same bytes.
-    let device = unsafe { DeviceMemory::new(address, bytes, dma_buf, Box::new(memory.clone())) };
-    (memory, device)
+    let (base, bytes) = (memory.base().expose_provenance() as u64, memory.bytes());
+    let stand_in = StandIn { memory: memory.clone(), dma_buf: exported.then_some(fd) };
+    (memory, Memory::from_device(base, bytes, Box::new(stand_in)).expect("a range"))
 }
