@@ -18,7 +18,7 @@ pub mod sharing;
 mod staging;
 
 pub use gpu::{Export, Gpu, GpuError, GpuMemory};
-pub use mover::{Ends, Limits, Mover};
+pub use mover::{Ends, Limits, Mover, Progress};
 
 /// A kernel's source in CUDA C++, without any header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

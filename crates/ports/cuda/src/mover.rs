@@ -29,7 +29,12 @@ pub struct Mover {
     ended: u64,
     /// Looks for an end since the stream was asked whether it has failed.
     looks: u32,
-    failure: Option<CudaError>,
+    /// Something was copied since the last launch.
+    has_copies: bool,
+    /// What failed, and the first launch that may have.
+    failure: Option<(u64, CudaError)>,
+    /// It was waited for what is on its way, and there was no time left.
+    is_given_up: bool,
     limits: Limits,
     gpu: Gpu,
 }
@@ -62,6 +67,16 @@ impl Default for Limits {
     fn default() -> Self {
         Limits { blocks: 32, block_threads: 512, staging_bytes: 16 << 20, launches: 256 }
     }
+}
+
+/// How far launches have come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Launches up to this one touch no memory any more. Every byte of those that have not failed is where it belongs, for whoever
+    /// sees what this thread stores from now on with release order.
+    pub ended: u64,
+    /// The first launch that may have failed, and why; nothing is taken any more.
+    pub failed: Option<(u64, CudaError)>,
 }
 
 /// A side of pieces, with its list where the host has it.
@@ -121,7 +136,9 @@ impl Mover {
             launched: 0,
             ended: 0,
             looks: 0,
+            has_copies: false,
             failure: None,
+            is_given_up: false,
             limits: Limits {
                 blocks: limits.blocks.max(1),
                 block_threads: limits.block_threads.clamp(1, 1024),
@@ -142,47 +159,58 @@ impl Mover {
         self.launched + 1
     }
 
-    /// Adds a stretch of bytes; false: there is no room now.
-    pub fn span(&mut self, from: u64, to: u64, bytes: u64) -> bool {
-        if !self.has_room(ENTRIES_OF_A_SPAN) {
-            return false;
-        }
-        self.batch.span(from, to, bytes);
-        true
+    /// Whether a [span](Mover::span) or a [copy](Mover::copy) can be added now.
+    pub fn has_room_for_span(&self) -> bool {
+        self.has_room(ENTRIES_OF_A_SPAN)
     }
 
-    /// Adds pieces, as many of the first as there is room for, and says how many.
+    /// Adds a stretch of bytes that kernels move, for which there [is room](Mover::has_room_for_span).
     ///
-    /// Both lists are of one length. All pieces lie in memory that this GPU reaches, and no two overlap where they are written.
-    pub fn pages(&mut self, from: Ends<'_>, to: Ends<'_>, piece_bytes: u64) -> usize {
-        debug_assert_eq!(from.pages.len(), to.pages.len());
+    /// Both ranges are memory that this GPU reaches until the ticket has ended.
+    pub fn span(&mut self, from: u64, to: u64, bytes: u64) {
+        self.batch.span(from, to, bytes);
+    }
+
+    /// Adds a stretch of bytes that a copy engine moves, for which there [is room](Mover::has_room_for_span): large ones go as
+    /// fast by it, and leave the multiprocessors to others. Otherwise as [`span`](Mover::span).
+    pub fn copy(&mut self, from: u64, to: u64, bytes: u64) {
+        self.has_copies = true;
+        // SAFETY: as the caller says; whoever is told that the ticket has ended is told behind this copy, on the same stream.
+        let copied = unsafe { self.hands.stream.copy(to, from, bytes as usize) };
+        if let Err(error) = copied {
+            self.fail(self.ticket(), error);
+        }
+    }
+
+    /// How many of the first pieces of these lists, which are of one length, can be added now.
+    pub fn room_for_pages(&self, from: &[u32], to: &[u32], piece_bytes: u64) -> usize {
         if !self.has_room(entries_of(piece_bytes)) {
             return 0;
         }
-        let (known_from, known_to) = (self.known(0, from.pages), self.known(1, to.pages));
-        let (count, from_pages, to_pages) = match (known_from, known_to) {
-            (Some(from_pages), Some(to_pages)) => (from.pages.len(), from_pages, to_pages),
-            _ => {
-                // Two stretches of one length, and behind them the entries.
-                let reserve =
-                    (self.batch.entries() + entries_of(piece_bytes)) * size_of::<Pieces>() + RESERVE_BYTES;
-                let room = self.hands.staging.room().saturating_sub(reserve) / (2 * size_of::<u32>());
-                let count = from.pages.len().min(room.min(LONGEST_LIST));
-                if count == 0 {
-                    return 0;
-                }
-                let Some(from_pages) = self.stage(0, &from.pages[..count]) else { return 0 };
-                let Some(to_pages) = self.stage(1, &to.pages[..count]) else { return 0 };
-                (count, from_pages, to_pages)
-            }
-        };
+        if self.known(0, from).is_some() && self.known(1, to).is_some() {
+            return from.len();
+        }
+        // Two stretches of one length, and behind them the entries.
+        let entries = (self.batch.entries() + entries_of(piece_bytes)) * size_of::<Pieces>();
+        let room = self.hands.staging.room().saturating_sub(entries + RESERVE_BYTES);
+        from.len().min(room / (2 * size_of::<u32>())).min(LONGEST_LIST)
+    }
+
+    /// Adds pieces, for all of which there [is room](Mover::room_for_pages).
+    ///
+    /// All pieces lie in memory that this GPU reaches until the ticket has ended, and no two overlap where they are written.
+    ///
+    /// # Panics
+    /// If there is no room, or the lists differ in length.
+    pub fn pages(&mut self, from: Ends<'_>, to: Ends<'_>, piece_bytes: u64) {
+        assert_eq!(from.pages.len(), to.pages.len(), "pieces have two ends");
         let side = |ends: Ends<'_>, pages| Side {
             base: ends.base,
             stride_bytes: ends.stride_bytes,
             pages: Some(pages),
         };
-        self.batch.pages(side(from, from_pages), side(to, to_pages), piece_bytes, count as u64);
-        count
+        let lists = [(0, from.pages), (1, to.pages)].map(|(which, pages)| self.list(which, pages));
+        self.batch.pages(side(from, lists[0]), side(to, lists[1]), piece_bytes, from.pages.len() as u64);
     }
 
     /// Where a list is that was staged since the last launch.
@@ -191,10 +219,13 @@ impl Mover {
         (staged.at == pages.as_ptr().addr() && staged.length == pages.len()).then_some(staged.address)
     }
 
-    fn stage(&mut self, which: usize, pages: &[u32]) -> Option<u64> {
-        let address = self.hands.staging.put(bytemuck::cast_slice(pages))?;
+    fn list(&mut self, which: usize, pages: &[u32]) -> u64 {
+        if let Some(address) = self.known(which, pages) {
+            return address;
+        }
+        let address = self.put(bytemuck::cast_slice(pages));
         self.lists[which] = Some(Staged { at: pages.as_ptr().addr(), length: pages.len(), address });
-        Some(address)
+        address
     }
 
     /// Whether so many entries more can be launched with what is gathered.
@@ -210,38 +241,39 @@ impl Mover {
         self.lists = [None; 2];
     }
 
-    /// Launches what is gathered, if anything is.
-    pub fn launch(&mut self) -> Result<(), CudaError> {
+    /// Launches what is gathered, if anything is. What goes wrong is told by [`progress`](Mover::progress).
+    pub fn launch(&mut self) {
         self.lists_may_change();
-        if let Some(failure) = self.failure {
-            return Err(failure);
+        let is_wanted = self.batch.entries() > 0 || std::mem::take(&mut self.has_copies);
+        if is_wanted {
+            // Also where it fails half way: what was enqueued by then is on its way.
+            self.launched += 1;
+            if self.failure.is_none()
+                && let Err(error) = self.launch_all(self.launched)
+            {
+                self.fail(self.launched, error);
+            }
+            self.hands.staging.launched(self.launched);
         }
-        if self.batch.entries() == 0 {
-            return Ok(());
-        }
-        let launched = self.launch_all();
         self.batch.clear();
-        if let Err(error) = launched {
-            self.failure = Some(error);
-        }
-        launched
     }
 
-    fn launch_all(&mut self) -> Result<(), CudaError> {
-        let ticket = self.ticket();
+    fn launch_all(&mut self, ticket: u64) -> Result<(), CudaError> {
         let signal = Signal { at: self.hands.done.registration.address(), value: ticket as u32, reserved: 0 };
         let signal = self.put(bytemuck::bytes_of(&signal));
-        let words = Word::ALL.into_iter().filter(|&word| self.batch.launch(word).tiles > 0);
-        let words: Vec<Word> = words.collect();
-        let finished = Gpu::memory_of(&self.hands.finished).expect("a GPU's").base();
-        for (nth, &word) in words.iter().enumerate() {
+        let counter = Gpu::memory_of(&self.hands.finished).expect("a GPU's").base();
+        let has_tiles = |word: &Word| self.batch.launch(*word).tiles > 0;
+        // Behind copies alone a kernel without pieces tells of their end.
+        let last = Word::ALL.into_iter().rfind(has_tiles).unwrap_or(Word::Bytes16);
+        for word in Word::ALL.into_iter().filter(|word| has_tiles(word) || *word == last).collect::<Vec<_>>()
+        {
             let launch = self.batch.launch(word);
             let (mut count, mut tiles) = (launch.pieces.len() as u32, launch.tiles);
             let bytes = bytemuck::cast_slice(&launch.pieces);
             let mut pieces = self.hands.staging.put(bytes).expect("room was kept for entries");
-            let (mut signals, mut finished) = (signal, finished);
-            let mut signal_count = u32::from(nth + 1 == words.len());
-            let blocks = u32::try_from(tiles).unwrap_or(u32::MAX).min(self.limits.blocks);
+            let (mut signals, mut finished) = (signal, counter);
+            let mut signal_count = u32::from(word == last);
+            let blocks = u32::try_from(tiles).unwrap_or(u32::MAX).clamp(1, self.limits.blocks);
             let mut arguments: [*mut c_void; 6] = [
                 (&raw mut pieces).cast(),
                 (&raw mut count).cast(),
@@ -256,8 +288,6 @@ impl Mover {
             // zero, since the launch before on this stream has left it so.
             unsafe { self.hands.stream.launch(function, blocks, self.limits.block_threads, &mut arguments)? };
         }
-        self.hands.staging.launched(ticket);
-        self.launched = ticket;
         Ok(())
     }
 
@@ -265,8 +295,8 @@ impl Mover {
         self.hands.staging.put(bytes).expect("room was kept for it")
     }
 
-    /// The last ticket that has ended; or what has failed, with everything that has not ended by then.
-    pub fn ended(&mut self) -> Result<u64, CudaError> {
+    /// How far the launches have come.
+    pub fn progress(&mut self) -> Progress {
         if self.ended < self.launched {
             // The word has the lower half of a ticket, and fewer than half of those are on their way.
             let behind = (self.launched as u32).wrapping_sub(self.hands.done.load());
@@ -275,24 +305,45 @@ impl Mover {
                 self.ended = ended;
                 self.looks = 0;
                 self.hands.staging.ended(ended);
-            } else if self.failure.is_none() {
-                self.look_for_failure();
+            } else {
+                self.look_at_stream();
             }
         }
-        match self.failure {
-            Some(failure) => Err(failure),
-            None => Ok(self.ended),
+        Progress { ended: self.ended, failed: self.failure }
+    }
+
+    /// Asks the driver, which costs more than a load, now and then: a kernel that has failed signals nothing.
+    fn look_at_stream(&mut self) {
+        self.looks += 1;
+        if self.failure.is_none() && !self.looks.is_multiple_of(LOOKS_BETWEEN_QUESTIONS) {
+            return;
+        }
+        match self.hands.stream.is_idle() {
+            Ok(false) => {}
+            // Nothing is on its way any more, whatever became of it.
+            Ok(true) => {
+                if self.failure.is_some() {
+                    self.all_ended();
+                }
+            }
+            Err(error) => {
+                // Of what has not ended nothing is certain.
+                self.fail(self.ended + 1, error);
+                if error.is_sticky() {
+                    self.all_ended();
+                }
+            }
         }
     }
 
-    /// Asks the driver, which costs more than a load, now and then.
-    fn look_for_failure(&mut self) {
-        self.looks += 1;
-        if self.looks.is_multiple_of(LOOKS_BETWEEN_QUESTIONS)
-            && let Err(error) = self.hands.stream.is_idle()
-        {
-            self.failure = Some(error);
-        }
+    fn all_ended(&mut self) {
+        self.ended = self.launched;
+        self.hands.staging.ended(self.launched);
+    }
+
+    /// The first failure counts.
+    fn fail(&mut self, from: u64, error: CudaError) {
+        self.failure.get_or_insert((from, error));
     }
 
     /// Whether nothing is on its way.
@@ -300,17 +351,20 @@ impl Mover {
         self.ended == self.launched
     }
 
-    /// Waits until nothing is on its way, or until then; whether nothing is. In a context that is lost nothing can be.
+    /// Waits until nothing is on its way, or until then; whether nothing is. In a context that is lost nothing can be. What is on
+    /// its way after this is waited for no more: when the mover is dropped, it leaves what kernels use as it is, for good.
     pub fn wait(&mut self, until: Instant) -> bool {
         loop {
             match self.hands.stream.is_idle() {
-                Err(_) => return true,
-                Ok(true) => {
-                    let _ = self.ended();
+                Ok(false) if Instant::now() < until => std::thread::yield_now(),
+                Ok(false) => {
+                    self.is_given_up = true;
+                    return false;
+                }
+                Ok(true) | Err(_) => {
+                    self.progress();
                     return true;
                 }
-                Ok(false) if Instant::now() >= until => return false,
-                Ok(false) => std::thread::yield_now(),
             }
         }
     }
@@ -318,9 +372,9 @@ impl Mover {
 
 impl Drop for Mover {
     fn drop(&mut self) {
-        // Kernels read the ring, and count in memory of this mover's. Where a GPU has come to a standstill they keep both for
-        // good.
-        if self.wait(Instant::now() + LONGEST_PARTING) {
+        // Kernels read the ring, and count in memory of this mover's.
+        let until = Instant::now() + if self.is_given_up { Duration::ZERO } else { LONGEST_PARTING };
+        if self.wait(until) {
             // SAFETY: nobody uses it after this.
             unsafe { ManuallyDrop::drop(&mut self.hands) };
         }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crossdock_cuda::driver::{HandleTypes, LoadError};
 use crossdock_cuda::fake::{self, Model, Origin};
 use crossdock_cuda::sharing::{Refusal, Sharing};
-use crossdock_cuda::{Ends, Export, Gpu, GpuError, Limits, Mover};
+use crossdock_cuda::{Ends, Export, Gpu, GpuError, Limits, Mover, Progress};
 use crossdock_memory::{AccessError, DeviceFailed, Memory, MemoryError, MemoryKind};
 use proptest::prelude::*;
 
@@ -17,6 +17,7 @@ const VIRTUAL: u32 = 5;
 const OF_FAILURES: u32 = 6;
 const OF_LEAKS: u32 = 7;
 const OF_PAUSES: u32 = 8;
+const OF_REFUSALS: u32 = 10;
 
 fn gpu(ordinal: u32) -> Gpu {
     Gpu::open(&fake::driver(), ordinal).unwrap()
@@ -200,9 +201,15 @@ fn no_driver_is_an_error_with_advice() {
     }
 }
 
+fn ended(mover: &mut Mover) -> u64 {
+    let Progress { ended, failed } = mover.progress();
+    assert_eq!(failed, None);
+    ended
+}
+
 fn wait(mover: &mut Mover, ticket: u64) {
     let until = Instant::now() + Duration::from_secs(20);
-    while mover.ended().unwrap() < ticket {
+    while ended(mover) < ticket {
         assert!(Instant::now() < until, "launch {ticket} ends");
         std::thread::yield_now();
     }
@@ -210,17 +217,14 @@ fn wait(mover: &mut Mover, ticket: u64) {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Span { from: usize, to: usize, bytes: usize },
+    Span { from: usize, to: usize, bytes: usize, copies: bool },
     Pages { from: usize, to: usize, piece_bytes: usize, pairs: Vec<(u8, u8)> },
     Launch,
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let span = (0usize..30_000, 0usize..30_000, 0usize..5_000).prop_map(|(from, to, bytes)| Step::Span {
-        from,
-        to,
-        bytes,
-    });
+    let span = (0usize..30_000, 0usize..30_000, 0usize..5_000, any::<bool>())
+        .prop_map(|(from, to, bytes, copies)| Step::Span { from, to, bytes, copies });
     let pages =
         ((0usize..1_000, 0usize..1_000, 1usize..300), prop::collection::btree_map(0u8..100, 0u8..100, 0..60));
     let pages = pages.prop_map(|((from, to, piece_bytes), pairs)| Step::Pages {
@@ -256,9 +260,14 @@ proptest! {
             let ticket = mover.ticket();
             match step {
                 Step::Launch => {}
-                Step::Span { from, to, bytes } => {
-                    while !mover.span(from_base + from as u64, to_base + to as u64, bytes as u64) {
-                        mover.ended().unwrap();
+                Step::Span { from, to, bytes, copies } => {
+                    while !mover.has_room_for_span() {
+                        ended(&mut mover);
+                    }
+                    let (from_there, to_there) = (from_base + from as u64, to_base + to as u64);
+                    match copies {
+                        true => mover.copy(from_there, to_there, bytes as u64),
+                        false => mover.span(from_there, to_there, bytes as u64),
                     }
                     model[to..to + bytes].copy_from_slice(&sent[from..from + bytes]);
                 }
@@ -268,16 +277,19 @@ proptest! {
                     let mut done = 0;
                     while done < pairs.len() {
                         let ends = |base, pages| Ends { base, stride_bytes: STRIDE, pages };
-                        let moved = mover.pages(
-                            ends(from_base + from as u64, &from_pages[done..]),
-                            ends(to_base + to as u64, &to_pages[done..]),
+                        let (from_list, to_list) = (&from_pages[done..], &to_pages[done..]);
+                        let count = mover.room_for_pages(from_list, to_list, piece_bytes as u64);
+                        if count == 0 {
+                            mover.launch();
+                            ended(&mut mover);
+                            continue;
+                        }
+                        mover.pages(
+                            ends(from_base + from as u64, &from_list[..count]),
+                            ends(to_base + to as u64, &to_list[..count]),
                             piece_bytes as u64,
                         );
-                        done += moved;
-                        if moved == 0 {
-                            mover.launch().unwrap();
-                            mover.ended().unwrap();
-                        }
+                        done += count;
                     }
                     for (from_page, to_page) in pairs {
                         let at = |start: usize, page: u8| start + usize::from(page) * STRIDE as usize;
@@ -286,7 +298,7 @@ proptest! {
                     }
                 }
             }
-            mover.launch().unwrap();
+            mover.launch();
             prop_assert!(mover.ticket() <= ticket + 60);
         }
         let last = mover.ticket() - 1;
@@ -310,11 +322,40 @@ fn a_list_of_many_layers_is_staged_once() {
     // Twice 16 KB of lists; twenty times that would not fit.
     for layer in 0..20 {
         let at = base + layer * 64;
-        assert_eq!(mover.pages(ends(at), ends(at + (2 << 20)), 64), pages.len());
+        assert_eq!(mover.room_for_pages(&pages, &pages, 64), pages.len());
+        mover.pages(ends(at), ends(at + (2 << 20)), 64);
     }
     let ticket = mover.ticket();
-    mover.launch().unwrap();
+    mover.launch();
     wait(&mut mover, ticket);
+}
+
+/// A launch that the driver refuses fails, with all that comes later; what was launched before ends as it does.
+#[test]
+fn a_refused_launch_fails_and_earlier_ones_end() {
+    let gpu = gpu(OF_REFUSALS);
+    let mut mover = Mover::new(&gpu, b"image", Limits::default()).unwrap();
+    let memory = gpu.allocate(2 << 20).unwrap();
+    memory.fill(0, 1000, 7).unwrap();
+    let base = Gpu::memory_of(&memory).unwrap().base();
+    fake::pause(OF_REFUSALS, true);
+    mover.span(base, base + 1000, 1000);
+    mover.launch();
+    fake::fail_next(OF_REFUSALS, "cuLaunchKernel", 701);
+    mover.span(base, base + 2000, 1000);
+    mover.launch();
+    let Progress { ended: 0, failed: Some((2, failure)) } = mover.progress() else { panic!() };
+    assert_eq!(
+        (failure.call, failure.is_sticky(), mover.has_room_for_span()),
+        ("cuLaunchKernel", false, false)
+    );
+    fake::pause(OF_REFUSALS, false);
+    let until = Instant::now() + Duration::from_secs(20);
+    while mover.progress().ended < 2 {
+        assert!(Instant::now() < until);
+    }
+    assert!(content(&memory)[1000..2000].iter().all(|&byte| byte == 7));
+    assert!(content(&memory)[2000..].iter().all(|&byte| byte == 0));
 }
 
 #[test]
@@ -326,19 +367,22 @@ fn nothing_ends_before_it_has_moved_and_rings_are_bounded() {
     let base = Gpu::memory_of(&memory).unwrap().base();
     fake::pause(OF_PAUSES, true);
     for nth in 0..3 {
-        assert!(mover.span(base, base + (1 << 20) + nth * 100, 100));
-        mover.launch().unwrap();
+        assert!(mover.has_room_for_span());
+        mover.span(base, base + (1 << 20) + nth * 100, 100);
+        mover.launch();
     }
-    assert!(!mover.span(base, base + (1 << 20), 100), "three launches are on their way");
+    assert!(!mover.has_room_for_span(), "three launches are on their way");
+    assert_eq!(mover.room_for_pages(&[0], &[0], 1), 0);
     for _ in 0..2_000 {
-        assert_eq!(mover.ended().unwrap(), 0);
+        assert_eq!(ended(&mut mover), 0);
     }
     assert!(!mover.wait(Instant::now()));
     fake::pause(OF_PAUSES, false);
     wait(&mut mover, 3);
     assert!(content(&memory)[1 << 20..][..300].iter().all(|&byte| byte == 7));
-    assert!(mover.span(base, base + (1 << 20), 100));
-    mover.launch().unwrap();
+    assert!(mover.has_room_for_span());
+    mover.span(base, base + (1 << 20), 100);
+    mover.launch();
     assert!(mover.wait(Instant::now() + Duration::from_secs(20)));
 }
 
@@ -349,24 +393,28 @@ fn a_lost_context_fails_what_is_on_its_way() {
     let mut mover = Mover::new(&gpu, b"image", Limits::default()).unwrap();
     let memory = gpu.allocate(1 << 20).unwrap();
     let base = Gpu::memory_of(&memory).unwrap().base();
-    assert!(mover.span(base, base + 1000, 100));
-    mover.launch().unwrap();
+    mover.span(base, base + 1000, 100);
+    mover.launch();
     wait(&mut mover, 1);
     // An address that nothing is mapped at: as on a GPU, the context is lost with it.
-    assert!(mover.span(base, 1 << 20, 100));
-    mover.launch().unwrap();
+    mover.span(base, 1 << 20, 100);
+    mover.launch();
+    mover.span(base, base + 1000, 100);
+    mover.launch();
     let until = Instant::now() + Duration::from_secs(20);
     let failure = loop {
-        match mover.ended() {
-            Err(failure) => break failure,
-            Ok(ended) => assert_eq!(ended, 1),
+        match mover.progress() {
+            Progress { ended, failed: Some((first, failure)) } => {
+                assert_eq!((first, ended), (2, 3), "nothing runs in a context that is lost");
+                break failure;
+            }
+            Progress { ended, failed: None } => assert_eq!(ended, 1),
         }
         assert!(Instant::now() < until);
     };
     assert_eq!(failure.name, "CUDA_ERROR_ILLEGAL_ADDRESS");
     assert!(failure.is_sticky() && failure.advice().contains("context is lost"));
-    assert!(!mover.span(base, base, 1), "nothing is taken any more");
-    assert_eq!(mover.launch(), Err(failure));
+    assert!(!mover.has_room_for_span(), "nothing is taken any more");
     let Err(AccessError::Device(DeviceFailed { code, .. })) = memory.read(0, &mut [0]) else { panic!() };
     assert_eq!(code, failure.code);
     assert_eq!(fake::MODELS[device as usize], Model::SERVER);
