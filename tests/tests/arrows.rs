@@ -11,7 +11,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("crossdock-memory", &[]),
     ("crossdock-transport", &["crossdock-memory"]),
     ("crossdock-sim", PORT),
-    ("crossdock-shm", PORT),
+    ("crossdock-host", PORT),
+    ("crossdock-shm", &["crossdock-memory", "crossdock-transport", "crossdock-host"]),
     ("crossdock-tcp", PORT),
     ("crossdock-verbs", PORT),
     ("crossdock-cuda", PORT),
@@ -51,7 +52,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// A port depends on transport and memory alone, and on no other port.
+/// A port depends on transport and memory alone, and on no other port. One that moves bytes between the processes of a host
+/// also stands on the lanes between them.
 const PORT: &[&str] = &["crossdock-memory", "crossdock-transport"];
 
 /// Programs, examples and tests stand on top: nothing depends on them.

@@ -29,6 +29,7 @@ const DATA_PATH: &[&str] = &[
     "crates/ep",
     "crates/xfer",
     "crates/crossdock",
+    "crates/ports/host",
     "crates/ports/shm",
     "crates/ports/tcp",
     "crates/ports/verbs",

@@ -1,5 +1,9 @@
 //! What a port has done so far.
 
+use crossdock_host::HostCounters;
+
+use crate::medium::Moved;
+
 /// Counts since the port was opened. They only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ShmCounters {
@@ -25,4 +29,23 @@ pub struct ShmCounters {
     pub regions_announced: u64,
     /// Connections refused: of other users, without a lane to belong to, or beyond the limit.
     pub connections_refused: u64,
+}
+
+impl ShmCounters {
+    /// What the port and its medium have counted. No move goes on behind the port's back, and none of them is too many.
+    pub(crate) fn new(port: HostCounters, moved: Moved) -> Self {
+        Self {
+            bytes_written: moved.bytes_written,
+            bytes_read: moved.bytes_read,
+            immediates_sent: port.immediates_sent,
+            immediates_received: port.immediates_received,
+            short_by_bytes: port.short_by_bytes,
+            short_by_immediates: port.short_by_immediates,
+            short_by_dones: port.short_by_dones,
+            wakes_sent: port.wakes_sent,
+            wakes_received: port.wakes_received,
+            regions_announced: port.regions_announced,
+            connections_refused: port.connections_refused,
+        }
+    }
 }

@@ -3,61 +3,126 @@
 //! **How bytes move.** Memory that crossdock allocated ([`MemoryKind::Shared`]) is a sealed memfd; its descriptor goes to
 //! every connected peer over a Unix socket, the peer maps it, and an op is a copy by the poster's own thread, or by a
 //! few [copy threads](ShmOptions::copy_threads). Memory of any other origin is reached with `process_vm_writev` and
-//! `process_vm_readv`. Immediates go through a [ring](ShmOptions::immediates_per_lane) in memory that both ends map. All
-//! bytes of an op have moved when `post` returns; its `Done` comes out at the next poll.
+//! `process_vm_readv`. All bytes of an op have moved when `post` returns; its `Done` comes out at the next poll.
 //!
-//! **How ends find each other.** Each port listens on an abstract Unix socket with a random name. The end of a lane with
-//! the smaller cookie dials; the user id is checked by the kernel, the [tags](crossdock_transport::LaneTags) by both ends.
-//!
-//! **When a lane is down.** The peer writes by itself, and nothing here can stop it: `revoke` answers
-//! [`Fence::WhenDown`](crossdock_transport::Fence), and `Down` is said only when
-//! - this end has stopped: it takes no ops, and every [`Mapping`](crossdock_transport::Mapping) that the caller was given
-//!   on this lane has been dropped, so that nothing of the peer is mapped any more; and
-//! - the peer has answered that the same is true there, or its process is proven dead by a pidfd.
-//!
-//! The end of the socket is no proof: a process that executes another program, or that has lost its descriptors,
-//! may live on. A stopped process delays `Down` until it continues or dies. A lane that has not come so far that memory
-//! was shown ends at once.
+//! **All else**, how ends find each other, how immediates cross, and when a lane is down, is what [`crossdock_host`] does
+//! for every port between processes of one host.
 //!
 //! **Private memory** that a peer may still write must not go back to its owner. So a region under a grant that was
 //! revoked stays in use until every lane of that peer is down, and `deregister` is refused until then; and a port that is
 //! dropped while a peer has not stopped never drops its handles of private memory ([`regions_left_exposed`]). The rule for
 //! the owner is that of [`Memory::from_raw`](crossdock_memory::Memory::from_raw).
 //!
-//! **Distrust.** A peer runs as the same user, but it may be broken. Descriptors are mapped only if sealed against a
-//! change of their length; what a peer writes into shared memory is read once and checked; queues and
-//! descriptors have limits; and nothing that a peer does or leaves undone makes a call wait, but for one thing: the eventfd
-//! that wakes a peer is the peer's, too, and a peer that makes it blocking *and* fills its counter between two system calls
-//! of a `post` or a `poll` can hold up the thread that rings it.
+//! **Distrust.** Descriptors are mapped only if sealed against a change of their length. The kernel reaches into a peer's
+//! process only once that process has been proven to be the one that its number names.
 //!
-//! **Forks.** Mappings are not inherited by a forked child, and descriptors close with the execution of another program,
-//! so that no child keeps a peer's memory. A port cannot be used in a forked child; dropping it there does no harm.
+//! **Forks.** Mappings are not inherited by a forked child, so that no child keeps a peer's memory. A port cannot be used in
+//! a forked child; dropping it there does no harm.
 //!
 //! [`MemoryKind::Shared`]: crossdock_memory::MemoryKind::Shared
 
-mod address;
 pub mod copy;
 mod counters;
-mod descriptors;
-mod doorbell;
-mod guests;
-mod handshake;
-#[cfg(all(test, not(loom)))]
-mod hostile_tests;
-mod joined;
-mod lane;
-mod link;
-mod message;
-mod numbered;
-mod peer;
-mod port;
-mod posting;
+mod medium;
+mod options;
+mod pieces;
 pub mod process_memory;
-mod reach;
-mod remote;
-mod ring;
-mod sync;
-mod watch;
+mod regions;
 
 pub use counters::ShmCounters;
-pub use port::{ShmOptions, ShmPort, regions_left_exposed};
+pub use crossdock_host::regions_left_exposed;
+pub use options::ShmOptions;
+
+use crossdock_host::HostPort;
+use crossdock_memory::Memory;
+use crossdock_transport::{
+    Arm, Attached, Error, Events, Fence, Grant, GrantId, LaneAddress, LaneId, LaneTags, LocalId, Op, PeerId,
+    Port, PortInfo, Posted, RemoteKey, Result,
+};
+use rustix::io::Errno;
+use rustix::process::PTracer;
+
+use crate::medium::SharedMemory;
+
+/// A shared-memory port: see the [crate's page](crate).
+pub struct ShmPort {
+    port: HostPort<SharedMemory>,
+}
+
+impl ShmPort {
+    /// Opens a port.
+    pub fn open(options: ShmOptions) -> Result<Self> {
+        if options.allow_ptrace {
+            match rustix::process::set_ptracer(PTracer::Any) {
+                // A kernel without Yama needs no leave.
+                Ok(()) | Err(Errno::INVAL) => {}
+                Err(errno) => {
+                    return Err(Error::Os { call: "prctl(PR_SET_PTRACER)", errno: errno.raw_os_error() });
+                }
+            }
+        }
+        let port = HostPort::open(options.of_host(), |_| SharedMemory::new(&options))?;
+        Ok(Self { port })
+    }
+
+    /// What the port has done so far.
+    pub fn counters(&self) -> ShmCounters {
+        ShmCounters::new(self.port.counters(), self.port.medium().moved)
+    }
+}
+
+impl Port for ShmPort {
+    fn info(&self) -> &PortInfo {
+        self.port.info()
+    }
+
+    fn register(&mut self, memory: &Memory) -> Result<(LocalId, RemoteKey)> {
+        self.port.register(memory)
+    }
+
+    fn deregister(&mut self, region: LocalId) -> Result<()> {
+        self.port.deregister(region)
+    }
+
+    fn open_lane(&mut self, peer: PeerId) -> Result<(LaneId, LaneAddress)> {
+        self.port.open_lane(peer)
+    }
+
+    fn connect(&mut self, lane: LaneId, remote: &LaneAddress, tags: &LaneTags) -> Result<()> {
+        self.port.connect(lane, remote, tags)
+    }
+
+    fn attach(&mut self, lane: LaneId, key: &RemoteKey) -> Result<Attached> {
+        self.port.attach(lane, key)
+    }
+
+    fn grant(&mut self, grant: &Grant<'_>) -> Result<()> {
+        self.port.grant(grant)
+    }
+
+    fn revoke(&mut self, grant: GrantId) -> Fence {
+        self.port.revoke(grant)
+    }
+
+    fn close(&mut self, lane: LaneId) {
+        self.port.close(lane);
+    }
+
+    fn post(&mut self, lane: LaneId, ops: &[Op<'_>]) -> Result<Posted> {
+        self.port.post(lane, ops)
+    }
+
+    fn poll(&mut self, events: &mut Events) {
+        self.port.poll(events);
+    }
+
+    fn arm(&mut self) -> Arm<'_> {
+        self.port.arm()
+    }
+}
+
+impl std::fmt::Debug for ShmPort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.port.fmt(f)
+    }
+}

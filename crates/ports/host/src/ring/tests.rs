@@ -30,18 +30,31 @@ fn numbers_come_in_order_and_the_ring_fills_at_its_capacity() {
     let Rig { mut writer, mut reader, .. } = rig(4);
     for round in 0..10u32 {
         for at in 0..4 {
-            assert_eq!(writer.has_room(), Ok(true));
+            assert_eq!(writer.has_room(0), Ok(true));
             writer.push(round * 4 + at);
         }
-        assert_eq!(writer.has_room(), Ok(false));
+        assert_eq!(writer.has_room(0), Ok(false));
         for at in 0..4 {
             assert_eq!(reader.pop(), Ok(Some(round * 4 + at)));
         }
         assert_eq!(reader.pop(), Ok(None));
-        assert_eq!(writer.has_room(), Ok(false), "the room comes with the release");
+        assert_eq!(writer.has_room(0), Ok(false), "the room comes with the release");
         reader.release();
-        assert_eq!(writer.has_room(), Ok(true));
+        assert_eq!(writer.has_room(0), Ok(true));
     }
+}
+
+#[test]
+fn promised_numbers_have_their_room() {
+    let Rig { mut writer, mut reader, .. } = rig(4);
+    writer.push(0);
+    assert_eq!((writer.has_room(2), writer.has_room(3)), (Ok(true), Ok(false)));
+    assert_eq!(writer.wait_for_room(3), Ok(false));
+    assert_eq!(reader.pop(), Ok(Some(0)));
+    assert!(reader.release(), "the writer sleeps for room");
+    assert_eq!((writer.wait_for_room(3), writer.has_room(4)), (Ok(true), Ok(false)));
+    (1..5).for_each(|number| writer.push(number));
+    assert_eq!(writer.has_room(0), Ok(false));
 }
 
 #[test]
@@ -53,7 +66,7 @@ fn positions_wrap() {
     rig.backing.header.tail.0.store(start, Ordering::Relaxed);
     rig.backing.header.head.0.store(start, Ordering::Relaxed);
     for number in 0..7 {
-        assert_eq!(rig.writer.has_room(), Ok(true));
+        assert_eq!(rig.writer.has_room(0), Ok(true));
         rig.writer.push(number);
         assert_eq!(rig.reader.pop(), Ok(Some(number)));
         rig.reader.release();
@@ -73,9 +86,9 @@ fn only_a_sleeper_is_woken_and_only_once() {
     writer.push(2);
     assert!(writer.should_wake());
     assert!(!writer.should_wake(), "told once");
-    assert_eq!(writer.has_room(), Ok(true));
+    assert_eq!(writer.has_room(0), Ok(true));
     writer.push(3);
-    assert_eq!(writer.wait_for_room(), Ok(false));
+    assert_eq!(writer.wait_for_room(0), Ok(false));
     assert_eq!(reader.pop(), Ok(Some(2)));
     assert!(reader.release(), "the writer sleeps for room");
     assert!(!reader.release());
@@ -92,10 +105,10 @@ fn impossible_positions_are_found_at_both_ends() {
     for wrong in [3, 1000, u32::MAX, 1 << 31] {
         let Rig { mut writer, backing, .. } = rig(2);
         writer.push(0);
-        assert_eq!(writer.has_room(), Ok(true));
+        assert_eq!(writer.has_room(0), Ok(true));
         writer.push(0);
         backing.header.head.0.store(wrong, Ordering::Relaxed);
-        assert_eq!(writer.has_room(), Err(Corrupt), "head {wrong}");
+        assert_eq!(writer.has_room(0), Err(Corrupt), "head {wrong}");
     }
 }
 
@@ -105,7 +118,7 @@ fn two_threads_pass_many_numbers() {
     let Rig { mut writer, mut reader, .. } = rig(64);
     let sender = std::thread::spawn(move || {
         for number in 0..NUMBERS {
-            while writer.has_room() == Ok(false) {
+            while writer.has_room(0) == Ok(false) {
                 std::thread::yield_now();
             }
             writer.push(number.wrapping_mul(0x9e37_79b9));

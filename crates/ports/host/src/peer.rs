@@ -7,9 +7,9 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags};
 
-/// The process at the other end.
+/// The process at the other end of a lane.
 #[derive(Debug)]
-pub(crate) struct Peer {
+pub struct Peer {
     pid: Pid,
     pidfd: OwnedFd,
 }
@@ -51,13 +51,14 @@ impl Peer {
         Ok(Self { pid, pidfd })
     }
 
-    pub(crate) fn pid(&self) -> Pid {
+    /// Its number. It names another process once this one [is dead](Peer::is_dead).
+    pub fn pid(&self) -> Pid {
         self.pid
     }
 
     /// Whether every thread of the process has ended. Each of them has let go of its memory before, so none of its
     /// stores or `process_vm_writev` can follow.
-    pub(crate) fn is_dead(&self) -> bool {
+    pub fn is_dead(&self) -> bool {
         let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
         // An interrupted look, which a zero timeout hardly allows, is repeated by the next one.
         matches!(rustix::event::poll(&mut fds, Some(&NOW)), Ok(1..))

@@ -6,21 +6,22 @@ use crossdock_transport::{DownCause, LaneTags, PeerId};
 
 use crate::address::{Address, Secret};
 use crate::joined::{Joined, Phase};
+use crate::medium::Medium;
 use crate::peer::Peer;
 use crate::remote::Leash;
 use crate::watch::Watch;
 
 /// One end of a connection.
-pub(crate) struct Lane {
+pub(crate) struct Lane<M: Medium> {
     /// Whose lane it is.
     pub(crate) peer: PeerId,
     /// Names this end to the other one, which alone was told.
     pub(crate) cookie: Secret,
-    pub(crate) stage: Stage,
+    pub(crate) stage: Stage<M>,
 }
 
 /// How far a lane is. Only a [joined](Stage::Joined) lane can have shown memory to a peer; the others end at once.
-pub(crate) enum Stage {
+pub(crate) enum Stage<M: Medium> {
     /// Nobody has said where the other end is.
     Open,
     /// This end dials, and the other port's queue is full.
@@ -30,7 +31,7 @@ pub(crate) enum Stage {
     /// The other end dials.
     Expecting(Pact),
     /// Both ends know each other.
-    Joined(Box<Joined>),
+    Joined(Box<Joined<M>>),
     /// Over, and to be reported.
     Ended(DownCause),
 }
@@ -43,7 +44,7 @@ pub(crate) struct Pact {
     pub(crate) deadline: Instant,
 }
 
-impl Lane {
+impl<M: Medium> Lane<M> {
     /// When the lane wants to be looked at again, whatever happens.
     pub(crate) fn deadline(&self, now: Instant) -> Option<Instant> {
         match &self.stage {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::address::Secret;
-use crate::counters::ShmCounters;
+use crate::counters::HostCounters;
 use crate::doorbell::Doorbell;
 use crate::link::{Link, Listener, Received};
 use crate::message::{Greeting, Message};
@@ -47,7 +47,7 @@ impl Guests {
         listener: &Listener,
         watch: &Watch,
         patience: Duration,
-        counters: &mut ShmCounters,
+        counters: &mut HostCounters,
     ) {
         for _ in 0..ACCEPTED_AT_ONCE {
             match listener.accept() {
@@ -89,7 +89,7 @@ impl Guests {
         &mut self,
         number: u32,
         watch: &Watch,
-        counters: &mut ShmCounters,
+        counters: &mut HostCounters,
     ) -> Option<Greeting> {
         let guest = self.waiting.get_mut(number)?;
         match (guest.link.receive(), &guest.hello) {
@@ -144,7 +144,7 @@ impl Guests {
         now: Instant,
         watch: &Watch,
         listener: &Listener,
-        counters: &mut ShmCounters,
+        counters: &mut HostCounters,
     ) {
         while let Some(number) = self.waiting.find(|guest| guest.deadline <= now) {
             counters.connections_refused += 1;

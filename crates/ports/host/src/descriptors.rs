@@ -12,16 +12,19 @@ pub(crate) struct Descriptors {
     limit: usize,
 }
 
-/// A peer's descriptor that counts.
+/// A descriptor that a peer has passed with its region. It counts towards
+/// [`max_peer_descriptors`](crate::HostOptions::max_peer_descriptors) as long as it or a [share](PeerDescriptor::share) of
+/// it lives.
 #[derive(Debug)]
-pub(crate) struct PeerFd {
+pub struct PeerDescriptor {
     fd: OwnedFd,
     share: Share,
 }
 
-/// Counts as long as any clone lives: what was made of a descriptor keeps it when the descriptor itself is closed.
+/// Counts as long as any clone lives: what was made of a descriptor, as a mapping is, keeps it when the descriptor itself
+/// is closed.
 #[derive(Clone, Debug)]
-pub(crate) struct Share {
+pub struct Share {
     _one: Arc<One>,
 }
 
@@ -41,23 +44,24 @@ impl Descriptors {
     }
 
     /// Keeps one; `None`, and it is closed, if that is one too many.
-    pub(crate) fn keep(&self, fd: OwnedFd) -> Option<PeerFd> {
+    pub(crate) fn keep(&self, fd: OwnedFd) -> Option<PeerDescriptor> {
         // Only the port's thread adds, so that nothing can come in between; any thread may drop a mapping.
         if self.kept.load(Ordering::Relaxed) >= self.limit {
             return None;
         }
         self.kept.fetch_add(1, Ordering::Relaxed);
-        Some(PeerFd { fd, share: Share { _one: Arc::new(One(self.kept.clone())) } })
+        Some(PeerDescriptor { fd, share: Share { _one: Arc::new(One(self.kept.clone())) } })
     }
 }
 
-impl PeerFd {
-    pub(crate) fn share(&self) -> Share {
+impl PeerDescriptor {
+    /// What goes on counting when the descriptor is closed.
+    pub fn share(&self) -> Share {
         self.share.clone()
     }
 }
 
-impl AsFd for PeerFd {
+impl AsFd for PeerDescriptor {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }

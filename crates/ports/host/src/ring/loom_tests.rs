@@ -1,5 +1,5 @@
 //! Every interleaving of the two ends, as the memory model allows it:
-//! `RUSTFLAGS="--cfg loom" cargo test -p crossdock-shm --release --lib loom`.
+//! `RUSTFLAGS="--cfg loom" cargo test -p crossdock-host --release --lib loom`.
 
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;
@@ -44,7 +44,7 @@ fn bytes_are_readable_when_the_immediate_is_seen() {
         let sender = thread::spawn(move || {
             // SAFETY: loom checks that the reader's access is ordered after this one.
             bytes.bytes.with_mut(|bytes| unsafe { *bytes = 7 });
-            assert_eq!(writer.has_room(), Ok(true));
+            assert_eq!(writer.has_room(0), Ok(true));
             writer.push(1);
         });
         if let Some(number) = reader.pop().expect("nobody tampers") {
@@ -60,11 +60,11 @@ fn bytes_are_readable_when_the_immediate_is_seen() {
 fn what_was_read_may_be_written_again_once_it_is_released() {
     loom::model(|| {
         let (mut writer, mut reader, backing) = ends(1);
-        assert_eq!(writer.has_room(), Ok(true));
+        assert_eq!(writer.has_room(0), Ok(true));
         writer.push(1);
         let bytes = backing.clone();
         let sender = thread::spawn(move || {
-            if writer.has_room() == Ok(true) {
+            if writer.has_room(0) == Ok(true) {
                 // SAFETY: loom checks that the reader's access is ordered before this one.
                 bytes.bytes.with_mut(|bytes| unsafe { *bytes = 7 });
                 writer.push(2);
@@ -85,7 +85,7 @@ fn a_sleeping_reader_is_never_left_with_a_number() {
         let (mut writer, mut reader, backing) = ends(2);
         let bell = backing.clone();
         let sender = thread::spawn(move || {
-            assert_eq!(writer.has_room(), Ok(true));
+            assert_eq!(writer.has_room(0), Ok(true));
             writer.push(1);
             if writer.should_wake() {
                 bell.reader_woken.store(1, Ordering::SeqCst);
@@ -103,7 +103,7 @@ fn a_sleeping_reader_is_never_left_with_a_number() {
 fn a_writer_that_sleeps_for_room_is_never_left_with_it() {
     loom::model(|| {
         let (mut writer, mut reader, backing) = ends(1);
-        assert_eq!(writer.has_room(), Ok(true));
+        assert_eq!(writer.has_room(0), Ok(true));
         writer.push(1);
         let bell = backing.clone();
         let receiver = thread::spawn(move || {
@@ -112,7 +112,7 @@ fn a_writer_that_sleeps_for_room_is_never_left_with_it() {
                 bell.writer_woken.store(1, Ordering::SeqCst);
             }
         });
-        let sleeps = !writer.wait_for_room().expect("nobody tampers");
+        let sleeps = !writer.wait_for_room(0).expect("nobody tampers");
         receiver.join().expect("the receiver has taken it");
         if sleeps {
             assert_eq!(backing.writer_woken.load(Ordering::SeqCst), 1, "asleep, with room in the ring");
@@ -124,11 +124,11 @@ fn a_writer_that_sleeps_for_room_is_never_left_with_it() {
 fn both_ends_can_sleep_on_one_ring() {
     loom::model(|| {
         let (mut writer, mut reader, backing) = ends(1);
-        assert_eq!(writer.has_room(), Ok(true));
+        assert_eq!(writer.has_room(0), Ok(true));
         writer.push(1);
         let bell = backing.clone();
         let sender = thread::spawn(move || {
-            if writer.wait_for_room() == Ok(true) {
+            if writer.wait_for_room(0) == Ok(true) {
                 writer.stop_waiting();
                 writer.push(2);
                 if writer.should_wake() {

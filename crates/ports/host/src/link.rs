@@ -11,15 +11,23 @@ use rustix::net::{
 };
 
 use crate::address::{Address, Secret};
+use crate::medium::{Kind, OfferForm};
 use crate::message::{MAX_BYTES, MAX_DESCRIPTORS, Message};
 
 /// Where a port is found.
 #[derive(Debug)]
-pub(crate) struct Listener(OwnedFd);
+pub(crate) struct Listener {
+    socket: OwnedFd,
+    forms: &'static [OfferForm],
+}
 
 /// One end of a connection.
 #[derive(Debug)]
-pub(crate) struct Link(OwnedFd);
+pub(crate) struct Link {
+    socket: OwnedFd,
+    /// What is told of regions there.
+    forms: &'static [OfferForm],
+}
 
 /// How sending went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,17 +56,17 @@ pub(crate) enum Received {
 }
 
 impl Listener {
-    pub(crate) fn bind(socket: &Secret) -> Result<Self, Errno> {
+    pub(crate) fn bind(kind: &'static Kind, socket: &Secret) -> Result<Self, Errno> {
         let listener = open()?;
-        rustix::net::bind(&listener, &SocketAddrUnix::new_abstract_name(&Address::socket_name(socket))?)?;
+        rustix::net::bind(&listener, &socket_address(kind, socket)?)?;
         rustix::net::listen(&listener, BACKLOG)?;
-        Ok(Self(listener))
+        Ok(Self { socket: listener, forms: kind.offers })
     }
 
     /// The next connection, if one waits.
     pub(crate) fn accept(&self) -> Result<Option<Link>, Errno> {
-        match rustix::net::accept_with(&self.0, FLAGS) {
-            Ok(socket) => Ok(Some(Link(socket))),
+        match rustix::net::accept_with(&self.socket, FLAGS) {
+            Ok(socket) => Ok(Some(Link { socket, forms: self.forms })),
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
             Err(errno) => Err(errno),
         }
@@ -67,10 +75,10 @@ impl Listener {
 
 impl Link {
     /// Connects to a port. [`Errno::AGAIN`]: too many others do so at the moment.
-    pub(crate) fn dial(socket: &Secret) -> Result<Self, Errno> {
+    pub(crate) fn dial(kind: &'static Kind, socket: &Secret) -> Result<Self, Errno> {
         let link = open()?;
-        rustix::net::connect(&link, &SocketAddrUnix::new_abstract_name(&Address::socket_name(socket))?)?;
-        Ok(Self(link))
+        rustix::net::connect(&link, &socket_address(kind, socket)?)?;
+        Ok(Self { socket: link, forms: kind.offers })
     }
 
     pub(crate) fn send(&self, message: &Message, descriptors: &[BorrowedFd<'_>]) -> Sent {
@@ -84,8 +92,12 @@ impl Link {
         let packet = message.encode();
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         loop {
-            return match rustix::net::sendmsg(&self.0, &[IoSlice::new(packet.written())], &mut control, flags)
-            {
+            return match rustix::net::sendmsg(
+                &self.socket,
+                &[IoSlice::new(packet.written())],
+                &mut control,
+                flags,
+            ) {
                 Ok(_) => Sent::Yes,
                 Err(Errno::INTR) => continue,
                 // The last one: too many descriptors of this user are on their way, in all sockets together.
@@ -98,7 +110,7 @@ impl Link {
     /// Lets a last packet through although the socket may be full.
     pub(crate) fn make_room(&self) {
         // The kernel doubles what is asked for and caps it: as much as possible is what is wanted.
-        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&self.0, 1 << 20);
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&self.socket, 1 << 20);
     }
 
     pub(crate) fn receive(&self) -> Received {
@@ -108,7 +120,8 @@ impl Link {
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
         let mut resets = 0;
         let packet = loop {
-            match rustix::net::recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
+            match rustix::net::recvmsg(&self.socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags)
+            {
                 Ok(packet) => break packet,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => return Received::Nothing,
@@ -137,7 +150,7 @@ impl Link {
         if packet.bytes == 0 {
             return Received::End;
         }
-        match bytes.get(..packet.bytes).and_then(Message::decode) {
+        match bytes.get(..packet.bytes).and_then(|packet| Message::decode(packet, self.forms)) {
             Some(message) if message.descriptors() == count => Received::Message(message, descriptors),
             _ => Received::Nonsense,
         }
@@ -146,14 +159,18 @@ impl Link {
 
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
 }
 
 impl AsFd for Link {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.socket.as_fd()
     }
+}
+
+fn socket_address(kind: &Kind, socket: &Secret) -> Result<SocketAddrUnix, Errno> {
+    SocketAddrUnix::new_abstract_name(Address::socket_name(kind, socket).as_bytes())
 }
 
 fn open() -> Result<OwnedFd, Errno> {
@@ -169,12 +186,24 @@ const CONTROL_BYTES: usize = rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS));
 mod tests {
     use super::*;
     use crate::doorbell::Doorbell;
-    use crate::message::Place;
+    use crate::message::{Described, Payload};
+
+    static KIND: Kind = Kind {
+        name: "test",
+        address_magic: *b"ta\x00\x01",
+        key_magic: *b"tk\x00\x01",
+        offers: &[OfferForm { number: 0, payload_bytes: 8, with_descriptor: true }],
+    };
+
+    fn region() -> Message {
+        let offer = Described { form: 0, payload: Payload::new(&[0; 8]), with_descriptor: true };
+        Message::Region { number: 3, bytes: 4096, offer }
+    }
 
     fn pair() -> (Link, Link) {
         let secret = crate::address::secret().expect("the kernel has entropy");
-        let listener = Listener::bind(&secret).expect("an abstract name can be bound");
-        let dialed = Link::dial(&secret).expect("the listener is there");
+        let listener = Listener::bind(&KIND, &secret).expect("an abstract name can be bound");
+        let dialed = Link::dial(&KIND, &secret).expect("the listener is there");
         let accepted = listener.accept().expect("accept works").expect("a connection waits");
         (dialed, accepted)
     }
@@ -184,7 +213,7 @@ mod tests {
         let (one, other) = pair();
         assert!(matches!(other.receive(), Received::Nothing));
         let bell = Doorbell::new().expect("an eventfd");
-        let region = Message::Region { number: 3, bytes: 4096, place: Place::Shared };
+        let region = region();
         assert_eq!(one.send(&region, &[bell.as_fd()]), Sent::Yes);
         assert_eq!(one.send(&Message::Announced, &[]), Sent::Yes);
         assert!(matches!(other.receive(), Received::Message(found, [Some(_), None]) if found == region));
@@ -212,7 +241,7 @@ mod tests {
             assert!(matches!(other.receive(), Received::Nonsense), "{packet:?}");
         }
         // A region without its descriptor.
-        raw(Message::Region { number: 3, bytes: 4096, place: Place::Shared }.encode().written());
+        raw(region().encode().written());
         assert!(matches!(other.receive(), Received::Nonsense));
     }
 

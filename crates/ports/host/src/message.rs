@@ -4,19 +4,22 @@
 //! |---|---|---|
 //! | `Hello` | doorbell | first, from the end that dials |
 //! | `Welcome` | doorbell, rings | the answer: the lane's ends know each other |
-//! | `Region` | the memfd, if shared | a region that keys can name; all that exist come before `Announced` |
+//! | `Region` | what its form says | a region that keys can name; all that exist come before `Announced` |
 //! | `Announced` | | the sender is ready: the receiver's lane is up |
 //! | `Retire` | | the region is deregistered: forget it, unmap it |
 //! | `Closed` | | the sender touches the receiver's memory no more, and never will on this lane |
 
+use std::ops::Deref;
+
 use crate::address::Secret;
+use crate::medium::OfferForm;
 
 /// One packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
     Hello(Greeting),
     Welcome(Greeting),
-    Region { number: u32, bytes: u64, place: Place },
+    Region { number: u32, bytes: u64, offer: Described },
     Announced,
     Retire { number: u32 },
     Closed,
@@ -39,13 +42,50 @@ pub(crate) struct Greeting {
     pub(crate) immediates: u32,
 }
 
-/// Where a region is.
+/// What a medium says of a region, in one of its forms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
-    /// In the memfd that comes with the message.
-    Shared,
-    /// At this address in the sender's process.
-    Private { address: u64 },
+pub(crate) struct Described {
+    pub(crate) form: u8,
+    pub(crate) payload: Payload,
+    /// Whether a descriptor comes with the message.
+    pub(crate) with_descriptor: bool,
+}
+
+/// The bytes by which a medium describes a region; up to [`MAX_BYTES`](Payload::MAX_BYTES).
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Payload {
+    /// Zeros behind the end.
+    bytes: [u8; Payload::MAX_BYTES],
+    end: usize,
+}
+
+impl Payload {
+    /// No payload is longer.
+    pub const MAX_BYTES: usize = 96;
+
+    /// A payload of these bytes.
+    ///
+    /// # Panics
+    /// If they are too many.
+    pub fn new(bytes: &[u8]) -> Self {
+        let mut payload = Self { bytes: [0; Self::MAX_BYTES], end: bytes.len() };
+        payload.bytes[..bytes.len()].copy_from_slice(bytes);
+        payload
+    }
+}
+
+impl Deref for Payload {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..self.end]
+    }
+}
+
+impl std::fmt::Debug for Payload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Payload({} bytes)", self.end)
+    }
 }
 
 impl Message {
@@ -54,15 +94,11 @@ impl Message {
         match self {
             Self::Hello(greeting) => greeting.encode(HELLO, &mut bytes),
             Self::Welcome(greeting) => greeting.encode(WELCOME, &mut bytes),
-            Self::Region { number, bytes: length, place } => {
-                let (kind, address) = match place {
-                    Place::Shared => (SHARED, 0),
-                    Place::Private { address } => (PRIVATE, *address),
-                };
-                bytes.put(&[REGION, kind]);
+            Self::Region { number, bytes: length, offer } => {
+                bytes.put(&[REGION, offer.form]);
                 bytes.put(&number.to_le_bytes());
                 bytes.put(&length.to_le_bytes());
-                bytes.put(&address.to_le_bytes());
+                bytes.put(&offer.payload);
             }
             Self::Announced => bytes.put(&[ANNOUNCED]),
             Self::Retire { number } => {
@@ -74,24 +110,21 @@ impl Message {
         bytes
     }
 
-    /// Reads a packet; `None` if it is none of ours.
-    pub(crate) fn decode(packet: &[u8]) -> Option<Self> {
+    /// Reads a packet of a medium with these forms of offers; `None` if it is none of ours.
+    pub(crate) fn decode(packet: &[u8], forms: &[OfferForm]) -> Option<Self> {
         let mut bytes = Reader::new(packet);
         let [kind] = bytes.take()?;
         let message = match kind {
             HELLO => Self::Hello(Greeting::decode(&mut bytes)?),
             WELCOME => Self::Welcome(Greeting::decode(&mut bytes)?),
             REGION => {
-                let [kind] = bytes.take()?;
+                let [form] = bytes.take()?;
+                let form = forms.iter().find(|known| known.number == form)?;
                 let number = u32::from_le_bytes(bytes.take()?);
                 let length = u64::from_le_bytes(bytes.take()?);
-                let address = u64::from_le_bytes(bytes.take()?);
-                let place = match kind {
-                    SHARED => Place::Shared,
-                    PRIVATE => Place::Private { address },
-                    _ => return None,
-                };
-                Self::Region { number, bytes: length, place }
+                let payload = Payload::new(bytes.take_slice(form.payload_bytes)?);
+                let offer = Described { form: form.number, payload, with_descriptor: form.with_descriptor };
+                Self::Region { number, bytes: length, offer }
             }
             ANNOUNCED => Self::Announced,
             RETIRE => Self::Retire { number: u32::from_le_bytes(bytes.take()?) },
@@ -104,7 +137,7 @@ impl Message {
     /// How many descriptors come with it.
     pub(crate) fn descriptors(&self) -> usize {
         match self {
-            Self::Hello(_) | Self::Region { place: Place::Shared, .. } => 1,
+            Self::Hello(_) | Self::Region { offer: Described { with_descriptor: true, .. }, .. } => 1,
             Self::Welcome(_) => 2,
             _ => 0,
         }
@@ -171,6 +204,12 @@ impl<'a> Reader<'a> {
         Some(*taken)
     }
 
+    pub(crate) fn take_slice(&mut self, bytes: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(bytes)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
     pub(crate) fn is_at_end(&self) -> bool {
         self.0.is_empty()
     }
@@ -188,14 +227,17 @@ const ANNOUNCED: u8 = 4;
 const RETIRE: u8 = 5;
 const CLOSED: u8 = 6;
 
-const SHARED: u8 = 0;
-const PRIVATE: u8 = 1;
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    const FORMS: &[OfferForm] = &[
+        OfferForm { number: 0, payload_bytes: 8, with_descriptor: true },
+        OfferForm { number: 1, payload_bytes: 0, with_descriptor: false },
+        OfferForm { number: 7, payload_bytes: Payload::MAX_BYTES, with_descriptor: false },
+    ];
 
     fn greeting() -> impl Strategy<Value = Greeting> {
         (any::<Secret>(), any::<Secret>(), any::<[u8; 32]>(), any::<Secret>(), any::<u64>(), any::<u32>())
@@ -210,15 +252,17 @@ mod tests {
     }
 
     fn message() -> impl Strategy<Value = Message> {
-        let place =
-            prop_oneof![Just(Place::Shared), any::<u64>().prop_map(|address| Place::Private { address })];
+        let offer = (0..FORMS.len(), any::<[u8; Payload::MAX_BYTES]>()).prop_map(|(at, bytes)| {
+            let OfferForm { number, payload_bytes, with_descriptor } = FORMS[at];
+            Described { form: number, payload: Payload::new(&bytes[..payload_bytes]), with_descriptor }
+        });
         prop_oneof![
             greeting().prop_map(Message::Hello),
             greeting().prop_map(Message::Welcome),
-            (any::<u32>(), any::<u64>(), place).prop_map(|(number, bytes, place)| Message::Region {
+            (any::<u32>(), any::<u64>(), offer).prop_map(|(number, bytes, offer)| Message::Region {
                 number,
                 bytes,
-                place
+                offer
             }),
             Just(Message::Announced),
             any::<u32>().prop_map(|number| Message::Retire { number }),
@@ -229,7 +273,7 @@ mod tests {
     proptest! {
         #[test]
         fn messages_survive_the_journey(message in message()) {
-            prop_assert_eq!(Message::decode(message.encode().written()), Some(message));
+            prop_assert_eq!(Message::decode(message.encode().written(), FORMS), Some(message));
         }
 
         #[test]
@@ -237,17 +281,17 @@ mod tests {
             let packet = message.encode();
             let mut bytes = packet.written().to_vec();
             bytes.push(0);
-            prop_assert_eq!(Message::decode(&bytes), None);
+            prop_assert_eq!(Message::decode(&bytes, FORMS), None);
             bytes.pop();
             bytes.truncate(cut);
             if bytes.len() < packet.written().len() {
-                prop_assert_eq!(Message::decode(&bytes), None);
+                prop_assert_eq!(Message::decode(&bytes, FORMS), None);
             }
         }
 
         #[test]
         fn any_bytes_are_read_without_harm(bytes in proptest::collection::vec(any::<u8>(), 0..MAX_BYTES)) {
-            if let Some(message) = Message::decode(&bytes) {
+            if let Some(message) = Message::decode(&bytes, FORMS) {
                 prop_assert!(message.descriptors() <= MAX_DESCRIPTORS);
             }
         }

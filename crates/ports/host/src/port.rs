@@ -5,56 +5,58 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crossdock_memory::{Memory, MemoryKind};
+use crossdock_memory::Memory;
 use crossdock_transport::{
     Arm, Attached, DownCause, Error, Event, Events, Fence, Grant, GrantId, GrantTable, LaneAddress, LaneId,
     LaneTags, LocalId, Op, PeerId, Port, PortInfo, Posted, RemoteKey, Result,
 };
 use rustix::io::Errno;
-use rustix::process::PTracer;
 
 use crate::address::{Address, Key, Secret, secret};
-use crate::copy::{Copier, CopyThreads};
-use crate::counters::ShmCounters;
+use crate::counters::HostCounters;
 use crate::descriptors::Descriptors;
-use crate::doorbell::Doorbell;
+use crate::doorbell::{Bell, Doorbell};
 use crate::guests::Guests;
 use crate::joined::{Joined, Outgoing, Phase};
 use crate::lane::{Lane, Pact, Stage};
 use crate::link::Listener;
+use crate::medium::{Medium, Registered};
+use crate::message::Payload;
 use crate::numbered::Numbered;
 use crate::posting::{Posting, Taken};
 use crate::reach;
 use crate::remote::MAX_REGIONS;
 use crate::ring;
+use crate::underway::Underway;
 use crate::watch::{Ready, Watch};
 
-/// A shared-memory port: see the [crate's page](crate).
-pub struct ShmPort {
+/// A port whose bytes a [`Medium`] moves: see the [crate's page](crate).
+pub struct HostPort<M: Medium> {
     pub(crate) info: PortInfo,
-    pub(crate) options: ShmOptions,
-    /// Names this port in its keys. Peers read it where it lies, to prove that they reach this process; so it stays
+    pub(crate) options: HostOptions,
+    /// Names this port in its keys. Peers may read it where it lies, to prove that they reach this process; so it stays
     /// in one place.
     pub(crate) name: Box<Secret>,
     /// Where peers dial.
     pub(crate) socket: Secret,
     /// Lanes let go of peers' memory first of all.
-    pub(crate) lanes: Numbered<Lane>,
+    pub(crate) lanes: Numbered<Lane<M>>,
     next_lane: u32,
     pub(crate) guests: Guests,
     pub(crate) descriptors: Descriptors,
-    pub(crate) regions: Numbered<Region>,
+    pub(crate) regions: Numbered<Registered<M::Region>>,
     next_region: u32,
     grants: GrantTable,
-    /// Private regions under grants that were revoked while their peer had a lane: it may still write there by itself,
-    /// until all its lanes are down.
+    /// [Exposed](Medium::is_exposed) regions under grants that were revoked while their peer had a lane: it may still write
+    /// there by itself, until all its lanes are down.
     exposed: BTreeSet<(PeerId, u32)>,
-    copier: CopyThreads,
+    /// Behind all that it has made.
+    pub(crate) medium: M,
     pub(crate) watch: Watch,
     pub(crate) listener: Listener,
     /// What wakes this port. Mappings keep it: their end is something to wake up for.
     pub(crate) bell: Arc<Doorbell>,
-    pub(crate) counters: ShmCounters,
+    pub(crate) counters: HostCounters,
     /// Whether the owner was told that it may sleep.
     armed: bool,
     /// Polls since the last look around.
@@ -67,12 +69,9 @@ pub struct ShmPort {
 
 /// How a port is opened.
 #[derive(Clone, Debug)]
-pub struct ShmOptions {
+pub struct HostOptions {
     /// The port's name in logs and errors.
     pub name: String,
-    /// How many threads share a large copy, the caller of `post` among them; at least one. Each costs a core while it
-    /// copies.
-    pub copy_threads: usize,
     /// How many lanes may be open at a time. Each takes four file descriptors, and one more for each region that its
     /// peer has registered.
     pub max_lanes: usize,
@@ -82,87 +81,73 @@ pub struct ShmOptions {
     /// what the process may have when the port is opened (`RLIMIT_NOFILE`). A lane whose peer passes one more ends with
     /// [`DownCause::LimitReached`].
     pub max_peer_descriptors: usize,
-    /// How many immediates may be on their way on a lane, and how many ends of ops may wait to be polled there. Rounded
-    /// up to a power of two, up to 65,536.
+    /// How many immediates may be on their way on a lane, and how many ends of ops may wait to be polled there; where moves
+    /// go on behind the port's back, how many of them may on a lane. Rounded up to a power of two, up to 65,536.
     pub immediates_per_lane: u32,
-    /// How many bytes each copy thread moves in one call of `post` before it comes back short, so that the thread that
-    /// owns the port serves its other lanes in time. One piece of a paged op is moved in any case.
-    pub bytes_per_turn: u64,
     /// How long a lane may take to connect.
     pub connect_timeout: Duration,
     /// What [`PortInfo::bytes_per_second`] says; rails are loaded in this proportion.
     pub bytes_per_second: u64,
-    /// Lets every process of this user reach into this one, where `/proc/sys/kernel/yama/ptrace_scope` is 1 and
-    /// would forbid it (`PR_SET_PTRACER_ANY`). Only private memory needs it.
-    pub allow_ptrace: bool,
+    /// The NUMA node of the device, where that means something.
+    pub numa_node: Option<u32>,
     /// Processes with different domains do not connect, as if they were on different hosts; at most 255 bytes. For
     /// containers of one host that share its namespaces and are to be told apart all the same.
     pub domain: String,
 }
 
-impl Default for ShmOptions {
+impl Default for HostOptions {
     fn default() -> Self {
         Self {
-            name: "shm".into(),
-            copy_threads: 1,
+            name: "host".into(),
             max_lanes: 1024,
             max_regions: 1024,
             max_peer_descriptors: 65_536,
             immediates_per_lane: 1024,
-            bytes_per_turn: 8 << 20,
             connect_timeout: Duration::from_secs(10),
             bytes_per_second: 10_000_000_000,
-            allow_ptrace: false,
+            numa_node: None,
             domain: String::new(),
         }
     }
 }
 
-/// Registered memory.
-pub(crate) struct Region {
-    pub(crate) memory: Memory,
-}
-
-impl ShmPort {
-    /// Opens a port.
-    pub fn open(options: ShmOptions) -> Result<Self> {
+impl<M: Medium> HostPort<M> {
+    /// Opens a port. The medium is made last; the bell is for one that [wakes](Medium::wakes) the port.
+    ///
+    /// # Panics
+    /// If an offer of the medium's [kind](Medium::KIND) has a longer payload than a packet.
+    pub fn open(options: HostOptions, medium: impl FnOnce(Bell) -> Result<M>) -> Result<Self> {
+        assert!(
+            M::KIND.offers.iter().all(|form| form.payload_bytes <= Payload::MAX_BYTES),
+            "{:?} cannot be told in packets",
+            M::KIND
+        );
         let os = |call| move |errno: Errno| Error::Os { call, errno: errno.raw_os_error() };
-        let options = ShmOptions {
-            copy_threads: options.copy_threads.max(1),
+        let options = HostOptions {
             max_regions: options.max_regions.min(MAX_REGIONS),
             immediates_per_lane: options.immediates_per_lane.clamp(1, ring::MAX_CAPACITY).next_power_of_two(),
-            bytes_per_turn: options.bytes_per_turn.max(1),
             connect_timeout: options.connect_timeout.min(LONGEST_CONNECT),
             ..options
         };
-        if options.allow_ptrace {
-            match rustix::process::set_ptracer(PTracer::Any) {
-                // A kernel without Yama needs no leave.
-                Ok(()) | Err(Errno::INVAL) => {}
-                Err(errno) => return Err(os("prctl(PR_SET_PTRACER)")(errno)),
-            }
-        }
         let socket = secret()?;
-        let listener = Listener::bind(&socket).map_err(os("bind"))?;
+        let listener = Listener::bind(M::KIND, &socket).map_err(os("bind"))?;
         let bell = Arc::new(Doorbell::new().map_err(os("eventfd"))?);
         let watch = Watch::new().map_err(|(call, errno)| os(call)(errno))?;
         watch.add(&listener, Ready::Listener).map_err(os("epoll_ctl"))?;
         watch.add(&*bell, Ready::Doorbell).map_err(os("epoll_ctl"))?;
-        let copier = CopyThreads::start(Copier::detect(), options.copy_threads - 1).map_err(|error| {
-            Error::Os { call: "clone", errno: error.raw_os_error().unwrap_or(libc::EAGAIN) }
-        })?;
+        let name = Box::new(secret()?);
         let info = PortInfo {
-            kind: "shm",
+            kind: M::KIND.name,
             name: options.name.clone(),
             reach: reach::of_this_process(&options.domain)?,
-            numa_node: None,
+            numa_node: options.numa_node,
             bytes_per_second: options.bytes_per_second,
             ordered: true,
             immediates_in_flight: options.immediates_per_lane,
         };
         Ok(Self {
             info,
-            name: Box::new(secret()?),
+            name,
             socket,
             lanes: Numbered::default(),
             next_lane: 0,
@@ -172,11 +157,11 @@ impl ShmPort {
             next_region: 0,
             grants: GrantTable::new(),
             exposed: BTreeSet::new(),
-            copier,
+            medium: medium(Bell::new(&bell))?,
             watch,
             listener,
             bell,
-            counters: ShmCounters::default(),
+            counters: HostCounters::default(),
             armed: false,
             polls: 0,
             first: 0,
@@ -186,12 +171,17 @@ impl ShmPort {
     }
 
     /// What the port has done so far.
-    pub fn counters(&self) -> ShmCounters {
+    pub fn counters(&self) -> HostCounters {
         self.counters
     }
 
+    /// What moves the bytes.
+    pub fn medium(&self) -> &M {
+        &self.medium
+    }
+
     /// A lane that has been opened and has not ended.
-    fn lane(&mut self, id: LaneId) -> Result<&mut Lane> {
+    fn lane(&mut self, id: LaneId) -> Result<&mut Lane<M>> {
         let known = id.0 < self.next_lane;
         self.lanes.get_mut(id.0).ok_or(if known {
             Error::LaneDown { lane: id }
@@ -204,7 +194,7 @@ impl ShmPort {
     fn tell_all(&mut self, what: Outgoing) {
         for (_, lane) in self.lanes.iter_mut() {
             if let Stage::Joined(joined) = &mut lane.stage {
-                joined.tell(what, &self.regions);
+                joined.announce(what, &self.regions, &self.medium);
             }
         }
     }
@@ -225,7 +215,7 @@ impl ShmPort {
                 Ready::Socket(lane) => self.hear_lane(lane),
                 Ready::Process(lane) => {
                     if let Some(Lane { stage: Stage::Joined(joined), .. }) = self.lanes.get_mut(lane) {
-                        joined.look_for_death(&self.watch, &mut self.counters);
+                        joined.look_for_death(&mut self.medium, &self.watch, &mut self.counters);
                     } else {
                         self.hear_lane(lane);
                     }
@@ -238,7 +228,7 @@ impl ShmPort {
                 && joined.blocked
                 && !joined.is_closing()
             {
-                joined.flush(&self.regions);
+                joined.flush(&self.regions, &self.medium);
             }
         }
     }
@@ -273,6 +263,9 @@ impl ShmPort {
         let (id, lane) = self.lanes.at_mut(place);
         let id = LaneId(id);
         if let Stage::Joined(joined) = &mut lane.stage {
+            if !joined.underway.is_empty() {
+                joined.settle(&mut self.medium, &mut self.counters);
+            }
             let all = joined.deliver(id, events, &mut self.counters);
             if let Some(cause) = joined.advance_close()
                 && all
@@ -291,7 +284,7 @@ impl ShmPort {
     }
 }
 
-impl Port for ShmPort {
+impl<M: Medium> Port for HostPort<M> {
     fn info(&self) -> &PortInfo {
         &self.info
     }
@@ -300,18 +293,13 @@ impl Port for ShmPort {
         if self.regions.len() >= self.options.max_regions {
             return Err(Error::Limit { what: "regions", limit: self.options.max_regions as u64 });
         }
-        if !matches!(memory.kind(), MemoryKind::Shared | MemoryKind::Private) {
-            return Err(Error::Unsupported {
-                what: "registration of memory that is not in this host's main memory",
-                advice: "use a port of the device that owns it",
-            });
-        }
+        let region = self.medium.register(memory)?;
         let number = self.next_region;
         self.next_region += 1;
-        self.regions.push(number, Region { memory: memory.clone() });
+        self.regions.push(number, Registered { region, memory: memory.clone() });
         self.tell_all(Outgoing::Region(number));
         let key = Key { port: *self.name, region: number, bytes: memory.bytes() as u64 };
-        Ok((LocalId(number), key.encode()))
+        Ok((LocalId(number), key.encode(M::KIND)))
     }
 
     fn deregister(&mut self, region: LocalId) -> Result<()> {
@@ -323,6 +311,9 @@ impl Port for ShmPort {
         }
         if self.exposed.iter().any(|(_, exposed)| *exposed == region.0) {
             return Err(Error::RegionInUse { by: "a revoked grant whose peer has a lane that is not down" });
+        }
+        if self.any_move(|underway| underway.uses_local(region)) {
+            return Err(Error::RegionInUse { by: "an op" });
         }
         self.tell_all(Outgoing::Retire(region.0));
         self.regions.remove(region.0);
@@ -337,7 +328,7 @@ impl Port for ShmPort {
         let id = self.next_lane;
         self.next_lane += 1;
         self.lanes.push(id, Lane { peer, cookie, stage: Stage::Open });
-        Ok((LaneId(id), Address { socket: self.socket, cookie }.encode()))
+        Ok((LaneId(id), Address { socket: self.socket, cookie }.encode(M::KIND)))
     }
 
     fn connect(&mut self, id: LaneId, remote: &LaneAddress, tags: &LaneTags) -> Result<()> {
@@ -349,7 +340,7 @@ impl Port for ShmPort {
                 _ => Error::BadAddress { reason: "the lane has been told another one already" },
             });
         };
-        let remote = Address::decode(remote)?;
+        let remote = Address::decode(M::KIND, remote)?;
         let pact = Pact { remote, tags: *tags, deadline };
         // The ends agree on who dials without a word.
         match lane.cookie.cmp(&remote.cookie) {
@@ -372,17 +363,17 @@ impl Port for ShmPort {
         let Lane { stage: Stage::Joined(_), .. } = self.lane(id)? else {
             return Err(self.not_joined(id));
         };
-        let key = Key::decode(key)?;
+        let key = Key::decode(M::KIND, key)?;
         let Some(Lane { stage: Stage::Joined(joined), .. }) = self.lanes.get_mut(id.0) else {
             return Err(Error::LaneDown { lane: id });
         };
         joined.accepts(id)?;
         if !joined.remote.has_heard_of(&key) {
-            joined.listen(&self.watch, &mut self.counters);
+            joined.listen(&mut self.medium, &self.watch, &mut self.counters);
             joined.accepts(id)?;
         }
-        let Joined { remote, leash, .. } = &mut **joined;
-        remote.attach(&key, leash, &self.bell)
+        let Joined { remote, peer, leash, .. } = &mut **joined;
+        remote.attach(&key, peer, leash, &self.bell, &mut self.medium)
     }
 
     fn grant(&mut self, grant: &Grant<'_>) -> Result<()> {
@@ -394,11 +385,9 @@ impl Port for ShmPort {
         if let Some((peer, buffers)) = self.grants.covered_by(grant)
             && self.lanes.iter().any(|(_, lane)| lane.peer == peer)
         {
-            // Shared memory may go: the peer has a mapping of its own, and what it stores there reaches nobody any more.
-            let is_private = |region: &Region| region.memory.kind() == MemoryKind::Private;
             let regions = buffers.iter().map(|buffer| buffer.region.0);
-            let private = regions.filter(|region| self.regions.get(*region).is_some_and(is_private));
-            self.exposed.extend(private.map(|region| (peer, region)));
+            let exposed = regions.filter(|region| self.regions.get(*region).is_some_and(M::is_exposed));
+            self.exposed.extend(exposed.map(|region| (peer, region)));
         }
         // The peer writes by itself, and nothing here can stop it.
         if self.grants.remove(grant) { Fence::WhenDown } else { Fence::Now }
@@ -422,12 +411,9 @@ impl Port for ShmPort {
         let mut posting = Posting {
             lane: id,
             regions: &self.regions,
-            copier: &mut self.copier,
+            medium: &mut self.medium,
             counters: &mut self.counters,
-            // More threads move more in the time that the other lanes can wait; and a short call is where they wait
-            // for each other.
-            budget_bytes: self.options.bytes_per_turn.saturating_mul(self.options.copy_threads as u64),
-            is_fresh: true,
+            moved_bytes: 0,
         };
         joined.short = None;
         let mut posted = Posted::default();
@@ -445,6 +431,7 @@ impl Port for ShmPort {
                 }
             }
         }
+        self.medium.flush(&mut joined.lane);
         if self.counters.immediates_sent > sent_before {
             joined.wake_peer(&mut self.counters);
         }
@@ -466,6 +453,7 @@ impl Port for ShmPort {
             self.look_around();
         }
         self.polls += 1;
+        self.medium.poll();
         let before = events.len();
         // Every poll begins with another lane, so that none waits for ever behind a busy one.
         let lanes = self.lanes.len();
@@ -483,6 +471,10 @@ impl Port for ShmPort {
     }
 
     fn arm(&mut self) -> Arm<'_> {
+        // Before a lane announces its sleep to a peer, which would ring for nothing.
+        if self.any_move(|underway| !underway.is_empty()) && !self.medium.wakes() {
+            return Arm::Spin;
+        }
         let mut deadline = self.guests.deadline();
         let now = Instant::now();
         for (_, lane) in self.lanes.iter_mut() {
@@ -507,7 +499,7 @@ impl Port for ShmPort {
     }
 }
 
-impl ShmPort {
+impl<M: Medium> HostPort<M> {
     /// Why a lane that is not joined takes nothing.
     fn not_joined(&self, id: LaneId) -> Error {
         match self.lanes.get(id.0) {
@@ -516,18 +508,59 @@ impl ShmPort {
         }
     }
 
-    /// A peer that has not said that it has stopped, and is not proven dead, may go on writing into private memory after
-    /// this port is gone, and nobody is left who would hear of its end. So the handles of that memory are never dropped:
-    /// it stays as it is, as the contract of [`Memory::from_raw`] demands. Shared memory needs no such care, since the
-    /// peer's mapping is its own; and a lane that is not joined has shown no memory.
-    fn keep_exposed_memory(&mut self) {
-        let can_write =
-            |lane: &Lane| matches!(&lane.stage, Stage::Joined(joined) if !joined.peer_has_stopped());
-        if !self.lanes.iter().any(|(_, lane)| can_write(lane)) {
+    /// Whether that is so of the moves of any lane.
+    fn any_move(&self, what: impl Fn(&Underway) -> bool) -> bool {
+        self.lanes
+            .iter()
+            .any(|(_, lane)| matches!(&lane.stage, Stage::Joined(joined) if what(&joined.underway)))
+    }
+
+    /// Lets moves come to their end before the port goes, and tells of them.
+    fn stop_moves(&mut self) {
+        if !self.any_move(|underway| !underway.is_empty()) {
             return;
         }
+        self.medium.stop(Instant::now() + LONGEST_STOP);
+        for (_, lane) in self.lanes.iter_mut() {
+            if let Stage::Joined(joined) = &mut lane.stage
+                && !joined.underway.is_empty()
+            {
+                joined.settle(&mut self.medium, &mut self.counters);
+            }
+        }
+    }
+
+    /// Moves that have come to no end may go on when this port is gone: what they use stays as it is. The peer is not
+    /// told that this end has stopped, and waits for the end of this process.
+    fn keep_what_moves_use(&mut self) {
+        while let Some(id) = self
+            .lanes
+            .find(|lane| matches!(&lane.stage, Stage::Joined(joined) if !joined.underway.is_empty()))
+        {
+            let Some(lane) = self.lanes.remove(id) else { return };
+            if let Stage::Joined(joined) = &lane.stage {
+                for region in joined.underway.locals().filter_map(|region| self.regions.remove(region.0)) {
+                    std::mem::forget(region);
+                    REGIONS_LEFT_EXPOSED.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            std::mem::forget(lane);
+        }
+    }
+
+    /// Whether a peer may go on writing: it has not said that it has stopped, and is not proven dead. A lane that is not
+    /// joined has shown no memory.
+    fn peers_go_on(&self) -> bool {
+        self.lanes
+            .iter()
+            .any(|(_, lane)| matches!(&lane.stage, Stage::Joined(joined) if !joined.peer_has_stopped()))
+    }
+
+    /// Peers may go on writing into exposed memory after this port is gone, and nobody is left who would hear of their end.
+    /// So the handles of that memory are never dropped: it stays as it is, as the contract of [`Memory::from_raw`] demands.
+    fn keep_exposed_memory(&mut self) {
         for (_, region) in self.regions.iter() {
-            if region.memory.kind() == MemoryKind::Private {
+            if M::is_exposed(region) {
                 std::mem::forget(region.memory.clone());
                 REGIONS_LEFT_EXPOSED.fetch_add(1, Ordering::Relaxed);
             }
@@ -549,23 +582,24 @@ impl ShmPort {
     }
 }
 
-impl Drop for ShmPort {
+impl<M: Medium> Drop for HostPort<M> {
     fn drop(&mut self) {
+        // A forked child has no part in what its parent moves, and shows nothing to anybody.
         if self.owner == std::process::id() {
-            self.keep_exposed_memory();
-        }
-        // In a forked child there are no copy threads, and what waiting for their end does there is undefined.
-        if self.owner != std::process::id()
-            && let Ok(none) = CopyThreads::start(self.copier.copier(), 0)
-        {
-            std::mem::forget(std::mem::replace(&mut self.copier, none));
+            self.stop_moves();
+            let peers_go_on = self.peers_go_on();
+            self.keep_what_moves_use();
+            if peers_go_on {
+                self.keep_exposed_memory();
+            }
         }
     }
 }
 
-impl std::fmt::Debug for ShmPort {
+impl<M: Medium> std::fmt::Debug for HostPort<M> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ShmPort")
+        f.debug_struct("HostPort")
+            .field("kind", &M::KIND.name)
             .field("name", &self.info.name)
             .field("lanes", &self.lanes.len())
             .field("regions", &self.regions.len())
@@ -574,9 +608,9 @@ impl std::fmt::Debug for ShmPort {
     }
 }
 
-/// How many registrations of private memory ports of this process have left behind for good, because they were dropped
-/// while a peer could still write there. Their [`Memory`] is never the caller's alone again. It stays zero if every lane
-/// is closed, and its `Down` waited for, before a port is dropped.
+/// How many registrations of memory ports of this process have left behind for good, because they were dropped while a peer
+/// could still write there, or a move of their own that has come to no end. Their [`Memory`] is never the caller's alone
+/// again. It stays zero if every lane is closed, and its `Down` waited for, before a port is dropped.
 pub fn regions_left_exposed() -> u64 {
     REGIONS_LEFT_EXPOSED.load(Ordering::Relaxed)
 }
@@ -585,6 +619,8 @@ static REGIONS_LEFT_EXPOSED: AtomicU64 = AtomicU64::new(0);
 
 /// Keeps deadlines within what a clock can tell.
 const LONGEST_CONNECT: Duration = Duration::from_secs(24 * 3600);
+/// How long a port that is dropped waits for moves that are on their way.
+const LONGEST_STOP: Duration = Duration::from_secs(2);
 /// A busy poll looks only at the rings, which costs nanoseconds; a look around costs a system call.
 const POLLS_BETWEEN_LOOKS: u32 = 64;
 /// Idle polls look around more often: there is time, and something may be waited for.

@@ -11,20 +11,21 @@ use crate::guests::{Guest, Introduced};
 use crate::joined::{Introduction, Joined};
 use crate::lane::{Lane, Pact, Stage};
 use crate::link::{Link, Received, Sent};
+use crate::medium::Medium;
 use crate::message::{Greeting, Message};
 use crate::peer::{Peer, Unfit};
-use crate::port::ShmPort;
+use crate::port::HostPort;
 use crate::remote::Leash;
 use crate::ring::{self, Place};
 use crate::watch::Ready;
 
-impl ShmPort {
+impl<M: Medium> HostPort<M> {
     /// Dials the port of the other end, or finds it too busy and leaves it for the next look around.
     pub(crate) fn dial(&mut self, id: u32) {
         let Some(lane) = self.lanes.get(id) else { return };
         let Stage::Dialing(pact) = lane.stage else { return };
         let greeting = self.greeting(lane, &pact);
-        let link = match Link::dial(&pact.remote.socket) {
+        let link = match Link::dial(M::KIND, &pact.remote.socket) {
             Ok(link) => link,
             Err(rustix::io::Errno::AGAIN) => return,
             Err(errno) => return self.give_up(id, broken("connect", errno)),
@@ -135,7 +136,7 @@ impl ShmPort {
     pub(crate) fn hear_lane(&mut self, id: u32) {
         let Some(lane) = self.lanes.get_mut(id) else { return };
         match &mut lane.stage {
-            Stage::Joined(joined) => joined.listen(&self.watch, &mut self.counters),
+            Stage::Joined(joined) => joined.listen(&mut self.medium, &self.watch, &mut self.counters),
             Stage::Greeting(_, leash, peer) => {
                 let cause = match leash.link.receive() {
                     Received::Nothing if !peer.is_dead() => return,
@@ -197,9 +198,9 @@ impl ShmPort {
     }
 
     fn join(&mut self, id: u32, introduction: Introduction) {
-        let max_dones = self.options.immediates_per_lane as usize;
-        let mut joined = Box::new(Joined::new(introduction, &self.regions, &self.descriptors, max_dones));
-        joined.flush(&self.regions);
+        let most = self.options.immediates_per_lane as usize;
+        let mut joined = Box::new(Joined::new(introduction, &self.regions, &self.descriptors, most));
+        joined.flush(&self.regions, &self.medium);
         if let Some(lane) = self.lanes.get_mut(id) {
             lane.stage = Stage::Joined(joined);
         }
@@ -207,7 +208,7 @@ impl ShmPort {
         self.hear_lane(id);
     }
 
-    fn greeting(&self, lane: &Lane, pact: &Pact) -> Greeting {
+    fn greeting(&self, lane: &Lane<M>, pact: &Pact) -> Greeting {
         Greeting {
             from: lane.cookie,
             to: pact.remote.cookie,

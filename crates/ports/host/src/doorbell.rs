@@ -80,6 +80,21 @@ impl Drop for RingOnDrop {
     }
 }
 
+/// What wakes the owner of a port, for the port's [medium](crate::Medium): from any thread.
+#[derive(Clone, Debug)]
+pub struct Bell(Arc<Doorbell>);
+
+impl Bell {
+    pub(crate) fn new(doorbell: &Arc<Doorbell>) -> Self {
+        Self(doorbell.clone())
+    }
+
+    /// Wakes the owner, now or as soon as it sleeps.
+    pub fn ring(&self) {
+        self.0.ring();
+    }
+}
+
 const NOW: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
 
 #[cfg(all(test, not(loom)))]

@@ -129,9 +129,10 @@ impl<K> Writer<K> {
         Self { place, tail: 0, head_seen: 0 }
     }
 
-    /// Whether one more number fits. If so, it still fits later.
-    pub(crate) fn has_room(&mut self) -> Result<bool, Corrupt> {
-        if self.tail.wrapping_sub(self.head_seen) < self.place.capacity() {
+    /// Whether one more number fits when as many as are promised are in, too: no more than there was room for. If so, it
+    /// still fits later.
+    pub(crate) fn has_room(&mut self, promised: u32) -> Result<bool, Corrupt> {
+        if self.tail.wrapping_sub(self.head_seen) + promised < self.place.capacity() {
             return Ok(true);
         }
         let head = self.place.header().head.0.load(Ordering::Acquire);
@@ -139,7 +140,7 @@ impl<K> Writer<K> {
             return Err(Corrupt);
         }
         self.head_seen = head;
-        Ok(self.tail.wrapping_sub(head) < self.place.capacity())
+        Ok(self.tail.wrapping_sub(head) + promised < self.place.capacity())
     }
 
     /// Adds a number, for which there [is room](Writer::has_room). The reader can see it at once, but is woken only
@@ -157,10 +158,11 @@ impl<K> Writer<K> {
         taken_wait(&self.place.header().reader_waits)
     }
 
-    /// Says that the writer will sleep until there is room; true if there is room by now, and no sleep is due.
-    pub(crate) fn wait_for_room(&mut self) -> Result<bool, Corrupt> {
+    /// Says that the writer will sleep until there is room beside what is promised; true if there is room by now, and no
+    /// sleep is due.
+    pub(crate) fn wait_for_room(&mut self, promised: u32) -> Result<bool, Corrupt> {
         announce_wait(&self.place.header().writer_waits);
-        self.has_room()
+        self.has_room(promised)
     }
 
     /// The writer is awake.
@@ -222,12 +224,14 @@ impl<K> Reader<K> {
 }
 
 /// The sleeper's half: say so, then (the caller does it) look again.
+#[inline]
 fn announce_wait(word: &Line) {
     word.0.store(1, Ordering::Relaxed);
     fence(Ordering::SeqCst);
 }
 
 /// The waker's half, after its change: whether the other end waits. Only the first who asks is told so.
+#[inline]
 fn taken_wait(word: &Line) -> bool {
     fence(Ordering::SeqCst);
     word.0.load(Ordering::Relaxed) != 0 && word.0.swap(0, Ordering::Relaxed) != 0

@@ -1,31 +1,33 @@
 //! A lane whose two ends know each other: it is coming up, up, or closing.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossdock_memory::{Memory, MemoryKind};
+use crossdock_memory::Memory;
 use crossdock_transport::{DownCause, Event, Events, LaneId, Token};
 
-use crate::counters::ShmCounters;
+use crate::counters::HostCounters;
 use crate::descriptors::Descriptors;
 use crate::doorbell::Doorbell;
 use crate::link::{Link, Received, Sent};
-use crate::message::{Greeting, Message, Place};
+use crate::medium::{Medium, Offer, Registered};
+use crate::message::{Described, Greeting, Message};
 use crate::numbered::Numbered;
 use crate::peer::Peer;
-use crate::port::Region;
 use crate::posting::Rest;
-use crate::process_memory::PeerProcess;
 use crate::remote::{Leash, RemoteRegions};
 use crate::ring;
+use crate::underway::Underway;
 use crate::watch::Watch;
 
 /// Both ends have shown their tags, and the rings are mapped.
-pub(crate) struct Joined {
+pub(crate) struct Joined<M: Medium> {
     /// What can still touch the peer's memory goes first; then the leash, which may tell the peer so.
-    pub(crate) remote: RemoteRegions,
+    pub(crate) remote: RemoteRegions<M>,
+    /// What the medium keeps.
+    pub(crate) lane: M::Lane,
     pub(crate) leash: Arc<Leash>,
     pub(crate) peer: Peer,
     /// The peer's.
@@ -44,6 +46,8 @@ pub(crate) struct Joined {
     pub(crate) has_been_up: bool,
     /// `Up` has still to be reported.
     report_up: bool,
+    /// Moves that are not over, and what goes with them.
+    pub(crate) underway: Underway,
     /// Tokens of finished ops, to be reported; its capacity is its limit.
     pub(crate) dones: VecDeque<Token>,
     /// What the last post waited for.
@@ -66,10 +70,12 @@ pub(crate) enum Phase {
 /// Why a post came back short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Short {
-    /// The call had moved its share of bytes.
+    /// The medium took no more in this call.
     Budget,
     /// The peer has not taken enough immediates yet.
     Ring,
+    /// Too many moves are on their way.
+    Moves,
 }
 
 /// What is to be told.
@@ -105,20 +111,21 @@ pub(crate) struct Introduction {
     pub(crate) deadline: Instant,
 }
 
-impl Joined {
-    /// Has the peer to be told of all regions first. So many ends of ops may wait to be polled.
+impl<M: Medium> Joined<M> {
+    /// Has the peer to be told of all regions first. So many ends of ops may wait to be polled, and so many moves be on
+    /// their way.
     pub(crate) fn new(
         introduction: Introduction,
-        regions: &Numbered<Region>,
+        regions: &Numbered<Registered<M::Region>>,
         descriptors: &Descriptors,
-        max_dones: usize,
+        most: usize,
     ) -> Self {
         let Introduction { leash, peer, bell, greeting, outbound, inbound, deadline } = introduction;
         let mut outbox: VecDeque<_> = regions.iter().map(|(number, _)| Outgoing::Region(number)).collect();
         outbox.push_back(Outgoing::Announced);
-        let process = PeerProcess::new(peer.pid());
         Self {
-            remote: RemoteRegions::new(greeting.port, greeting.port_address, process, descriptors.clone()),
+            remote: RemoteRegions::new(greeting.port, greeting.port_address, descriptors.clone()),
+            lane: M::Lane::default(),
             leash: Arc::new(leash),
             peer,
             bell,
@@ -131,7 +138,8 @@ impl Joined {
             heard: Heard::default(),
             has_been_up: false,
             report_up: false,
-            dones: VecDeque::with_capacity(max_dones),
+            underway: Underway::new(most),
+            dones: VecDeque::with_capacity(most),
             short: None,
             rest: None,
         }
@@ -155,7 +163,10 @@ impl Joined {
             Phase::Closing { .. } => {}
             phase => {
                 *phase = Phase::Closing { cause };
-                self.remote.clear();
+                // What moves on their way use goes when they are over.
+                if self.underway.is_empty() {
+                    self.remote.clear();
+                }
                 self.outbox.clear();
                 self.blocked = false;
                 (self.short, self.rest) = (None, None);
@@ -164,7 +175,7 @@ impl Joined {
     }
 
     /// Queues something to tell the peer, and tells as much as the socket takes.
-    pub(crate) fn tell(&mut self, what: Outgoing, regions: &Numbered<Region>) {
+    pub(crate) fn announce(&mut self, what: Outgoing, regions: &Numbered<Registered<M::Region>>, medium: &M) {
         if self.is_closing() {
             return;
         }
@@ -174,18 +185,18 @@ impl Joined {
             }
             what => self.outbox.push_back(what),
         }
-        self.flush(regions);
+        self.flush(regions, medium);
     }
 
     /// Tells the peer what is queued, as far as the socket takes it.
-    pub(crate) fn flush(&mut self, regions: &Numbered<Region>) {
+    pub(crate) fn flush(&mut self, regions: &Numbered<Registered<M::Region>>, medium: &M) {
         self.blocked = false;
         while let Some(next) = self.outbox.front() {
             let sent = match *next {
                 Outgoing::Announced => self.leash.link.send(&Message::Announced, &[]),
                 Outgoing::Retire(number) => self.leash.link.send(&Message::Retire { number }, &[]),
                 Outgoing::Region(number) => match regions.get(number) {
-                    Some(region) => announce(&self.leash.link, number, region),
+                    Some(region) => send_region(&self.leash.link, number, region, medium),
                     None => unreachable!("a deregistered region leaves the outbox"),
                 },
             };
@@ -203,14 +214,14 @@ impl Joined {
     }
 
     /// Takes in what the peer has said. Bounded: a peer that talks faster is read further by the next call.
-    pub(crate) fn listen(&mut self, watch: &Watch, counters: &mut ShmCounters) {
+    pub(crate) fn listen(&mut self, medium: &mut M, watch: &Watch, counters: &mut HostCounters) {
         for _ in 0..PACKETS_AT_ONCE {
             if self.heard.silent {
                 return;
             }
             match self.leash.link.receive() {
                 Received::Message(message, [fd, _]) => {
-                    if let Err(cause) = self.hear(message, fd, counters) {
+                    if let Err(cause) = self.hear(message, fd, medium, counters) {
                         self.close(cause);
                     }
                 }
@@ -231,7 +242,8 @@ impl Joined {
         &mut self,
         message: Message,
         fd: Option<OwnedFd>,
-        counters: &mut ShmCounters,
+        medium: &mut M,
+        counters: &mut HostCounters,
     ) -> Result<(), DownCause> {
         let misbehaved = |what| Err(DownCause::PeerMisbehaved { what });
         match (message, self.phase) {
@@ -242,11 +254,11 @@ impl Joined {
             (Message::Hello(_) | Message::Welcome(_), _) => return misbehaved("greeted twice"),
             // Said before it heard of the end.
             (_, Phase::Closing { .. }) => {}
-            (Message::Region { number, bytes, place }, _) => {
-                self.remote.announce(number, bytes, place, fd)?;
+            (Message::Region { number, bytes, offer }, _) => {
+                self.remote.announce(number, bytes, offer, fd, medium)?;
                 counters.regions_announced += 1;
             }
-            (Message::Retire { number }, _) => self.remote.retire(number),
+            (Message::Retire { number }, _) => self.remote.retire(number, &self.underway),
             (Message::Announced, Phase::Announcing { .. }) => {
                 self.phase = Phase::Up;
                 (self.has_been_up, self.report_up) = (true, true);
@@ -264,14 +276,14 @@ impl Joined {
     }
 
     /// Looks whether the peer's process has ended; if so, hears its last words first.
-    pub(crate) fn look_for_death(&mut self, watch: &Watch, counters: &mut ShmCounters) {
+    pub(crate) fn look_for_death(&mut self, medium: &mut M, watch: &Watch, counters: &mut HostCounters) {
         if self.heard.dead || !self.peer.is_dead() {
             return;
         }
         self.heard.dead = true;
         watch.remove(&self.peer);
         for _ in 0..LAST_WORDS / PACKETS_AT_ONCE {
-            self.listen(watch, counters);
+            self.listen(medium, watch, counters);
         }
         self.close(DownCause::PeerDied);
     }
@@ -279,6 +291,9 @@ impl Joined {
     /// Tells the peer that this end has stopped, once it has; returns the cause when the lane is over.
     pub(crate) fn advance_close(&mut self) -> Option<DownCause> {
         let Phase::Closing { cause } = self.phase else { return None };
+        if !self.underway.is_empty() {
+            return None;
+        }
         // Mappings that the caller still holds are on the leash too.
         let leash = Arc::get_mut(&mut self.leash)?;
         if !leash.told {
@@ -289,7 +304,7 @@ impl Joined {
     }
 
     /// Reports what happened, as far as there is room. True: nothing is left to be reported of this lane.
-    pub(crate) fn deliver(&mut self, lane: LaneId, events: &mut Events, counters: &mut ShmCounters) -> bool {
+    pub(crate) fn deliver(&mut self, lane: LaneId, events: &mut Events, counters: &mut HostCounters) -> bool {
         if self.report_up {
             if events.is_full() {
                 return false;
@@ -348,8 +363,12 @@ impl Joined {
                 }
             }
         }
+        if self.short == Some(Short::Moves) && !self.underway.is_full() {
+            self.short = None;
+            return true;
+        }
         if self.short == Some(Short::Ring) {
-            match self.writer.wait_for_room() {
+            match self.writer.wait_for_room(self.underway.immediates()) {
                 Ok(true) => {
                     self.short = None;
                     return true;
@@ -392,17 +411,18 @@ impl Joined {
     }
 }
 
-fn announce(link: &Link, number: u32, region: &Region) -> Sent {
+fn send_region<M: Medium>(link: &Link, number: u32, region: &Registered<M::Region>, medium: &M) -> Sent {
+    let Offer { form, payload, descriptor } = medium.offer(region);
+    let offer = Described { form, payload, with_descriptor: descriptor.is_some() };
+    debug_assert!(
+        M::KIND.offers.iter().any(|known| {
+            (known.number, known.payload_bytes, known.with_descriptor)
+                == (form, payload.len(), offer.with_descriptor)
+        }),
+        "a medium offers what its kind knows, and not {offer:?}"
+    );
     let bytes = region.memory.bytes() as u64;
-    match (region.memory.kind(), region.memory.fd()) {
-        (MemoryKind::Shared, Some(fd)) => {
-            link.send(&Message::Region { number, bytes, place: Place::Shared }, &[fd.as_fd()])
-        }
-        _ => {
-            let address = region.memory.base().expose_provenance() as u64;
-            link.send(&Message::Region { number, bytes, place: Place::Private { address } }, &[])
-        }
-    }
+    link.send(&Message::Region { number, bytes, offer }, descriptor.as_slice())
 }
 
 const PACKETS_AT_ONCE: usize = 64;

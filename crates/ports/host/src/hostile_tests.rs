@@ -1,9 +1,12 @@
-//! A port against peers that break the rules: the other end of the lane is played by hand.
+//! A port against peers that break the rules: the other end of the lane is played by hand. The port is one that stands on
+//! this crate, of shared memory.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use crossdock_memory::{AllocateOptions, Memory};
+use crossdock_shm::process_memory::PeerProcess;
+use crossdock_shm::{ShmOptions, ShmPort};
 use crossdock_transport::{
     Arm, DownCause, Error, Event, Events, LaneId, LaneTags, Op, PeerId, Port, RemoteKey, Token,
 };
@@ -11,12 +14,21 @@ use crossdock_transport::{
 use crate::address::{Address, Key, Secret, secret};
 use crate::doorbell::Doorbell;
 use crate::link::{Link, Listener, Received, Sent};
-use crate::message::{Greeting, Message, Place};
-use crate::process_memory::PeerProcess;
+use crate::medium::{Kind, OfferForm};
+use crate::message::{Described, Greeting, Message, Payload};
 use crate::remote::MAX_REGIONS;
 use crate::ring;
-use crate::{ShmOptions, ShmPort};
 
+/// As the shared-memory port has it.
+static KIND: Kind = Kind {
+    name: "shm",
+    address_magic: *b"xsa\x01",
+    key_magic: *b"xsk\x01",
+    offers: &[
+        OfferForm { number: 0, payload_bytes: 8, with_descriptor: true },
+        OfferForm { number: 1, payload_bytes: 8, with_descriptor: false },
+    ],
+};
 const OURS: [u8; 32] = [0xAA; 32];
 const THEIRS: [u8; 32] = [0xBB; 32];
 const IMMEDIATES: u32 = 8;
@@ -50,13 +62,13 @@ impl Victim {
         };
         let mut port = ShmPort::open(options).expect("a port can be opened");
         let (lane, address) = port.open_lane(PeerId(0)).expect("a lane can be opened");
-        let address = Address::decode(&address).expect("its own address");
+        let address = Address::decode(&KIND, &address).expect("its own address");
         Self { port, lane, address, events: Vec::new() }
     }
 
     fn connect(&mut self, rogue: Address) {
         let tags = LaneTags { ours: OURS, theirs: THEIRS };
-        self.port.connect(self.lane, &rogue.encode(), &tags).expect("a fresh lane connects");
+        self.port.connect(self.lane, &rogue.encode(&KIND), &tags).expect("a fresh lane connects");
     }
 
     fn turn(&mut self) {
@@ -119,7 +131,7 @@ impl Victim {
     /// Another lane of the same port, with another rogue.
     fn meet_another(&mut self) -> Rogue {
         let (lane, address) = self.port.open_lane(PeerId(1)).expect("a lane can be opened");
-        (self.lane, self.address) = (lane, Address::decode(&address).expect("its own address"));
+        (self.lane, self.address) = (lane, Address::decode(&KIND, &address).expect("its own address"));
         self.events.clear();
         self.meet_rogue()
     }
@@ -129,7 +141,7 @@ impl Victim {
     }
 
     fn attach(&mut self, rogue: &Rogue, region: u32, bytes: u64) -> Result<(), Error> {
-        let key = Key { port: *rogue.port, region, bytes }.encode();
+        let key = Key { port: *rogue.port, region, bytes }.encode(&KIND);
         self.port.attach(self.lane, &key).map(|_| ())
     }
 }
@@ -146,7 +158,7 @@ impl Rogue {
 
     fn unannounced(address: &Address) -> Self {
         Self {
-            link: Link::dial(&address.socket).expect("the victim listens"),
+            link: Link::dial(&KIND, &address.socket).expect("the victim listens"),
             bell: Doorbell::new().expect("an eventfd"),
             rings: memory(4096),
             port: Box::new(secret().expect("the kernel has entropy")),
@@ -194,7 +206,7 @@ impl Rogue {
     }
 
     fn region(&self, number: u32, bytes: u64, fd: impl AsFd) {
-        self.say_with(&Message::Region { number, bytes, place: Place::Shared }, &[fd.as_fd()]);
+        self.say_with(&Message::Region { number, bytes, offer: in_memfd() }, &[fd.as_fd()]);
     }
 
     /// Overwrites a word of the ring that the victim reads (`inbound`) or writes.
@@ -215,6 +227,16 @@ impl Rogue {
         victim.stays_not_down();
         self.say(&Message::Closed);
     }
+}
+
+/// A region in the memfd that comes with it.
+fn in_memfd() -> Described {
+    Described { form: 0, payload: Payload::new(&[0; 8]), with_descriptor: true }
+}
+
+/// A region at an address of the sender.
+fn at_address(address: u64) -> Described {
+    Described { form: 1, payload: Payload::new(&address.to_le_bytes()), with_descriptor: false }
 }
 
 fn memory(bytes: usize) -> Memory {
@@ -312,7 +334,7 @@ fn bad_welcomes_are_refused() {
     for (bend, rings, cause) in cases {
         let mut victim = Victim::open();
         let socket = secret().expect("the kernel has entropy");
-        let listener = Listener::bind(&socket).expect("a name can be bound");
+        let listener = Listener::bind(&KIND, &socket).expect("a name can be bound");
         // The largest cookie: the victim dials.
         let cookie = [0xff; 16];
         victim.connect(Address { socket, cookie });
@@ -377,17 +399,14 @@ fn the_rings_may_hold_anything() {
 fn bad_packets_end_the_lane() {
     let shared = memory(4096);
     let fd = || shared.fd().expect("shared memory");
-    let region = |number, bytes, place| (Message::Region { number, bytes, place }, place == Place::Shared);
+    let region = |number, bytes, offer| (Message::Region { number, bytes, offer }, offer.with_descriptor);
     let cases = [
         (vec![(Message::Announced, false)], "announced itself twice"),
-        (vec![region(1, 4096, Place::Shared), region(1, 4096, Place::Shared)], "announced a region twice"),
-        (vec![region(2, 4096, Place::Shared), region(1, 4096, Place::Shared)], "announced a region twice"),
-        (vec![region(1, 0, Place::Shared)], "announced a region of an impossible length"),
-        (vec![region(1, u64::MAX, Place::Shared)], "announced a region of an impossible length"),
-        (
-            vec![region(1, 4096, Place::Private { address: u64::MAX - 4000 })],
-            "announced a region at an impossible place",
-        ),
+        (vec![region(1, 4096, in_memfd()), region(1, 4096, in_memfd())], "announced a region twice"),
+        (vec![region(2, 4096, in_memfd()), region(1, 4096, in_memfd())], "announced a region twice"),
+        (vec![region(1, 0, in_memfd())], "announced a region of an impossible length"),
+        (vec![region(1, u64::MAX, in_memfd())], "announced a region of an impossible length"),
+        (vec![region(1, 4096, at_address(u64::MAX - 4000))], "announced a region at an impossible place"),
     ];
     for (messages, what) in cases {
         let (mut victim, rogue) = Victim::with_rogue();
@@ -411,7 +430,7 @@ fn bad_packets_end_the_lane() {
 fn announcements_are_limited() {
     let (mut victim, rogue) = Victim::with_rogue();
     for number in 0..=MAX_REGIONS as u32 {
-        let region = Message::Region { number, bytes: 1, place: Place::Private { address: 4096 } };
+        let region = Message::Region { number, bytes: 1, offer: at_address(4096) };
         while rogue.link.send(&region, &[]) == Sent::Full {
             victim.turn();
         }
@@ -499,7 +518,7 @@ fn only_sealed_memory_of_the_right_length_is_mapped() {
     }
     assert_eq!(victim.attach(&rogue, 5, 4096), Ok(()));
     assert_eq!(victim.attach(&rogue, 6, 4096), Err(Error::NotYet));
-    let foreign = Key { port: [1; 16], region: 5, bytes: 4096 }.encode();
+    let foreign = Key { port: [1; 16], region: 5, bytes: 4096 }.encode(&KIND);
     assert!(matches!(victim.port.attach(victim.lane, &foreign), Err(Error::BadKey { .. })));
     let garbage = RemoteKey::new(b"garbage").expect("short enough");
     assert!(matches!(victim.port.attach(victim.lane, &garbage), Err(Error::BadKey { .. })));
@@ -519,7 +538,7 @@ fn private_memory_has_to_be_where_the_peer_says() {
     let address = (&raw const there).addr() as u64;
     let (mut victim, rogue) = Victim::with_rogue();
     let region = |number, address| {
-        rogue.say(&Message::Region { number, bytes: 64, place: Place::Private { address } });
+        rogue.say(&Message::Region { number, bytes: 64, offer: at_address(address) });
     };
     region(1, address);
     region(2, 64);
@@ -535,7 +554,7 @@ fn private_memory_has_to_be_where_the_peer_says() {
     rogue.say_with(&Message::Hello(greeting), &[rogue.bell.as_fd()]);
     rogue.welcome(&mut victim);
     rogue.say(&Message::Announced);
-    rogue.say(&Message::Region { number: 1, bytes: 64, place: Place::Private { address } });
+    rogue.say(&Message::Region { number: 1, bytes: 64, offer: at_address(address) });
     victim.wait("up", |victim| !victim.events.is_empty());
     assert_eq!(
         victim.attach(&rogue, 1, 64),
