@@ -219,6 +219,11 @@ impl GpuMemory {
         self.base
     }
 
+    /// Whether somebody else allocated it, and means to use it again.
+    pub fn is_adopted(&self) -> bool {
+        matches!(self.backing, Backing::Adopted(_))
+    }
+
     /// By what another process maps it.
     pub fn sharing(&self) -> Sharing {
         self.sharing

@@ -12,13 +12,18 @@ pub mod driver;
 #[cfg(feature = "fake")]
 pub mod fake;
 mod gpu;
+mod medium;
 mod mover;
 pub mod moves;
+mod offers;
+mod port;
+mod regions;
 pub mod sharing;
 mod staging;
 
 pub use gpu::{Export, Gpu, GpuError, GpuMemory};
 pub use mover::{Ends, Limits, Mover, Progress};
+pub use port::{CopyEngines, CudaCounters, CudaOptions, CudaPort, Kernels, OpenError};
 
 /// A kernel's source in CUDA C++, without any header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -101,6 +101,11 @@ impl CudaError {
         }
     }
 
+    /// Whether memory is short.
+    pub fn is_out_of_memory(&self) -> bool {
+        self.code == abi::ERROR_OUT_OF_MEMORY
+    }
+
     /// Whether nothing more can be done in the process's context: everything in it fails from now on.
     pub fn is_sticky(&self) -> bool {
         // CUDA_ERROR_ILLEGAL_ADDRESS to CUDA_ERROR_LAUNCH_FAILED, as far as they spoil the context, and failures of the device.

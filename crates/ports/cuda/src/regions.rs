@@ -1,0 +1,194 @@
+//! Regions of both sides, as the GPU reaches them.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use crossdock_host::{Attaching, PeerDescriptor, Share, Tether};
+use crossdock_memory::{Memory, MemoryError, MemoryKind};
+use crossdock_transport::{Error, MappedBytes, Mapping, Result};
+
+use crate::driver::{CudaError, HostRegistration};
+use crate::gpu::{Export, Gpu};
+use crate::offers::Place;
+
+/// A registered memory, beside the memory itself.
+#[derive(Debug)]
+pub(crate) struct Region {
+    /// Where the GPU finds it.
+    pub address: u64,
+    /// What peers are told.
+    pub place: Place,
+    /// With it, where that has one of its own.
+    descriptor: Option<OwnedFd>,
+    /// What keeps the host's memory pinned.
+    _pinned: Option<HostRegistration>,
+}
+
+/// A peer's region that has been heard of.
+#[derive(Debug)]
+pub(crate) struct Offered {
+    pub place: Place,
+    pub descriptor: Option<PeerDescriptor>,
+}
+
+/// A peer's region that ops can use.
+pub(crate) struct Remote {
+    /// Where this side's GPU finds it.
+    pub address: u64,
+    /// The host's memory, which the CPU reaches, too.
+    host: Option<Arc<HostMapping>>,
+    /// What maps a GPU's, and behind it what lets the lane end: they are dropped in this order.
+    _kept: Option<Box<dyn Send>>,
+}
+
+/// A peer's memory of the host, mapped here and pinned.
+#[derive(Debug)]
+struct HostMapping {
+    registration: HostRegistration,
+    memory: Memory,
+    _share: Share,
+    _tether: Tether,
+}
+
+impl MappedBytes for HostMapping {
+    fn base(&self) -> *mut u8 {
+        self.memory.base()
+    }
+
+    fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+}
+
+impl Region {
+    pub fn of(gpu: &Gpu, memory: &Memory) -> Result<Region> {
+        match memory.kind() {
+            MemoryKind::Shared => Region::of_host(gpu, memory, Place::Host),
+            // Ops of this side use it, and no peer can.
+            MemoryKind::Private => Region::of_host(gpu, memory, Place::OutOfReach),
+            _ => Region::of_gpu(gpu, memory),
+        }
+    }
+
+    fn of_host(gpu: &Gpu, memory: &Memory, place: Place) -> Result<Region> {
+        let pinned = gpu.context().register_host(memory).map_err(of_driver)?;
+        Ok(Region { address: pinned.address(), place, descriptor: None, _pinned: Some(pinned) })
+    }
+
+    fn of_gpu(gpu: &Gpu, memory: &Memory) -> Result<Region> {
+        let unsupported = |what, advice| Err(Error::Unsupported { what, advice });
+        let Some(held) = Gpu::memory_of(memory) else {
+            return unsupported(
+                "registration of a device's memory that is no GPU's",
+                "allocate with crossdock, or adopt what the CUDA driver knows",
+            );
+        };
+        if held.gpu().context().device() != gpu.context().device() {
+            return unsupported(
+                "registration of another GPU's memory",
+                "register it with the port of the GPU that it is on",
+            );
+        }
+        let (place, descriptor) = match held.export().map_err(of_driver)? {
+            Export::Descriptor(fd, within) => (Place::Piece(within), Some(fd)),
+            Export::Fabric(handle, within) => (Place::Fabric(handle, within), None),
+            Export::Ipc(token, within) => {
+                (Place::Ipc { token, within, address: held.base() - within.offset }, None)
+            }
+        };
+        Ok(Region { address: held.base(), place, descriptor, _pinned: None })
+    }
+
+    /// The descriptor that goes with what peers are told.
+    pub fn descriptor<'a>(&'a self, memory: &'a Memory) -> Option<BorrowedFd<'a>> {
+        match self.place {
+            Place::Host => memory.fd(),
+            _ => self.descriptor.as_ref().map(AsFd::as_fd),
+        }
+    }
+}
+
+impl Offered {
+    pub fn attach(&self, gpu: &Gpu, attaching: &Attaching<'_>) -> Result<Remote> {
+        let context = gpu.context();
+        match (&self.place, &self.descriptor) {
+            (Place::Host, Some(descriptor)) => {
+                let memory = map(descriptor.as_fd(), attaching.bytes)?;
+                let registration = context.register_host(&memory).map_err(of_driver)?;
+                let (share, tether) = (descriptor.share(), attaching.tether());
+                let mapping = HostMapping { registration, memory, _share: share, _tether: tether };
+                let address = mapping.registration.address();
+                Ok(Remote { address, host: Some(Arc::new(mapping)), _kept: None })
+            }
+            (Place::Piece(within), Some(descriptor)) => {
+                let piece = context.import_fd(descriptor.as_fd(), within.whole_bytes as usize);
+                let mapped = Arc::new(piece.map_err(of_peer)?).map(&[]).map_err(of_peer)?;
+                let address = mapped.base() + within.offset;
+                Ok(Remote::on_gpu(address, (mapped, descriptor.share(), attaching.tether())))
+            }
+            (Place::Fabric(handle, within), _) => {
+                let piece = context.import_fabric(handle, within.whole_bytes as usize);
+                let mapped = Arc::new(piece.map_err(of_peer)?).map(&[]).map_err(of_peer)?;
+                let address = mapped.base() + within.offset;
+                Ok(Remote::on_gpu(address, (mapped, attaching.tether())))
+            }
+            (Place::Ipc { within, address, .. }, _) if attaching.peer.pid() == rustix::process::getpid() => {
+                Ok(Remote::on_gpu(address + within.offset, attaching.tether()))
+            }
+            (Place::Ipc { token, within, .. }, _) => {
+                let opened = context.open_ipc(token).map_err(of_peer)?;
+                let address = opened.base() + within.offset;
+                Ok(Remote::on_gpu(address, (opened, attaching.tether())))
+            }
+            (Place::OutOfReach, _) | (_, None) => Err(Error::Unsupported {
+                what: "access to the peer's private memory",
+                advice: "register memory there that crossdock allocated: a GPU can map no other of a host's",
+            }),
+        }
+    }
+}
+
+impl Remote {
+    fn on_gpu(address: u64, kept: impl Send + 'static) -> Remote {
+        Remote { address, host: None, _kept: Some(Box::new(kept)) }
+    }
+
+    /// The region in this process's address space, where it is the host's memory.
+    pub fn mapping(&self) -> Option<Mapping> {
+        self.host.as_ref().map(|mapping| Mapping::new(mapping.clone()))
+    }
+
+    /// Whether it is the host's memory.
+    pub fn is_of_host(&self) -> bool {
+        self.host.is_some()
+    }
+}
+
+/// Maps a peer's memfd, whose length can never change.
+fn map(fd: BorrowedFd<'_>, bytes: u64) -> Result<Memory> {
+    let os = |call, errno| Error::Os { call, errno };
+    let fd =
+        rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(|errno| os("fcntl(F_DUPFD)", errno.raw_os_error()))?;
+    Memory::from_fd(fd, bytes as usize).map_err(|error| match error {
+        MemoryError::NotSealed => Error::BadKey { reason: "its memfd is not sealed" },
+        MemoryError::FileTooShort { .. } => {
+            Error::BadKey { reason: "its memfd is shorter than the key says" }
+        }
+        MemoryError::Refused { call, code } => os(call, code),
+        MemoryError::TooManyFiles => os("mmap", libc::EMFILE),
+        _ => os("mmap", libc::ENOMEM),
+    })
+}
+
+/// What the driver says of this side's memory.
+pub(crate) fn of_driver(error: CudaError) -> Error {
+    Error::Driver { call: error.call, code: error.code }
+}
+
+/// What the driver says of what a peer has named: where it cannot be mapped, that is no failure of the device.
+fn of_peer(error: CudaError) -> Error {
+    if error.is_sticky() || error.is_out_of_memory() {
+        return of_driver(error);
+    }
+    Error::Unsupported { what: "mapping of the peer's GPU memory", advice: error.advice() }
+}
