@@ -321,7 +321,8 @@ impl From<CacheLayoutError> for Fault {
 impl From<Error> for Fault {
     fn from(error: Error) -> Fault {
         let status = match &error {
-            Error::Memory(_) => CROSSDOCK_MEMORY,
+            Error::Memory(_) | Error::Gpu(_) => CROSSDOCK_MEMORY,
+            Error::Cuda(_) => CROSSDOCK_PORT,
             Error::NoPort | Error::ShortKey { .. } | Error::BadLimit { .. } => CROSSDOCK_BAD_ARGUMENT,
             Error::Port { error: PortError::Unsupported { .. }, .. }
             | Error::Worker(WorkerError::Register(PortError::Unsupported { .. })) => CROSSDOCK_UNSUPPORTED,

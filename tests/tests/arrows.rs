@@ -45,6 +45,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "crossdock-ep",
             "crossdock-xfer",
             "crossdock-bootstrap",
+            "crossdock-cuda",
             "crossdock-shm",
             "crossdock-tcp",
             "crossdock-verbs",

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
+use crossdock_cuda as cuda;
 use crossdock_flight::FolderOptions;
 use crossdock_kv::{CacheLayout, Verify, WorkerOptions};
 use crossdock_memory::Memory;
@@ -124,6 +125,14 @@ pub enum PortConfig {
     /// A lane keeps queues for all that may be under way; [`max_lanes`](VerbsOptions::max_lanes) times
     /// [`immediates_per_lane`](VerbsOptions::immediates_per_lane) is what the device's receive queue must hold.
     Verbs(VerbsOptions),
+    /// A GPU of this process's, between processes of one user on one host: into and out of memory of GPUs, and of the host's
+    /// that crossdock allocated. It compiles its kernels when the node is opened, or takes them from where they are kept.
+    Cuda {
+        /// The GPU.
+        gpu: cuda::Gpu,
+        /// How the port is opened.
+        options: cuda::CudaOptions,
+    },
 }
 
 impl PortConfig {

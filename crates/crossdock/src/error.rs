@@ -43,6 +43,12 @@ pub enum Error {
         /// What it said.
         error: crossdock_transport::Error,
     },
+    /// A GPU's port could not be opened.
+    #[error("cannot open the cuda port: {0}")]
+    Cuda(#[from] crossdock_cuda::OpenError),
+    /// A GPU gave no memory.
+    #[error("cannot allocate on the GPU: {0}")]
+    Gpu(#[from] crossdock_cuda::GpuError),
     /// The control address cannot be used.
     #[error("cannot open the control address: {0}")]
     Network(#[from] NetworkError),
@@ -81,7 +87,9 @@ impl Error {
             Error::Os(error) => passes(error.errno),
             Error::Random { errno } => passes(*errno),
             Error::Thread(error) => error.raw_os_error().is_some_and(passes),
+            Error::Gpu(error) => error.is_retryable(),
             Error::NoPort
+            | Error::Cuda(_)
             | Error::ShortKey { .. }
             | Error::BadLimit { .. }
             | Error::Network(_)
@@ -107,6 +115,8 @@ impl Error {
             Error::Port { error: transport::Error::Unsupported { advice, .. }, .. }
             | Error::Worker(WorkerError::Register(transport::Error::Unsupported { advice, .. })) => advice,
             Error::Port { .. } => "look at the port's own error; or leave this port out",
+            Error::Cuda(error) => error.advice(),
+            Error::Gpu(error) => error.advice(),
             Error::Network(NetworkError::Os(OsError { call: "bind", .. })) => {
                 "bind an address of this host and a port that is free; port 0 takes any"
             }

@@ -59,7 +59,9 @@ pub mod xfer;
 #[cfg(feature = "bootstrap")]
 pub use crossdock_bootstrap as bootstrap;
 
-pub use cache::allocate;
+pub use crossdock_cuda as cuda;
+
+pub use cache::{allocate, allocate_on};
 pub use config::{Authentication, Config, PortConfig, Progress};
 pub use error::Error;
 pub use node::Node;

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use crossdock_cuda::CudaPort;
 use crossdock_engine::{
     Engine, EngineOptions, Network, OsError, SocketNetwork, SocketOptions, duration_ns, now_ns,
 };
@@ -212,6 +213,7 @@ pub(crate) fn open_ports(
                 }
                 Err(error) => Err(Error::Port { port: "verbs", error }),
             },
+            PortConfig::Cuda { gpu, options } => Ok(Box::new(CudaPort::open(gpu, options.clone())?)),
         }
     };
     ports.iter().map(open).collect()

@@ -197,8 +197,8 @@ fn a_key_is_neither_shown_nor_guessable() {
 #[test]
 fn either_side_may_cancel() {
     for carrier in Carrier::all() {
-        let prefill = worker_with("prefill", Dtype::Bf16, |config| config.ports = vec![carrier.port(0)]);
-        let decode = worker_with("decode", Dtype::Bf16, |config| config.ports = vec![carrier.port(1)]);
+        let prefill = worker_with("prefill", Dtype::Bf16, |config| carrier.equip(config, 0));
+        let decode = worker_with("decode", Dtype::Bf16, |config| carrier.equip(config, 1));
         let peer = decode.connect(&prefill);
         let receiving = decode.receive(peer, 1, WAIT);
         let mut sending = prefill.send(1, WAIT);
@@ -229,8 +229,8 @@ fn cancelling_one_room_costs_the_others_nothing() {
     const ROOMS: u64 = 6;
     const LAYER_BYTES: u64 = 100 * (512 + 64);
     for carrier in Carrier::all() {
-        let prefill = worker_with("prefill", Dtype::Bf16, |config| config.ports = vec![carrier.port(0)]);
-        let decode = worker_with("decode", Dtype::Bf16, |config| config.ports = vec![carrier.port(1)]);
+        let prefill = worker_with("prefill", Dtype::Bf16, |config| carrier.equip(config, 0));
+        let decode = worker_with("decode", Dtype::Bf16, |config| carrier.equip(config, 1));
         let peer = decode.connect(&prefill);
         let mut written_bytes = 0;
         for round in 0..4 {
@@ -665,14 +665,14 @@ fn a_peer_may_start_again_at_the_same_address() {
     for carrier in Carrier::all() {
         let open = |bind: &str| {
             worker_with("prefill", Dtype::Bf16, |config| {
-                config.ports = vec![carrier.port(0)];
+                carrier.equip(config, 0);
                 config.node = Some(5);
                 config.bind = bind.parse().unwrap();
             })
         };
         let prefill = open("127.0.0.1:0");
         let address = prefill.node.address().to_owned();
-        let decode = worker_with("decode", Dtype::Bf16, |config| config.ports = vec![carrier.port(1)]);
+        let decode = worker_with("decode", Dtype::Bf16, |config| carrier.equip(config, 1));
         let peer = decode.connect(&prefill);
         let lost = decode.receive(peer, 1, WAIT);
         drop(prefill);

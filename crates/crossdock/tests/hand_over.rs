@@ -5,8 +5,8 @@ mod carriers;
 use std::time::{Duration, Instant};
 
 use crossdock::{
-    Authentication, CacheLayout, Config, End, Memory, Node, PagePool, PortConfig, ReceiveRequest,
-    SendRequest, ServeRequest, Verify,
+    Authentication, CacheLayout, Config, End, Memory, Node, PagePool, ReceiveRequest, SendRequest,
+    ServeRequest, Verify,
 };
 
 use carriers::Carrier;
@@ -20,13 +20,14 @@ struct Worker {
     pool: PagePool,
 }
 
-fn worker(name: &str, page_tokens: u32, pages: u32, port: PortConfig, verify: Verify) -> Worker {
+fn worker(name: &str, page_tokens: u32, pages: u32, carrier: (&Carrier, usize), verify: Verify) -> Worker {
     let layout = CacheLayout::deepseek_r1(page_tokens, pages).unwrap();
     let (memory, pool) = crossdock::allocate(&layout).unwrap();
-    let mut config = Config::new(name, layout.clone(), memory.clone(), Authentication::Off);
-    config.ports = vec![port];
+    let mut config = Config::new(name, layout.clone(), memory, Authentication::Off);
+    carrier.0.equip(&mut config, carrier.1);
     config.verify = verify;
-    Worker { node: Node::open(config).unwrap(), layout, memory: memory[0].clone(), pool }
+    let memory = config.memory[0].clone();
+    Worker { node: Node::open(config).unwrap(), layout, memory, pool }
 }
 
 impl Worker {
@@ -70,8 +71,8 @@ fn content(layer: u32, token: u32, salt: u64) -> [u8; TOKEN] {
 #[test]
 fn push() {
     for carrier in Carrier::all() {
-        let prefill = worker("prefill", 64, 32, carrier.port(0), Verify::Off);
-        let decode = worker("decode", 16, 64, carrier.port(1), Verify::All);
+        let prefill = worker("prefill", 64, 32, (&carrier, 0), Verify::Off);
+        let decode = worker("decode", 16, 64, (&carrier, 1), Verify::All);
         let (tokens, skip) = (300, 40);
         let (peer, mut up) = decode.node.handle().connect(prefill.node.address()).unwrap();
         up.wait_until(Instant::now() + WAIT).unwrap().unwrap();
@@ -126,8 +127,8 @@ fn push() {
 #[test]
 fn pull() {
     for carrier in Carrier::all() {
-        let prefill = worker("prefill", 64, 32, carrier.port(0), Verify::Off);
-        let decode = worker("decode", 64, 32, carrier.port(1), Verify::All);
+        let prefill = worker("prefill", 64, 32, (&carrier, 0), Verify::Off);
+        let decode = worker("decode", 64, 32, (&carrier, 1), Verify::All);
         let tokens = 200;
         let (peer, _up) = decode.node.handle().connect(prefill.node.address()).unwrap();
         let source = prefill.pool.take(prefill.layout.pages_for(tokens)).unwrap();

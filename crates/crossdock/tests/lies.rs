@@ -6,6 +6,7 @@ mod carriers;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crossdock::cuda::CudaPort;
 use crossdock::{
     Authentication, CacheKind, CacheLayout, CachePartOptions, CachePoolOptions, Config, Dtype, End, Extent,
     Handle, HeadOrder, HeadShare, Identity, LayerBuffer, LayoutOptions, Misfit, Node, PagePool, PageSet,
@@ -131,10 +132,12 @@ struct Liar {
 }
 
 impl Liar {
-    fn open(number: u64, says: Vec<u8>, port: PortConfig) -> Self {
+    fn open(number: u64, says: Vec<u8>, carrier: &Carrier) -> Self {
+        let port = carrier.port(1);
         let port: Box<dyn Port> = match port {
             PortConfig::Shm(options) => Box::new(crossdock_shm::ShmPort::open(options).unwrap()),
             PortConfig::Verbs(options) => Box::new(crossdock_verbs::VerbsPort::open(options).unwrap()),
+            PortConfig::Cuda { gpu, options } => Box::new(CudaPort::open(&gpu, options).unwrap()),
             _ => Box::new(crossdock_tcp::TcpPort::open(TcpOptions::default()).unwrap()),
         };
         let network = SocketNetwork::open(SocketOptions::new("127.0.0.1:0".parse().unwrap())).unwrap();
@@ -152,7 +155,7 @@ impl Liar {
         let (memory, pool) = crossdock::allocate(&honest()).unwrap();
         let options = WorkerOptions {
             layout: honest(),
-            memory,
+            memory: memory.iter().map(|memory| carrier.memory(memory.bytes())).collect(),
             verify: Verify::All,
             max_commands: 64,
             max_targets: 4,
@@ -177,10 +180,10 @@ struct Side {
 }
 
 impl Side {
-    fn open(name: &str, port: PortConfig) -> Self {
+    fn open(name: &str, carrier: &Carrier, at: usize) -> Self {
         let (memory, pool) = crossdock::allocate(&honest()).unwrap();
         let mut config = Config::new(name, honest(), memory, Authentication::Off);
-        config.ports = vec![port];
+        carrier.equip(&mut config, at);
         config.verify = Verify::All;
         Self { node: Node::open(config).unwrap(), pool }
     }
@@ -233,7 +236,7 @@ fn hand_over(
 #[test]
 fn a_layout_that_is_a_lie_ends_rooms_and_nothing_else() {
     for carrier in Carrier::all() {
-        let (node, other) = (Side::open("node", carrier.port(0)), Side::open("other", carrier.port(1)));
+        let (node, other) = (Side::open("node", &carrier, 0), Side::open("other", &carrier, 1));
         let (here, there) = ((node.node.handle(), &node.pool), (other.node.handle(), &other.pool));
         let mut room = 0;
         let mut next = |pull, deadline| {
@@ -241,7 +244,7 @@ fn a_layout_that_is_a_lie_ends_rooms_and_nothing_else() {
             (room, pull, deadline)
         };
         for (number, (lie, says, fate)) in (100..).zip(lies()) {
-            let liar = Liar::open(number, says, carrier.port(1));
+            let liar = Liar::open(number, says, &carrier);
             let of_liar = (&liar.handle, &liar.pool);
             let (to_liar, to_node) =
                 (connect(here.0, &liar.address), connect(&liar.handle, node.node.address()));

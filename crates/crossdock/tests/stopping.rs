@@ -124,7 +124,7 @@ fn pair(carrier: &Carrier, progress: [Progress; 2]) -> ([Worker; 2], Peer) {
     let [mut decode, mut prefill] = progress.map(|progress| {
         node += 1;
         worker("one", |config| {
-            config.ports = vec![carrier.port(node)];
+            carrier.equip(config, node);
             config.progress = progress;
         })
     });
@@ -152,7 +152,7 @@ fn refuses(carrier: &Carrier) -> Option<bool> {
     match carrier {
         Carrier::Shm => Some(false),
         Carrier::Tcp => Some(true),
-        Carrier::Fabric(_) | Carrier::Devices(_) => None,
+        Carrier::Gpu(_) | Carrier::Fabric(_) | Carrier::Devices(_) => None,
     }
 }
 

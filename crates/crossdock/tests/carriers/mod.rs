@@ -1,6 +1,7 @@
 //! What a test of whole nodes runs over: each kind of port, or only RDMA devices where some are named.
 
-use crossdock::{PortConfig, ShmOptions, VerbsOptions};
+use crossdock::cuda::{CudaOptions, Gpu, Kernels, fake};
+use crossdock::{AllocateOptions, Config, Memory, PortConfig, ShmOptions, VerbsOptions};
 use crossdock_verbs::fake::{Fabric, FabricOptions, Pace};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -9,6 +10,8 @@ use tracing_subscriber::filter::LevelFilter;
 pub enum Carrier {
     Shm,
     Tcp,
+    /// A GPU that is software of this process; pages are in its memory.
+    Gpu(Gpu),
     /// RDMA between two devices that are software of this process.
     Fabric(Fabric),
     /// RDMA between devices of this machine, which may be software of its kernel (`tests/rdma-vm` has two).
@@ -31,7 +34,8 @@ impl Carrier {
         }
         eprintln!("SKIPPED: RDMA devices: CROSSDOCK_VERBS_DEVICES names none (tests/rdma-vm has some)");
         let fabric = Fabric::new(FabricOptions { pace: Pace::Thread, ..FabricOptions::default() });
-        vec![Carrier::Shm, Carrier::Tcp, Carrier::Fabric(fabric)]
+        let gpu = Gpu::open(&fake::driver(), 0).expect("a GPU of software");
+        vec![Carrier::Shm, Carrier::Tcp, Carrier::Gpu(gpu), Carrier::Fabric(fabric)]
     }
 
     /// The port of one of several nodes: devices are taken by turns, so that neighbours are not on the same.
@@ -40,6 +44,11 @@ impl Carrier {
         match self {
             Carrier::Shm => return PortConfig::Shm(ShmOptions::default()),
             Carrier::Tcp => return PortConfig::Tcp(None),
+            Carrier::Gpu(gpu) => {
+                // Its kernels are carried out by their definition.
+                let options = CudaOptions { kernels: Kernels::Given(vec![1]), ..CudaOptions::default() };
+                return PortConfig::Cuda { gpu: gpu.clone(), options };
+            }
             Carrier::Fabric(fabric) => {
                 options.verbs = Some(fabric.verbs());
                 options.device = Some(format!("fake{}", node % 2));
@@ -50,11 +59,32 @@ impl Carrier {
     }
 }
 
+impl Carrier {
+    /// Memory of the kind that it carries.
+    #[allow(dead_code, reason = "not every test that has carriers allocates memory of its own")]
+    pub fn memory(&self, bytes: usize) -> Memory {
+        match self {
+            Carrier::Gpu(gpu) => gpu.allocate(bytes).expect("memory on a GPU of software"),
+            _ => Memory::allocate(bytes, &AllocateOptions::default()).expect("memory"),
+        }
+    }
+
+    /// Gives one of several nodes its port, and memory of the kind that it carries.
+    #[allow(dead_code, reason = "not every test that has carriers has nodes")]
+    pub fn equip(&self, config: &mut Config, node: usize) {
+        config.ports = vec![self.port(node)];
+        if let Carrier::Gpu(_) = self {
+            config.memory = config.memory.iter().map(|memory| self.memory(memory.bytes())).collect();
+        }
+    }
+}
+
 impl std::fmt::Debug for Carrier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Carrier::Shm => f.write_str("shm"),
             Carrier::Tcp => f.write_str("tcp"),
+            Carrier::Gpu(_) => f.write_str("a GPU of software"),
             Carrier::Fabric(_) => f.write_str("verbs in this process"),
             Carrier::Devices(devices) => write!(f, "verbs over {}", devices.join(" and ")),
         }

@@ -56,6 +56,17 @@ pub enum GpuError {
 }
 
 impl GpuError {
+    /// Whether the same call may succeed later: memory may be free then.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Driver(error) => error.is_out_of_memory(),
+            Self::Memory(error) => {
+                matches!(error, MemoryError::OutOfMemory { .. } | MemoryError::TooManyFiles)
+            }
+            Self::Refused(_) | Self::NoVirtualMemory => false,
+        }
+    }
+
     /// What can be done about it.
     pub fn advice(&self) -> &'static str {
         match self {

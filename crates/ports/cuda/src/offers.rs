@@ -11,8 +11,6 @@ use crate::sharing::Within;
 pub(crate) enum Place {
     /// In the host's memory, in the memfd that came with it.
     Host,
-    /// Nowhere that this process could reach.
-    OutOfReach,
     /// On a GPU, in the physical piece whose descriptor came with it.
     Piece(Within),
     /// On a GPU, in the physical piece that has this fabric handle.
@@ -24,7 +22,6 @@ pub(crate) enum Place {
 /// The forms of the offers.
 pub(crate) const FORMS: &[OfferForm] = &[
     OfferForm { number: HOST, payload_bytes: 0, with_descriptor: true },
-    OfferForm { number: OUT_OF_REACH, payload_bytes: 0, with_descriptor: false },
     OfferForm { number: PIECE, payload_bytes: 16, with_descriptor: true },
     OfferForm { number: FABRIC, payload_bytes: 80, with_descriptor: false },
     OfferForm { number: IPC, payload_bytes: 88, with_descriptor: false },
@@ -34,7 +31,6 @@ impl Place {
     pub fn form(&self) -> u8 {
         match self {
             Place::Host => HOST,
-            Place::OutOfReach => OUT_OF_REACH,
             Place::Piece(_) => PIECE,
             Place::Fabric(..) => FABRIC,
             Place::Ipc { .. } => IPC,
@@ -44,7 +40,7 @@ impl Place {
     pub fn payload(&self) -> Payload {
         let mut bytes = Vec::with_capacity(Payload::MAX_BYTES);
         match self {
-            Place::Host | Place::OutOfReach => {}
+            Place::Host => {}
             Place::Piece(within) => put(&mut bytes, within),
             Place::Fabric(handle, within) => {
                 bytes.extend_from_slice(handle);
@@ -64,7 +60,6 @@ impl Place {
         let mut rest = Rest(payload);
         let place = match form {
             HOST => Some(Place::Host),
-            OUT_OF_REACH => Some(Place::OutOfReach),
             PIECE => rest.within().map(Place::Piece),
             FABRIC => {
                 rest.take().and_then(|handle| rest.within().map(|within| Place::Fabric(handle, within)))
@@ -77,7 +72,7 @@ impl Place {
         };
         let within = match place {
             Some(Place::Piece(within) | Place::Fabric(_, within) | Place::Ipc { within, .. }) => Some(within),
-            Some(Place::Host | Place::OutOfReach) => None,
+            Some(Place::Host) => None,
             None => return Err(IMPOSSIBLE),
         };
         let fits = |within: Within| {
@@ -113,10 +108,9 @@ impl Rest<'_> {
 }
 
 const HOST: u8 = 0;
-const OUT_OF_REACH: u8 = 1;
-const PIECE: u8 = 2;
-const FABRIC: u8 = 3;
-const IPC: u8 = 4;
+const PIECE: u8 = 1;
+const FABRIC: u8 = 2;
+const IPC: u8 = 3;
 
 const IMPOSSIBLE: DownCause = DownCause::PeerMisbehaved { what: "announced a region at an impossible place" };
 
@@ -138,7 +132,6 @@ mod tests {
         };
         prop_oneof![
             Just(Place::Host),
-            Just(Place::OutOfReach),
             within().prop_map(Place::Piece),
             (bytes_64(), within()).prop_map(|(handle, within)| Place::Fabric(handle, within)),
             (bytes_64(), within(), any::<u64>()).prop_map(|(token, within, address)| Place::Ipc {

@@ -63,16 +63,17 @@ impl MappedBytes for HostMapping {
 impl Region {
     pub fn of(gpu: &Gpu, memory: &Memory) -> Result<Region> {
         match memory.kind() {
-            MemoryKind::Shared => Region::of_host(gpu, memory, Place::Host),
-            // Ops of this side use it, and no peer can.
-            MemoryKind::Private => Region::of_host(gpu, memory, Place::OutOfReach),
-            _ => Region::of_gpu(gpu, memory),
+            MemoryKind::Shared => {
+                let pinned = gpu.context().register_host(memory).map_err(of_driver)?;
+                let (address, place) = (pinned.address(), Place::Host);
+                Ok(Region { address, place, descriptor: None, _pinned: Some(pinned) })
+            }
+            MemoryKind::Device => Region::of_gpu(gpu, memory),
+            _ => Err(Error::Unsupported {
+                what: "registration of the host's memory that crossdock did not allocate with a GPU's port",
+                advice: "allocate it with crossdock: no peer's GPU can map any other memory of a host's",
+            }),
         }
-    }
-
-    fn of_host(gpu: &Gpu, memory: &Memory, place: Place) -> Result<Region> {
-        let pinned = gpu.context().register_host(memory).map_err(of_driver)?;
-        Ok(Region { address: pinned.address(), place, descriptor: None, _pinned: Some(pinned) })
     }
 
     fn of_gpu(gpu: &Gpu, memory: &Memory) -> Result<Region> {
@@ -140,10 +141,9 @@ impl Offered {
                 let address = opened.base() + within.offset;
                 Ok(Remote::on_gpu(address, (opened, attaching.tether())))
             }
-            (Place::OutOfReach, _) | (_, None) => Err(Error::Unsupported {
-                what: "access to the peer's private memory",
-                advice: "register memory there that crossdock allocated: a GPU can map no other of a host's",
-            }),
+            (Place::Host | Place::Piece(_), None) => {
+                unreachable!("the form says that a descriptor comes with it")
+            }
         }
     }
 }
