@@ -122,25 +122,26 @@ impl Compiler {
         self.version
     }
 
-    /// Machine code for one architecture, as `cuModuleLoadData` takes it.
+    /// Machine code for one architecture, as [`Context::load`](crate::driver::Context::load) takes it.
     pub fn compile(&self, kernel: &Kernel, architecture: Architecture) -> Result<Vec<u8>, CompileError> {
         let program = Program::of(kernel)?;
-        let options = [format!("--gpu-architecture={architecture}"), "--std=c++17".into()];
-        let options = options.map(|option| CString::new(option).expect("no NUL"));
-        let pointers = options.each_ref().map(|option| option.as_ptr());
-        // SAFETY: the program lives; the options are strings that live.
-        let compiled =
-            unsafe { sys::nvrtcCompileProgram(program.0, pointers.len() as c_int, pointers.as_ptr()) };
-        if compiled == sys::nvrtcResult::NVRTC_ERROR_COMPILATION
-            || compiled == sys::nvrtcResult::NVRTC_ERROR_INVALID_OPTION
-        {
-            let log =
-                program.text("nvrtcGetProgramLog", sys::nvrtcGetProgramLogSize, sys::nvrtcGetProgramLog)?;
-            let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_owned();
-            return Err(CompileError::Refused { kernel: kernel.name, architecture, log });
-        }
-        check("nvrtcCompileProgram", compiled)?;
+        program.compile(kernel, &architecture.to_string(), architecture)?;
         program.text("nvrtcGetCUBIN", sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN)
+    }
+
+    /// PTX that a driver of CUDA 11.4 or later compiles for any GPU from A100 on: what [`Kernel::portable`] is made of.
+    ///
+    /// NVRTC names the PTX that it knows itself, which older drivers refuse unread; kernels keep to what 7.4 has.
+    pub fn portable(&self, kernel: &Kernel) -> Result<String, CompileError> {
+        let program = Program::of(kernel)?;
+        program.compile(kernel, "compute_80", Architecture::SM_80)?;
+        let text = program.text("nvrtcGetPTX", sys::nvrtcGetPTXSize, sys::nvrtcGetPTX)?;
+        let text = String::from_utf8_lossy(&text);
+        let line = |line: &str| match line.starts_with(".version ") {
+            true => PORTABLE_VERSION.to_owned(),
+            false => line.trim_end().to_owned(),
+        };
+        Ok(text.trim_end_matches(['\0', '\n']).lines().map(|text| line(text) + "\n").collect())
     }
 }
 
@@ -170,6 +171,24 @@ impl Program {
         Ok(Program(program))
     }
 
+    fn compile(&self, kernel: &Kernel, target: &str, architecture: Architecture) -> Result<(), CompileError> {
+        let options = [format!("--gpu-architecture={target}"), "--std=c++17".into()];
+        let options = options.map(|option| CString::new(option).expect("no NUL"));
+        let pointers = options.each_ref().map(|option| option.as_ptr());
+        // SAFETY: the program lives; the options are strings that live.
+        let compiled =
+            unsafe { sys::nvrtcCompileProgram(self.0, pointers.len() as c_int, pointers.as_ptr()) };
+        if compiled == sys::nvrtcResult::NVRTC_ERROR_COMPILATION
+            || compiled == sys::nvrtcResult::NVRTC_ERROR_INVALID_OPTION
+        {
+            let log =
+                self.text("nvrtcGetProgramLog", sys::nvrtcGetProgramLogSize, sys::nvrtcGetProgramLog)?;
+            let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_owned();
+            return Err(CompileError::Refused { kernel: kernel.name, architecture, log });
+        }
+        check("nvrtcCompileProgram", compiled)
+    }
+
     /// What the program has of a kind.
     fn text(&self, call: &'static str, size: Size, text: Text) -> Result<Vec<u8>, CompileError> {
         let mut bytes = 0;
@@ -197,7 +216,7 @@ fn check(call: &'static str, answer: sys::nvrtcResult) -> Result<(), CompileErro
 }
 
 /// All that are called.
-const FUNCTIONS: [&str; 8] = [
+const FUNCTIONS: [&str; 10] = [
     "nvrtcVersion",
     "nvrtcCreateProgram",
     "nvrtcCompileProgram",
@@ -206,4 +225,9 @@ const FUNCTIONS: [&str; 8] = [
     "nvrtcGetProgramLog",
     "nvrtcGetCUBINSize",
     "nvrtcGetCUBIN",
+    "nvrtcGetPTXSize",
+    "nvrtcGetPTX",
 ];
+
+/// The directive of the oldest PTX that has all that kernels use: loads and stores past the first-level cache.
+const PORTABLE_VERSION: &str = ".version 7.4";

@@ -34,6 +34,8 @@ pub struct Kernel {
     pub source: &'static str,
     /// The functions that can be launched.
     pub functions: &'static [&'static str],
+    /// The same as PTX, where no compiler is: see [`Compiler::portable`](compiler::Compiler::portable).
+    pub portable: &'static str,
 }
 
 /// Every kernel there is.
@@ -44,4 +46,5 @@ pub const PAGES: Kernel = Kernel {
     name: "pages.cu",
     source: include_str!("kernels/pages.cu"),
     functions: &["crossdock_move_words_16", "crossdock_move_words_4", "crossdock_move_words_1"],
+    portable: include_str!("kernels/pages.ptx"),
 };

@@ -45,7 +45,8 @@ pub struct CopyEngines {
 /// Where kernels come from.
 #[derive(Clone, Debug)]
 pub enum Kernels {
-    /// Compiled by NVRTC for the GPU at hand, and kept there.
+    /// Compiled by NVRTC for the GPU at hand, and kept there. Where NVRTC is not found, the driver compiles what this library
+    /// brings along.
     Compiled(Cache),
     /// Compiled before: what [`Compiler::compile`] has made of [`PAGES`] for this GPU's architecture.
     Given(Vec<u8>),
@@ -121,7 +122,12 @@ impl CudaPort {
     pub fn open(gpu: &Gpu, options: CudaOptions) -> std::result::Result<Self, OpenError> {
         let image = match options.kernels {
             Kernels::Given(image) => image,
-            Kernels::Compiled(cache) => cache.get(&Compiler::load()?, &PAGES, gpu.facts().architecture)?,
+            Kernels::Compiled(cache) => match Compiler::load() {
+                Ok(compiler) => cache.get(&compiler, &PAGES, gpu.facts().architecture)?,
+                // The driver has a compiler of its own.
+                Err(CompileError::NoLibrary) => PAGES.portable.into(),
+                Err(error) => return Err(error.into()),
+            },
         };
         let mover = Mover::new(gpu, &image, options.limits)?;
         let medium = OnGpu::new(mover, options.copy_engines);

@@ -3,6 +3,7 @@
 use crossdock_cuda::cache::Cache;
 use crossdock_cuda::compiler::{Architecture, CompileError, Compiler};
 use crossdock_cuda::{KERNELS, Kernel};
+use sha2::{Digest, Sha256};
 
 fn compiler() -> Option<Compiler> {
     match Compiler::load() {
@@ -39,11 +40,40 @@ fn every_kernel_compiles_for_every_architecture() {
     }
 }
 
+/// The PTX that comes with the library is of this source: its first line has the source's sum. `UPDATE_KERNELS=1` makes it anew,
+/// where NVRTC is.
+#[test]
+fn what_comes_along_is_of_the_source() {
+    for kernel in &KERNELS {
+        let sum: String = Sha256::digest(kernel.source).iter().map(|byte| format!("{byte:02x}")).collect();
+        let first = format!("// {} of the sum {sum}, as Compiler::portable makes it.", kernel.name);
+        if std::env::var_os("UPDATE_KERNELS").is_some() {
+            let text = compiler().expect("NVRTC").portable(kernel).unwrap();
+            let path = format!("src/kernels/{}", kernel.name.replace(".cu", ".ptx"));
+            std::fs::write(path, format!("{first}\n{text}")).unwrap();
+            continue;
+        }
+        let (found, text) = kernel.portable.split_once('\n').unwrap();
+        assert_eq!(found, first, "UPDATE_KERNELS=1 makes it anew");
+        assert!(text.contains("\n.version 7.4\n.target sm_80\n"));
+        for function in kernel.functions {
+            assert!(text.contains(&format!(".visible .entry {function}(")));
+        }
+        let Some(compiler) = compiler() else { continue };
+        let made = compiler.portable(kernel).unwrap();
+        let release = |text: &str| text.lines().find(|line| line.contains("release")).unwrap().to_owned();
+        match release(&made) == release(text) {
+            true => assert!(made == text, "{}: made of the same source by the same compiler", kernel.name),
+            false => println!("not compared: this NVRTC is another: {}", release(&made)),
+        }
+    }
+}
+
 #[test]
 fn what_does_not_compile_is_refused_with_the_compiler_s_words() {
     let Some(compiler) = compiler() else { return };
     let broken =
-        Kernel { name: "broken.cu", source: "__global__ void f() { no_such_name(); }", functions: &["f"] };
+        Kernel { name: "broken.cu", source: "__global__ void f() { no_such_name(); }", ..KERNELS[0] };
     let refused = compiler.compile(&broken, Architecture::SM_90).unwrap_err();
     assert!(
         matches!(&refused, CompileError::Refused { kernel: "broken.cu", log, .. } if log.contains("no_such_name"))

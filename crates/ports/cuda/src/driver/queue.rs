@@ -74,7 +74,7 @@ impl Context {
         Ok(Event { context: self.clone(), handle })
     }
 
-    /// Loads what a [compiler](crate::compiler::Compiler) has made.
+    /// Loads what a [compiler](crate::compiler::Compiler) has made, machine code or PTX.
     pub fn load(&self, image: &[u8]) -> Result<Module, CudaError> {
         // The driver finds the end of an image by itself: by its header, or, where it is a text, by a NUL.
         let mut image = image.to_vec();
