@@ -132,6 +132,19 @@ mod tests {
         }
     }
 
+    /// Two ports of different builds have to understand each other: these are the bytes of docs/wire-shm.md.
+    #[test]
+    fn addresses_and_keys_are_as_they_always_were() {
+        let kind = Kind { name: "shm", address_magic: *b"xsa\x01", key_magic: *b"xsk\x01", offers: &[] };
+        let address = Address { socket: [1; 16], cookie: [2; 16] }.encode(&kind);
+        assert_eq!(address.bytes(), [&b"xsa\x01"[..], &[1; 16], &[2; 16]].concat());
+        let key = Key { port: [3; 16], region: 0x0102_0304, bytes: 0x1112_1314_1516_1718 }.encode(&kind);
+        let numbers = [4, 3, 2, 1, 0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11];
+        assert_eq!(key.bytes(), [&b"xsk\x01"[..], &[3; 16], &numbers].concat());
+        let name = Address::socket_name(&kind, &[0xa5; 16]);
+        assert_eq!(name, format!("crossdock-shm-{}", "a5".repeat(16)));
+    }
+
     #[test]
     fn a_socket_name_is_hexadecimal() {
         let name = Address::socket_name(&KIND, &[0xa5; 16]);

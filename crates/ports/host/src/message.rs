@@ -270,6 +270,36 @@ mod tests {
         ]
     }
 
+    /// Two ports of different builds have to understand each other: these are the bytes of docs/wire-shm.md.
+    #[test]
+    fn packets_are_as_they_always_were() {
+        let region = |form, address: u64, with_descriptor| {
+            let offer = Described { form, payload: Payload::new(&address.to_le_bytes()), with_descriptor };
+            Message::Region { number: 0x0102_0304, bytes: 0x1112_1314_1516_1718, offer }
+        };
+        let told = [4, 3, 2, 1, 0x18, 0x17, 0x16, 0x15, 0x14, 0x13, 0x12, 0x11];
+        let shared = [&[3, 0][..], &told, &[0; 8]].concat();
+        assert_eq!(region(0, 0, true).encode().written(), shared);
+        let private = [&[3, 1][..], &told, &[8, 7, 6, 5, 4, 3, 2, 1]].concat();
+        assert_eq!(region(1, 0x0102_0304_0506_0708, false).encode().written(), private);
+        assert_eq!(Message::Announced.encode().written(), [4]);
+        assert_eq!(Message::Retire { number: 0x0102_0304 }.encode().written(), [5, 4, 3, 2, 1]);
+        assert_eq!(Message::Closed.encode().written(), [6]);
+        let greeting = Greeting {
+            from: [1; 16],
+            to: [2; 16],
+            tag: [3; 32],
+            port: [4; 16],
+            port_address: 0x0102_0304_0506_0708,
+            immediates: 0x0102_0304,
+        };
+        let said =
+            [&[1; 16][..], &[2; 16], &[3; 32], &[4; 16], &[8, 7, 6, 5, 4, 3, 2, 1], &[4, 3, 2, 1]].concat();
+        for (kind, message) in [(1, Message::Hello(greeting)), (2, Message::Welcome(greeting))] {
+            assert_eq!(message.encode().written(), [&[kind][..], &said].concat());
+        }
+    }
+
     proptest! {
         #[test]
         fn messages_survive_the_journey(message in message()) {

@@ -119,7 +119,6 @@ impl<M: Medium> Joined<M> {
             self.wake_peer(counters);
         }
         if let Some((_, cause)) = failed {
-            self.underway.silence();
             self.close(cause);
         }
         if self.is_closing() && self.underway.is_empty() {

@@ -106,14 +106,6 @@ impl Underway {
         self.tokens -= usize::from(over.token.is_some());
         Some(over)
     }
-
-    /// Nobody is told of what is on its way.
-    pub(crate) fn silence(&mut self) {
-        for pending in &mut self.moves {
-            (pending.imm, pending.token) = (None, None);
-        }
-        (self.immediates, self.tokens) = (0, 0);
-    }
 }
 
 #[cfg(test)]
@@ -157,7 +149,6 @@ mod tests {
         underway.push(Ticket(2), (LocalId(1), RemoteId(3)), None, None);
         assert!(underway.uses_local(LocalId(1)) && !underway.uses_local(LocalId(2)));
         assert!(underway.uses_remote(2) && underway.uses_remote(3));
-        underway.silence();
         assert!(underway.take_over(Ticket(1)).is_some());
         assert!(underway.uses_local(LocalId(1)) && !underway.uses_remote(2) && underway.uses_remote(3));
         assert!(underway.take_over(Ticket(2)).is_some() && underway.is_empty());
