@@ -4,12 +4,14 @@
 
 mod census;
 mod chance;
+mod gpu;
 mod proxy;
 mod room;
 mod worker;
 
 pub use census::Census;
 pub use chance::Chance;
+pub use gpu::GpuChoice;
 pub use proxy::{Fate, Proxy, ProxyCounts};
 pub use room::{Heard, Plan, Side, is_typed};
 pub use worker::{Bench, Worker, WorkerOptions};

@@ -10,6 +10,7 @@ use crossdock::{
 
 use crate::Proxy;
 use crate::chance::{GOLDEN, mix};
+use crate::gpu::GpuChoice;
 
 /// A worker of the tests.
 #[derive(Debug)]
@@ -50,6 +51,8 @@ pub struct WorkerOptions {
     pub second: Option<u16>,
     /// Whether its decode side compares checksums.
     pub verify: bool,
+    /// The GPU that its cache is on, whose port is then its only one.
+    pub gpu: Option<GpuChoice>,
 }
 
 impl Worker {
@@ -67,7 +70,7 @@ impl Worker {
         let (memory, pool) = crossdock::allocate(&layout)?;
         // 32 bytes that all workers of the tests have.
         let key = Authentication::PreSharedKey(vec![7; 32]);
-        let mut config = Config::new(&options.name, layout.clone(), memory.clone(), key);
+        let mut config = Config::new(&options.name, layout.clone(), memory, key);
         config.node = Some(options.node);
         config.verify = if options.verify { Verify::All } else { Verify::Off };
         config.heartbeat = Duration::from_millis(100);
@@ -102,7 +105,13 @@ impl Worker {
             tcp.advertise = Some(Proxy::FRONT);
             config.ports.push(PortConfig::Tcp(Some(tcp)));
         }
+        if let Some(choice) = options.gpu {
+            let (gpu, port) = choice.open()?;
+            config.memory = crossdock::allocate_on(&gpu, &layout)?.0;
+            config.ports = vec![port];
+        }
         change(&mut config);
+        let memory = config.memory.clone();
         let node = Node::open(config)?;
         let bench = Bench { handle: node.handle().clone(), pool, layout, memory: memory[0].clone() };
         Ok(Self { node, bench })
@@ -125,6 +134,7 @@ impl Worker {
                 behind: Some([proxies[0].port(), proxies[1].port()]),
                 second: None,
                 verify,
+                gpu: None,
             });
             match opened {
                 Ok(worker) => return (worker, proxies),
@@ -148,6 +158,7 @@ impl Worker {
                 behind: None,
                 second: Some(proxy.port()),
                 verify: true,
+                gpu: None,
             });
             match opened {
                 Ok(worker) => return (worker, proxy),

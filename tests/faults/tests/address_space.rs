@@ -26,6 +26,7 @@ fn worker(node: u64, pages: u32) -> Result<Worker, crossdock::Error> {
         behind: None,
         second: None,
         verify: true,
+        gpu: None,
     })
 }
 

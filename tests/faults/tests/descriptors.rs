@@ -22,6 +22,7 @@ fn worker(node: u64, shm: bool) -> Result<Worker, crossdock::Error> {
         behind: None,
         second: None,
         verify: true,
+        gpu: None,
     })
 }
 

@@ -205,6 +205,7 @@ fn open(node: u64, ports: Vec<PortConfig>, lanes_per_rail: u8) -> Worker {
         behind: None,
         second: None,
         verify: true,
+        gpu: None,
     };
     let opened = Worker::open_with(&options, |config| {
         config.ports = ports;

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::{Parser, Subcommand};
-use crossdock_faults::{Bench, Census, Chance, Proxy, Worker, WorkerOptions};
+use crossdock_faults::{Bench, Census, Chance, GpuChoice, Proxy, Worker, WorkerOptions};
 
 use lanes::Tally;
 use report::{Counts, Report};
@@ -40,6 +40,9 @@ struct Options {
     /// Decides what happens, though not in which order the processes run
     #[arg(long)]
     seed: Option<u64>,
+    /// Keeps all caches on a GPU and moves pages there: `software` is one without a GPU, a number one of the machine's
+    #[arg(long)]
+    gpu: Option<GpuChoice>,
     /// Draws the counts over the time into a file
     #[arg(long)]
     svg: Option<PathBuf>,
@@ -82,9 +85,10 @@ const PAGES: u32 = 512;
 /// True if nothing has grown.
 fn soak(options: &Options) -> Result<bool, Box<dyn Error>> {
     let seed = options.seed.unwrap_or_else(Chance::any_seed);
-    println!("soak --minutes {} --round-s {} --seed {seed}", options.minutes, options.round_s);
+    let gpu = options.gpu.map_or(String::new(), |gpu| format!(" --gpu {gpu}"));
+    println!("soak --minutes {} --round-s {} --seed {seed}{gpu}", options.minutes, options.round_s);
     let mut chance = Chance::new(seed, 0);
-    let (hub, proxies) = hub(&mut chance)?;
+    let (hub, proxies) = hub(options.gpu, &mut chance)?;
     hub.bench.touch();
     let begin = Instant::now();
     let until = begin + Duration::from_secs_f64(options.minutes * 60.0);
@@ -94,7 +98,7 @@ fn soak(options: &Options) -> Result<bool, Box<dyn Error>> {
     for round in 0.. {
         // Fair weather and foul, in turns.
         proxies.iter().for_each(|proxy| proxy.set_storm(round % 2 == 1));
-        tally.add(&play(&hub, &proxies, &mut chance, options.round_s, begin, &report)?);
+        tally.add(&play(&hub, &proxies, &mut chance, options, begin, &report)?);
         proxies.iter().for_each(Proxy::calm);
         if let Err(left) = hub.bench.is_empty(0, SOON) {
             tally.wrong.push(format!("after round {round} the hub keeps {left}"));
@@ -116,7 +120,7 @@ fn soak(options: &Options) -> Result<bool, Box<dyn Error>> {
 }
 
 /// The hub, and the proxies that stand before it for whoever dials them.
-fn hub(chance: &mut Chance) -> Result<(Worker, [Proxy; 2]), Box<dyn Error>> {
+fn hub(gpu: Option<GpuChoice>, chance: &mut Chance) -> Result<(Worker, [Proxy; 2]), Box<dyn Error>> {
     loop {
         let proxies = [Proxy::start(chance.word())?, Proxy::start(chance.word())?];
         let opened = Worker::open(&WorkerOptions {
@@ -128,6 +132,7 @@ fn hub(chance: &mut Chance) -> Result<(Worker, [Proxy; 2]), Box<dyn Error>> {
             behind: Some([proxies[0].port(), proxies[1].port()]),
             second: None,
             verify: false,
+            gpu,
         });
         match opened {
             Ok(worker) => return Ok((worker, proxies)),
@@ -146,11 +151,12 @@ fn play(
     hub: &Worker,
     proxies: &[Proxy; 2],
     chance: &mut Chance,
-    round_s: u64,
+    options: &Options,
     begin: Instant,
     report: &Report,
 ) -> Result<Tally, Box<dyn Error>> {
     let direct = format!("{}:{}", Proxy::BACK, proxies[0].port());
+    let (round_s, gpu) = (options.round_s, options.gpu);
     let until = Instant::now() + Duration::from_secs(round_s);
     let slots = [
         (Where::Process { shm: true }, direct.as_str()),
@@ -165,7 +171,7 @@ fn play(
             .map(|(at, (place, address))| {
                 let chance = Chance::new(chance.word(), at);
                 // Each peer's start has a number of its own in its slot's hundred million.
-                let slot = Slot { hub: &hub.bench, address, place, number: 100 + at, until };
+                let slot = Slot { hub: &hub.bench, address, place, number: 100 + at, gpu, until };
                 scope.spawn(move || slot.run(chance))
             })
             .collect();

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
-use crossdock_faults::{Worker, WorkerOptions};
+use crossdock_faults::{GpuChoice, Worker, WorkerOptions};
 
 use crate::lanes::{LANES, Lanes};
 
@@ -21,6 +21,8 @@ pub struct PeerOptions {
     pub shm: bool,
     #[arg(long)]
     pub tcp: bool,
+    #[arg(long)]
+    pub gpu: Option<GpuChoice>,
 }
 
 /// Runs until its input ends. An error is a rule that was broken, or a node that could not be opened.
@@ -35,7 +37,7 @@ pub fn run(options: &PeerOptions) -> Result<(), Box<dyn Error>> {
 
 /// A whole life of a peer, which ends soon after `stay` has come back.
 pub fn live(options: &PeerOptions, stay: impl FnOnce()) -> Result<(), Box<dyn Error>> {
-    let PeerOptions { hub, node, seed, shm, tcp } = options;
+    let PeerOptions { hub, node, seed, shm, tcp, gpu } = options;
     let worker = Worker::open(&WorkerOptions {
         name: format!("peer-{node}"),
         node: *node,
@@ -45,6 +47,7 @@ pub fn live(options: &PeerOptions, stay: impl FnOnce()) -> Result<(), Box<dyn Er
         behind: None,
         second: None,
         verify: seed % 2 == 0,
+        gpu: *gpu,
     })?;
     let (peer, _up) = worker.node.handle().connect(hub)?;
     let is_over = AtomicBool::new(false);

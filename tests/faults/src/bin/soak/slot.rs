@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossdock::Peer;
-use crossdock_faults::{Bench, Chance};
+use crossdock_faults::{Bench, Chance, GpuChoice};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::lanes::{LANES, Lanes, Tally};
@@ -28,6 +28,8 @@ pub struct Slot<'a> {
     pub place: Where,
     /// The node number of its peers: they are starts of one node.
     pub number: u64,
+    /// Where everybody's caches are, if not in the host's memory.
+    pub gpu: Option<GpuChoice>,
     pub until: Instant,
 }
 
@@ -48,7 +50,8 @@ impl Slot<'_> {
         };
         // Room numbers begin with it.
         let seed = chance.word() >> 28;
-        let options = PeerOptions { hub: self.address.to_owned(), node: self.number, seed, shm, tcp };
+        let (hub, gpu) = (self.address.to_owned(), self.gpu);
+        let options = PeerOptions { hub, node: self.number, seed, shm, tcp, gpu };
         let is_over = AtomicBool::new(false);
         let peer = Peer::node(self.number);
         let lanes = Lanes { bench: self.hub, peer, is_hub: true, seed, is_over: &is_over };
@@ -116,10 +119,11 @@ fn live_in_process(options: &PeerOptions, chance: &mut Chance) -> Tally {
 }
 
 fn start(options: &PeerOptions) -> std::io::Result<Child> {
-    let PeerOptions { hub, node, seed, shm, tcp } = options;
+    let PeerOptions { hub, node, seed, shm, tcp, gpu } = options;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["peer", "--hub", hub, "--node", &node.to_string(), "--seed", &seed.to_string()]);
     command.args(shm.then_some("--shm")).args(tcp.then_some("--tcp"));
+    command.args(gpu.iter().flat_map(|gpu| ["--gpu".to_owned(), gpu.to_string()]));
     command.stdin(Stdio::piped()).spawn()
 }
 
