@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crossdock_memory::{AllocateOptions, Memory};
 
-use crate::driver::{CudaError, Function, HostRegistration, Module, Stream};
+use crate::driver::{Allocated, CudaError, Function, HostRegistration, Module, Stream};
 use crate::gpu::{Gpu, GpuError};
 use crate::moves::{Batch, Pieces, Side, Signal, Word};
 use crate::staging::{NoStaging, Staging};
@@ -46,7 +46,7 @@ struct Hands {
     functions: [Function; Word::ALL.len()],
     staging: Staging,
     /// Counted by blocks that have finished; the GPU's.
-    finished: Memory,
+    finished: Allocated,
     done: Done,
 }
 
@@ -122,11 +122,15 @@ impl Mover {
             4,
             &AllocateOptions { name: "crossdock-done".into(), ..AllocateOptions::default() },
         )?;
+        let finished = context.malloc(4)?;
+        let stream = context.stream()?;
+        // SAFETY: the word was allocated just now, and nobody else knows it.
+        unsafe { stream.fill(finished.base(), finished.bytes(), 0)? };
         let hands = Hands {
-            stream: context.stream()?,
+            stream,
             functions: [of_word(first, &module)?, of_word(second, &module)?, of_word(third, &module)?],
             staging,
-            finished: gpu.allocate(4)?,
+            finished,
             done: Done { registration: context.register_host(&memory)?, memory },
         };
         Ok(Mover {
@@ -261,7 +265,7 @@ impl Mover {
     fn launch_all(&mut self, ticket: u64) -> Result<(), CudaError> {
         let signal = Signal { at: self.hands.done.registration.address(), value: ticket as u32, reserved: 0 };
         let signal = self.put(bytemuck::bytes_of(&signal));
-        let counter = Gpu::memory_of(&self.hands.finished).expect("a GPU's").base();
+        let counter = self.hands.finished.base();
         let has_tiles = |word: &Word| self.batch.launch(*word).tiles > 0;
         // Behind copies alone a kernel without pieces tells of their end.
         let last = Word::ALL.into_iter().rfind(has_tiles).unwrap_or(Word::Bytes16);

@@ -35,6 +35,14 @@ struct Reserved {
     is_mapped: bool,
 }
 
+/// Memory as `cudaMalloc` gives it, of this process.
+#[derive(Debug)]
+pub struct Allocated {
+    context: Context,
+    base: Address,
+    bytes: usize,
+}
+
 /// What names memory of `cudaMalloc` to another process of this host (legacy CUDA IPC).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IpcToken(pub [u8; 64]);
@@ -146,6 +154,16 @@ impl Context {
             Err(error) if error.code == abi::ERROR_INVALID_VALUE => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Allocates as `cudaMalloc` does: other processes reach it by legacy IPC alone, and it costs no whole piece.
+    pub fn malloc(&self, bytes: usize) -> Result<Allocated, CudaError> {
+        let mut base = 0;
+        self.call("cuMemAlloc", |table| {
+            // SAFETY: the address can be written.
+            unsafe { (table.cuMemAlloc_v2)(&raw mut base, bytes) }
+        })?;
+        Ok(Allocated { context: self.clone(), base, bytes })
     }
 
     /// What names memory of `cudaMalloc` to other processes.
@@ -271,6 +289,18 @@ impl Mapped {
     }
 }
 
+impl Allocated {
+    /// Where it begins, for kernels and copies of this process.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// How long it is.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
 impl Foreign {
     /// Where it begins, for kernels and copies of this process.
     pub fn base(&self) -> u64 {
@@ -303,6 +333,16 @@ impl Drop for Reserved {
                 }
                 (table.cuMemAddressFree)(self.base, self.bytes)
             }
+        });
+    }
+}
+
+impl Drop for Allocated {
+    fn drop(&mut self) {
+        // As above.
+        let _ = self.context.call("cuMemFree", |table| {
+            // SAFETY: it was allocated once by this. Whoever works with it has said that it is done.
+            unsafe { (table.cuMemFree_v2)(self.base) }
         });
     }
 }

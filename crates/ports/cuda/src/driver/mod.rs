@@ -20,7 +20,7 @@ pub use abi::FabricHandle;
 pub use context::Context;
 pub use device::{Device, Facts, HandleTypes, WritesOrdering};
 pub use host::HostRegistration;
-pub use memory::{Foreign, IpcToken, Mapped, Physical, Shareable};
+pub use memory::{Allocated, Foreign, IpcToken, Mapped, Physical, Shareable};
 pub use pointer::{PointerFacts, Range, Residence};
 pub use queue::{Event, Function, Module, Stream};
 

@@ -71,6 +71,8 @@ table! {
         cuDevicePrimaryCtxRelease_v2: fn(DeviceNumber);
         cuCtxPushCurrent_v2: fn(Handle);
         cuCtxPopCurrent_v2: fn(*mut Handle);
+        cuMemAlloc_v2: fn(*mut Address, usize);
+        cuMemFree_v2: fn(Address);
         cuMemGetAllocationGranularity: fn(*mut usize, *const Properties, c_uint);
         cuMemCreate: fn(*mut Physical, usize, *const Properties, u64);
         cuMemRelease: fn(Physical);

@@ -35,6 +35,8 @@ pub fn table() -> Table {
         cuDevicePrimaryCtxRelease_v2: release_context,
         cuCtxPushCurrent_v2: push,
         cuCtxPopCurrent_v2: pop,
+        cuMemAlloc_v2: alloc,
+        cuMemFree_v2: free,
         cuMemGetAllocationGranularity: granularity,
         cuMemCreate: create,
         cuMemRelease: release,
@@ -226,6 +228,29 @@ fn got<T: Copy>(from: *const T) -> Result<T, Answer> {
     }
     // SAFETY: the driver's callers give what can be read.
     Ok(unsafe { from.read() })
+}
+
+extern "C" fn alloc(into: *mut Address, bytes: usize) -> Answer {
+    let allocated = || {
+        let (mut world, device) = enter_on("cuMemAlloc")?;
+        if bytes == 0 {
+            return Err(abi::ERROR_INVALID_VALUE);
+        }
+        put(into, world.allocate(Origin::Malloc, device, bytes))
+    };
+    answer(allocated())
+}
+
+extern "C" fn free(address: Address) -> Answer {
+    answer(enter("cuMemFree").and_then(|mut world| {
+        match world.allocations.get(&address).is_some_and(|one| !one.is_opened) {
+            true => {
+                world.free(address);
+                Ok(())
+            }
+            false => Err(abi::ERROR_INVALID_VALUE),
+        }
+    }))
 }
 
 extern "C" fn granularity(into: *mut usize, properties: *const Properties, _option: c_uint) -> Answer {

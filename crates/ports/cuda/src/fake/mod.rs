@@ -110,8 +110,8 @@ pub struct Alive {
     pub physical: usize,
     /// Ranges of addresses that are reserved.
     pub reserved: usize,
-    /// Memory of other processes that is open.
-    pub opened: usize,
+    /// Allocations, and those of other processes that are open.
+    pub allocated: usize,
     /// Memory of the host that is pinned.
     pub pinned: usize,
     /// Streams and events.

@@ -315,7 +315,7 @@ impl World {
         Alive {
             physical: self.physical.values().filter(|one| of(one.device)).count(),
             reserved: self.reserved.values().filter(|one| of(one.device)).count(),
-            opened: self.allocations.values().filter(|one| of(one.device) && one.is_opened).count(),
+            allocated: self.allocations.values().filter(|one| of(one.device)).count(),
             pinned: self.pinned.values().filter(|one| of(one.device)).count(),
             queues: self.streams.values().filter(|one| of(one.device)).count()
                 + self.events.values().filter(|one| of(one.device)).count(),
