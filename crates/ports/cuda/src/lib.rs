@@ -6,6 +6,7 @@
 //!
 //! Nothing in here has run on a GPU yet.
 
+mod arrivals;
 pub mod cache;
 pub mod compiler;
 pub mod driver;
@@ -21,6 +22,7 @@ mod regions;
 pub mod sharing;
 mod staging;
 
+pub use arrivals::Arrivals;
 pub use gpu::{Export, Gpu, GpuError, GpuMemory};
 pub use mover::{Ends, Limits, Mover, Progress};
 pub use port::{CopyEngines, CudaCounters, CudaOptions, CudaPort, Kernels, OpenError};

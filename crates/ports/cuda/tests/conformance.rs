@@ -1,14 +1,14 @@
-//! The suite that every port passes, on a driver without a GPU: memory that crossdock allocated on a GPU, `cudaMalloc`'s, and the
-//! host's; with everything coming back short, and with work that takes its time.
+//! The suite that every port passes, on a GPU or on a driver without one: memory that crossdock allocated there, `cudaMalloc`'s, and
+//! the host's; with everything coming back short, and by copy engines.
 
-use std::time::Duration;
+mod machine;
 
-use crossdock_cuda::fake::{self, Origin};
-use crossdock_cuda::{CopyEngines, CudaOptions, CudaPort, Gpu, Kernels, Limits};
+use crossdock_cuda::{CopyEngines, CudaOptions, CudaPort, Gpu, Limits};
 use crossdock_host::HostOptions;
 use crossdock_memory::{AllocateOptions, Memory};
 use crossdock_transport::conformance::{self, Child, ProcessChild, Rig, Streamer};
 use crossdock_transport::{Fence, Port};
+use machine::options;
 
 #[test]
 fn memory_of_crossdock() {
@@ -76,7 +76,7 @@ impl Kind {
 
 impl CudaRig {
     fn new(kind: Kind, options: CudaOptions) -> Self {
-        Self { kind, options, gpu: Gpu::open(&fake::driver(), 0).expect("a GPU") }
+        Self { kind, options, gpu: machine::gpu() }
     }
 }
 
@@ -96,8 +96,9 @@ impl Rig for CudaRig {
             Kind::Allocated => self.gpu.allocate(bytes).expect("memory"),
             Kind::Malloc => {
                 // An offset that is not even, as an engine's tensors may have. It is never freed.
-                let address = fake::allocate(Origin::Malloc, 0, bytes + 64) + 48;
-                #[allow(unsafe_code)]
+                let allocated = self.gpu.context().malloc(bytes + 64).expect("memory");
+                let address = allocated.base() + 48;
+                std::mem::forget(allocated);
                 // SAFETY: it is never freed.
                 unsafe { self.gpu.adopt(address, bytes) }.expect("cudaMalloc's can be shared")
             }
@@ -119,13 +120,5 @@ impl Rig for CudaRig {
 
     fn child(&mut self) -> Option<Box<dyn Child>> {
         Some(Box::new(ProcessChild::spawn("child", &format!("{:?}", self.kind))))
-    }
-}
-
-fn options() -> CudaOptions {
-    CudaOptions {
-        kernels: Kernels::Given(b"carried out by their definition".to_vec()),
-        lanes: HostOptions { connect_timeout: Duration::from_millis(500), ..CudaOptions::default().lanes },
-        ..CudaOptions::default()
     }
 }

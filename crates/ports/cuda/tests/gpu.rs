@@ -1,4 +1,6 @@
-//! Memory on a GPU, and moves between, over a driver without a GPU.
+//! Memory on a GPU, and moves between.
+
+mod machine;
 
 use std::time::{Duration, Instant};
 
@@ -19,7 +21,8 @@ const OF_LEAKS: u32 = 7;
 const OF_PAUSES: u32 = 8;
 const OF_REFUSALS: u32 = 10;
 
-fn gpu(ordinal: u32) -> Gpu {
+/// One of those that are software.
+fn software(ordinal: u32) -> Gpu {
     Gpu::open(&fake::driver(), ordinal).unwrap()
 }
 
@@ -35,6 +38,9 @@ fn pattern(bytes: usize, seed: u8) -> Vec<u8> {
 
 #[test]
 fn devices_say_what_they_are() {
+    if machine::is_skipped_on_a_gpu() {
+        return;
+    }
     let driver = fake::driver();
     assert_eq!(driver.version(), 12_080);
     let devices = driver.devices().unwrap();
@@ -53,15 +59,18 @@ fn devices_say_what_they_are() {
 /// What the driver says of fabric handles is not believed: they are tried.
 #[test]
 fn handles_are_tried() {
-    let found = [SERVER, RACK, NO_CHANNEL, VIRTUAL].map(|device| gpu(device).handles());
+    if machine::is_skipped_on_a_gpu() {
+        return;
+    }
+    let found = [SERVER, RACK, NO_CHANNEL, VIRTUAL].map(|device| software(device).handles());
     let of = |posix_fd, fabric| HandleTypes { posix_fd, fabric };
     assert_eq!(found, [of(true, false), of(true, true), of(true, false), of(false, false)]);
-    assert_eq!(gpu(VIRTUAL).allocate(1).unwrap_err(), GpuError::NoVirtualMemory);
+    assert_eq!(software(VIRTUAL).allocate(1).unwrap_err(), GpuError::NoVirtualMemory);
 }
 
 #[test]
 fn memory_is_zero_read_written_and_filled() {
-    let gpu = gpu(RACK);
+    let gpu = machine::gpu();
     // Longer than what is copied at once.
     let memory = gpu.allocate(9 << 20).unwrap();
     assert_eq!((memory.kind(), memory.bytes(), memory.fd().is_none()), (MemoryKind::Device, 9 << 20, true));
@@ -75,14 +84,16 @@ fn memory_is_zero_read_written_and_filled() {
     assert!(content(&memory) == expected);
     assert!(matches!(memory.read(9 << 20, &mut [0]), Err(AccessError::OutOfRange(_))));
     assert_eq!(gpu.allocate(0).unwrap_err(), GpuError::Memory(MemoryError::ZeroBytes));
-    let (dma_buf, offset) = memory.device().unwrap().dma_buf().unwrap();
-    assert_eq!(offset, 0);
-    drop(dma_buf.try_clone_to_owned().unwrap());
+    let dma_buf = memory.device().unwrap().dma_buf();
+    assert_eq!(dma_buf.map(|(_, offset)| offset), gpu.facts().has_dma_buf.then_some(0));
 }
 
 #[test]
 fn memory_of_others_is_adopted_or_refused_by_its_name() {
-    let gpu = gpu(SERVER);
+    if machine::is_skipped_on_a_gpu() {
+        return;
+    }
+    let gpu = machine::gpu();
     let bytes = 1 << 20;
     // SAFETY: what is allocated below is freed after its last handle.
     let adopt = |address, bytes| unsafe { gpu.adopt(address, bytes) };
@@ -128,8 +139,11 @@ fn memory_of_others_is_adopted_or_refused_by_its_name() {
 /// What is exported is mapped by another process: here by this one, which has no other way.
 #[test]
 fn pieces_are_mapped_from_what_was_exported() {
-    for device in [SERVER, RACK] {
-        let gpu = gpu(device);
+    let gpus = match machine::device() {
+        Some(_) => vec![machine::gpu()],
+        None => vec![software(SERVER), software(RACK)],
+    };
+    for gpu in gpus {
         let memory = gpu.allocate(3 << 20).unwrap();
         memory.write(0, &pattern(3 << 20, 1)).unwrap();
         let Export::Descriptor(fd, within) = Gpu::memory_of(&memory).unwrap().export().unwrap() else {
@@ -150,7 +164,10 @@ fn pieces_are_mapped_from_what_was_exported() {
         let short = context.import_fd(std::os::fd::AsFd::as_fd(&fd), 64 << 20).unwrap();
         assert!(std::sync::Arc::new(short).map(&[]).is_err());
     }
-    let context = gpu(NO_CHANNEL).context().clone();
+    if machine::device().is_some() {
+        return;
+    }
+    let context = software(NO_CHANNEL).context().clone();
     let refused = context.import_fabric(&[0; 64], 2 << 20).unwrap_err();
     assert_eq!((refused.call, refused.name), ("cuMemImportFromShareableHandle", "CUDA_ERROR_NOT_PERMITTED"));
     assert!(refused.advice().contains("IMEX"));
@@ -158,6 +175,9 @@ fn pieces_are_mapped_from_what_was_exported() {
 
 #[test]
 fn failures_are_told_and_leave_nothing_behind() {
+    if machine::is_skipped_on_a_gpu() {
+        return;
+    }
     const OUT_OF_MEMORY: i32 = 2;
     let before = fake::alive(OF_FAILURES);
     for call in ["cuStreamCreate", "cuMemHostRegister", "cuMemHostGetDevicePointer"] {
@@ -168,7 +188,7 @@ fn failures_are_told_and_leave_nothing_behind() {
         assert_eq!(fake::alive(OF_FAILURES), before, "{call}");
     }
     for call in ["cuMemCreate", "cuMemAddressReserve", "cuMemMap", "cuMemSetAccess", "cuMemsetD8Async"] {
-        let gpu = gpu(OF_FAILURES);
+        let gpu = software(OF_FAILURES);
         fake::fail_next(OF_FAILURES, call, OUT_OF_MEMORY);
         let refused = gpu.allocate(1 << 20).unwrap_err();
         let GpuError::Driver(refused) = refused else { panic!("{refused:?}") };
@@ -180,10 +200,13 @@ fn failures_are_told_and_leave_nothing_behind() {
 
 #[test]
 fn what_was_made_is_let_go() {
+    if machine::is_skipped_on_a_gpu() {
+        return;
+    }
     let before = fake::alive(OF_LEAKS);
-    let gpu = gpu(OF_LEAKS);
+    let gpu = software(OF_LEAKS);
     let memory = gpu.allocate(1 << 20).unwrap();
-    let mover = Mover::new(&gpu, b"image", Limits::default()).unwrap();
+    let mover = Mover::new(&gpu, machine::image(), Limits::default()).unwrap();
     let alive = fake::alive(OF_LEAKS);
     assert!(alive.physical > before.physical && alive.pinned > before.pinned && alive.queues > before.queues);
     drop((gpu, mover));
@@ -245,10 +268,10 @@ proptest! {
     /// Whatever is gathered and launched moves once, nothing else changes, and small rings move it in parts.
     #[test]
     fn moves_are_those_of_the_model(steps in prop::collection::vec(step(), 1..30), small in any::<bool>()) {
-        let gpu = gpu(SERVER);
+        let gpu = machine::gpu();
         let staging_bytes = if small { 64 << 10 } else { 4 << 20 };
         let limits = Limits { staging_bytes, launches: 4, ..Limits::default() };
-        let mut mover = Mover::new(&gpu, b"image", limits).unwrap();
+        let mut mover = Mover::new(&gpu, machine::image(), limits).unwrap();
         let (source, target) = (gpu.allocate(40_000).unwrap(), gpu.allocate(40_000).unwrap());
         let sent = pattern(40_000, 5);
         source.write(0, &sent).unwrap();
@@ -312,9 +335,9 @@ proptest! {
 /// A list that many ops have in common is staged once a launch.
 #[test]
 fn a_list_of_many_layers_is_staged_once() {
-    let gpu = gpu(SERVER);
+    let gpu = machine::gpu();
     let limits = Limits { staging_bytes: 64 << 10, ..Limits::default() };
-    let mut mover = Mover::new(&gpu, b"image", limits).unwrap();
+    let mut mover = Mover::new(&gpu, machine::image(), limits).unwrap();
     let memory = gpu.allocate(4 << 20).unwrap();
     let base = Gpu::memory_of(&memory).unwrap().base();
     let pages: Vec<u32> = (0..4_000).collect();
@@ -333,8 +356,11 @@ fn a_list_of_many_layers_is_staged_once() {
 /// A launch that the driver refuses fails, with all that comes later; what was launched before ends as it does.
 #[test]
 fn a_refused_launch_fails_and_earlier_ones_end() {
-    let gpu = gpu(OF_REFUSALS);
-    let mut mover = Mover::new(&gpu, b"image", Limits::default()).unwrap();
+    if machine::is_skipped_on_a_gpu() {
+        return;
+    }
+    let gpu = software(OF_REFUSALS);
+    let mut mover = Mover::new(&gpu, machine::image(), Limits::default()).unwrap();
     let memory = gpu.allocate(2 << 20).unwrap();
     memory.fill(0, 1000, 7).unwrap();
     let base = Gpu::memory_of(&memory).unwrap().base();
@@ -360,8 +386,11 @@ fn a_refused_launch_fails_and_earlier_ones_end() {
 
 #[test]
 fn nothing_ends_before_it_has_moved_and_rings_are_bounded() {
-    let gpu = gpu(OF_PAUSES);
-    let mut mover = Mover::new(&gpu, b"image", Limits { launches: 3, ..Limits::default() }).unwrap();
+    if machine::is_skipped_on_a_gpu() {
+        return;
+    }
+    let gpu = software(OF_PAUSES);
+    let mut mover = Mover::new(&gpu, machine::image(), Limits { launches: 3, ..Limits::default() }).unwrap();
     let memory = gpu.allocate(2 << 20).unwrap();
     memory.fill(0, 1 << 20, 7).unwrap();
     let base = Gpu::memory_of(&memory).unwrap().base();
@@ -388,9 +417,12 @@ fn nothing_ends_before_it_has_moved_and_rings_are_bounded() {
 
 #[test]
 fn a_lost_context_fails_what_is_on_its_way() {
+    if machine::is_skipped_on_a_gpu() {
+        return;
+    }
     let device = 9;
-    let gpu = gpu(device);
-    let mut mover = Mover::new(&gpu, b"image", Limits::default()).unwrap();
+    let gpu = software(device);
+    let mut mover = Mover::new(&gpu, machine::image(), Limits::default()).unwrap();
     let memory = gpu.allocate(1 << 20).unwrap();
     let base = Gpu::memory_of(&memory).unwrap().base();
     mover.span(base, base + 1000, 100);

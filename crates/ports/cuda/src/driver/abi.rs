@@ -83,6 +83,8 @@ pub const IPC_LAZY_ENABLE_PEER_ACCESS: c_uint = 1;
 pub const RANGE_DMA_BUF: c_int = 1;
 
 pub const STREAM_NON_BLOCKING: c_uint = 1;
+/// `CU_STREAM_WAIT_VALUE_GEQ`: compared around the end of 32 bits.
+pub const WAIT_VALUE_GEQ: c_uint = 0;
 pub const EVENT_DISABLE_TIMING: c_uint = 2;
 /// `CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP`.
 pub const HOST_REGISTER_FLAGS: c_uint = 1 | 2;
@@ -238,6 +240,7 @@ mod tests {
             (IPC_LAZY_ENABLE_PEER_ACCESS, sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32),
             (RANGE_DMA_BUF as u32, sys::CUmemRangeHandleType::CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD as u32),
             (STREAM_NON_BLOCKING, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32),
+            (WAIT_VALUE_GEQ, sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as u32),
             (EVENT_DISABLE_TIMING, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32),
             (HOST_REGISTER_FLAGS, sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP),
             (MEMORY_TYPE_HOST, sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32),

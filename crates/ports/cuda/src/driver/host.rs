@@ -63,12 +63,27 @@ impl HostRegistration {
     /// # Panics
     /// If the memory is shorter than a word, or begins at an odd place.
     pub fn load(&self, memory: &Memory) -> u32 {
-        let word = memory.at(0, size_of::<u32>()).expect("a memory of a word").cast::<u32>();
-        assert!(word.is_aligned() && memory.kind() != MemoryKind::Device);
         // SAFETY: the word is the host's, mapped as long as the memory's handle, and aligned; others store there only as atomics,
         // or as a GPU does.
-        unsafe { AtomicU32::from_ptr(word) }.load(Ordering::Acquire)
+        unsafe { AtomicU32::from_ptr(first_word(memory)) }.load(Ordering::Acquire)
     }
+}
+
+impl HostRegistration {
+    /// Stores the first word with a release: what this thread has done or seen before is seen by whoever acquires the value.
+    ///
+    /// # Panics
+    /// As [`load`](HostRegistration::load).
+    pub fn store(&self, memory: &Memory, value: u32) {
+        // SAFETY: as above.
+        unsafe { AtomicU32::from_ptr(first_word(memory)) }.store(value, Ordering::Release);
+    }
+}
+
+fn first_word(memory: &Memory) -> *mut u32 {
+    let word = memory.at(0, size_of::<u32>()).expect("a memory of a word").cast::<u32>();
+    assert!(word.is_aligned() && memory.kind() != MemoryKind::Device);
+    word
 }
 
 impl Drop for HostRegistration {

@@ -164,11 +164,30 @@ impl Stream {
         })
     }
 
+    /// Enqueues the filling of words of 32 bits, from a multiple of 4 on.
+    ///
+    /// # Safety
+    /// As [`copy`](Stream::copy).
+    pub unsafe fn fill_words(&self, to: u64, words: usize, value: u32) -> Result<(), CudaError> {
+        self.context.call("cuMemsetD32Async", |table| {
+            // SAFETY: as the caller promises; the stream is alive.
+            unsafe { (table.cuMemsetD32Async)(to, value, words, self.handle) }
+        })
+    }
+
     /// What follows waits until the event's point is reached.
     pub fn wait_for(&self, event: &Event) -> Result<(), CudaError> {
         self.context.call("cuStreamWaitEvent", |table| {
             // SAFETY: both are alive; the driver keeps what it needs of the event.
             unsafe { (table.cuStreamWaitEvent)(self.handle, event.handle, 0) }
+        })
+    }
+
+    /// What follows waits until the word at an address is at least `value`.
+    pub(crate) fn wait_value(&self, address: u64, value: u32) -> Result<(), CudaError> {
+        self.context.call("cuStreamWaitValue32", |table| {
+            // SAFETY: the stream is alive; the driver refuses an address that it has not mapped.
+            unsafe { (table.cuStreamWaitValue32_v2)(self.handle, address, value, abi::WAIT_VALUE_GEQ) }
         })
     }
 

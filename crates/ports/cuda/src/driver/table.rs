@@ -93,11 +93,13 @@ table! {
         cuMemHostGetDevicePointer_v2: fn(*mut Address, *mut c_void, c_uint);
         cuMemcpyAsync: fn(Address, Address, usize, Handle);
         cuMemsetD8Async: fn(Address, u8, usize, Handle);
+        cuMemsetD32Async: fn(Address, c_uint, usize, Handle);
         cuStreamCreate: fn(*mut Handle, c_uint);
         cuStreamDestroy_v2: fn(Handle);
         cuStreamQuery: fn(Handle);
         cuStreamSynchronize: fn(Handle);
         cuStreamWaitEvent: fn(Handle, Handle, c_uint);
+        cuStreamWaitValue32_v2: fn(Handle, Address, u32, c_uint);
         cuEventCreate: fn(*mut Handle, c_uint);
         cuEventDestroy_v2: fn(Handle);
         cuEventRecord: fn(Handle, Handle);

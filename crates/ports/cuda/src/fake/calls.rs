@@ -57,11 +57,13 @@ pub fn table() -> Table {
         cuMemHostGetDevicePointer_v2: host_pointer,
         cuMemcpyAsync: copy,
         cuMemsetD8Async: fill,
+        cuMemsetD32Async: fill_words,
         cuStreamCreate: stream_create,
         cuStreamDestroy_v2: stream_destroy,
         cuStreamQuery: stream_query,
         cuStreamSynchronize: stream_synchronize,
         cuStreamWaitEvent: stream_wait,
+        cuStreamWaitValue32_v2: stream_wait_value,
         cuEventCreate: event_create,
         cuEventDestroy_v2: event_destroy,
         cuEventRecord: event_record,
@@ -625,6 +627,11 @@ extern "C" fn fill(to: Address, value: u8, bytes: usize, stream: Handle) -> Answ
     answer(enqueue("cuMemsetD8Async", stream, Work::Fill { to, value, bytes }))
 }
 
+/// No kernel of software reads what it would fill.
+extern "C" fn fill_words(_to: Address, _value: c_uint, _words: usize, _stream: Handle) -> Answer {
+    abi::ERROR_NOT_SUPPORTED
+}
+
 extern "C" fn stream_create(into: *mut Handle, _flags: c_uint) -> Answer {
     let created = || {
         let (mut world, device) = enter_on("cuStreamCreate")?;
@@ -646,11 +653,20 @@ fn is_done(world: &World, stream: u64, done: u64) -> bool {
     world.streams.get(&stream).is_none_or(|stream| stream.done >= done)
 }
 
+/// What is waited for may be a word that the CPU has stored meanwhile: the device looks again.
+fn not_ready() -> Answer {
+    World::wake();
+    abi::ERROR_NOT_READY
+}
+
 extern "C" fn stream_query(stream: Handle) -> Answer {
     let asked = || {
         let (world, _) = enter_on("cuStreamQuery")?;
         let stream = world.streams.get(&(stream.addr() as u64)).ok_or(abi::ERROR_INVALID_HANDLE)?;
-        if stream.done == stream.enqueued { Ok(()) } else { Err(abi::ERROR_NOT_READY) }
+        match stream.done == stream.enqueued {
+            true => Ok(()),
+            false => Err(not_ready()),
+        }
     };
     answer(asked())
 }
@@ -697,7 +713,7 @@ extern "C" fn event_query(event: Handle) -> Answer {
         let (world, _) = enter_on("cuEventQuery")?;
         let event = world.events.get(&(event.addr() as u64)).ok_or(abi::ERROR_INVALID_HANDLE)?;
         match event.at {
-            Some((stream, done)) if !is_done(&world, stream, done) => Err(abi::ERROR_NOT_READY),
+            Some((stream, done)) if !is_done(&world, stream, done) => Err(not_ready()),
             _ => Ok(()),
         }
     };
@@ -713,6 +729,15 @@ extern "C" fn stream_wait(stream: Handle, event: Handle, _flags: c_uint) -> Answ
         Some((of, done)) => enqueue("cuStreamWaitEvent", stream, Work::Wait { stream: of, done }),
         None => Ok(()),
     }))
+}
+
+extern "C" fn stream_wait_value(stream: Handle, address: Address, value: u32, flags: c_uint) -> Answer {
+    match flags {
+        abi::WAIT_VALUE_GEQ => {
+            answer(enqueue("cuStreamWaitValue32", stream, Work::WaitValue { address, value }))
+        }
+        _ => abi::ERROR_NOT_SUPPORTED,
+    }
 }
 
 extern "C" fn module_load(into: *mut Handle, image: *const c_void) -> Answer {

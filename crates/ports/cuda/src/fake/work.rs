@@ -22,6 +22,11 @@ pub enum Work {
     },
     /// The page kernel, and how far it is. What its arguments lead to is read when it runs.
     Launch(Launch),
+    /// Until a word is at least so large, counted around the end of 32 bits.
+    WaitValue {
+        address: u64,
+        value: u32,
+    },
     /// Until so many of a stream are done.
     Wait {
         stream: Id,
@@ -67,7 +72,7 @@ fn step(world: &mut World, id: Id) -> bool {
         world.spoiled.insert(device, abi::ERROR_ILLEGAL_ADDRESS);
         true
     });
-    let waits = !has_ended && matches!(work, Work::Wait { .. });
+    let waits = !has_ended && matches!(work, Work::Wait { .. } | Work::WaitValue { .. });
     let Some(stream) = world.streams.get_mut(&id) else { return true };
     match has_ended {
         true => stream.done += 1,
@@ -100,6 +105,12 @@ fn advance(world: &mut World, device: i32, work: &mut Work) -> Result<bool, OutO
             Ok(*bytes == 0)
         }
         Work::Launch(launch) => launch.advance(world, device, most),
+        Work::WaitValue { address, value } => {
+            accessible(world, device, *address, 4)?;
+            // SAFETY: the world has mapped the word, which is aligned; others store there as atomics.
+            let now = unsafe { AtomicU32::from_ptr(at(*address).cast()) }.load(Ordering::Acquire);
+            Ok(now.wrapping_sub(*value) as i32 >= 0)
+        }
         Work::Wait { stream, done } => {
             Ok(world.streams.get(stream).is_none_or(|stream| stream.done >= *done))
         }
