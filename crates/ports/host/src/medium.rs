@@ -29,10 +29,10 @@ pub trait Medium: Sized + Send {
     type Region: Send;
     /// A peer's region on one lane, of which has been heard.
     type Offered: Send;
-    /// A peer's region on one lane that ops can use. Dropped when the peer has retired it or the lane closes, and in a
-    /// forked child, where nothing of it may be used.
+    /// A peer's region on one lane that ops can use. Dropped when the peer has retired it or the lane closes, before the
+    /// peer is told that this side has stopped; and in a forked child, where that must do no harm.
     type Remote: Send;
-    /// What it keeps for one lane.
+    /// What it keeps for one lane: where its moves stand, for one.
     type Lane: Default + Send;
 
     /// Takes memory in, or says why this medium cannot move it.
@@ -65,9 +65,8 @@ pub trait Medium: Sized + Send {
     fn room(&self, lane: &Self::Lane, op: &Op<'_>, moved_bytes: u64) -> u64;
 
     /// Moves an op that there is [room](Medium::room) for, or begins to: all of it, or nothing and `None` if it has to be
-    /// tried again later. Its extents have been
-    /// checked against both regions. A reader sees the bytes of a write whose
-    /// ticket is over once it sees what this thread stores from then on with release order.
+    /// tried again later. Its extents have been checked against both regions. When the ticket is over, whoever acquires
+    /// what this thread then stores with release order, the immediate above all, sees the bytes.
     fn start(
         &mut self,
         lane: &mut Self::Lane,
@@ -81,9 +80,10 @@ pub trait Medium: Sized + Send {
     /// Looks how far everything is: once in each poll of the port, before any lane is asked.
     fn poll(&mut self) {}
 
-    /// How far the moves of a lane have come. Asked of lanes that have moves on their way, in each poll.
+    /// How far the moves of a lane have come. Asked of lanes that have moves on their way, in each poll: so a medium that
+    /// gives tickets has to answer.
     fn ended(&mut self, _lane: &mut Self::Lane) -> Ended {
-        Ended { until: Ticket(u64::MAX), failed: None }
+        unreachable!("a medium that gives tickets says when they are over")
     }
 
     /// Whether the port's owner may sleep while moves are on their way. True: when the next of them is over, also if it

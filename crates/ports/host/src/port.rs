@@ -202,24 +202,9 @@ impl<M: Medium> HostPort<M> {
     /// Looks at everything that is not a ring: sockets, deaths, deadlines, closings.
     fn look_around(&mut self) {
         self.polls = 0;
-        for ready in self.watch.ready() {
-            match ready {
-                Ready::Doorbell => {
-                    self.bell.silence();
-                    self.counters.wakes_received += 1;
-                }
-                // What is due is found below, by the clock; the next `arm` sets the timer anew.
-                Ready::Timer => {}
-                Ready::Listener => self.welcome_guests(),
-                Ready::Guest(guest) => self.hear_guest(guest),
-                Ready::Socket(lane) => self.hear_lane(lane),
-                Ready::Process(lane) => {
-                    if let Some(Lane { stage: Stage::Joined(joined), .. }) = self.lanes.get_mut(lane) {
-                        joined.look_for_death(&mut self.medium, &self.watch, &mut self.counters);
-                    } else {
-                        self.hear_lane(lane);
-                    }
-                }
+        if let Some(found) = self.watch.ready() {
+            for ready in found {
+                self.see(ready);
             }
         }
         self.keep_deadlines();
@@ -229,6 +214,28 @@ impl<M: Medium> HostPort<M> {
                 && !joined.is_closing()
             {
                 joined.flush(&self.regions, &self.medium);
+            }
+        }
+    }
+
+    /// Looks at one thing that is ready.
+    fn see(&mut self, ready: Ready) {
+        match ready {
+            Ready::Doorbell => {
+                self.bell.silence();
+                self.counters.wakes_received += 1;
+            }
+            // What is due is found by the clock, after all that is ready; the next `arm` sets the timer anew.
+            Ready::Timer => {}
+            Ready::Listener => self.welcome_guests(),
+            Ready::Guest(guest) => self.hear_guest(guest),
+            Ready::Socket(lane) => self.hear_lane(lane),
+            Ready::Process(lane) => {
+                if let Some(Lane { stage: Stage::Joined(joined), .. }) = self.lanes.get_mut(lane) {
+                    joined.look_for_death(&mut self.medium, &self.watch, &mut self.counters);
+                } else {
+                    self.hear_lane(lane);
+                }
             }
         }
     }

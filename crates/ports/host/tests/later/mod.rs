@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use crossdock_host::{
 };
 use crossdock_memory::{Memory, MemoryKind};
 use crossdock_transport::{Direction, DownCause, Error, Op, Result, Shape};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// When moves are carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,7 +161,7 @@ impl Hand {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.desk.state.lock().expect("nobody panics with the lock")
+        self.desk.state.lock()
     }
 
     fn carry_out_next(&self) -> bool {
@@ -209,7 +210,7 @@ impl Hand {
         loop {
             let mut state = self.state();
             while state.jobs.is_empty() && !state.is_over {
-                state = self.desk.changed.wait(state).expect("nobody panics with the lock");
+                self.desk.changed.wait(&mut state);
             }
             if state.is_over {
                 return;
@@ -341,10 +342,8 @@ impl Medium for Later {
             Pace::ByHand | Pace::EachPoll(_) => while self.hand.carry_out(1) > 0 {},
             Pace::ByThread => {
                 let goes_on = |state: &mut State| !state.jobs.is_empty() || state.under_way > 0;
-                let state = self.hand.state();
-                let waited =
-                    self.hand.desk.changed.wait_timeout_while(state, deadline - Instant::now(), goes_on);
-                drop(waited.expect("nobody panics with the lock"));
+                let mut state = self.hand.state();
+                self.hand.desk.changed.wait_while_for(&mut state, goes_on, deadline - Instant::now());
             }
         }
     }
