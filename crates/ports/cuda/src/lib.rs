@@ -14,6 +14,7 @@ pub mod fake;
 mod gpu;
 mod mover;
 pub mod moves;
+pub mod nvml;
 pub mod sharing;
 mod staging;
 
