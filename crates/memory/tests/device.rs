@@ -3,7 +3,9 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex};
 
-use crossdock_memory::{AccessError, DeviceFailed, DeviceMemory, Memory, MemoryError, MemoryKind, OutOfRange};
+use crossdock_memory::{
+    AccessError, DeviceFailed, DeviceMemory, Memory, MemoryError, MemoryKind, OutOfRange,
+};
 
 /// Bytes that are nowhere, until the device fails.
 #[derive(Clone)]
