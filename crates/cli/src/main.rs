@@ -36,6 +36,9 @@ enum Command {
     Bootstrap(bootstrap::Options),
     /// Merges dumps of the flight recorder and says of each request what happened, on which side, and why
     Timeline(timeline::Options),
+    /// Asks the GPUs' driver, which may hang or crash; started by `doctor`
+    #[command(hide = true)]
+    DoctorDriver(doctor::DriverOptions),
     /// One of the demo's processes; started by `demo`
     #[command(hide = true)]
     DemoWorker(demo::WorkerOptions),
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Doctor(options) => doctor::run(&options),
         Command::Bootstrap(options) => bootstrap::run(&options),
         Command::Timeline(options) => timeline::run(&options),
+        Command::DoctorDriver(options) => Ok(doctor::ask_driver(&options)),
         Command::DemoWorker(options) => demo::work(&options),
         Command::DemoRank(options) => demo::work_as_rank(&options),
     };

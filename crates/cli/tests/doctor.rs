@@ -97,10 +97,31 @@ fn this_machine_is_looked_at() {
         assert!(names.contains(&name), "{name}: {names:?}");
     }
     assert!(json["facts"]["memory"]["total_bytes"].as_u64().is_some_and(|bytes| bytes > 0));
+    assert!(json["facts"]["cuda"]["driver"].is_object(), "{}", json["facts"]["cuda"]);
     let page = doctor(&[]);
     assert_eq!(page.status.code(), Some(code));
     let page = String::from_utf8(page.stdout).expect("text");
     assert!(page.contains("Peers on this host: shm") && page.contains("All in all: "), "{page}");
+}
+
+/// What the process answers that asks the GPUs' driver: both libraries, whether they are there or not.
+#[test]
+fn the_driver_is_asked_in_a_process_of_its_own() {
+    let output = Command::new(env!("CARGO_BIN_EXE_crossdock"))
+        .args(["doctor-driver", "0000:01:00.0"])
+        .output()
+        .expect("it starts");
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8(output.stdout).expect("text");
+    let lines: Vec<Value> =
+        text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{text}"))).collect();
+    for library in ["nvml", "driver"] {
+        let answers: Vec<&Value> = lines.iter().filter_map(|line| line.get(library)).collect();
+        let [answer] = answers[..] else { panic!("{text}") };
+        let is_told = answer["told"].is_object();
+        let is_refused = answer["refused"]["says"].is_string() && answer["refused"]["advice"].is_string();
+        assert!(is_told != is_refused, "{text}");
+    }
 }
 
 /// `docs/doctor.md` has every check, and none that is not there any more.
@@ -136,6 +157,7 @@ fn eight_gpus_with_their_adapters_are_good() {
     let told = told(&machine);
     told.ends(0, "good");
     assert_eq!(told.of_state("note"), ["gpu-fabric null"], "{}", told.json["checks"]);
+    assert!(told.json["facts"]["cuda"].is_null(), "the driver of a machine of paper cannot be asked");
     for at in 0..8 {
         told.expect("rdma-port", &format!("mlx5_{at}/1"), "good", "active, InfiniBand at 400 Gbit/s", "");
         told.expect("rdma-pcie", &format!("mlx5_{at}"), "good", "504 Gbit/s for 400", "");

@@ -1,5 +1,5 @@
-//! What there is to know of a machine before anything is judged. All but [`Tried`] is read below a root folder, so that
-//! the tree of another machine can be looked at too.
+//! What there is to know of a machine before anything is judged. All but [`Tried`] and [`Cuda`] is read below a root
+//! folder, so that the tree of another machine can be looked at too.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use crossdock_verbs::topology::{Topology, numbers_of_list};
 use serde::Serialize;
 
+use super::cuda::Cuda;
 use super::peer::Peer;
 use super::tried::Tried;
 
@@ -38,6 +39,8 @@ pub struct Facts {
     /// Channels that processes of several machines of one NVLink domain share memory by.
     pub imex_channels: Vec<String>,
     pub tried: Tried,
+    /// What the CUDA driver and NVML say, where this machine is looked at.
+    pub cuda: Option<Cuda>,
     /// What goes between this machine and another, where that was asked for.
     pub peer: Option<Peer>,
     #[serde(serialize_with = "super::json::topology")]
@@ -178,6 +181,7 @@ impl Facts {
             gpu_files: gpu_files(&root),
             imex_channels: root.names("/dev/nvidia-caps-imex-channels"),
             tried,
+            cuda: None,
             peer: None,
             topology,
         })

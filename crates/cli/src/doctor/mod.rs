@@ -4,6 +4,7 @@
 //! own and brings its own checks.
 
 mod checks;
+mod cuda;
 mod facts;
 mod json;
 mod peer;
@@ -12,7 +13,7 @@ mod tried;
 
 use std::error::Error;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -21,6 +22,8 @@ use crate::output::{complain, say};
 use checks::State;
 use facts::Facts;
 use report::Report;
+
+pub use cuda::{Options as DriverOptions, answer as ask_driver};
 
 #[derive(Args)]
 pub struct Options {
@@ -50,6 +53,8 @@ pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
             return Ok(ExitCode::from(UNUSABLE));
         }
     };
+    // Libraries of another machine's tree cannot be asked.
+    facts.cuda = (options.root == Path::new("/")).then(|| cuda::ask(&facts.topology));
     facts.peer = options.peer.as_deref().map(peer::ask);
     let report = Report::of(&facts);
     match options.json {

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::checks::{self, Check, State};
+use super::cuda::Cuda;
 use super::facts::{Facts, Interface};
 use crate::table::Table;
 
@@ -212,16 +213,23 @@ fn ports(facts: &Facts) -> Option<Table> {
     (!devices.is_empty()).then_some(table)
 }
 
-/// How far each GPU is from each RDMA device.
+/// What the CUDA driver calls each GPU, and how far it is from each RDMA device.
 fn gpus(facts: &Facts) -> Option<Table> {
     let topology = &facts.topology;
     let devices: Vec<_> =
         topology.devices.iter().filter_map(|device| Some((device, device.pci.as_ref()?))).collect();
+    let known = facts.cuda.as_ref().map_or(&[][..], Cuda::devices);
     let mut header = vec!["GPU", "model", "node"];
+    header.extend((!known.is_empty()).then_some("CUDA"));
     header.extend(devices.iter().map(|(device, _)| device.name.as_str()));
     let mut table = Table::new(&header);
     for gpu in &topology.gpus {
         let mut row = vec![gpu.pci.address.to_string(), or_dash(gpu.model.as_ref()), or_dash(gpu.pci.node)];
+        if !known.is_empty() {
+            let address = gpu.pci.address.to_string();
+            let device = known.iter().find(|device| device.pci_address == address);
+            row.push(or_dash(device.map(|device| format!("cuda:{}", device.ordinal))));
+        }
         row.extend(devices.iter().map(|(_, pci)| topology.distance(&gpu.pci, pci).to_string()));
         table.row(row);
     }

@@ -1,10 +1,28 @@
-//! Moves KV pages and tokens between GPU memories, and between those and the host's.
+//! Moves KV pages and tokens between GPU memories, and between those and the host's: the cuda port.
 //!
-//! What is here so far: the kernel that moves pieces of pages ([`moves`] says what it is to move), and how kernels come to be:
-//! compiled by NVRTC at run time for the device at hand ([`compiler`]) and kept on disk ([`cache`]). No machine needs CUDA to
-//! build this, or to pass its tests: NVRTC is looked for when it is asked for, and tests run the kernels on a CPU.
+//! **Memory** of a GPU is a [`Memory`](crossdock_memory::Memory) like any other: [`Gpu::allocate`] makes it (VMM, zeroed, for every
+//! handle that was tried and works), [`Gpu::adopt`] takes what an engine allocated, if the driver says that it can be shared, and
+//! else says why not and what to do ([`sharing`]). `read`, `write` and `fill` work on it, by copies through pinned memory.
 //!
-//! Nothing in here has run on a GPU yet.
+//! **How bytes move.** A [`CudaPort`] is one GPU. What peers register is mapped into this process: physical pieces by descriptors
+//! that pass over a Unix socket, by fabric handles, `cudaMalloc`'s by IPC tokens; the host's memory by its memfd. All ops of one
+//! `post` become one launch for each length of words ([`Mover`], [`moves`]): pieces of any length by the page lists of both sides,
+//! on a bounded number of blocks; long stretches can go by copy engines ([`CopyEngines`]). Launches go on behind the port's back.
+//! The last kernel of each stores its number in pinned memory, behind all its bytes; the CPU finds it there, and tells.
+//!
+//! **When bytes can be seen.** `Done` and the immediate come when a launch has ended: its bytes are in place (`Landed`). A kernel or a
+//! stream that waits for what the receiver advances then ([`Arrivals`]) sees them, too (`Visible`). A source must be complete when
+//! it is posted: work that fills it on another stream has to have ended by then.
+//!
+//! **All else**, how ends find each other and when a lane is down, is what [`crossdock_host`] does. This end has stopped when its
+//! launches for the lane have ended, too. Whether a killed process's kernels have stopped when the kernel says that it is dead is the
+//! GPU driver's to keep, and to be measured: see `docs/gpu/`.
+//!
+//! **Kernels** are CUDA C++ without headers, compiled at run time by NVRTC for the device at hand ([`compiler`]) and kept on disk
+//! ([`cache`]); where NVRTC is not found, the driver compiles PTX that comes along. CUDA is looked for when it is asked for:
+//! everything builds without it, and tests run over a driver that is software (feature `fake`).
+//!
+//! **Nothing in here has run on a GPU yet.** `scripts/gpu-check` is what has to pass there.
 
 mod arrivals;
 pub mod cache;
@@ -16,6 +34,7 @@ mod gpu;
 mod medium;
 mod mover;
 pub mod moves;
+pub mod nvml;
 mod offers;
 mod port;
 mod regions;

@@ -1,7 +1,10 @@
 //! The verdicts: what the facts of a machine mean for crossdock, and what to do about it. Each is a function of the facts
 //! alone.
 
+mod cuda;
 mod gpu;
+#[cfg(test)]
+mod gpu_tests;
 mod host;
 mod network;
 mod peer;

@@ -30,6 +30,8 @@ pub const ERROR_ILLEGAL_ADDRESS: Answer = 700;
 pub const ERROR_HOST_MEMORY_ALREADY_REGISTERED: Answer = 712;
 pub const ERROR_NOT_PERMITTED: Answer = 800;
 pub const ERROR_NOT_SUPPORTED: Answer = 801;
+pub const ERROR_SYSTEM_NOT_READY: Answer = 802;
+pub const ERROR_SYSTEM_DRIVER_MISMATCH: Answer = 803;
 
 /// `CUmemLocation`.
 #[repr(C)]
@@ -223,6 +225,8 @@ mod tests {
             (ERROR_HOST_MEMORY_ALREADY_REGISTERED, R::CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED),
             (ERROR_NOT_PERMITTED, R::CUDA_ERROR_NOT_PERMITTED),
             (ERROR_NOT_SUPPORTED, R::CUDA_ERROR_NOT_SUPPORTED),
+            (ERROR_SYSTEM_NOT_READY, R::CUDA_ERROR_SYSTEM_NOT_READY),
+            (ERROR_SYSTEM_DRIVER_MISMATCH, R::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH),
         ];
         for (ours, theirs) in answers {
             assert_eq!(ours, theirs as i32, "{theirs:?}");

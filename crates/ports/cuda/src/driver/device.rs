@@ -75,6 +75,10 @@ pub enum WritesOrdering {
 impl HandleTypes {
     /// Neither.
     pub const NONE: HandleTypes = HandleTypes { posix_fd: false, fabric: false };
+    /// File descriptors alone.
+    pub const POSIX_FD: HandleTypes = HandleTypes { posix_fd: true, fabric: false };
+    /// Fabric handles alone.
+    pub const FABRIC: HandleTypes = HandleTypes { posix_fd: false, fabric: true };
 
     pub(crate) fn from_flags(flags: u32) -> HandleTypes {
         HandleTypes { posix_fd: flags & abi::HANDLE_POSIX_FD != 0, fabric: flags & abi::HANDLE_FABRIC != 0 }

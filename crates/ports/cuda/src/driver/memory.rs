@@ -97,20 +97,20 @@ impl Context {
         Ok(Physical { context: self.clone(), handle, bytes, handles })
     }
 
-    /// Of these kinds of handles, those by which memory can be exported from here: tried with the smallest piece, since fabric
-    /// handles need more than the device (an IMEX channel, a fabric that is up).
+    /// Of these kinds of handles, those by which memory can be exported from here, as [tried](Context::try_sharing).
     pub fn shareable_as(&self, wanted: HandleTypes) -> HandleTypes {
-        let works = |handles: HandleTypes| {
-            let piece = self
-                .granularity_bytes(handles)
-                .and_then(|bytes| self.allocate_physical(bytes, handles, false))
-                .map(Arc::new);
-            piece.is_ok_and(|piece| piece.export(handles).is_ok())
-        };
         HandleTypes {
-            posix_fd: wanted.posix_fd && works(HandleTypes { posix_fd: true, fabric: false }),
-            fabric: wanted.fabric && works(HandleTypes { posix_fd: false, fabric: true }),
+            posix_fd: wanted.posix_fd && self.try_sharing(HandleTypes::POSIX_FD).is_ok(),
+            fabric: wanted.fabric && self.try_sharing(HandleTypes::FABRIC).is_ok(),
         }
+    }
+
+    /// Allocates the smallest piece that can be exported by these handles, exports it and lets it go: fabric handles need more
+    /// than the device (an IMEX channel, a fabric that is up), and only trying tells.
+    pub fn try_sharing(&self, by: HandleTypes) -> Result<(), CudaError> {
+        let bytes = self.granularity_bytes(by)?;
+        let piece = self.allocate_physical(bytes, by, false)?;
+        piece.export(by).map(|_| ())
     }
 
     /// Takes physical memory that a process of this host has exported. It has to be at least as long as `bytes`, which mapping

@@ -94,6 +94,12 @@ impl CudaError {
             abi::ERROR_NOT_SUPPORTED => {
                 "this device or driver cannot: see what `crossdock doctor` says of the GPU"
             }
+            abi::ERROR_SYSTEM_NOT_READY => {
+                "the GPUs wait for their NVSwitches: systemctl status nvidia-fabricmanager, and what nvidia-smi -q says of the fabric"
+            }
+            abi::ERROR_SYSTEM_DRIVER_MISMATCH => {
+                "libcuda.so.1 and the kernel's driver are of different versions: load the driver anew, or start the container again"
+            }
             abi::ERROR_ILLEGAL_ADDRESS => {
                 "the GPU's context is lost: something on it has touched memory that is not mapped; start the process again"
             }
