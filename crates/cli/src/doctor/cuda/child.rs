@@ -45,8 +45,8 @@ pub fn ask(topology: &Topology) -> Cuda {
 
 /// What that process does.
 pub fn answer(options: &Options) -> ExitCode {
-    // Neither fails for a process that asks it of itself, and it could answer all the same: it would outlive a parent that is
-    // killed, for as long as its driver hangs, and leave a core file behind where the driver crashes.
+    // Where either fails, the process answers all the same: it may then outlive a parent that is killed, for as long as its
+    // driver hangs, or leave a core file behind where the driver crashes.
     let _ = set_parent_process_death_signal(Some(Signal::KILL));
     let _ = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
     tell(&Line::Doing("NVML".into()));
