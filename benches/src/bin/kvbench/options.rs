@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use crossdock_benches::GpuChoice;
 use serde::{Deserialize, Serialize};
 
 /// Measures how fast scattered KV pages move between two processes.
@@ -20,7 +21,7 @@ pub struct Options {
     /// The transport
     #[arg(long, value_enum, default_value_t = PortName::Shm)]
     pub port: PortName,
-    /// What the pools are: shared can be mapped by the peer, private cannot
+    /// What the pools are: shared can be mapped by the peer, private cannot; cuda is memory of the GPU that moves it
     #[arg(long, value_enum, default_value_t = MemoryName::Shared)]
     pub memory: MemoryName,
     /// Who moves: the side that has the pages (write, a push) or the side that wants them (read, a pull)
@@ -94,6 +95,10 @@ pub struct Options {
     /// +, as in rxe0+rxe2,rxe1 [default: the first device that is found]
     #[arg(long, value_delimiter = ',', num_args = 1..=2)]
     pub devices: Vec<String>,
+    /// The GPU of both processes (cuda), by its place among those of the process; or software, which is a driver without a GPU:
+    /// everything runs as on one, and no figure says anything of one [default: 0]
+    #[arg(long)]
+    pub gpu: Option<GpuChoice>,
     /// The length of each pool
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
     pub pool_mib: u64,
