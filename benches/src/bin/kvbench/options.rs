@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// Without --listen and --connect it starts its own peer process. Both pools are permuted at random for every pass;
 /// rooms are opened before the clock starts, which then runs from the first send until the last room is known here to
 /// be delivered. The best bare means for the medium (the floor) and a plain scattered memcpy take turns with it on the
-/// same page lists. With --pages 1 --in-flight 1, the time of one
+/// same page lists; with a GPU, the floor is the port's kernel alone, and memcpy one copy of as many bytes in one stretch. With --pages 1 --in-flight 1, the time of one
 /// page is measured instead of a rate, from submitting it until it is seen to have landed: pushed, as half of the way
 /// there and back; pulled, here.
 #[derive(Clone, Debug, Parser)]
