@@ -3,6 +3,8 @@
 //! All of the benchmarks' unsafe copies are here. Each takes whole [`Memory`]s and checks the lists against them.
 #![allow(unsafe_code)]
 
+mod gpu;
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd};
@@ -14,6 +16,8 @@ use crossdock::{AllocateOptions, Memory};
 use crossdock_shm::copy::{Copier, CopyThreads, Pieces};
 use crossdock_shm::process_memory::{PeerProcess, ProcessPieces};
 use rustix::process::Pid;
+
+pub use gpu::GpuPair;
 
 /// Pages that move from one pool to another.
 #[derive(Clone, Copy, Debug)]

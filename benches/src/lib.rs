@@ -4,6 +4,7 @@
 mod aligned;
 pub mod bare;
 mod content;
+mod gpu;
 mod memory;
 mod numbers;
 mod rails;
@@ -13,6 +14,7 @@ mod words;
 
 pub use aligned::Aligned;
 pub use content::{Content, Wrong};
+pub use gpu::{GpuChoice, OpenGpu};
 pub use memory::anonymous;
 pub use numbers::{Sample, cpu_seconds, sleeps, sleeps_here};
 pub use rails::{rail_ports, rails};

@@ -18,6 +18,11 @@ fn wrong_calls_name_their_flags() {
         (vec!["--page-bytes", "67108865"], vec!["--page-bytes 67108865"]),
         (vec!["--devices", "rxe0"], vec!["--devices", "--port verbs"]),
         (vec!["--port", "verbs", "--devices", "none0"], vec!["--port verbs", "crossdock doctor"]),
+        (vec!["--gpu", "software"], vec!["--gpu", "--port cuda"]),
+        (vec!["--gpu", "hardware", "--port", "cuda"], vec!["hardware", "software, or a number"]),
+        (vec!["--memory", "cuda"], vec!["--memory cuda", "--port cuda"]),
+        (vec!["--memory", "cuda", "--port", "verbs"], vec!["--memory cuda", "--port cuda"]),
+        (vec!["--memory", "private", "--port", "cuda"], vec!["--memory private", "--port cuda", "shared"]),
     ] {
         let (success, _, errors) = call(&arguments);
         assert!(!success, "{arguments:?} is accepted");
@@ -59,6 +64,64 @@ fn rdma_is_measured_between_devices() {
         assert!(line["efficiency"].as_f64().is_some_and(|value| value > 0.0), "{text}");
         println!("{text}");
     }
+}
+
+/// Pushed and pulled, rates and single pages, plain pages and a model's, the GPU's memory and the host's: between two
+/// processes, each with a driver without a GPU.
+#[test]
+fn a_gpu_in_software_moves_every_byte() {
+    let plain = |pages: &'static str| vec!["--pages", pages, "--page-bytes", "4096"];
+    let model = vec!["--model", "deepseek-r1", "--page-tokens", "1"];
+    for (op, memory, pages) in [
+        ("write", "cuda", plain("16")),
+        ("read", "cuda", plain("16")),
+        ("write", "shared", plain("16")),
+        ("write", "cuda", plain("1")),
+        ("read", "cuda", plain("1")),
+        ("write", "cuda", model),
+    ] {
+        let arguments = ["--port", "cuda", "--memory", memory, "--gpu", "software", "--op", op];
+        let few = ["--pool-mib", "4", "--payload-mib", "1", "--repeats", "1", "--verify", "--json"];
+        let (success, text, errors) = call(&[&arguments[..], &pages[..], &few[..]].concat());
+        assert!(success, "{op} {memory} {pages:?}: {errors}");
+        let line: serde_json::Value = serde_json::from_str(&text).expect("one object");
+        assert_eq!(
+            (&line["port"], &line["memory"], &line["op"]),
+            (&"cuda".into(), &memory.into(), &op.into())
+        );
+        assert_eq!((&line["floor"], &line["gpu"]), (&"bare mover".into(), &"software".into()), "{text}");
+        assert_eq!(line["verified"], true, "{text}");
+        let has = |key: &str| line[key].as_f64().is_some_and(|value| value > 0.0);
+        assert!(has("efficiency") && has("memcpy_gb_per_s"), "{text}");
+        println!("{text}");
+    }
+}
+
+#[test]
+fn a_report_of_software_says_first_what_it_is() {
+    let arguments = ["--port", "cuda", "--memory", "cuda", "--gpu", "software", "--repeats", "1"];
+    let (success, text, errors) = call(&[&arguments[..], &["--pool-mib", "4"]].concat());
+    assert!(success, "{errors}");
+    let mut lines = text.lines();
+    assert!(lines.next().is_some_and(|line| line.starts_with("GPU software: ")), "{text}");
+    assert!(lines.next().is_some_and(|line| line.contains("no figure here says anything")), "{text}");
+    assert!(lines.any(|line| line.starts_with("cuda, cuda memory, write, pages of 65536 bytes, ")), "{text}");
+}
+
+/// Without a driver or a device the program ends at once, and says what to do.
+#[test]
+fn a_gpu_that_is_not_there_is_missed() {
+    let output = Command::new(env!("CARGO_BIN_EXE_kvbench"))
+        .args(["--port", "cuda", "--memory", "cuda", "--gpu", "4000", "--pool-mib", "4"])
+        .output()
+        .expect("the program starts");
+    assert_eq!(output.status.code(), Some(1));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(errors.starts_with("kvbench: --gpu 4000: "), "{errors}");
+    assert!(
+        ["driver", "nvidia-smi", "crossdock doctor"].iter().any(|word| errors.contains(word)),
+        "{errors}"
+    );
 }
 
 #[test]

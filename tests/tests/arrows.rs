@@ -15,7 +15,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("crossdock-shm", &["crossdock-memory", "crossdock-transport", "crossdock-host"]),
     ("crossdock-tcp", PORT),
     ("crossdock-verbs", PORT),
-    ("crossdock-cuda", PORT),
+    ("crossdock-cuda", &["crossdock-memory", "crossdock-transport", "crossdock-host"]),
     ("crossdock-proto", &["crossdock-memory", "crossdock-transport"]),
     ("crossdock-engine", &["crossdock-memory", "crossdock-transport", "crossdock-proto"]),
     ("crossdock-flight", &["crossdock-transport", "crossdock-proto"]),

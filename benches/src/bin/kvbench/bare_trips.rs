@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crossdock::Memory;
 use crossdock_benches::Sample;
-use crossdock_benches::bare::{self, End, Flags, Pages, ThereMemory, Way};
+use crossdock_benches::bare::{self, End, Flags, GpuPair, Pages, ThereMemory, Way};
 use crossdock_shm::copy::Copier;
 use crossdock_transport::Direction;
 
@@ -25,6 +25,8 @@ pub enum Bare<'a> {
     Process(ThereMemory, &'a Flags),
     /// A write a page, and an immediate that tells of it.
     Lanes(&'a mut Lanes),
+    /// A launch a page, within one process, which waits for its end.
+    Mover(&'a mut GpuPair),
 }
 
 impl Bare<'_> {
@@ -34,7 +36,13 @@ impl Bare<'_> {
             Bare::Mapped(..) => "bare copy and a flag",
             Bare::Process(..) => "bare process_vm and a flag",
             Bare::Lanes(_) => "bare lanes",
+            Bare::Mover(_) => "bare mover",
         }
+    }
+
+    /// Whether the other process has its part in it.
+    pub fn needs_the_peer(&self) -> bool {
+        !matches!(self, Bare::Mover(_))
     }
 
     /// The pages of a pass there and back. Half of each trip counts.
@@ -81,6 +89,7 @@ impl Bare<'_> {
                     let list = |page| vec![page];
                     lanes.carry(Direction::Read, &Lists { from: list(from[at]), to: list(to[at]) })
                 }
+                Bare::Mover(pair) => pair.carry(Way::Read, pages),
             }
         })
         .map(|(page_us, cpu_s)| Trips { page_us, cpu_s })
@@ -100,7 +109,7 @@ impl Bare<'_> {
     /// What was shown in earlier passes: both ends of a pass begin after it.
     fn base(&self, which: End) -> u64 {
         match self {
-            Bare::Tcp(_) | Bare::Lanes(_) => 0,
+            Bare::Tcp(_) | Bare::Lanes(_) | Bare::Mover(_) => 0,
             Bare::Mapped(_, flags) | Bare::Process(_, flags) => flags.shown(which),
         }
     }
@@ -131,7 +140,7 @@ impl Bare<'_> {
     fn block(&self, block: bool) -> std::io::Result<()> {
         match self {
             Bare::Tcp(socket) => socket.set_nonblocking(!block),
-            Bare::Mapped(..) | Bare::Process(..) | Bare::Lanes(_) => Ok(()),
+            Bare::Mapped(..) | Bare::Process(..) | Bare::Lanes(_) | Bare::Mover(_) => Ok(()),
         }
     }
 
@@ -154,6 +163,7 @@ impl Bare<'_> {
                 Ok(())
             }
             Bare::Lanes(lanes) => lanes.put(from, to),
+            Bare::Mover(pair) => pair.carry(Way::Write, pages),
         }
     }
 
@@ -166,6 +176,8 @@ impl Bare<'_> {
             }
             Bare::Mapped(_, flags) | Bare::Process(_, flags) => flags.wait(end, number),
             Bare::Lanes(lanes) => lanes.take(),
+            // Nobody sends it: it is fetched.
+            Bare::Mover(pair) => pair.carry(Way::Read, one(side, &page, &page)),
         }
     }
 }

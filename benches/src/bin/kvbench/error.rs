@@ -3,6 +3,8 @@
 use std::io::{self, ErrorKind};
 use std::time::Duration;
 
+use crossdock::cuda::OpenError;
+use crossdock_benches::GpuChoice;
 use crossdock_benches::bare::SPIN_LIMIT;
 
 use crate::report::Lost;
@@ -10,8 +12,18 @@ use crate::setup::WAIT;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{what} is not built yet; this version measures shm, tcp and verbs with memory of the host")]
-    NotBuilt { what: &'static str },
+    #[error(
+        "--memory cuda is measured with --port cuda: shm and tcp do not move it, and whether RDMA devices reach it is not measured yet"
+    )]
+    MemoryOfGpu,
+    #[error(
+        "--port cuda does not move --memory private: no peer's GPU can map memory of the host that crossdock did not allocate; use --memory cuda, or shared"
+    )]
+    NotMapped,
+    #[error("--gpu names a GPU: use it with --port cuda")]
+    NoGpu,
+    #[error("--gpu {gpu}: {error}; {}", error.advice())]
+    Gpu { gpu: GpuChoice, error: OpenError },
     #[error("--devices names RDMA devices: use it with --port verbs")]
     NoDevices,
     #[error("--port verbs: {0}")]
@@ -114,6 +126,10 @@ impl Error {
             ErrorKind::TimedOut if error.raw_os_error().is_none() => Self::no_answer(SPIN_LIMIT),
             _ => Self::Io { what, error },
         }
+    }
+
+    pub fn gpu(gpu: GpuChoice) -> impl FnOnce(OpenError) -> Self {
+        move |error| Self::Gpu { gpu, error }
     }
 
     pub fn no_answer(waited: Duration) -> Self {

@@ -78,6 +78,7 @@ fn measure(options: &Options) -> Result<Report, Error> {
     let measure = || {
         let mut initiator = Initiator::open(&setup, address)?;
         let mut report = Report::new(options, &setup, &passes, initiator.open_ms);
+        report.of_gpu(initiator.side.gpu.as_ref());
         if options.asks_for_latency() {
             initiator.measure_latency(options, &mut report)?;
         } else {
@@ -105,7 +106,7 @@ impl Initiator {
             TcpStream::connect_timeout(&address, WAIT).map_err(Error::io("connecting to the peer"))?;
         let mut talk = Talk::new(stream).map_err(Error::io("talking"))?;
         talk.say(&Ask::Setup(Box::new(setup.clone())))?;
-        let memory = allocate(setup)?;
+        let allocated = allocate(setup)?;
         let ready = match wait_for(&talk)? {
             Answer::Ready(ready) => *ready,
             other => return Err(unexpected(other)),
@@ -113,13 +114,13 @@ impl Initiator {
         let ip = talk.local_ip().map_err(Error::io("talking"))?;
         let peer_ip = talk.peer_ip().map_err(Error::io("talking"))?;
         let begin = Instant::now();
-        let mut side = Side::open(Who::Initiator, setup.clone(), memory, ip)?;
+        let mut side = Side::open(Who::Initiator, setup.clone(), allocated, ip)?;
         talk.say(&Ask::Meet { node: side.driver.node().identity().node, place: Place::of(&side.memory) })?;
         let (peer, mut up) = side.driver.handle().connect(&ready.address)?;
         let met = side.driver.until("meeting the peer", WAIT, || Ok(up.poll()?))?;
         met.map_err(Error::Session)?;
         let open_ms = begin.elapsed().as_secs_f64() * 1e3;
-        let beside = Beside::open(setup, &ready, side.memory.bytes(), peer_ip)?;
+        let beside = Beside::open(&side, &ready, peer_ip)?;
         let (rooms, seeds) = (1, 1);
         let mut initiator = Self { side, talk, peer, beside, rooms, seeds, open_ms };
         if setup.port == PortName::Verbs {
@@ -317,7 +318,13 @@ impl Initiator {
                 std::thread::sleep(SETTLE);
                 self.beside.carry(&self.side, lists)
             }
-            Way::Memcpy | Way::Copied(_) | Way::CopyThreads | Way::Batched | Way::Single => {
+            Way::Memcpy
+            | Way::Copied(_)
+            | Way::CopyThreads
+            | Way::Batched
+            | Way::Single
+            | Way::Stretch
+            | Way::Mover => {
                 // As long a rest after the source was written as the other ways need to set up.
                 std::thread::sleep(SETTLE);
                 self.beside.copy(way, &self.side, lists)

@@ -13,6 +13,7 @@ use crate::ways::Way;
 impl Initiator {
     pub fn measure_latency(&mut self, options: &Options, report: &mut Report) -> Result<(), Error> {
         let setup = self.side.setup.clone();
+        let memcpy_way = self.beside.ways(&setup)[1];
         let (mut ours, mut memcpy) = (Means::new(Way::Ours.name()), Means::new(Way::Memcpy.name()));
         let mut floor = Means::new(self.beside.bare(&setup)?.name());
         let add = |means: &mut Means, (trips, cpu_there_s): (Trips, f64), moved_each: u64| {
@@ -29,7 +30,7 @@ impl Initiator {
             };
             let pass = Pass { seed: 0, ..self.next_pass(vec![self.single_pages()]) };
             let lists = setup.lists(&pass);
-            let copied = self.run(Way::Memcpy, &pass, &lists, 1)?;
+            let copied = self.run(memcpy_way, &pass, &lists, 1)?;
             // The first repeat warms up.
             if repeat > 0 {
                 report.room_us.extend(add(&mut ours, one, moved_each).values().iter().copied());
@@ -75,8 +76,12 @@ impl Initiator {
 
     fn push_bare(&mut self) -> Result<(Trips, f64), Error> {
         let (_, both) = self.trip_passes(self.single_pages());
+        let mut bare = self.beside.bare(&self.side.setup)?;
+        if !bare.needs_the_peer() {
+            return Ok((bare.trips(&self.side, &both)?, 0.0));
+        }
         self.talk.say(&Ask::BareBounce(both.clone()))?;
-        let trips = self.beside.bare(&self.side.setup)?.trips(&self.side, &both)?;
+        let trips = bare.trips(&self.side, &both)?;
         Ok((trips, self.done()?))
     }
 
@@ -93,8 +98,12 @@ impl Initiator {
 
     fn pull_bare(&mut self) -> Result<(Trips, f64), Error> {
         let pass = Pass { seed: 0, ..self.next_pass(vec![self.single_pages()]) };
+        let mut bare = self.beside.bare(&self.side.setup)?;
+        if !bare.needs_the_peer() {
+            return Ok((bare.pulls(&self.side, &pass)?, 0.0));
+        }
         self.talk.say(&Ask::BareServe(pass.clone()))?;
-        let trips = self.beside.bare(&self.side.setup)?.pulls(&self.side, &pass)?;
+        let trips = bare.pulls(&self.side, &pass)?;
         Ok((trips, self.done()?))
     }
 

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use crossdock_benches::GpuChoice;
 use serde::{Deserialize, Serialize};
 
 /// Measures how fast scattered KV pages move between two processes.
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 /// Without --listen and --connect it starts its own peer process. Both pools are permuted at random for every pass;
 /// rooms are opened before the clock starts, which then runs from the first send until the last room is known here to
 /// be delivered. The best bare means for the medium (the floor) and a plain scattered memcpy take turns with it on the
-/// same page lists. With --pages 1 --in-flight 1, the time of one
+/// same page lists; with a GPU, the floor is the port's kernel alone, and memcpy one copy of as many bytes in one stretch. With --pages 1 --in-flight 1, the time of one
 /// page is measured instead of a rate, from submitting it until it is seen to have landed: pushed, as half of the way
 /// there and back; pulled, here.
 #[derive(Clone, Debug, Parser)]
@@ -20,7 +21,7 @@ pub struct Options {
     /// The transport
     #[arg(long, value_enum, default_value_t = PortName::Shm)]
     pub port: PortName,
-    /// What the pools are: shared can be mapped by the peer, private cannot
+    /// What the pools are: shared can be mapped by the peer, private cannot; cuda is memory of the GPU that moves it
     #[arg(long, value_enum, default_value_t = MemoryName::Shared)]
     pub memory: MemoryName,
     /// Who moves: the side that has the pages (write, a push) or the side that wants them (read, a pull)
@@ -94,6 +95,10 @@ pub struct Options {
     /// +, as in rxe0+rxe2,rxe1 [default: the first device that is found]
     #[arg(long, value_delimiter = ',', num_args = 1..=2)]
     pub devices: Vec<String>,
+    /// The GPU of both processes (cuda), by its place among those of the process; or software, which is a driver without a GPU:
+    /// everything runs as on one, and no figure says anything of one [default: 0]
+    #[arg(long)]
+    pub gpu: Option<GpuChoice>,
     /// The length of each pool
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..))]
     pub pool_mib: u64,

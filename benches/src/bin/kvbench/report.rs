@@ -1,6 +1,6 @@
 //! What came out, for programs and for people.
 
-use crossdock_benches::Sample;
+use crossdock_benches::{GpuChoice, OpenGpu, Sample};
 use crossdock_replay::{Arrival, Came, ChartError, Handover, Roof, Sheet, Summary, Trail};
 use serde::Serialize;
 
@@ -156,6 +156,15 @@ struct Line {
     repeats: u32,
     /// From opening a node to the end of its first handshake.
     open_ms: f64,
+    /// As `--gpu` names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu: Option<GpuChoice>,
+    /// What its driver calls it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gpu_name: Option<String>,
+    /// What has to be known to read the figures.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    notes: Vec<&'static str>,
 }
 
 /// Beside the processes of `--hog`.
@@ -212,6 +221,9 @@ impl Report {
             progress: setup.progress,
             repeats: options.repeats,
             open_ms,
+            gpu: None,
+            gpu_name: None,
+            notes: Vec::new(),
         };
         Self {
             line,
@@ -228,6 +240,25 @@ impl Report {
             token_bytes: setup.token_bytes * u64::from(setup.layers),
             page_tokens: setup.page_tokens,
         }
+    }
+
+    /// Says which GPU it is of, and what is to be known of figures of one.
+    pub fn of_gpu(&mut self, on: Option<&OpenGpu>) {
+        let Some(on) = on else { return };
+        self.line.gpu = Some(on.choice);
+        self.line.gpu_name = Some(on.gpu.facts().name.clone());
+        let first = match on.choice {
+            GpuChoice::Software => {
+                "the GPU is software of each process: no figure here says anything about the speed of one"
+            }
+            GpuChoice::Device(_) => {
+                "both processes use one GPU, which gives its time to one of them after the other: where both have work for it, each waits for the other's turn"
+            }
+        };
+        self.line.notes = vec![
+            first,
+            "memcpy is one copy of as many bytes in one stretch, and bare mover moves the same scattered pages by the port's kernels: both within one process, between its pool and another memory",
+        ];
     }
 
     /// Takes what both sides have seen of a replay.
@@ -288,6 +319,9 @@ impl Report {
         let trail =
             Trail { name: port.clone(), handovers: self.handovers.clone(), token_bytes: self.token_bytes };
         let mut title = format!("kvbench {port}, {}, {} memory", name(line.op), name(line.memory));
+        if line.gpu == Some(GpuChoice::Software) {
+            title += ", a GPU in software";
+        }
         if let (Some(scale), Some(times)) = (line.scale, line.time_scale) {
             let requests = self.requests();
             title += &format!(": {requests} requests, lengths × {scale:.4}, times × {times:.4}");
@@ -298,7 +332,9 @@ impl Report {
             roofs: vec![
                 roof("crossdock", |point| point.gb_per_s),
                 roof("floor: the best bare means", |point| point.floor_gb_per_s),
-                roof("memcpy, scattered", |point| point.memcpy_gb_per_s),
+                roof(if line.gpu.is_some() { "memcpy, one stretch" } else { "memcpy, scattered" }, |point| {
+                    point.memcpy_gb_per_s
+                }),
             ],
         };
         sheet.svg()
@@ -375,7 +411,14 @@ impl Report {
 
     pub fn table(&self) -> String {
         let line = self.line();
-        let mut out = format!(
+        let mut out = match (line.gpu, &line.gpu_name) {
+            (Some(gpu), Some(name)) => format!("GPU {gpu}: {name}\n"),
+            _ => String::new(),
+        };
+        for note in &line.notes {
+            out += &format!("note: {note}\n");
+        }
+        out += &format!(
             "{}, {} memory, {}, pages of {} bytes, {} rooms, {} in flight, {} copy thread(s), {} lane(s), opened in {:.1} ms\n",
             name(line.port),
             name(line.memory),

@@ -8,7 +8,7 @@ use crossdock::{
     PagePool, PageSet, Placement, PoolError, PortConfig, Progress, ShmOptions, TcpOptions,
 };
 use crossdock_benches::bare::Pages;
-use crossdock_benches::{Content, anonymous, rail_ports, rails, scattered};
+use crossdock_benches::{Content, GpuChoice, OpenGpu, anonymous, rail_ports, rails, scattered};
 use crossdock_verbs::VerbsPort;
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +30,8 @@ pub struct Setup {
     pub congestion: Option<String>,
     /// Of the side that measures, and of its peer.
     pub devices: Vec<String>,
+    /// Of both sides, with the cuda port alone.
+    pub gpu: Option<GpuChoice>,
     pub token_bytes: u64,
     pub page_tokens: u32,
     pub layers: u32,
@@ -43,12 +45,13 @@ impl Setup {
     }
 
     pub fn new(options: &Options) -> Result<Self, Error> {
-        let not_built = |what| Err(Error::NotBuilt { what });
-        match (options.port, options.memory) {
-            (PortName::Cuda, _) => return not_built("the cuda port"),
-            (_, MemoryName::Cuda) => return not_built("GPU memory"),
-            _ => {}
-        }
+        let gpu = match (options.port, options.memory) {
+            (PortName::Cuda, MemoryName::Private) => return Err(Error::NotMapped),
+            (PortName::Cuda, _) => Some(options.gpu.unwrap_or(GpuChoice::Device(0))),
+            (_, MemoryName::Cuda) => return Err(Error::MemoryOfGpu),
+            _ if options.gpu.is_some() => return Err(Error::NoGpu),
+            _ => None,
+        };
         if options.port != PortName::Verbs && !options.devices.is_empty() {
             return Err(Error::NoDevices);
         }
@@ -87,6 +90,7 @@ impl Setup {
             lanes: options.lanes,
             congestion: options.congestion.clone(),
             devices: options.devices.clone(),
+            gpu,
             token_bytes,
             page_tokens,
             layers,
@@ -107,7 +111,12 @@ impl Setup {
                 VerbsPort::open(rail).map_err(Error::Device)?;
             }
         }
-        Ok(())
+        self.open_gpu().map(drop)
+    }
+
+    /// The GPU, in this process.
+    pub fn open_gpu(&self) -> Result<Option<OpenGpu>, Error> {
+        self.gpu.map(|gpu| gpu.open().map_err(Error::gpu(gpu))).transpose()
     }
 
     pub fn page_bytes(&self) -> u64 {
@@ -175,20 +184,37 @@ pub enum Who {
     Target,
 }
 
+/// What a side has before its node: the memory of its pool, and the GPU that moves it, if one does.
+pub struct Allocated {
+    pub memory: Memory,
+    pub gpu: Option<OpenGpu>,
+}
+
 /// One process's pool and node.
 pub struct Side {
     pub setup: Setup,
     pub memory: Memory,
+    pub gpu: Option<OpenGpu>,
     pub pool: PagePool,
     pub driver: Driver,
 }
 
-/// The pool of a side.
-pub fn allocate(setup: &Setup) -> Result<Memory, Error> {
+/// What a side needs before its node.
+pub fn allocate(setup: &Setup) -> Result<Allocated, Error> {
+    let gpu = setup.open_gpu()?;
+    Ok(Allocated { memory: pool_memory(setup, gpu.as_ref())?, gpu })
+}
+
+/// Memory for a pool.
+pub fn pool_memory(setup: &Setup, gpu: Option<&OpenGpu>) -> Result<Memory, Error> {
     let bytes = setup.layout()?.bytes_needed(0) as usize;
-    match setup.memory {
-        MemoryName::Private => anonymous(bytes).map_err(Error::io("allocating private memory")),
-        MemoryName::Shared | MemoryName::Cuda => {
+    match (setup.memory, gpu) {
+        (MemoryName::Private, _) => anonymous(bytes).map_err(Error::io("allocating private memory")),
+        (MemoryName::Cuda, Some(on)) => {
+            on.gpu.allocate(bytes).map_err(|error| Error::gpu(on.choice)(error.into()))
+        }
+        (MemoryName::Cuda, None) => Err(Error::MemoryOfGpu),
+        (MemoryName::Shared, _) => {
             let options = crossdock::AllocateOptions { prefault: true, ..Default::default() };
             Ok(Memory::allocate(bytes, &options)?)
         }
@@ -196,7 +222,8 @@ pub fn allocate(setup: &Setup) -> Result<Memory, Error> {
 }
 
 impl Side {
-    pub fn open(who: Who, setup: Setup, memory: Memory, ip: IpAddr) -> Result<Self, Error> {
+    pub fn open(who: Who, setup: Setup, allocated: Allocated, ip: IpAddr) -> Result<Self, Error> {
+        let Allocated { memory, gpu } = allocated;
         let name = match who {
             Who::Initiator => "kvbench",
             Who::Target => "kvbench-target",
@@ -211,18 +238,26 @@ impl Side {
             ProgressName::Caller => Progress::Caller,
             ProgressName::Thread => config.progress,
         };
-        config.ports = match setup.port {
-            PortName::Shm => vec![PortConfig::Shm(ShmOptions {
+        config.ports = match (setup.port, &gpu) {
+            (PortName::Shm, _) => vec![PortConfig::Shm(ShmOptions {
                 copy_threads: setup.copy_threads as usize,
                 allow_ptrace: setup.memory == MemoryName::Private,
                 ..ShmOptions::default()
             })],
-            PortName::Tcp => vec![PortConfig::Tcp(Some(TcpOptions { bind: config.bind, ..setup.tcp() }))],
-            PortName::Verbs => rail_ports(&setup.devices, who as usize),
-            PortName::Cuda => return Err(Error::NotBuilt { what: "the port" }),
+            (PortName::Tcp, _) => {
+                vec![PortConfig::Tcp(Some(TcpOptions { bind: config.bind, ..setup.tcp() }))]
+            }
+            (PortName::Verbs, _) => rail_ports(&setup.devices, who as usize),
+            (PortName::Cuda, Some(on)) => {
+                vec![PortConfig::Cuda { gpu: on.gpu.clone(), options: on.options.clone() }]
+            }
+            (PortName::Cuda, None) => return Err(Error::Unexpected { said: "a cuda port of no GPU".into() }),
         };
-        let driver = Driver::new(Node::open(config)?);
-        Ok(Self { setup, memory, pool, driver })
+        let node = Node::open(config).map_err(|error| match (error, setup.gpu) {
+            (crossdock::Error::Cuda(error), Some(gpu)) => Error::Gpu { gpu, error },
+            (other, _) => other.into(),
+        })?;
+        Ok(Self { setup, memory, gpu, pool, driver: Driver::new(node) })
     }
 
     /// Takes pages for a room. Those of the pass before may still be on their way home.

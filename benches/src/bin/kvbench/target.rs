@@ -161,7 +161,7 @@ enum Open {
 
 impl Target {
     fn open(setup: Setup, talk: &mut Talk<Ask>) -> Result<Self, Error> {
-        let memory = allocate(&setup)?;
+        let allocated = allocate(&setup)?;
         let ip = talk.local_ip().map_err(Error::io("talking"))?;
         let listener = TcpListener::bind((ip, 0)).map_err(Error::io("listening"))?;
         if let Some(name) = setup.tcp().congestion_at(ip) {
@@ -169,7 +169,7 @@ impl Target {
                 .map_err(|errno| Error::Io { what: "TCP_CONGESTION", error: errno.into() })?;
         }
         let setup_port = setup.port;
-        let side = Side::open(Who::Target, setup, memory, ip)?;
+        let side = Side::open(Who::Target, setup, allocated, ip)?;
         let flags = match setup_port {
             PortName::Shm => Some(Flags::new().map_err(Error::io("allocating flags"))?),
             _ => None,

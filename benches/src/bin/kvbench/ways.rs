@@ -3,8 +3,8 @@
 use std::net::{IpAddr, SocketAddr, TcpStream};
 
 use crossdock::Memory;
-use crossdock_benches::anonymous;
-use crossdock_benches::bare::{self, End, Flags, ThereMemory, Way as Direction};
+use crossdock_benches::bare::{self, End, Flags, GpuPair, ThereMemory, Way as Direction};
+use crossdock_benches::{OpenGpu, anonymous};
 use crossdock_shm::copy::{Copier, CopyThreads, Strategy};
 use rustix::process::Pid;
 
@@ -12,7 +12,7 @@ use crate::bare_trips::Bare;
 use crate::error::Error;
 use crate::lanes::Lanes;
 use crate::options::{MemoryName, OpName, PortName};
-use crate::setup::{Clock, Lists, Setup, Side, WAIT};
+use crate::setup::{Clock, Lists, Setup, Side, WAIT, pool_memory};
 use crate::talk::{Place, Ready};
 
 /// The ways to move a pass.
@@ -20,6 +20,8 @@ use crate::talk::{Place, Ready};
 pub enum Way {
     Ours,
     Memcpy,
+    /// As many bytes by one copy of a GPU's, in one stretch.
+    Stretch,
     Copied(Strategy),
     /// By the port's own copy threads, all at once.
     CopyThreads,
@@ -31,6 +33,8 @@ pub enum Way {
     Stream,
     /// Bare lanes of RDMA devices.
     Lanes,
+    /// The kernels of a GPU's port, within this process.
+    Mover,
 }
 
 /// What one way of moving a pass took.
@@ -46,7 +50,7 @@ impl Way {
     pub fn name(self) -> &'static str {
         match self {
             Way::Ours => "crossdock",
-            Way::Memcpy => "memcpy",
+            Way::Memcpy | Way::Stretch => "memcpy",
             Way::Copied(Strategy::Streamed) => "streaming copy",
             Way::Copied(Strategy::Cached) => "cached copy",
             Way::CopyThreads => "copy threads",
@@ -54,12 +58,13 @@ impl Way {
             Way::Single => "process_vm, a page a call",
             Way::Stream => "bare tcp",
             Way::Lanes => "bare lanes",
+            Way::Mover => "bare mover",
         }
     }
 
     /// Whether what it moves can be checked at the destination.
     pub fn arrives_at_the_peer(self) -> bool {
-        !matches!(self, Way::Memcpy)
+        !matches!(self, Way::Memcpy | Way::Stretch | Way::Mover)
     }
 }
 
@@ -76,16 +81,25 @@ pub struct Beside {
     connections: Vec<TcpStream>,
     /// Over RDMA.
     pub lanes: Option<Lanes>,
+    /// With a GPU: this side's pool, and what stands in for the peer's.
+    pair: Option<GpuPair>,
     copy_threads: CopyThreads,
 }
 
 impl Beside {
-    pub fn open(setup: &Setup, ready: &Ready, bytes: usize, peer_ip: IpAddr) -> Result<Self, Error> {
+    pub fn open(side: &Side, ready: &Ready, peer_ip: IpAddr) -> Result<Self, Error> {
+        let Side { setup, memory, gpu, .. } = side;
+        let bytes = memory.bytes();
         let (mapped, there) = theirs(setup, &ready.place, bytes, peer_ip)?;
-        let scratch = match mapped {
-            Some(_) => None,
-            None => Some(anonymous(bytes).map_err(Error::io("allocating memory"))?),
+        let scratch = match (&mapped, gpu) {
+            (None, None) => Some(anonymous(bytes).map_err(Error::io("allocating memory"))?),
+            _ => None,
         };
+        let pair = |on: &OpenGpu| {
+            let other = pool_memory(setup, Some(on))?;
+            GpuPair::new(on, memory, other).map_err(Error::gpu(on.choice))
+        };
+        let pair = gpu.as_ref().map(pair).transpose()?;
         let flags = match (there, ready.flags) {
             (Some(_), Some(descriptor)) => Some(Flags::theirs(ready.place.process, descriptor)),
             _ => None,
@@ -96,11 +110,14 @@ impl Beside {
             CopyThreads::start(Copier::detect(), helpers).map_err(Error::io("starting copy threads"))?;
         let streams = SocketAddr::new(peer_ip, ready.stream_port);
         let connections = Vec::new();
-        Ok(Self { mapped, there, scratch, flags, streams, connections, lanes: None, copy_threads })
+        Ok(Self { mapped, there, scratch, flags, streams, connections, lanes: None, pair, copy_threads })
     }
 
     /// Everything that the medium knows, ourselves first and memcpy second.
     pub fn ways(&self, setup: &Setup) -> Vec<Way> {
+        if setup.port == PortName::Cuda {
+            return vec![Way::Ours, Way::Stretch, Way::Mover];
+        }
         let mut ways = vec![Way::Ours, Way::Memcpy];
         match (setup.port, setup.memory) {
             (PortName::Tcp, _) => ways.push(Way::Stream),
@@ -122,6 +139,7 @@ impl Beside {
         let threads = side.setup.copy_threads as usize;
         let pages = side.setup.pages(lists);
         let here = &side.memory;
+        let direction = if write { Direction::Write } else { Direction::Read };
         let clock = Clock::start();
         match way {
             Way::Ours | Way::Stream | Way::Lanes => unreachable!("these need the peer, or its device"),
@@ -138,10 +156,17 @@ impl Beside {
             }
             Way::Batched | Way::Single => {
                 let there = self.there.expect("these ways are only for memory of a process on this host");
-                let direction = if write { Direction::Write } else { Direction::Read };
                 let pages_a_call = if way == Way::Single { 1 } else { usize::MAX };
                 bare::process_memory(here, there, direction, pages, pages_a_call)
                     .map_err(Error::io("process_vm"))?;
+            }
+            Way::Stretch | Way::Mover => {
+                let pair = self.pair.as_mut().expect("these ways are only for a GPU's port");
+                let moved = match way {
+                    Way::Stretch => pair.stretch(direction, pages.bytes()),
+                    _ => pair.carry(direction, pages),
+                };
+                moved.map_err(Error::io("moving pages beside the library"))?;
             }
         }
         Ok(Timed { seconds: clock.seconds(), cpu_here_s: clock.cpu_s(), ..Timed::default() })
@@ -171,8 +196,11 @@ impl Beside {
 
     /// The best means for a single page.
     pub fn bare(&mut self, setup: &Setup) -> Result<Bare<'_>, Error> {
-        if self.lanes.is_none() && self.flags.is_none() {
+        if self.lanes.is_none() && self.flags.is_none() && self.pair.is_none() {
             self.connections(setup, 1)?;
+        }
+        if let Some(pair) = &mut self.pair {
+            return Ok(Bare::Mover(pair));
         }
         if let Some(lanes) = &mut self.lanes {
             return Ok(Bare::Lanes(lanes));

@@ -302,18 +302,27 @@ impl Mover {
     /// How far the launches have come.
     pub fn progress(&mut self) -> Progress {
         if self.ended < self.launched {
-            // The word has the lower half of a ticket, and fewer than half of those are on their way.
-            let behind = (self.launched as u32).wrapping_sub(self.hands.done.load());
-            let ended = self.launched - u64::from(behind);
-            if ended > self.ended {
-                self.ended = ended;
+            if self.look_at_word() {
                 self.looks = 0;
-                self.hands.staging.ended(ended);
             } else {
                 self.look_at_stream();
             }
         }
         Progress { ended: self.ended, failed: self.failure }
+    }
+
+    /// Whether more launches have ended.
+    fn look_at_word(&mut self) -> bool {
+        // The word has the lower half of a ticket, and fewer than half of those are on their way. A launch that has just been
+        // refused has a ticket, and will not tell.
+        let behind = (self.launched as u32).wrapping_sub(self.hands.done.load());
+        let ended = self.launched - u64::from(behind);
+        let is_more = ended > self.ended;
+        if is_more {
+            self.ended = ended;
+            self.hands.staging.ended(ended);
+        }
+        is_more
     }
 
     /// Asks the driver, which costs more than a load, now and then: a kernel that has failed signals nothing.
@@ -345,9 +354,14 @@ impl Mover {
         self.hands.staging.ended(self.launched);
     }
 
-    /// The first failure counts.
-    fn fail(&mut self, from: u64, error: CudaError) {
-        self.failure.get_or_insert((from, error));
+    /// The first failure counts. What spoils the context may be the work of any launch that has not ended, whichever call the
+    /// driver says it to.
+    fn fail(&mut self, launch: u64, error: CudaError) {
+        if self.failure.is_none() {
+            self.look_at_word();
+            let first = if error.is_sticky() { self.ended + 1 } else { launch };
+            self.failure = Some((first, error));
+        }
     }
 
     /// Whether nothing is on its way.

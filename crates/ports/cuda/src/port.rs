@@ -1,5 +1,7 @@
 //! The port.
 
+use std::borrow::Cow;
+
 use crossdock_host::{HostOptions, HostPort};
 use crossdock_memory::Memory;
 use crossdock_transport::{
@@ -70,6 +72,21 @@ pub enum OpenError {
     Port(#[from] Error),
 }
 
+impl Kernels {
+    /// What a GPU loads: [`PAGES`], for a [`Mover`].
+    pub fn image(&self, gpu: &Gpu) -> std::result::Result<Cow<'_, [u8]>, CompileError> {
+        match self {
+            Kernels::Given(image) => Ok(Cow::Borrowed(image)),
+            Kernels::Compiled(cache) => match Compiler::load() {
+                Ok(compiler) => cache.get(&compiler, &PAGES, gpu.facts().architecture).map(Cow::Owned),
+                // The driver has a compiler of its own.
+                Err(CompileError::NoLibrary) => Ok(Cow::Borrowed(PAGES.portable.as_bytes())),
+                Err(error) => Err(error),
+            },
+        }
+    }
+}
+
 impl OpenError {
     /// What can be done about it.
     pub fn advice(&self) -> &'static str {
@@ -120,15 +137,7 @@ impl Default for CopyEngines {
 impl CudaPort {
     /// Opens a port of a GPU.
     pub fn open(gpu: &Gpu, options: CudaOptions) -> std::result::Result<Self, OpenError> {
-        let image = match options.kernels {
-            Kernels::Given(image) => image,
-            Kernels::Compiled(cache) => match Compiler::load() {
-                Ok(compiler) => cache.get(&compiler, &PAGES, gpu.facts().architecture)?,
-                // The driver has a compiler of its own.
-                Err(CompileError::NoLibrary) => PAGES.portable.into(),
-                Err(error) => return Err(error.into()),
-            },
-        };
+        let image = options.kernels.image(gpu)?;
         let mover = Mover::new(gpu, &image, options.limits)?;
         let medium = OnGpu::new(mover, options.copy_engines);
         let mut lanes = options.lanes;

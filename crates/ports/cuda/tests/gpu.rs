@@ -198,6 +198,35 @@ fn failures_are_told_and_leave_nothing_behind() {
     }
 }
 
+/// What a forked child drops, it drops without a word to the driver: that would wait for locks that nobody lets go there.
+#[test]
+fn a_forked_child_asks_the_driver_nothing() {
+    let gpu = machine::gpu();
+    let memory = gpu.allocate(1 << 20).unwrap();
+    memory.fill(0, 1 << 20, 5).unwrap();
+    let mover = Mover::new(&gpu, machine::image(), Limits::default()).unwrap();
+    let held = (memory.clone(), mover, gpu.clone());
+    // SAFETY: the child makes no call but those that this test is about, and ends without running anything of the parent's.
+    match unsafe { libc::fork() } {
+        0 => {
+            let refused = memory.read(0, &mut [0]).is_err();
+            drop((held, memory, gpu));
+            // SAFETY: as above.
+            unsafe { libc::_exit(if refused { 7 } else { 8 }) }
+        }
+        child => {
+            let (mut status, until) = (0, Instant::now() + Duration::from_secs(20));
+            // SAFETY: the status can be written.
+            while unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) } == 0 {
+                assert!(Instant::now() < until, "the child ends");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 7, "{status:#x}");
+            assert!(content(&memory).iter().all(|&byte| byte == 5));
+        }
+    }
+}
+
 #[test]
 fn what_was_made_is_let_go() {
     if machine::is_skipped_on_a_gpu() {

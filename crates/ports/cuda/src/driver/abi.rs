@@ -20,6 +20,7 @@ pub type Physical = u64;
 pub const SUCCESS: Answer = 0;
 pub const ERROR_INVALID_VALUE: Answer = 1;
 pub const ERROR_OUT_OF_MEMORY: Answer = 2;
+pub const ERROR_NOT_INITIALIZED: Answer = 3;
 pub const ERROR_NO_DEVICE: Answer = 100;
 #[cfg(feature = "fake")]
 pub const ERROR_INVALID_HANDLE: Answer = 400;
@@ -215,6 +216,7 @@ mod tests {
             (SUCCESS, R::CUDA_SUCCESS),
             (ERROR_INVALID_VALUE, R::CUDA_ERROR_INVALID_VALUE),
             (ERROR_OUT_OF_MEMORY, R::CUDA_ERROR_OUT_OF_MEMORY),
+            (ERROR_NOT_INITIALIZED, R::CUDA_ERROR_NOT_INITIALIZED),
             (ERROR_NO_DEVICE, R::CUDA_ERROR_NO_DEVICE),
             #[cfg(feature = "fake")]
             (ERROR_INVALID_HANDLE, R::CUDA_ERROR_INVALID_HANDLE),

@@ -3,7 +3,7 @@
 use std::ptr;
 use std::sync::Arc;
 
-use super::abi::{Answer, Handle};
+use super::abi::{self, Answer, Handle};
 use super::{CudaError, Device};
 
 /// A device's primary context in this process. A clone is another handle; the last one lets it go.
@@ -16,6 +16,8 @@ pub struct Context {
 struct Retained {
     device: Device,
     handle: Handle,
+    /// The process that retained it: a forked child has no context, and must not ask the driver anything.
+    owner: u32,
 }
 
 // SAFETY: a context may be used from any thread that has made it current, which `call` does.
@@ -30,7 +32,8 @@ impl Context {
         let retained =
             unsafe { (device.driver().table().cuDevicePrimaryCtxRetain)(&raw mut handle, device.number()) };
         device.driver().check("cuDevicePrimaryCtxRetain", retained)?;
-        Ok(Context { retained: Arc::new(Retained { device, handle }) })
+        let owner = std::process::id();
+        Ok(Context { retained: Arc::new(Retained { device, handle, owner }) })
     }
 
     /// Whose it is.
@@ -52,6 +55,14 @@ impl Context {
     /// The same, for an answer that is no failure.
     pub(super) fn within<T>(&self, calls: impl FnOnce() -> T) -> Result<T, CudaError> {
         let driver = self.device().driver();
+        if self.retained.owner != std::process::id() {
+            let name = "CUDA_ERROR_NOT_INITIALIZED";
+            return Err(CudaError {
+                call: "a call in a forked child",
+                code: abi::ERROR_NOT_INITIALIZED,
+                name,
+            });
+        }
         // SAFETY: it is retained.
         let pushed = unsafe { (driver.table().cuCtxPushCurrent_v2)(self.retained.handle) };
         driver.check("cuCtxPushCurrent", pushed)?;
@@ -76,6 +87,9 @@ impl Drop for Pop<'_> {
 
 impl Drop for Retained {
     fn drop(&mut self) {
+        if self.owner != std::process::id() {
+            return;
+        }
         // SAFETY: it was retained once by this. An answer would say that the driver is being unloaded.
         unsafe { (self.device.driver().table().cuDevicePrimaryCtxRelease_v2)(self.device.number()) };
     }
