@@ -18,7 +18,6 @@ const LOCKS: &[(&str, &str)] = &[
         "crates/ports/cuda/src/gpu.rs",
         "bytes of a GPU's memory are copied for the CPU, or it is exported: not when pages move",
     ),
-    ("crates/ports/cuda/src/fake/world.rs", "the driver that is software, for tests"),
     ("crates/ep/src/meet.rs", "a group is met"),
     ("crates/ep/src/keeper.rs", "a group is met"),
 ];
