@@ -47,7 +47,7 @@ impl GpuChoice {
 impl OpenGpu {
     /// A mover with the kernels and the limits of the port's own.
     pub fn mover(&self) -> Result<Mover, OpenError> {
-        let image = self.options.kernels.image(&self.gpu)?;
+        let image = self.options.kernels.image(&self.gpu);
         Ok(Mover::new(&self.gpu, &image, self.options.limits)?)
     }
 }

@@ -72,7 +72,8 @@ impl GpuPair {
                 }
                 let (first, rest) = here.split_at(room);
                 let (first_there, rest_there) = there.split_at(room);
-                self.mover.pages(ends(from, first), ends(to, first_there), piece_bytes);
+                // SAFETY: both pools are memory of the GPU that this holds, and what is on its way ends before they are let go.
+                unsafe { self.mover.pages(ends(from, first), ends(to, first_there), piece_bytes) };
                 (here, there) = (rest, rest_there);
             }
         }

@@ -117,7 +117,16 @@ impl Gpu {
     pub fn open(driver: &Driver, ordinal: u32) -> Result<Gpu, GpuError> {
         let device = driver.device(ordinal)?;
         let (facts, context) = (device.facts()?, device.context()?);
-        let works = context.shareable_as(facts.handles);
+        // Memory that is short, or a context that is lost, says nothing of a handle.
+        let tried = |is_claimed: bool, by| match is_claimed.then(|| context.try_sharing(by)) {
+            Some(Err(error)) if error.is_out_of_memory() || error.is_sticky() => Err(error),
+            Some(Ok(())) => Ok(true),
+            Some(Err(_)) | None => Ok(false),
+        };
+        let works = HandleTypes {
+            posix_fd: tried(facts.handles.posix_fd, HandleTypes::POSIX_FD)?,
+            fabric: tried(facts.handles.fabric, HandleTypes::FABRIC)?,
+        };
         let memory = Memory::allocate(
             BOUNCE_BYTES,
             &AllocateOptions { name: "crossdock-bounce".into(), ..AllocateOptions::default() },
@@ -172,13 +181,9 @@ impl Gpu {
             false => Sharing::Fabric(within),
         };
         let base = mapped.base();
-        let memory = self.hold(Backing::Ours(mapped), sharing, base, bytes)?;
-        // Fresh pieces hold what their last owner left.
-        memory.fill(0, bytes, 0).map_err(|error| match error {
-            crossdock_memory::AccessError::Device(failed) => self.error(failed),
-            crossdock_memory::AccessError::OutOfRange(_) => unreachable!("the whole lies inside"),
-        })?;
-        Ok(memory)
+        // Fresh pieces hold what their last owner left, and peers map the whole.
+        self.bounce().fill(base, whole, 0).map_err(|failed| self.error(failed))?;
+        self.hold(Backing::Ours(mapped), sharing, base, bytes)
     }
 
     /// Memory that somebody else allocated on this GPU: with `cudaMalloc`, or through VMM with a handle that can be exported.

@@ -1,4 +1,5 @@
 //! Ops become launches, which go on behind the port's back.
+#![allow(unsafe_code)]
 
 use std::time::Instant;
 
@@ -40,9 +41,15 @@ impl OnGpu {
         self.mover.gpu()
     }
 
-    /// Whether a copy engine moves a stretch: the one with the host, or with a GPU.
-    fn is_for_engine(&self, with_host: bool, bytes: u64) -> bool {
-        bytes >= if with_host { self.engines.host_from_bytes } else { self.engines.gpu_from_bytes }
+    /// Whether a copy engine moves a stretch, by which of its sides are the host's.
+    fn is_for_engine(&self, hosts: (bool, bool), bytes: u64) -> bool {
+        let from_bytes = match hosts {
+            (false, false) => self.engines.gpu_from_bytes,
+            // The driver would copy by itself, and keep the port waiting.
+            (true, true) => return false,
+            _ => self.engines.host_from_bytes,
+        };
+        bytes >= from_bytes
     }
 }
 
@@ -88,6 +95,10 @@ impl Medium for OnGpu {
     }
 
     fn room(&self, _lane: &(), op: &Op<'_>, _moved_bytes: u64) -> u64 {
+        if self.mover.failure().is_some() {
+            // To hear what `start` says of it.
+            return u64::MAX;
+        }
         match op.shape {
             Shape::Span { .. } => u64::from(self.mover.has_room_for_span()) * u64::MAX,
             Shape::Pages { local_pages, remote_pages, piece_bytes, .. } => {
@@ -105,6 +116,10 @@ impl Medium for OnGpu {
         _lane: &mut (),
         part: &Move<'_, Self>,
     ) -> std::result::Result<Option<Ticket>, Refusal> {
+        // A lane that has nothing on its way hears of a failure by its next op.
+        if let Some(error) = self.mover.failure() {
+            return Err(Refusal::Lane(DownCause::Driver { call: error.call, code: error.code }));
+        }
         let (local, remote) = (part.local.region.address, part.remote.address);
         let ends = |local, remote| match part.op.direction {
             Direction::Write => (local, remote),
@@ -113,13 +128,17 @@ impl Medium for OnGpu {
         match part.op.shape {
             Shape::Span { local_offset, remote_offset, bytes, .. } => {
                 let (from, to) = ends(local + local_offset, remote + remote_offset);
-                let with_host = part.local.memory.kind() != MemoryKind::Device || part.remote.is_of_host();
-                match self.is_for_engine(with_host, bytes) {
-                    true => {
-                        self.mover.copy(from, to, bytes);
-                        self.moved.by_engines_bytes += bytes;
+                let hosts = (part.local.memory.kind() != MemoryKind::Device, part.remote.is_of_host());
+                // SAFETY: the op's extents lie in both regions, which the GPU reaches; the port keeps them until the ticket is over.
+                // What peers and owners write there meanwhile comes out mixed, and no reference to any of it exists.
+                unsafe {
+                    match self.is_for_engine(hosts, bytes) {
+                        true => {
+                            self.mover.copy(from, to, bytes);
+                            self.moved.by_engines_bytes += bytes;
+                        }
+                        false => self.mover.span(from, to, bytes),
                     }
-                    false => self.mover.span(from, to, bytes),
                 }
             }
             Shape::Pages {
@@ -139,10 +158,12 @@ impl Medium for OnGpu {
                     stride_bytes: remote_stride_bytes,
                     pages: remote_pages,
                 };
-                match part.op.direction {
-                    Direction::Write => self.mover.pages(here, there, piece_bytes),
-                    Direction::Read => self.mover.pages(there, here, piece_bytes),
-                }
+                let (from, to) = match part.op.direction {
+                    Direction::Write => (here, there),
+                    Direction::Read => (there, here),
+                };
+                // SAFETY: as above. Where a caller's list names a page twice, one of its pieces is there in the end, or a mixture.
+                unsafe { self.mover.pages(from, to, piece_bytes) };
             }
         }
         match part.op.direction {

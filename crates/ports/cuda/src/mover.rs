@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crossdock_memory::{AllocateOptions, Memory};
 
-use crate::driver::{Allocated, CudaError, Function, HostRegistration, Module, Stream};
+use crate::driver::{Allocated, CudaError, Function, HostRegistration, Module, Stream, abi};
 use crate::gpu::{Gpu, GpuError};
 use crate::moves::{Batch, Pieces, Side, Signal, Word};
 use crate::staging::{NoStaging, Staging};
@@ -36,6 +36,8 @@ pub struct Mover {
     /// It was waited for what is on its way, and there was no time left.
     is_given_up: bool,
     limits: Limits,
+    /// The process that made it: a forked child has neither the GPU nor the word that launches set.
+    owner: u32,
     gpu: Gpu,
 }
 
@@ -108,10 +110,16 @@ struct Done {
 impl Mover {
     /// One for a GPU. `image` is [`PAGES`], compiled for it.
     pub fn new(gpu: &Gpu, image: &[u8], limits: Limits) -> Result<Mover, GpuError> {
+        let limits = Limits {
+            blocks: limits.blocks.max(1),
+            block_threads: limits.block_threads.clamp(1, MOST_BLOCK_THREADS),
+            staging_bytes: limits.staging_bytes.max(LEAST_STAGING_BYTES),
+            launches: limits.launches.clamp(1, 1 << 30),
+        };
         let context = gpu.context();
         let module = context.load(image)?;
         let Kernel { functions, .. } = PAGES;
-        let staging = Staging::new(context, limits.staging_bytes.max(LEAST_STAGING_BYTES));
+        let staging = Staging::new(context, limits.staging_bytes);
         let staging = staging.map_err(|error| match error {
             NoStaging::Memory(error) => GpuError::Memory(error),
             NoStaging::Driver(error) => GpuError::Driver(error),
@@ -133,7 +141,7 @@ impl Mover {
             finished,
             done: Done { registration: context.register_host(&memory)?, memory },
         };
-        Ok(Mover {
+        let mut mover = Mover {
             hands: ManuallyDrop::new(hands),
             batch: Batch::new(limits.block_threads),
             lists: [None; 2],
@@ -143,14 +151,23 @@ impl Mover {
             has_copies: false,
             failure: None,
             is_given_up: false,
-            limits: Limits {
-                blocks: limits.blocks.max(1),
-                block_threads: limits.block_threads.clamp(1, 1024),
-                launches: limits.launches.clamp(1, 1 << 30),
-                ..limits
-            },
+            limits,
+            owner: std::process::id(),
             gpu: gpu.clone(),
-        })
+        };
+        mover.warm_up()?;
+        Ok(mover)
+    }
+
+    /// Launches every kernel once without pieces: the driver may load a kernel with its first launch, and may wait for the whole
+    /// device then, where somebody's kernel may wait for what only this mover can bring.
+    fn warm_up(&mut self) -> Result<(), CudaError> {
+        for word in Word::ALL {
+            self.launch_one(word, (0, 0, 0), (0, 0))?;
+        }
+        let timed_out =
+            CudaError { call: "a first launch", code: abi::ERROR_NOT_READY, name: "CUDA_ERROR_NOT_READY" };
+        if self.wait(Instant::now() + LONGEST_PARTING) { Ok(()) } else { Err(timed_out) }
     }
 
     /// The GPU.
@@ -170,14 +187,19 @@ impl Mover {
 
     /// Adds a stretch of bytes that kernels move, for which there [is room](Mover::has_room_for_span).
     ///
-    /// Both ranges are memory that this GPU reaches until the ticket has ended.
-    pub fn span(&mut self, from: u64, to: u64, bytes: u64) {
+    /// # Safety
+    /// Both ranges are memory that this GPU reaches until the ticket has ended, and nobody relies on what is written staying as it
+    /// is.
+    pub unsafe fn span(&mut self, from: u64, to: u64, bytes: u64) {
         self.batch.span(from, to, bytes);
     }
 
     /// Adds a stretch of bytes that a copy engine moves, for which there [is room](Mover::has_room_for_span): large ones go as
     /// fast by it, and leave the multiprocessors to others. Otherwise as [`span`](Mover::span).
-    pub fn copy(&mut self, from: u64, to: u64, bytes: u64) {
+    ///
+    /// # Safety
+    /// As [`span`](Mover::span).
+    pub unsafe fn copy(&mut self, from: u64, to: u64, bytes: u64) {
         self.has_copies = true;
         // SAFETY: as the caller says; whoever is told that the ticket has ended is told behind this copy, on the same stream.
         let copied = unsafe { self.hands.stream.copy(to, from, bytes as usize) };
@@ -202,11 +224,12 @@ impl Mover {
 
     /// Adds pieces, for all of which there [is room](Mover::room_for_pages).
     ///
-    /// All pieces lie in memory that this GPU reaches until the ticket has ended, and no two overlap where they are written.
-    ///
     /// # Panics
     /// If there is no room, or the lists differ in length.
-    pub fn pages(&mut self, from: Ends<'_>, to: Ends<'_>, piece_bytes: u64) {
+    ///
+    /// # Safety
+    /// As [`span`](Mover::span), for each piece; and no two overlap where they are written.
+    pub unsafe fn pages(&mut self, from: Ends<'_>, to: Ends<'_>, piece_bytes: u64) {
         assert_eq!(from.pages.len(), to.pages.len(), "pieces have two ends");
         let side = |ends: Ends<'_>, pages| Side {
             base: ends.base,
@@ -240,6 +263,11 @@ impl Mover {
             && self.hands.staging.room() >= bytes
     }
 
+    /// What failed: nothing is taken any more.
+    pub fn failure(&self) -> Option<CudaError> {
+        self.failure.map(|(_, error)| error)
+    }
+
     /// Forgets which lists were staged: who owns them may change them now.
     pub fn lists_may_change(&mut self) {
         self.lists = [None; 2];
@@ -248,7 +276,8 @@ impl Mover {
     /// Launches what is gathered, if anything is. What goes wrong is told by [`progress`](Mover::progress).
     pub fn launch(&mut self) {
         self.lists_may_change();
-        let is_wanted = self.batch.entries() > 0 || std::mem::take(&mut self.has_copies);
+        let has_copies = std::mem::take(&mut self.has_copies);
+        let is_wanted = self.batch.entries() > 0 || has_copies;
         if is_wanted {
             // Also where it fails half way: what was enqueued by then is on its way.
             self.launched += 1;
@@ -265,34 +294,42 @@ impl Mover {
     fn launch_all(&mut self, ticket: u64) -> Result<(), CudaError> {
         let signal = Signal { at: self.hands.done.registration.address(), value: ticket as u32, reserved: 0 };
         let signal = self.put(bytemuck::bytes_of(&signal));
-        let counter = self.hands.finished.base();
         let has_tiles = |word: &Word| self.batch.launch(*word).tiles > 0;
         // Behind copies alone a kernel without pieces tells of their end.
         let last = Word::ALL.into_iter().rfind(has_tiles).unwrap_or(Word::Bytes16);
         for word in Word::ALL.into_iter().filter(|word| has_tiles(word) || *word == last).collect::<Vec<_>>()
         {
             let launch = self.batch.launch(word);
-            let (mut count, mut tiles) = (launch.pieces.len() as u32, launch.tiles);
+            let (count, tiles) = (launch.pieces.len() as u32, launch.tiles);
             let bytes = bytemuck::cast_slice(&launch.pieces);
-            let mut pieces = self.hands.staging.put(bytes).expect("room was kept for entries");
-            let (mut signals, mut finished) = (signal, counter);
-            let mut signal_count = u32::from(word == last);
-            let blocks = u32::try_from(tiles).unwrap_or(u32::MAX).clamp(1, self.limits.blocks);
-            let mut arguments: [*mut c_void; 6] = [
-                (&raw mut pieces).cast(),
-                (&raw mut count).cast(),
-                (&raw mut tiles).cast(),
-                (&raw mut signals).cast(),
-                (&raw mut signal_count).cast(),
-                (&raw mut finished).cast(),
-            ];
-            let function = &self.hands.functions[word as usize];
-            // SAFETY: these are the kernel's parameters, as `pages.cu` declares them. What they lead to stays in the ring until the
-            // launch's ticket has ended; the pieces are of memory that the GPU reaches, as who added them has said; `finished` is
-            // zero, since the launch before on this stream has left it so.
-            unsafe { self.hands.stream.launch(function, blocks, self.limits.block_threads, &mut arguments)? };
+            let pieces = self.hands.staging.put(bytes).expect("room was kept for entries");
+            self.launch_one(word, (pieces, count, tiles), (signal, u32::from(word == last)))?;
         }
         Ok(())
+    }
+
+    /// Enqueues a kernel over an array of entries with so many tiles, which sets so many signals.
+    fn launch_one(
+        &self,
+        word: Word,
+        (mut pieces, mut count, mut tiles): (u64, u32, u64),
+        (mut signals, mut signal_count): (u64, u32),
+    ) -> Result<(), CudaError> {
+        let mut finished = self.hands.finished.base();
+        let blocks = u32::try_from(tiles).unwrap_or(u32::MAX).clamp(1, self.limits.blocks);
+        let mut arguments: [*mut c_void; 6] = [
+            (&raw mut pieces).cast(),
+            (&raw mut count).cast(),
+            (&raw mut tiles).cast(),
+            (&raw mut signals).cast(),
+            (&raw mut signal_count).cast(),
+            (&raw mut finished).cast(),
+        ];
+        let function = &self.hands.functions[word as usize];
+        // SAFETY: these are the kernel's parameters, as `pages.cu` declares them. What they lead to stays in the ring until the
+        // launch's ticket has ended; the pieces are of memory that the GPU reaches, as who added them has said; `finished` is
+        // zero, since the launch before on this stream has left it so.
+        unsafe { self.hands.stream.launch(function, blocks, self.limits.block_threads, &mut arguments) }
     }
 
     fn put(&mut self, bytes: &[u8]) -> u64 {
@@ -339,6 +376,8 @@ impl Mover {
                     self.all_ended();
                 }
             }
+            // Somebody's capture of a stream: it says nothing of this one.
+            Err(error) if error.is_of_capture() => {}
             Err(error) => {
                 // Of what has not ended nothing is certain.
                 self.fail(self.ended + 1, error);
@@ -374,14 +413,16 @@ impl Mover {
     pub fn wait(&mut self, until: Instant) -> bool {
         loop {
             match self.hands.stream.is_idle() {
-                Ok(false) if Instant::now() < until => std::thread::yield_now(),
-                Ok(false) => {
-                    self.is_given_up = true;
-                    return false;
-                }
-                Ok(true) | Err(_) => {
+                Ok(true) => {
                     self.progress();
                     return true;
+                }
+                Err(error) if error.is_sticky() => return true,
+                // An error of another kind says nothing of what is on its way.
+                Ok(false) | Err(_) if Instant::now() < until => std::thread::yield_now(),
+                Ok(false) | Err(_) => {
+                    self.is_given_up = true;
+                    return false;
                 }
             }
         }
@@ -390,6 +431,9 @@ impl Mover {
 
 impl Drop for Mover {
     fn drop(&mut self) {
+        if self.owner != std::process::id() {
+            return;
+        }
         // Kernels read the ring, and count in memory of this mover's.
         let until = Instant::now() + if self.is_given_up { Duration::ZERO } else { LONGEST_PARTING };
         if self.wait(until) {
@@ -417,6 +461,8 @@ fn entries_of(piece_bytes: u64) -> usize {
 const RESERVE_BYTES: usize = 256;
 /// Longer lists are moved in parts.
 const LONGEST_LIST: usize = 1 << 30;
+/// The most that a block can have.
+const MOST_BLOCK_THREADS: u32 = 1024;
 /// With less than this nothing long can be moved.
 const LEAST_STAGING_BYTES: usize = 64 << 10;
 const LOOKS_BETWEEN_QUESTIONS: u32 = 256;

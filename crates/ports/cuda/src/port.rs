@@ -47,8 +47,8 @@ pub struct CopyEngines {
 /// Where kernels come from.
 #[derive(Clone, Debug)]
 pub enum Kernels {
-    /// Compiled by NVRTC for the GPU at hand, and kept there. Where NVRTC is not found, the driver compiles what this library
-    /// brings along.
+    /// Compiled by NVRTC for the GPU at hand, and kept there. Where NVRTC is not found, or does not know the GPU, the driver
+    /// compiles what this library brings along.
     Compiled(Cache),
     /// Compiled before: what [`Compiler::compile`] has made of [`PAGES`] for this GPU's architecture.
     Given(Vec<u8>),
@@ -64,9 +64,6 @@ pub enum OpenError {
     /// The GPU does not do what is asked of it.
     #[error(transparent)]
     Gpu(#[from] GpuError),
-    /// There are no kernels.
-    #[error(transparent)]
-    Compile(#[from] CompileError),
     /// There are no lanes.
     #[error(transparent)]
     Port(#[from] Error),
@@ -74,15 +71,22 @@ pub enum OpenError {
 
 impl Kernels {
     /// What a GPU loads: [`PAGES`], for a [`Mover`].
-    pub fn image(&self, gpu: &Gpu) -> std::result::Result<Cow<'_, [u8]>, CompileError> {
+    pub fn image(&self, gpu: &Gpu) -> Cow<'_, [u8]> {
         match self {
-            Kernels::Given(image) => Ok(Cow::Borrowed(image)),
-            Kernels::Compiled(cache) => match Compiler::load() {
-                Ok(compiler) => cache.get(&compiler, &PAGES, gpu.facts().architecture).map(Cow::Owned),
+            Kernels::Given(image) => Cow::Borrowed(image),
+            Kernels::Compiled(cache) => {
+                let compiled = |compiler| cache.get(&compiler, &PAGES, gpu.facts().architecture);
                 // The driver has a compiler of its own.
-                Err(CompileError::NoLibrary) => Ok(Cow::Borrowed(PAGES.portable.as_bytes())),
-                Err(error) => Err(error),
-            },
+                Compiler::load().and_then(compiled).map_or_else(
+                    |error| {
+                        if error != CompileError::NoLibrary {
+                            tracing::warn!(gpu = gpu.name(), "the driver compiles the kernels: {error}");
+                        }
+                        Cow::Borrowed(PAGES.portable.as_bytes())
+                    },
+                    Cow::Owned,
+                )
+            }
         }
     }
 }
@@ -93,7 +97,6 @@ impl OpenError {
         match self {
             Self::Load(error) => error.advice(),
             Self::Gpu(error) => error.advice(),
-            Self::Compile(error) => error.advice(),
             Self::Port(_) => "look at the limits of this process: descriptors, memory",
         }
     }
@@ -137,7 +140,7 @@ impl Default for CopyEngines {
 impl CudaPort {
     /// Opens a port of a GPU.
     pub fn open(gpu: &Gpu, options: CudaOptions) -> std::result::Result<Self, OpenError> {
-        let image = options.kernels.image(gpu)?;
+        let image = options.kernels.image(gpu);
         let mover = Mover::new(gpu, &image, options.limits)?;
         let medium = OnGpu::new(mover, options.copy_engines);
         let mut lanes = options.lanes;

@@ -7,9 +7,10 @@ use crossdock_host::{Attaching, PeerDescriptor, Share, Tether};
 use crossdock_memory::{Memory, MemoryError, MemoryKind};
 use crossdock_transport::{Error, MappedBytes, Mapping, Result};
 
-use crate::driver::{CudaError, HostRegistration};
+use crate::driver::{CudaError, HostRegistration, Residence};
 use crate::gpu::{Export, Gpu};
 use crate::offers::Place;
+use crate::sharing::Within;
 
 /// A registered memory, beside the memory itself.
 #[derive(Debug)]
@@ -134,10 +135,12 @@ impl Offered {
                 Ok(Remote::on_gpu(address, (mapped, attaching.tether())))
             }
             (Place::Ipc { within, address, .. }, _) if attaching.peer.pid() == rustix::process::getpid() => {
+                check_allocation(gpu, *address, *within, true)?;
                 Ok(Remote::on_gpu(address + within.offset, attaching.tether()))
             }
             (Place::Ipc { token, within, .. }, _) => {
                 let opened = context.open_ipc(token).map_err(of_peer)?;
+                check_allocation(gpu, opened.base(), *within, false)?;
                 let address = opened.base() + within.offset;
                 Ok(Remote::on_gpu(address, (opened, attaching.tether())))
             }
@@ -161,6 +164,26 @@ impl Remote {
     /// Whether it is the host's memory.
     pub fn is_of_host(&self) -> bool {
         self.host.is_some()
+    }
+}
+
+/// Whether an allocation is as long as the peer says; one of this process's own has to be the GPU's: another one's would have to
+/// be made reachable first, which opening does for other processes'.
+fn check_allocation(gpu: &Gpu, base: u64, within: Within, is_own: bool) -> Result<()> {
+    let facts = gpu.context().facts_of(base).map_err(of_driver)?;
+    match facts.residence {
+        Residence::Device { ordinal } if is_own && ordinal != gpu.context().device().ordinal() => {
+            return Err(Error::Unsupported {
+                what: "mapping of another GPU's cudaMalloc",
+                advice: "let crossdock allocate there: what it allocates is mapped for every GPU that reaches it",
+            });
+        }
+        Residence::Device { .. } => {}
+        _ => return Err(Error::BadKey { reason: "its allocation is not in a GPU's memory" }),
+    }
+    match facts.allocation.holds(base, within.whole_bytes) {
+        true => Ok(()),
+        false => Err(Error::BadKey { reason: "its allocation is shorter than the peer says" }),
     }
 }
 

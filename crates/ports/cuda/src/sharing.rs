@@ -144,7 +144,7 @@ impl Refusal {
 }
 
 /// How another process of this host maps `bytes` bytes at `address`, which are said to be on device `device`. `works` are the
-/// handles that were [tried](crate::driver::Context::shareable_as) there.
+/// handles that were [tried](crate::driver::Context::try_sharing) there.
 pub fn sharing(
     facts: &PointerFacts,
     device: u32,

@@ -4,7 +4,7 @@ mod machine;
 
 use std::time::{Duration, Instant};
 
-use crossdock_cuda::driver::{HandleTypes, LoadError};
+use crossdock_cuda::driver::{HandleTypes, LoadError, Residence};
 use crossdock_cuda::fake::{self, Model, Origin};
 use crossdock_cuda::sharing::{Refusal, Sharing};
 use crossdock_cuda::{Ends, Export, Gpu, GpuError, Limits, Mover, Progress};
@@ -204,7 +204,12 @@ fn a_forked_child_asks_the_driver_nothing() {
     let gpu = machine::gpu();
     let memory = gpu.allocate(1 << 20).unwrap();
     memory.fill(0, 1 << 20, 5).unwrap();
-    let mover = Mover::new(&gpu, machine::image(), Limits::default()).unwrap();
+    let mut mover = Mover::new(&gpu, machine::image(), Limits::default()).unwrap();
+    let base = Gpu::memory_of(&memory).unwrap().base();
+    // One that is on its way, or was just now.
+    // SAFETY: in memory of the test's, which outlives the launch.
+    unsafe { mover.span(base, base + (1 << 19), 1 << 19) };
+    mover.launch();
     let held = (memory.clone(), mover, gpu.clone());
     // SAFETY: the child makes no call but those that this test is about, and ends without running anything of the parent's.
     match unsafe { libc::fork() } {
@@ -317,9 +322,12 @@ proptest! {
                         ended(&mut mover);
                     }
                     let (from_there, to_there) = (from_base + from as u64, to_base + to as u64);
-                    match copies {
-                        true => mover.copy(from_there, to_there, bytes as u64),
-                        false => mover.span(from_there, to_there, bytes as u64),
+                    // SAFETY: both lie in memory of the test's, which outlives the mover's launches.
+                    unsafe {
+                        match copies {
+                            true => mover.copy(from_there, to_there, bytes as u64),
+                            false => mover.span(from_there, to_there, bytes as u64),
+                        }
                     }
                     model[to..to + bytes].copy_from_slice(&sent[from..from + bytes]);
                 }
@@ -336,11 +344,12 @@ proptest! {
                             ended(&mut mover);
                             continue;
                         }
-                        mover.pages(
+                        // SAFETY: in memory of the test's, which outlives the mover's launches.
+                        unsafe { mover.pages(
                             ends(from_base + from as u64, &from_list[..count]),
                             ends(to_base + to as u64, &to_list[..count]),
                             piece_bytes as u64,
-                        );
+                        ) };
                         done += count;
                     }
                     for (from_page, to_page) in pairs {
@@ -361,25 +370,71 @@ proptest! {
     }
 }
 
-/// A list that many ops have in common is staged once a launch.
+/// A list that many ops have in common is staged once a launch, and each moves its own layer.
 #[test]
 fn a_list_of_many_layers_is_staged_once() {
+    const LAYERS: usize = 20;
+    const PAGES: usize = 4_000;
+    const PIECE: usize = 16;
     let gpu = machine::gpu();
     let limits = Limits { staging_bytes: 64 << 10, ..Limits::default() };
     let mut mover = Mover::new(&gpu, machine::image(), limits).unwrap();
-    let memory = gpu.allocate(4 << 20).unwrap();
-    let base = Gpu::memory_of(&memory).unwrap().base();
-    let pages: Vec<u32> = (0..4_000).collect();
-    let ends = |base| Ends { base, stride_bytes: 64, pages: &pages };
+    let bytes = LAYERS * PAGES * PIECE;
+    let [source, target] = [0, 1].map(|_| gpu.allocate(bytes).unwrap());
+    let sent = pattern(bytes, 11);
+    source.write(0, &sent).unwrap();
+    let base = |memory: &Memory| Gpu::memory_of(memory).unwrap().base();
+    let from_pages: Vec<u32> = (0..PAGES as u32).collect();
+    let to_pages: Vec<u32> = (0..PAGES as u32).rev().collect();
     // Twice 16 KB of lists; twenty times that would not fit.
-    for layer in 0..20 {
-        let at = base + layer * 64;
-        assert_eq!(mover.room_for_pages(&pages, &pages, 64), pages.len());
-        mover.pages(ends(at), ends(at + (2 << 20)), 64);
+    for layer in 0..LAYERS {
+        let at = (layer * PIECE) as u64;
+        let ends = |base, pages| Ends { base, stride_bytes: (LAYERS * PIECE) as u64, pages };
+        assert_eq!(mover.room_for_pages(&from_pages, &to_pages, PIECE as u64), PAGES);
+        let (from, to) = (ends(base(&source) + at, &from_pages[..]), ends(base(&target) + at, &to_pages[..]));
+        // SAFETY: in memory of the test's, which outlives the launch.
+        unsafe { mover.pages(from, to, PIECE as u64) };
     }
     let ticket = mover.ticket();
     mover.launch();
     wait(&mut mover, ticket);
+    let rows = sent.chunks_exact(LAYERS * PIECE).rev().flatten().copied();
+    assert!(content(&target).into_iter().eq(rows));
+}
+
+/// More threads than a block can have are as many as it can: nothing is left out.
+#[test]
+fn limits_that_cannot_be_are_those_that_can() {
+    let gpu = machine::gpu();
+    for block_threads in [0, 1, 33, 2_048, u32::MAX] {
+        let limits = Limits { blocks: 0, block_threads, staging_bytes: 0, launches: 0 };
+        let mut mover = Mover::new(&gpu, machine::image(), limits).unwrap();
+        let [source, target] = [0, 1].map(|_| gpu.allocate(1 << 20).unwrap());
+        source.write(0, &pattern(1 << 20, 2)).unwrap();
+        let base = |memory: &Memory| Gpu::memory_of(memory).unwrap().base();
+        // SAFETY: in memory of the test's, which outlives the launch.
+        unsafe { mover.span(base(&source), base(&target), 1 << 20) };
+        let ticket = mover.ticket();
+        mover.launch();
+        wait(&mut mover, ticket);
+        assert!(content(&target) == pattern(1 << 20, 2), "{block_threads} threads");
+    }
+}
+
+/// The driver pins a range once: two that are registered for it keep it until the last.
+#[test]
+fn memory_of_the_host_is_pinned_until_its_last_registration() {
+    let gpu = machine::gpu();
+    let memory = Memory::allocate(1 << 20, &crossdock_memory::AllocateOptions::default()).unwrap();
+    let first = gpu.context().register_host(&memory).unwrap();
+    let second = gpu.context().register_host(&memory).unwrap();
+    assert_eq!(first.address(), second.address());
+    drop(first);
+    let facts = gpu.context().facts_of(memory.base() as u64).unwrap();
+    assert_eq!(facts.residence, Residence::Host);
+    drop(second);
+    let facts = gpu.context().facts_of(memory.base() as u64).unwrap();
+    assert_eq!(facts.residence, Residence::Unknown);
 }
 
 /// A launch that the driver refuses fails, with all that comes later; what was launched before ends as it does.
@@ -394,10 +449,12 @@ fn a_refused_launch_fails_and_earlier_ones_end() {
     memory.fill(0, 1000, 7).unwrap();
     let base = Gpu::memory_of(&memory).unwrap().base();
     fake::pause(OF_REFUSALS, true);
-    mover.span(base, base + 1000, 1000);
+    // SAFETY: as the test is about, or in memory of its own that outlives the launch.
+    unsafe { mover.span(base, base + 1000, 1000) };
     mover.launch();
     fake::fail_next(OF_REFUSALS, "cuLaunchKernel", 701);
-    mover.span(base, base + 2000, 1000);
+    // SAFETY: as the test is about, or in memory of its own that outlives the launch.
+    unsafe { mover.span(base, base + 2000, 1000) };
     mover.launch();
     let Progress { ended: 0, failed: Some((2, failure)) } = mover.progress() else { panic!() };
     assert_eq!(
@@ -426,7 +483,8 @@ fn nothing_ends_before_it_has_moved_and_rings_are_bounded() {
     fake::pause(OF_PAUSES, true);
     for nth in 0..3 {
         assert!(mover.has_room_for_span());
-        mover.span(base, base + (1 << 20) + nth * 100, 100);
+        // SAFETY: as the test is about, or in memory of its own that outlives the launch.
+        unsafe { mover.span(base, base + (1 << 20) + nth * 100, 100) };
         mover.launch();
     }
     assert!(!mover.has_room_for_span(), "three launches are on their way");
@@ -439,7 +497,8 @@ fn nothing_ends_before_it_has_moved_and_rings_are_bounded() {
     wait(&mut mover, 3);
     assert!(content(&memory)[1 << 20..][..300].iter().all(|&byte| byte == 7));
     assert!(mover.has_room_for_span());
-    mover.span(base, base + (1 << 20), 100);
+    // SAFETY: as the test is about, or in memory of its own that outlives the launch.
+    unsafe { mover.span(base, base + (1 << 20), 100) };
     mover.launch();
     assert!(mover.wait(Instant::now() + Duration::from_secs(20)));
 }
@@ -454,13 +513,16 @@ fn a_lost_context_fails_what_is_on_its_way() {
     let mut mover = Mover::new(&gpu, machine::image(), Limits::default()).unwrap();
     let memory = gpu.allocate(1 << 20).unwrap();
     let base = Gpu::memory_of(&memory).unwrap().base();
-    mover.span(base, base + 1000, 100);
+    // SAFETY: as the test is about, or in memory of its own that outlives the launch.
+    unsafe { mover.span(base, base + 1000, 100) };
     mover.launch();
     wait(&mut mover, 1);
     // An address that nothing is mapped at: as on a GPU, the context is lost with it.
-    mover.span(base, 1 << 20, 100);
+    // SAFETY: as the test is about, or in memory of its own that outlives the launch.
+    unsafe { mover.span(base, 1 << 20, 100) };
     mover.launch();
-    mover.span(base, base + 1000, 100);
+    // SAFETY: as the test is about, or in memory of its own that outlives the launch.
+    unsafe { mover.span(base, base + 1000, 100) };
     mover.launch();
     let until = Instant::now() + Duration::from_secs(20);
     let failure = loop {

@@ -1,111 +1,19 @@
 //! Who waits on the arrivals never sees old bytes: a stream, and a kernel that runs all the while.
 
 mod machine;
+mod pair;
 
 use std::time::{Duration, Instant};
 
-use crossdock_cuda::{Arrivals, CudaPort, Gpu};
-use crossdock_memory::{Memory, PageLayout};
-use crossdock_transport::{
-    Access, Direction, Event, Events, Grant, GrantId, GrantedBuffer, LaneId, LaneTags, LocalId, Op, PeerId,
-    Port, RemoteId, Shape, Token,
-};
-
-const PAGE_BYTES: usize = 16 << 10;
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Two ports of one process on one GPU, a lane between them, and a page of each.
-struct Pair {
-    ports: [CudaPort; 2],
-    lanes: [LaneId; 2],
-    pages: [Memory; 2],
-    source: LocalId,
-    target: RemoteId,
-}
-
-const GRANT: GrantId = GrantId::standing(7);
-
-impl Pair {
-    fn new(gpu: &Gpu) -> Pair {
-        let mut ports = [0, 1].map(|_| CudaPort::open(gpu, machine::options()).unwrap());
-        let pages = [0, 1].map(|_| gpu.allocate(PAGE_BYTES).unwrap());
-        let (source, _) = ports[0].register(&pages[0]).unwrap();
-        let (local, key) = ports[1].register(&pages[1]).unwrap();
-        let opened = ports.each_mut().map(|port| port.open_lane(PeerId(1)).unwrap());
-        let tags = |ours, theirs| LaneTags { ours: [ours; 32], theirs: [theirs; 32] };
-        ports[0].connect(opened[0].0, &opened[1].1, &tags(1, 2)).unwrap();
-        ports[1].connect(opened[1].0, &opened[0].1, &tags(2, 1)).unwrap();
-        let layout = PageLayout::dense(0, PAGE_BYTES as u64, 1);
-        let buffers = [GrantedBuffer { region: local, layout }];
-        let grant =
-            Grant { id: GRANT, peer: PeerId(1), access: Access::Write, buffers: &buffers, pages: &[0] };
-        ports[1].grant(&grant).unwrap();
-        let lanes = opened.map(|(lane, _)| lane);
-        let mut pair = Pair { ports, lanes, pages, source, target: RemoteId(0) };
-        let mut up = [false; 2];
-        pair.until("both ends are up", |at, event| {
-            up[at] |= matches!(event, Event::Up { .. });
-            up == [true; 2]
-        });
-        pair.target = pair.ports[0].attach(pair.lanes[0], &key).unwrap().id;
-        pair
-    }
-
-    /// Polls both until an event of one of them is what is waited for.
-    fn until(&mut self, what: &str, mut is_it: impl FnMut(usize, Event) -> bool) {
-        let (until, mut events) = (Instant::now() + PATIENCE, Events::with_capacity(16));
-        loop {
-            for at in [1, 0] {
-                events.clear();
-                self.ports[at].poll(&mut events);
-                for event in events.iter() {
-                    assert!(!matches!(event, Event::Down { .. }), "{event:?}");
-                    if is_it(at, *event) {
-                        return;
-                    }
-                }
-            }
-            assert!(Instant::now() < until, "{what}");
-        }
-    }
-
-    /// Writes the page, and waits until the other end has heard of it.
-    fn write(&mut self, imm: u32) {
-        let shape = Shape::Span {
-            local: self.source,
-            local_offset: 0,
-            remote: self.target,
-            remote_offset: 0,
-            bytes: PAGE_BYTES as u64,
-        };
-        let op = Op {
-            direction: Direction::Write,
-            grant: GRANT,
-            shape,
-            imm: Some(imm),
-            token: Some(Token(imm.into())),
-        };
-        assert_eq!(self.ports[0].post(self.lanes[0], &[op]).unwrap().ops, 1);
-        let (mut here, mut there) = (false, false);
-        self.until("a page arrives, and is done", |_, event| {
-            match event {
-                Event::Arrived { imm: found, .. } => {
-                    assert_eq!(found, imm);
-                    there = true;
-                }
-                Event::Done { .. } => here = true,
-                _ => {}
-            }
-            here && there
-        });
-    }
-}
+use crossdock_cuda::{Arrivals, Gpu};
+use crossdock_memory::Memory;
+use pair::{PAGE_BYTES, PATIENCE, Pair};
 
 /// What is enqueued behind the wait sees the page of the round.
 #[test]
 fn a_stream_that_waits_on_arrivals_sees_the_page() {
     let gpu = machine::gpu();
-    let mut pair = Pair::new(&gpu);
+    let mut pair = Pair::new(&gpu, 1);
     let arrivals = Arrivals::new(&gpu).unwrap();
     let (seen, stream) = (gpu.allocate(PAGE_BYTES).unwrap(), gpu.context().stream().unwrap());
     let base = |memory: &Memory| Gpu::memory_of(memory).unwrap().base();
@@ -134,7 +42,7 @@ fn a_kernel_that_waits_on_arrivals_sees_no_old_bytes() {
     }
     let seconds = std::env::var("CROSSDOCK_CUDA_SECONDS").map_or(5, |text| text.parse().unwrap());
     let gpu = machine::gpu();
-    let mut pair = Pair::new(&gpu);
+    let mut pair = Pair::new(&gpu, 1);
     let context = gpu.context();
     let consume = context.load(CONSUMER.as_bytes()).unwrap().function("crossdock_consume").unwrap();
     let (arrivals, seen, wrong) =

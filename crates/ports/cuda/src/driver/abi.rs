@@ -85,6 +85,8 @@ pub const IPC_LAZY_ENABLE_PEER_ACCESS: c_uint = 1;
 /// `CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD`.
 pub const RANGE_DMA_BUF: c_int = 1;
 
+/// `CU_STREAM_CAPTURE_MODE_RELAXED`.
+pub const CAPTURE_RELAXED: c_int = 2;
 pub const STREAM_NON_BLOCKING: c_uint = 1;
 /// `CU_STREAM_WAIT_VALUE_GEQ`: compared around the end of 32 bits.
 pub const WAIT_VALUE_GEQ: c_uint = 0;
@@ -245,6 +247,7 @@ mod tests {
             (ACCESS_READ_WRITE, sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE as u32),
             (IPC_LAZY_ENABLE_PEER_ACCESS, sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32),
             (RANGE_DMA_BUF as u32, sys::CUmemRangeHandleType::CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD as u32),
+            (CAPTURE_RELAXED as u32, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED as u32),
             (STREAM_NON_BLOCKING, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32),
             (WAIT_VALUE_GEQ, sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as u32),
             (EVENT_DISABLE_TIMING, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32),

@@ -1,10 +1,11 @@
 //! A device's primary context, and calls made in it.
 
+use std::ffi::c_int;
 use std::ptr;
 use std::sync::Arc;
 
 use super::abi::{self, Answer, Handle};
-use super::{CudaError, Device};
+use super::{CudaError, Device, Driver};
 
 /// A device's primary context in this process. A clone is another handle; the last one lets it go.
 #[derive(Clone, Debug)]
@@ -41,6 +42,11 @@ impl Context {
         &self.retained.device
     }
 
+    /// Whether this is the process that retained it.
+    pub(super) fn is_here(&self) -> bool {
+        self.retained.owner == std::process::id()
+    }
+
     /// Makes it the thread's current one for one call, whatever is current outside of that.
     pub(super) fn call(
         &self,
@@ -55,7 +61,7 @@ impl Context {
     /// The same, for an answer that is no failure.
     pub(super) fn within<T>(&self, calls: impl FnOnce() -> T) -> Result<T, CudaError> {
         let driver = self.device().driver();
-        if self.retained.owner != std::process::id() {
+        if !self.is_here() {
             let name = "CUDA_ERROR_NOT_INITIALIZED";
             return Err(CudaError {
                 call: "a call in a forked child",
@@ -67,10 +73,21 @@ impl Context {
         let pushed = unsafe { (driver.table().cuCtxPushCurrent_v2)(self.retained.handle) };
         driver.check("cuCtxPushCurrent", pushed)?;
         let pop = Pop(self);
+        // While an engine captures one of its streams, the driver refuses what might disturb that, from any thread, and gives the
+        // capture up; what is called here disturbs none.
+        let mode = exchange_capture_mode(driver, abi::CAPTURE_RELAXED);
         let answer = calls();
+        exchange_capture_mode(driver, mode);
         drop(pop);
         Ok(answer)
     }
+}
+
+/// Sets the thread's mode, and says which it was.
+fn exchange_capture_mode(driver: &Driver, mut mode: c_int) -> c_int {
+    // SAFETY: the mode can be written. An answer would say that it is none.
+    unsafe { (driver.table().cuThreadExchangeStreamCaptureMode)(&raw mut mode) };
+    mode
 }
 
 /// Takes the context off the thread's stack, also where a call panics.

@@ -32,7 +32,7 @@ pub struct Facts {
     /// Whether memory can be allocated and mapped apart (VMM); everything that is shared by descriptor or fabric handle needs it.
     pub has_virtual_memory: bool,
     /// The handles by which the driver says that memory can be shared. Whether fabric handles work depends on IMEX, too:
-    /// [`Context::shareable_as`] tries.
+    /// [`Context::try_sharing`] tries.
     pub handles: HandleTypes,
     /// Whether RDMA devices can reach its memory at all.
     pub has_gpu_direct_rdma: bool,

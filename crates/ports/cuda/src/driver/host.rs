@@ -1,11 +1,13 @@
 //! Memory of the host that devices reach.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crossdock_memory::{Memory, MemoryKind};
 
 use super::abi::{self, Address};
-use super::{Context, CudaError};
+use super::{Context, CudaError, Residence};
 
 /// A host's memory, pinned and mapped for every device, as long as this lives.
 #[derive(Debug)]
@@ -16,6 +18,14 @@ pub struct HostRegistration {
     memory: Option<Memory>,
 }
 
+/// What this process has pinned: by where it begins, how long it is, and for how many registrations. The driver pins a range once
+/// and lets it go at once, for all devices.
+static PINNED: Mutex<BTreeMap<usize, (usize, usize)>> = Mutex::new(BTreeMap::new());
+
+fn pinned() -> MutexGuard<'static, BTreeMap<usize, (usize, usize)>> {
+    PINNED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Context {
     /// Pins a host's memory and maps it for this device. Memory that is pinned already stays as it is.
     ///
@@ -23,24 +33,8 @@ impl Context {
     /// If the memory is a device's.
     pub fn register_host(&self, memory: &Memory) -> Result<HostRegistration, CudaError> {
         assert_ne!(memory.kind(), MemoryKind::Device, "only a host's memory is pinned");
-        let pinned = self.call("cuMemHostRegister", |table| {
-            // SAFETY: the range is mapped as long as a handle of it lives, and one is kept until it is unregistered.
-            unsafe {
-                (table.cuMemHostRegister_v2)(memory.base().cast(), memory.bytes(), abi::HOST_REGISTER_FLAGS)
-            }
-        });
-        let mut registration =
-            HostRegistration { context: self.clone(), address: 0, memory: Some(memory.clone()) };
-        match pinned {
-            Ok(()) => {}
-            Err(error) if error.code == abi::ERROR_HOST_MEMORY_ALREADY_REGISTERED => {
-                registration.memory = None
-            }
-            Err(error) => {
-                registration.memory = None;
-                return Err(error);
-            }
-        }
+        let memory_kept = self.pin(memory)?.then(|| memory.clone());
+        let mut registration = HostRegistration { context: self.clone(), address: 0, memory: memory_kept };
         self.call("cuMemHostGetDevicePointer", |table| {
             // SAFETY: the address can be written; the range is registered.
             unsafe {
@@ -48,6 +42,39 @@ impl Context {
             }
         })?;
         Ok(registration)
+    }
+}
+
+impl Context {
+    /// Pins memory, or counts once more what is pinned; false if somebody else has pinned all of it.
+    fn pin(&self, memory: &Memory) -> Result<bool, CudaError> {
+        let mut all = pinned();
+        let (base, bytes) = (memory.base().addr(), memory.bytes());
+        if let Some((there, count)) = all.get_mut(&base)
+            && *there == bytes
+        {
+            *count += 1;
+            return Ok(true);
+        }
+        let pinned = self.call("cuMemHostRegister", |table| {
+            // SAFETY: the range is mapped as long as a handle of it lives, and one is kept until it is unregistered.
+            unsafe { (table.cuMemHostRegister_v2)(memory.base().cast(), bytes, abi::HOST_REGISTER_FLAGS) }
+        });
+        match pinned {
+            Ok(()) => {
+                all.insert(base, (bytes, 1));
+                Ok(true)
+            }
+            Err(error) if error.code == abi::ERROR_HOST_MEMORY_ALREADY_REGISTERED => {
+                drop(all);
+                // A part of it would not do.
+                let facts = self.facts_of(base as u64)?;
+                let is_whole =
+                    facts.residence == Residence::Host && facts.allocation.holds(base as u64, bytes as u64);
+                if is_whole { Ok(false) } else { Err(error) }
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -88,7 +115,16 @@ fn first_word(memory: &Memory) -> *mut u32 {
 
 impl Drop for HostRegistration {
     fn drop(&mut self) {
-        if let Some(memory) = &self.memory {
+        // A forked child has pinned nothing, and the lock may be held for good there.
+        if let Some(memory) = self.memory.as_ref().filter(|_| self.context.is_here()) {
+            let mut all = pinned();
+            if let Some((_, count)) = all.get_mut(&memory.base().addr()) {
+                *count -= 1;
+                if *count > 0 {
+                    return;
+                }
+                all.remove(&memory.base().addr());
+            }
             // An answer would say that the context is lost.
             let _ = self.context.call("cuMemHostUnregister", |table| {
                 // SAFETY: this registered it.

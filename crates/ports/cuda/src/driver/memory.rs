@@ -97,14 +97,6 @@ impl Context {
         Ok(Physical { context: self.clone(), handle, bytes, handles })
     }
 
-    /// Of these kinds of handles, those by which memory can be exported from here, as [tried](Context::try_sharing).
-    pub fn shareable_as(&self, wanted: HandleTypes) -> HandleTypes {
-        HandleTypes {
-            posix_fd: wanted.posix_fd && self.try_sharing(HandleTypes::POSIX_FD).is_ok(),
-            fabric: wanted.fabric && self.try_sharing(HandleTypes::FABRIC).is_ok(),
-        }
-    }
-
     /// Allocates the smallest piece that can be exported by these handles, exports it and lets it go: fabric handles need more
     /// than the device (an IMEX channel, a fabric that is up), and only trying tells.
     pub fn try_sharing(&self, by: HandleTypes) -> Result<(), CudaError> {
@@ -151,7 +143,15 @@ impl Context {
         });
         match retained {
             Ok(()) => Ok(Some(Physical { context: self.clone(), handle, bytes, handles })),
-            Err(error) if error.code == abi::ERROR_INVALID_VALUE => Ok(None),
+            // The last two where the device, or its driver, has no VMM.
+            Err(error)
+                if matches!(
+                    error.code,
+                    abi::ERROR_INVALID_VALUE | abi::ERROR_NOT_SUPPORTED | abi::ERROR_NOT_PERMITTED
+                ) =>
+            {
+                Ok(None)
+            }
             Err(error) => Err(error),
         }
     }
@@ -198,7 +198,7 @@ impl Context {
             unsafe { export((&raw mut fd).cast(), address, bytes, abi::RANGE_DMA_BUF, 0) }
         })?;
         // SAFETY: the driver has made it for the caller, who alone knows it.
-        Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Some(own(unsafe { OwnedFd::from_raw_fd(fd) })))
     }
 
     fn properties(&self, handles: HandleTypes, for_rdma: bool) -> Properties {
@@ -213,6 +213,13 @@ impl Context {
             reserved: [0; 4],
         }
     }
+}
+
+/// No program that this process executes is to keep what was exported.
+fn own(fd: OwnedFd) -> OwnedFd {
+    // It fails for a descriptor that is not open.
+    let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
+    fd
 }
 
 impl Physical {
@@ -236,7 +243,7 @@ impl Physical {
         let mut fd: c_int = -1;
         self.export_as((&raw mut fd).cast(), abi::HANDLE_POSIX_FD)?;
         // SAFETY: the driver has made it for the caller, who alone knows it.
-        Ok(Shareable::Fd(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(Shareable::Fd(own(unsafe { OwnedFd::from_raw_fd(fd) })))
     }
 
     fn export_as(&self, into: *mut std::ffi::c_void, kind: u32) -> Result<(), CudaError> {

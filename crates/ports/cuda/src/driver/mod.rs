@@ -107,6 +107,11 @@ impl CudaError {
         }
     }
 
+    /// Whether somebody captures a stream, and the call was not to be made meanwhile.
+    pub fn is_of_capture(&self) -> bool {
+        matches!(self.code, 900..=999)
+    }
+
     /// Whether memory is short.
     pub fn is_out_of_memory(&self) -> bool {
         self.code == abi::ERROR_OUT_OF_MEMORY
@@ -114,8 +119,9 @@ impl CudaError {
 
     /// Whether nothing more can be done in the process's context: everything in it fails from now on.
     pub fn is_sticky(&self) -> bool {
-        // CUDA_ERROR_ILLEGAL_ADDRESS to CUDA_ERROR_LAUNCH_FAILED, as far as they spoil the context, and failures of the device.
-        matches!(self.code, 214 | 220 | 700 | 702 | 714..=719)
+        // The driver is gone (4), the device has failed (214, 220, 226), a kernel has (700, 702, 710, 714 to 719, 721), or somebody
+        // has destroyed the context (709).
+        matches!(self.code, 4 | 214 | 220 | 226 | 700 | 702 | 709 | 710 | 714..=719 | 721)
     }
 }
 

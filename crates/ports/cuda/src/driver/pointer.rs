@@ -79,8 +79,11 @@ impl Context {
                 _ => None,
             })
         };
+        let has_legacy_ipc = is(PointerAttribute::IsLegacyIpcCapable)?;
         let is_virtual = match residence {
-            Residence::Device { .. } => self.physical_at(address, 0, HandleTypes::NONE)?.is_some(),
+            Residence::Device { .. } if !has_legacy_ipc => {
+                self.physical_at(address, 0, HandleTypes::NONE)?.is_some()
+            }
             _ => false,
         };
         Ok(PointerFacts {
@@ -93,7 +96,7 @@ impl Context {
             },
             is_virtual,
             is_of_pool: ask(PointerAttribute::Pool)?.unwrap_or(0) != 0,
-            has_legacy_ipc: is(PointerAttribute::IsLegacyIpcCapable)?,
+            has_legacy_ipc,
             handles: HandleTypes::from_flags(ask(PointerAttribute::AllowedHandleTypes)?.unwrap_or(0) as u32),
             has_gpu_direct_rdma: is(PointerAttribute::IsGpuDirectRdmaCapable)?,
         })

@@ -71,6 +71,7 @@ table! {
         cuDevicePrimaryCtxRelease_v2: fn(DeviceNumber);
         cuCtxPushCurrent_v2: fn(Handle);
         cuCtxPopCurrent_v2: fn(*mut Handle);
+        cuThreadExchangeStreamCaptureMode: fn(*mut c_int);
         cuMemAlloc_v2: fn(*mut Address, usize);
         cuMemFree_v2: fn(Address);
         cuMemGetAllocationGranularity: fn(*mut usize, *const Properties, c_uint);

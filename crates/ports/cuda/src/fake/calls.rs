@@ -35,6 +35,7 @@ pub fn table() -> Table {
         cuDevicePrimaryCtxRelease_v2: release_context,
         cuCtxPushCurrent_v2: push,
         cuCtxPopCurrent_v2: pop,
+        cuThreadExchangeStreamCaptureMode: exchange_capture_mode,
         cuMemAlloc_v2: alloc,
         cuMemFree_v2: free,
         cuMemGetAllocationGranularity: granularity,
@@ -221,6 +222,11 @@ extern "C" fn push(context: Handle) -> Answer {
 extern "C" fn pop(into: *mut Handle) -> Answer {
     let popped = CURRENT.with_borrow_mut(Vec::pop).ok_or(ERROR_INVALID_CONTEXT);
     answer(popped.and_then(|device| put(into, std::ptr::without_provenance_mut(device as usize + 1))))
+}
+
+/// Nobody captures here.
+extern "C" fn exchange_capture_mode(mode: *mut c_int) -> Answer {
+    answer(put(mode, 0))
 }
 
 /// What a caller has given to be read.
@@ -796,10 +802,11 @@ extern "C" fn launch(
         }
         // As `pages.cu` declares them: all, count, tiles, signals, signal_count, finished.
         // SAFETY: the caller gives a value of its type for each parameter.
-        let (pieces, pieces_count, signals, signals_count, finished) = unsafe {
+        let (pieces, pieces_count, tiles, signals, signals_count, finished) = unsafe {
             (
                 (*parameters).cast::<u64>().read(),
                 (*parameters.add(1)).cast::<u32>().read(),
+                (*parameters.add(2)).cast::<u64>().read(),
                 (*parameters.add(3)).cast::<u64>().read(),
                 (*parameters.add(4)).cast::<u32>().read(),
                 (*parameters.add(5)).cast::<u64>().read(),
@@ -812,6 +819,8 @@ extern "C" fn launch(
             signals,
             signals_count,
             finished,
+            tile_words: u64::from(threads) * 8,
+            tiles,
             ..Launch::default()
         };
         enqueue("cuLaunchKernel", stream, Work::Launch(launch))

@@ -43,6 +43,9 @@ pub struct Launch {
     pub signals: u64,
     pub signals_count: u32,
     pub finished: u64,
+    /// Words of a tile: those that a block moves at a time.
+    pub tile_words: u64,
+    pub tiles: u64,
     /// The piece that is being moved, and what of it has been.
     pub piece: u32,
     pub within: u64,
@@ -124,7 +127,14 @@ impl Launch {
             let nth = u64::from(self.piece);
             let of: Pieces = read(world, device, self.pieces + nth * size_of::<Pieces>() as u64)?;
             let piece_bytes = u64::from(of.piece_words) * self.word_bytes;
-            if self.within >= of.words * self.word_bytes {
+            // As many words as the entry has tiles for: where the host counts otherwise than the kernel, some are left out.
+            let next = self.pieces + (nth + 1) * size_of::<Pieces>() as u64;
+            let end = match self.piece + 1 < self.pieces_count {
+                true => read::<Pieces>(world, device, next)?.first_tile,
+                false => self.tiles,
+            };
+            let words = of.words.min(end.saturating_sub(of.first_tile) * self.tile_words);
+            if self.within >= words * self.word_bytes {
                 (self.piece, self.within) = (self.piece + 1, 0);
                 continue;
             }

@@ -1,4 +1,5 @@
 //! What tests run on: a driver without a GPU, or, where `CROSSDOCK_CUDA_DEVICE` names one by its place, a GPU of this machine.
+#![allow(dead_code, reason = "not every test needs all of it")]
 
 use std::sync::OnceLock;
 
@@ -32,7 +33,6 @@ pub fn image() -> &'static [u8] {
 }
 
 /// How ports of tests are opened: they give up soon.
-#[allow(dead_code, reason = "not every test has ports")]
 pub fn options() -> CudaOptions {
     let connect_timeout = std::time::Duration::from_millis(if device().is_some() { 2_000 } else { 500 });
     CudaOptions {
@@ -43,7 +43,6 @@ pub fn options() -> CudaOptions {
 }
 
 /// For tests that need the driver without a GPU, and one of its devices for themselves: true where they are to do nothing.
-#[allow(dead_code, reason = "not every test has such")]
 pub fn is_skipped_on_a_gpu() -> bool {
     if device().is_some() {
         eprintln!("SKIPPED: needs the driver without a GPU");
