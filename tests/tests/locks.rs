@@ -14,6 +14,7 @@ const LOCKS: &[(&str, &str)] = &[
         "crates/engine/src/heart/shared.rs",
         "a session comes or goes; what was heard of it is read from an atomic",
     ),
+    ("crates/ports/cuda/src/driver/host.rs", "memory of the host is registered, or let go"),
     (
         "crates/ports/cuda/src/gpu.rs",
         "bytes of a GPU's memory are copied for the CPU, or it is exported: not when pages move",
