@@ -192,6 +192,8 @@ impl Gpu {
     /// # Safety
     /// From now until the last handle is dropped the memory stays allocated, and nobody relies on its bytes staying as they are.
     /// The rule for the owner is that of [`Memory::from_raw`].
+    // A suppression of tests/lsan-suppressions.txt names it.
+    #[inline(never)]
     pub unsafe fn adopt(&self, address: u64, bytes: usize) -> Result<Memory, GpuError> {
         let context = self.context();
         let (facts, ordinal) = (context.facts_of(address)?, context.device().ordinal());
