@@ -3,9 +3,10 @@
 mod bounce;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use crossdock_memory::{AllocateOptions, DeviceFailed, DeviceMemory, Memory, MemoryError};
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::driver::{
     Context, CudaError, Driver, Facts, HandleTypes, HostRegistration, IpcToken, Mapped, Physical, Shareable,
@@ -222,7 +223,7 @@ impl Gpu {
     }
 
     fn bounce(&self) -> MutexGuard<'_, Bounce> {
-        self.opened.bounce.lock().unwrap_or_else(PoisonError::into_inner)
+        self.opened.bounce.lock()
     }
 }
 

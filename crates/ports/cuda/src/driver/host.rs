@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crossdock_memory::{Memory, MemoryKind};
+use parking_lot::Mutex;
 
 use super::abi::{self, Address};
 use super::{Context, CudaError, Residence};
@@ -21,10 +21,6 @@ pub struct HostRegistration {
 /// What this process has pinned: by where it begins, how long it is, and for how many registrations. The driver pins a range once
 /// and lets it go at once, for all devices.
 static PINNED: Mutex<BTreeMap<usize, (usize, usize)>> = Mutex::new(BTreeMap::new());
-
-fn pinned() -> MutexGuard<'static, BTreeMap<usize, (usize, usize)>> {
-    PINNED.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 impl Context {
     /// Pins a host's memory and maps it for this device. Memory that is pinned already stays as it is.
@@ -48,7 +44,7 @@ impl Context {
 impl Context {
     /// Pins memory, or counts once more what is pinned; false if somebody else has pinned all of it.
     fn pin(&self, memory: &Memory) -> Result<bool, CudaError> {
-        let mut all = pinned();
+        let mut all = PINNED.lock();
         let (base, bytes) = (memory.base().addr(), memory.bytes());
         if let Some((there, count)) = all.get_mut(&base)
             && *there == bytes
@@ -117,7 +113,7 @@ impl Drop for HostRegistration {
     fn drop(&mut self) {
         // A forked child has pinned nothing, and the lock may be held for good there.
         if let Some(memory) = self.memory.as_ref().filter(|_| self.context.is_here()) {
-            let mut all = pinned();
+            let mut all = PINNED.lock();
             if let Some((_, count)) = all.get_mut(&memory.base().addr()) {
                 *count -= 1;
                 if *count > 0 {

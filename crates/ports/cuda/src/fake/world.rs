@@ -2,8 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once};
+use std::sync::{Arc, Once};
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::work::{Work, run};
@@ -98,7 +99,7 @@ static STARTED: Once = Once::new();
 pub struct Locked(MutexGuard<'static, Option<World>>);
 
 pub fn world() -> Locked {
-    let mut locked = WORLD.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut locked = WORLD.lock();
     locked.get_or_insert_with(World::new);
     STARTED.call_once(|| {
         std::thread::Builder::new().name("fake-gpu".into()).spawn(work_for_ever).expect("a thread starts");
@@ -120,20 +121,17 @@ impl std::ops::DerefMut for Locked {
 }
 
 fn work_for_ever() {
-    let mut locked = WORLD.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut locked = WORLD.lock();
     loop {
         let pace = locked.as_ref().map(|world| world.pace).unwrap_or_default();
-        let is_busy = locked.as_mut().is_some_and(run);
-        locked = if is_busy {
-            drop(locked);
-            match pace.pause.is_zero() {
+        if locked.as_mut().is_some_and(run) {
+            MutexGuard::unlocked(&mut locked, || match pace.pause.is_zero() {
                 true => std::thread::yield_now(),
                 false => std::thread::sleep(pace.pause),
-            }
-            WORLD.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+            });
         } else {
-            WAKE.wait(locked).unwrap_or_else(std::sync::PoisonError::into_inner)
-        };
+            WAKE.wait(&mut locked);
+        }
     }
 }
 
