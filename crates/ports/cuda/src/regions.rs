@@ -3,8 +3,8 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use crossdock_host::{Attaching, PeerDescriptor, Share, Tether};
-use crossdock_memory::{Memory, MemoryError, MemoryKind};
+use crossdock_host::{Attaching, MappedMemfd, PeerDescriptor};
+use crossdock_memory::{Memory, MemoryKind};
 use crossdock_transport::{Error, MappedBytes, Mapping, Result};
 
 use crate::driver::{CudaError, HostRegistration, Residence};
@@ -42,22 +42,20 @@ pub(crate) struct Remote {
     _kept: Option<Box<dyn Send>>,
 }
 
-/// A peer's memory of the host, mapped here and pinned.
+/// A peer's memory of the host, mapped here and pinned, which ends first.
 #[derive(Debug)]
 struct HostMapping {
     registration: HostRegistration,
-    memory: Memory,
-    _share: Share,
-    _tether: Tether,
+    mapped: MappedMemfd,
 }
 
 impl MappedBytes for HostMapping {
     fn base(&self) -> *mut u8 {
-        self.memory.base()
+        self.mapped.base()
     }
 
     fn bytes(&self) -> usize {
-        self.memory.bytes()
+        self.mapped.bytes()
     }
 }
 
@@ -115,10 +113,9 @@ impl Offered {
         let context = gpu.context();
         match (&self.place, &self.descriptor) {
             (Place::Host, Some(descriptor)) => {
-                let memory = map(descriptor.as_fd(), attaching.bytes)?;
-                let registration = context.register_host(&memory).map_err(of_driver)?;
-                let (share, tether) = (descriptor.share(), attaching.tether());
-                let mapping = HostMapping { registration, memory, _share: share, _tether: tether };
+                let mapped = attaching.map(descriptor)?;
+                let registration = context.register_host(mapped.memory()).map_err(of_driver)?;
+                let mapping = HostMapping { registration, mapped };
                 let address = mapping.registration.address();
                 Ok(Remote { address, host: Some(Arc::new(mapping)), _kept: None })
             }
@@ -185,22 +182,6 @@ fn check_allocation(gpu: &Gpu, base: u64, within: Within, is_own: bool) -> Resul
         true => Ok(()),
         false => Err(Error::BadKey { reason: "its allocation is shorter than the peer says" }),
     }
-}
-
-/// Maps a peer's memfd, whose length can never change.
-fn map(fd: BorrowedFd<'_>, bytes: u64) -> Result<Memory> {
-    let os = |call, errno| Error::Os { call, errno };
-    let fd =
-        rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(|errno| os("fcntl(F_DUPFD)", errno.raw_os_error()))?;
-    Memory::from_fd(fd, bytes as usize).map_err(|error| match error {
-        MemoryError::NotSealed => Error::BadKey { reason: "its memfd is not sealed" },
-        MemoryError::FileTooShort { .. } => {
-            Error::BadKey { reason: "its memfd is shorter than the key says" }
-        }
-        MemoryError::Refused { call, code } => os(call, code),
-        MemoryError::TooManyFiles => os("mmap", libc::EMFILE),
-        _ => os("mmap", libc::ENOMEM),
-    })
 }
 
 /// What the driver says of this side's memory.

@@ -48,6 +48,7 @@ mod hostile_tests;
 mod joined;
 mod lane;
 mod link;
+mod mapped;
 mod medium;
 mod message;
 mod numbered;
@@ -64,6 +65,7 @@ mod watch;
 pub use counters::HostCounters;
 pub use descriptors::{PeerDescriptor, Share};
 pub use doorbell::Bell;
+pub use mapped::MappedMemfd;
 pub use medium::{
     Attaching, Ended, HeardOffer, Kind, Landmark, Medium, Move, Offer, OfferForm, Refusal, Registered, Ticket,
 };

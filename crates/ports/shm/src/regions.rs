@@ -1,12 +1,9 @@
 //! The peer's regions: offered, and made usable.
 
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use crossdock_host::{Attaching, HeardOffer, Landmark, PeerDescriptor, Share, Tether};
-use crossdock_memory::{Memory, MemoryError};
-use crossdock_transport::{DownCause, Error, MappedBytes, Result};
-use rustix::fs::SealFlags;
+use crossdock_host::{Attaching, HeardOffer, Landmark, MappedMemfd, PeerDescriptor};
+use crossdock_transport::{DownCause, Error, Result};
 
 use crate::medium::{PRIVATE, SHARED};
 use crate::process_memory::{PeerProcess, ProcessMemoryError, ProcessPieces};
@@ -22,27 +19,9 @@ pub(crate) enum Offered {
 /// A region that ops can use.
 pub(crate) enum Remote {
     /// Mapped here: ops are copies.
-    Mapped(Arc<RemoteMapping>),
+    Mapped(Arc<MappedMemfd>),
     /// At this address of the peer: ops are system calls.
     There(PeerProcess, u64),
-}
-
-/// A peer's memory, mapped here. Its fields are dropped in this order: the mapping ends, with the descriptor that it
-/// keeps, then the lane may end.
-pub(crate) struct RemoteMapping {
-    memory: Memory,
-    _share: Share,
-    _tether: Tether,
-}
-
-impl MappedBytes for RemoteMapping {
-    fn base(&self) -> *mut u8 {
-        self.memory.base()
-    }
-
-    fn bytes(&self) -> usize {
-        self.memory.bytes()
-    }
 }
 
 impl Offered {
@@ -59,11 +38,7 @@ impl Offered {
 
     pub(crate) fn attach(&self, attaching: &Attaching<'_>) -> Result<Remote> {
         match self {
-            Self::Shared(descriptor) => Ok(Remote::Mapped(Arc::new(RemoteMapping {
-                memory: map(descriptor.as_fd(), attaching.bytes)?,
-                _share: descriptor.share(),
-                _tether: attaching.tether(),
-            }))),
+            Self::Shared(descriptor) => Ok(Remote::Mapped(Arc::new(attaching.map(descriptor)?))),
             Self::Private(address) => {
                 let process = PeerProcess::new(attaching.peer.pid());
                 prove_reach(process, attaching.landmark, *address)?;
@@ -71,30 +46,6 @@ impl Offered {
             }
         }
     }
-}
-
-/// Maps a peer's memfd, if its length can never change under the mapping.
-fn map(fd: BorrowedFd<'_>, bytes: u64) -> Result<Memory> {
-    let os = |call, errno| Error::Os { call, errno };
-    // What has no seals at all answers with an error.
-    let seals = rustix::fs::fcntl_get_seals(fd).unwrap_or(SealFlags::empty());
-    if !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
-        return Err(Error::BadKey {
-            reason: "its memfd is not sealed, and could be cut short while it is mapped",
-        });
-    }
-    let fd =
-        rustix::io::fcntl_dupfd_cloexec(fd, 0).map_err(|errno| os("fcntl(F_DUPFD)", errno.raw_os_error()))?;
-    Memory::from_fd(fd, bytes as usize).map_err(|error| match error {
-        MemoryError::NotSealed => Error::BadKey { reason: "its memfd is not sealed" },
-        MemoryError::FileTooShort { .. } => {
-            Error::BadKey { reason: "its memfd is shorter than the key says" }
-        }
-        MemoryError::Refused { call, code } => os(call, code),
-        MemoryError::TooManyFiles => os("mmap", libc::EMFILE),
-        // What is left of the constructor's errors: no room in this process or on this host.
-        _ => os("mmap", libc::ENOMEM),
-    })
 }
 
 /// Reads the peer's landmark from where the peer said that it was: this shows that the process number means the
