@@ -102,7 +102,12 @@ impl Memory {
 
     /// Memory of a device, at `base` as the device addresses it. Its kind is [`MemoryKind::Device`]: no CPU reaches it, and
     /// `device` does for it what [`read`](Memory::read), [`write`](Memory::write) and [`fill`](Memory::fill) ask for.
-    pub fn from_device(
+    ///
+    /// # Safety
+    /// Until `device` is dropped, `base .. base + bytes` is memory of its device, and of nobody else in this process, by that
+    /// address; it stays allocated, and nobody relies on its bytes staying as they are: peers and devices write there at any time.
+    /// What it exports is of the same range.
+    pub unsafe fn from_device(
         base: u64,
         bytes: usize,
         device: Box<dyn DeviceMemory>,

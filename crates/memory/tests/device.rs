@@ -44,7 +44,8 @@ impl DeviceMemory for Device {
 #[test]
 fn what_stands_for_a_device_copies_within_the_range() {
     let device = Device { bytes: Arc::new(Mutex::new(Some(vec![0; 100]))) };
-    let mut memory = Memory::from_device(0x7000, 100, Box::new(device.clone())).unwrap();
+    // SAFETY: no port gets it: only the device, which is nowhere, is asked for its bytes.
+    let mut memory = unsafe { Memory::from_device(0x7000, 100, Box::new(device.clone())) }.unwrap();
     assert_eq!((memory.base().addr(), memory.bytes(), memory.kind()), (0x7000, 100, MemoryKind::Device));
     assert!(memory.fd().is_none() && memory.device().is_some_and(|device| device.device() == "nowhere:0"));
     memory.fill(10, 50, 7).unwrap();
@@ -69,7 +70,8 @@ fn what_stands_for_a_device_copies_within_the_range() {
 #[test]
 fn a_range_that_cannot_be_is_refused() {
     let device = || Box::new(Device { bytes: Arc::default() });
-    let refused = |base, bytes| Memory::from_device(base, bytes, device()).unwrap_err();
+    // SAFETY: as above; and none of these is made.
+    let refused = |base, bytes| unsafe { Memory::from_device(base, bytes, device()) }.unwrap_err();
     assert_eq!(refused(1, 0), MemoryError::ZeroBytes);
     assert_eq!(refused(0, 1), MemoryError::NullBase);
     assert_eq!(refused(u64::MAX - 5, 7), MemoryError::Wraps { base: usize::MAX - 5, bytes: 7 });

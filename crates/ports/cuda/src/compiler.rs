@@ -1,6 +1,7 @@
 //! NVRTC, where the machine has it: compiles kernels for a device. It needs no driver and no GPU.
 //!
-//! All the unsafe code of this crate is here and in [`driver`](crate::driver).
+//! The unsafe code of this crate is here, in [`driver`](crate::driver) and [`nvml`](crate::nvml), where memory is held and moved (`gpu`, `mover`,
+//! `medium`), and in the driver that is software.
 #![allow(unsafe_code)]
 
 use std::ffi::{CString, c_char, c_int};

@@ -1,4 +1,5 @@
 //! A GPU as crossdock uses it: what can be done with it, and memory on it.
+#![allow(unsafe_code)]
 
 mod bounce;
 
@@ -210,7 +211,9 @@ impl Gpu {
 
     fn hold(&self, backing: Backing, sharing: Sharing, base: u64, bytes: usize) -> Result<Memory, GpuError> {
         let held = GpuMemory { dma_buf: OnceLock::new(), backing, sharing, base, bytes, gpu: self.clone() };
-        Ok(Memory::from_device(base, bytes, Box::new(held))?)
+        // SAFETY: the range is a piece of this GPU's that the memory holds mapped; or an engine's, who has promised as much to
+        // `adopt`.
+        Ok(unsafe { Memory::from_device(base, bytes, Box::new(held)) }?)
     }
 
     /// The memory that a [`Memory`] holds, if it is a GPU's.
